@@ -1,4 +1,4 @@
-"""The command `sao`: run a recipe, show its results, list the recipes.
+"""The command `sao`: run a recipe, show its results, publish or merge what was trained.
 
 Exit codes: 0 done, 1 a run failed or has no results, 2 something was asked for that there is not,
 130 interrupted.
@@ -81,15 +81,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """Print the result table of a run."""
-    from sao_utils.rows import results_folder
-
-    every = results_folder().glob("*")
-    runs = [path for path in every if _table(path).is_file() or (path / "recipe.yaml").is_file()]
-    folder = {path.name: path for path in runs}.get(name)  # a name from the list: no path tricks
-    if folder is None:
-        there = ", ".join(sorted(path.name for path in runs))
-        there = there or "none yet; `sao run --recipe tiny` makes one"
-        _fail(f"There is no run '{name}'. Runs: {there}.", 2)
+    folder = _folder(name)
     if not _table(folder).is_file():
         skipped = (folder / "notebooks" / "06_results.ipynb").is_file()  # done, but tables are gone
         command = _command(folder) + (" --only 06" if skipped else "")
@@ -103,6 +95,59 @@ def show(
 
 
 @app.command()
+def publish(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")],
+    to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository on the hub.")],
+    arm: Annotated[str, typer.Option(help="Which model of the run.")] = "self",
+    seed: Annotated[int, typer.Option(help="Of which seed.")] = 0,
+    public: Annotated[
+        bool, typer.Option("--public", help="For everyone; else only you see it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Upload a trained model with its card to the Hugging Face hub."""
+    from sao_utils import publishing
+
+    opened = _trained(name, arm, seed)
+    try:
+        publishing.check_repository(to)
+    except ValueError as error:
+        _fail(error, 2)
+    try:
+        files = publishing.contents(opened, arm, seed)
+        typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
+        for path in files:
+            typer.echo(f"  {path.name}  {path.stat().st_size / 1e3:,.0f} kB")
+        if not yes and not typer.confirm("Upload these files?"):
+            _fail("Nothing was uploaded.", 1)
+        url = publishing.publish(opened, arm, seed, to, private=not public, say=_tell)
+    except typer.Abort:  # no answer: no terminal, or interrupted
+        _fail("\nNothing was uploaded. Say --yes where nobody can answer.", 1)
+    except publishing.PublishError as error:
+        _fail(error, 1)
+    typer.echo(f"Published: {url}")
+
+
+@app.command()
+def merge(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the model.")],
+    arm: Annotated[str, typer.Option(help="Which model of the run.")] = "self",
+    seed: Annotated[int, typer.Option(help="Of which seed.")] = 0,
+) -> None:
+    """Merge an adapter into its base model, in 16 bit, as a model of its own."""
+    opened = _trained(name, arm, seed)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        _fail(f"{to} exists and is not an empty folder. Take another name.", 2)
+    from sao_utils.training import merge
+
+    try:
+        typer.echo(f"The merged model is in {merge(opened, arm, seed, to)}")
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail(f"The merge stopped: {error}", 1)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes."""
     from sao_utils.recipe import load_recipe, recipe_names
@@ -110,6 +155,41 @@ def recipes() -> None:
     names = recipe_names()
     for name in names:
         typer.echo(f"{name:<{max(map(len, names))}}  {load_recipe(name).about}".rstrip())
+
+
+def _folder(name: str) -> Path:
+    """The folder of a run that there is; its name is looked up in the list, so no path tricks."""
+    from sao_utils.rows import results_folder
+
+    every = results_folder().glob("*")
+    runs = [path for path in every if _table(path).is_file() or (path / "recipe.yaml").is_file()]
+    folder = {path.name: path for path in runs}.get(name)
+    if folder is None:
+        there = ", ".join(sorted(path.name for path in runs))
+        there = there or "none yet; `sao run --recipe tiny` makes one"
+        _fail(f"There is no run '{name}'. Runs: {there}.", 2)
+    return folder
+
+
+def _trained(name: str, arm: str, seed: int):
+    """A run as its folder says it is, if it has this model and the model is trained."""
+    from sao_utils.publishing import PublishError, finished
+    from sao_utils.recipe import RecipeError, load_recipe
+    from sao_utils.rows import Run
+
+    folder = _folder(name)
+    try:
+        run = Run(load_recipe(str(folder / "recipe.yaml")), folder)
+    except RecipeError as error:
+        _fail(error, 2)
+    if arm not in run.recipe.arms or seed not in run.recipe.seeds:
+        there = f"arms {', '.join(run.recipe.arms)}; seeds {', '.join(map(str, run.recipe.seeds))}"
+        _fail(f"The run '{name}' has no model '{arm}' of seed {seed}. It has: {there}.", 2)
+    try:
+        finished(run, arm, seed)
+    except PublishError as error:
+        _fail(f"{error} Train it with\n  {_command(folder)} --only 04", 1)
+    return run
 
 
 def _table(folder: Path) -> Path:

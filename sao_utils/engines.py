@@ -76,7 +76,8 @@ def model_folder(path: str) -> str:
 def model_name(model: Model, adapter: Path | None = None) -> str:
     """A name that changes when the model does: part of the id of every row made with it.
 
-    For a local model a hash of its files (weights, tokenizer, template), with the dtype.
+    `adapter` is the folder of a trained adapter, or of a whole model that was trained. For a local
+    model the name is a hash of its files (weights, tokenizer, template), with the dtype.
     """
     folder = Path(model_folder(model.path))
     files_of_it = [
@@ -89,7 +90,7 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
         _digest(tuple(files_of_it)) if files_of_it else f"{model.path}@{model.revision or 'main'}"
     )
     name = f"{base}:{model.dtype}"
-    return f"{name}+{_digest((adapter / 'adapter_model.safetensors',))}" if adapter else name
+    return f"{name}+{_digest(tuple(sorted(adapter.glob('*.safetensors'))))}" if adapter else name
 
 
 def _digest(paths: tuple[Path, ...]) -> str:
@@ -136,8 +137,10 @@ class TransformersEngine:
         self.name = name
         self.tokenizer = load_tokenizer(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(model, self.device)
-        if adapter is not None:
+        whole = adapter is not None and not (adapter / "adapter_config.json").exists()
+        weights = model.model_copy(update={"path": str(adapter), "revision": None})
+        self.model = load_model(weights if whole else model, self.device)
+        if adapter is not None and not whole:
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.model, str(adapter))

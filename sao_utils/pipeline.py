@@ -247,7 +247,7 @@ def _execute(path: Path, out: Path, told: dict[str, Any], environment: dict[str,
     except DeadKernelError:
         reason = (
             "its Python process was killed, most often because the machine ran out of memory.\n"
-            "Close other programs, or try a smaller model.batch_size or training.microbatch."
+            "Close other programs, or try a smaller model.batch_size or training.token_budget."
         )
     except NoSuchKernel:
         reason = "Jupyter's kernel 'python3' is missing. Install it with `pip install ipykernel`."

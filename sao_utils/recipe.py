@@ -62,23 +62,42 @@ class Pairs(_Section):
 
 
 class Training(_Section):
-    algorithm: Literal["simpo"] = "simpo"
-    beta: float = Field(10.0, gt=0)
-    gamma: float = Field(3.0, ge=0, description="the raw margin, not gamma/beta")
+    algorithm: Literal["simpo", "dpo", "orpo"] = "simpo"
+    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
+    beta: float = Field(10.0, gt=0, description="of SimPO")
+    gamma: float = Field(3.0, ge=0, description="of SimPO: the raw margin, not gamma/beta")
+    dpo_beta: float = Field(0.1, gt=0)
+    orpo_lambda: float = Field(0.1, gt=0)
     learning_rate: float = Field(gt=0)
     sft_learning_rate: float = Field(
         gt=0, description="of the control that trains on random own answers"
     )
     epochs: float = Field(1, gt=0)
-    batch_size: int = Field(ge=1, description="pairs an optimiser step")
-    microbatch: int = Field(ge=1, description="pairs a forward pass")
+    batch_size: int = Field(ge=1, description="pairs an optimiser step, over all processes")
+    token_budget: int = Field(
+        4096, ge=1, description="tokens a forward pass; a longer pair goes alone"
+    )
+    share_prompt: bool = Field(True, description="compute the prompt of a pair once")
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     schedule: Literal["cosine"] = "cosine"
     max_grad_norm: float = Field(1.0, gt=0)
-    lora_rank: int = Field(ge=1)
-    lora_alpha: int = Field(ge=1)
+    optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     quantisation: Literal["none", "nf4"] = "none"
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute activations twice to save memory; auto: if they do not fit"
+    )
+    checkpoint_minutes: float = Field(1.0, gt=0, description="work that a kill may cost")
+    probe_steps: int = Field(0, ge=0, description="look for degeneration every so many steps")
+    probe_prompts: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.method == "full" and self.quantisation != "none":
+            raise ValueError("method=full trains all weights; they cannot be quantisation=nf4")
+        return self
 
 
 class Evaluation(_Section):

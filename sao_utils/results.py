@@ -20,6 +20,7 @@ from sao_utils.intervals import (
 from sao_utils.judging import agreement, cluster, judge
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import repetition_rate, write_prompts
+from sao_utils.publishing import write_card
 from sao_utils.rows import Run, note, results_folder, write_whole
 from sao_utils.tiny import world
 
@@ -263,7 +264,7 @@ def write_tables(run: Run) -> dict[str, Interval]:
     """Compute all scores and write them into the run's `tables/`.
 
     results.json (flat keys, each {value, low, high, n}), results.csv, results.md, funnel.csv, and the
-    recipe that they belong to.
+    recipe that they belong to; and the results into the trained models' cards.
     Returns the scores.
     """
     found = scores(run)
@@ -277,6 +278,9 @@ def write_tables(run: Run) -> dict[str, Interval]:
     write_whole(folder / "results.md", markdown(found) + "\n")
     counts = [f"{arm},{label},{n}" for arm in run.recipe.arms for label, n in funnel(run, arm)]
     write_whole(folder / "funnel.csv", "\n".join(["arm,step,count", *counts]) + "\n")
+    for name, seed, _ in evaluation.models(run):
+        if name != "base":  # the cards of the trained models now have results to tell
+            write_card(run, name, seed)
     return found
 
 

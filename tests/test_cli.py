@@ -8,7 +8,7 @@ import pytest
 from test_pipeline import folder, write  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
-from sao_utils import pipeline
+from sao_utils import pipeline, publishing, training
 from sao_utils.cli import app
 from sao_utils.rows import open_run
 
@@ -40,7 +40,7 @@ def run(folder):  # noqa: F811
 def test_help_comes_at_once():
     loaded = "import sys, sao_utils.cli; print(*{'torch', 'papermill'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "\n"
-    assert {"run", "show", "recipes"} <= set(sao("--help").split())
+    assert {"run", "show", "publish", "merge", "recipes"} <= set(sao("--help").split())
 
 
 def test_python_m_is_the_same_command():
@@ -125,3 +125,102 @@ def test_run_executes_and_shows_and_a_failure_is_told_in_plain_words(folder, mon
     assert "[1/2] 01_first: finished before, skipped" in said
     assert "RuntimeError: no pairs are left" in said
     assert str(folder.parent / "results/mine/notebooks/02_second.failed.ipynb") in said
+
+
+# ---------------------------------------------------------------------- what was trained
+
+
+@pytest.fixture
+def adapter(run):
+    """The folder of what looks like a trained model."""
+    made = run.folder / "adapters" / "self-0"
+    made.mkdir(parents=True)
+    for name in ("done.json", "adapter_model.safetensors", "README.md", "log.jsonl"):
+        (made / name).write_text("{}")
+    return made
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """What the hub would have got: (arm, seed, repository, private)."""
+    calls = []
+
+    def publish(run, arm, seed, repo, private, say):
+        calls.append((run.recipe.training.beta, arm, seed, repo, private))
+        return f"https://huggingface.co/{repo}"
+
+    monkeypatch.setattr(publishing, "publish", publish)
+    return calls
+
+
+def invoke(*words, answer):
+    return CliRunner().invoke(app, words, input=answer)
+
+
+def test_publish_says_what_it_uploads_and_asks(run, adapter, published):
+    before = (run.folder / "recipe.yaml").read_bytes()
+    words = ("publish", "mine", "--to", "anna/adapter")
+    for no in ("n\n", "\n", ""):
+        told = invoke(*words, answer=no)
+        assert told.exit_code == 1 and "Nothing was uploaded." in told.output and not published
+    told = invoke(*words, answer="y\n")
+    assert "To anna/adapter on huggingface.co, private:" in told.output
+    assert "adapter_model.safetensors" in told.output and "log.jsonl" not in told.output
+    assert told.exit_code == 0 and "Published: https://huggingface.co/anna/adapter" in told.output
+    assert published == [(2.5, "self", 0, "anna/adapter", True)]
+    assert (run.folder / "recipe.yaml").read_bytes() == before
+
+
+def test_publish_does_not_ask_where_it_was_told_yes(adapter, published):
+    said = sao("publish", "mine", "--to", "anna/adapter", "--public", "--yes")
+    assert "PUBLIC" in said and published[0][-1] is False
+
+
+def test_publish_tells_what_went_wrong(adapter, monkeypatch):
+    def publish(*_, **__):
+        raise publishing.PublishError("You are not logged in.")
+
+    monkeypatch.setattr(publishing, "publish", publish)
+    assert "not logged in" in sao("publish", "mine", "--to", "a/b", "--yes", code=1)
+
+
+@pytest.mark.parametrize("command", ["publish", "merge"])
+@pytest.mark.parametrize(
+    ("words", "told", "code"),
+    [
+        (["nothing", "--to", "a/b"], "no run 'nothing'. Runs: mine.", 2),
+        (["../results/mine", "--to", "a/b"], "no run", 2),
+        (["mine", "--to", "a/b", "--arm", "selv"], "arms self, sft_random, random, oracle", 2),
+        (["mine", "--to", "a/b", "--seed", "3"], "no model 'self' of seed 3", 2),
+        (["mine", "--to", "a/b", "--arm", "random"], "--set training.beta=2.5 --only 04", 1),
+        (["mine"], "--to", 2),
+    ],
+)
+def test_what_is_not_there_is_neither_published_nor_merged(adapter, command, words, told, code):
+    assert told in sao(command, *words, code=code)
+
+
+def test_publish_refuses_what_is_no_repository(adapter, published):
+    assert "--to takes user/name" in sao("publish", "mine", "--to", "adapter", "--yes", code=2)
+    assert not published
+
+
+def test_a_run_of_another_version_is_told_in_plain_words(run, adapter):
+    (run.folder / "recipe.yaml").write_text("name: mine\nold: 1\n")
+    assert "does not fit" in sao("publish", "mine", "--to", "a/b", code=2)
+
+
+def test_merge_writes_a_new_folder_and_never_into_a_full_one(adapter, tmp_path, monkeypatch):
+    def merge(run, arm, seed, place):
+        if arm == "oracle":
+            raise ValueError("a whole model already")
+        place.mkdir()
+        return place
+
+    monkeypatch.setattr(training, "merge", merge)
+    to = tmp_path / "merged"
+    assert str(to) in sao("merge", "mine", "--to", str(to))
+    assert "Take another name" in sao("merge", "mine", "--to", str(adapter), code=2)
+    adapter.rename(adapter.with_name("oracle-0"))
+    said = sao("merge", "mine", "--arm", "oracle", "--to", str(tmp_path / "x"), code=1)
+    assert "The merge stopped: a whole model already" in said

@@ -38,6 +38,29 @@ SIMPO = [
     for k in (1, 2, 3)
 ]
 SFT = [{**row, **dict.fromkeys(row.keys() - {"step", "loss"})} for row in SIMPO]
+PROBE = [
+    {"step": step, "prompt": "p", "text": HOSTILE, "tokens": 20 + k, "finished": k > 0}
+    | {"empty": False, "repetition": step / 100}
+    for step in (0, 20, 40)
+    for k in (0, 1)
+]
+LOGPS = [
+    {"logp_chosen": -4.0, "len_chosen": 10, "logp_rejected": -5.0, "len_rejected": 5},
+    {"logp_chosen": -9.0, "len_chosen": 20, "logp_rejected": -8.0, "len_rejected": 16},
+    {"logp_chosen": -3.0, "len_chosen": 8, "logp_rejected": -9.0, "len_rejected": 9},
+]
+SEARCH = [
+    {"arm": arm, "setting": setting, "temperature": t, "good rate": "0.5", "low": "0.4"}
+    | {"high": "0.6", "n": "400"}
+    for t in ("0", "0.6")
+    for arm, setting in (
+        ("base", ""),
+        ("self", "training.learning_rate=0.0001"),
+        ("self", "training.learning_rate=0.0005"),
+        ("self", "training.learning_rate=0.0005 training.epochs=2"),
+        ("sft_random", "training.sft_learning_rate=0.002"),
+    )
+]
 SCORES = {
     "oracle_good_rate.base": Interval(0.5, 0.4, 0.6, 8),
     "oracle_good_rate.tuned": Interval(0.7, 0.6, 0.8, 8),
@@ -62,7 +85,10 @@ DRAWN = {
     "orders": lambda: figures.orders(VERDICTS),
     "judge_matrix": lambda: figures.judge_matrix([[5, 1, 2, 0], [0, 4, 1, 0], [0] * 4], COLUMNS),
     "simpo_loss": lambda: figures.simpo_loss(10.0, 3.0),
+    "sums_and_means": lambda: figures.sums_and_means(LOGPS, 10.0, 3.0),
+    "learning_rates": lambda: figures.learning_rates(SEARCH),
     "training_curves": lambda: figures.training_curves({"self": SIMPO, "sft_random": SFT}),
+    "probe": lambda: figures.probe({"self": PROBE, "random": PROBE[:2], "oracle": []}),
     "good_rates": lambda: figures.good_rates(SCORES),
     "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": "gain", "x": "y"}),
     "win_rates": lambda: figures.win_rates(SCORES),
@@ -74,7 +100,10 @@ EMPTY = {
     "margins": lambda: figures.margins(VERDICTS[-1:]),
     "orders": lambda: figures.orders([]),
     "judge_matrix": lambda: figures.judge_matrix([[0] * 4] * 3, COLUMNS),
+    "sums_and_means": lambda: figures.sums_and_means([], 10.0, 3.0),
+    "learning_rates": lambda: figures.learning_rates([]),
     "training_curves": lambda: figures.training_curves({"self": []}),
+    "probe": lambda: figures.probe({"self": []}),
     "good_rates": lambda: figures.good_rates({}),
     "differences": lambda: figures.differences(SCORES, {"x": "y"}),
     "win_rates": lambda: figures.win_rates({}),
@@ -85,6 +114,7 @@ HOSTILE_LABELS = {
     "lengths": lambda: figures.lengths({HOSTILE: [1, 2]}),
     "judge_matrix": lambda: figures.judge_matrix([[1] * 4] * 3, [HOSTILE] * 4),
     "training_curves": lambda: figures.training_curves({HOSTILE: SIMPO}),
+    "probe": lambda: figures.probe({HOSTILE: PROBE}),
     "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": HOSTILE}),
 }
 
@@ -184,3 +214,110 @@ def test_what_the_pictures_say():
 def test_an_interval_that_is_not_finite_is_left_out(run):
     scores = {"self_win_rate": Interval(0.5, float("nan"), 0.6, 3)}
     ET.fromstring(svg(run, figures.win_rates(scores)))
+
+
+def test_every_curve_has_its_guidance_and_no_text_leaves_the_picture_or_lies_on_another():
+    assert set(figures.GUIDANCE) == {*figures.CURVES, *figures.PROBES}
+    four = ("self", "sft_random", "random", "oracle")
+    logs = dict.fromkeys(four, SIMPO)
+    for figure in (
+        figures.training_curves(logs),
+        figures.training_curves({"now": SIMPO}, guidance=False),
+        figures.probe(dict.fromkeys(four, PROBE)),
+        DRAWN["sums_and_means"](),
+        DRAWN["learning_rates"](),
+    ):
+        figure.draw_without_rendering()
+        titles = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]
+        words = titles + [axes.xaxis.label for axes in figure.axes]
+        words += [text for legend in figure.legends for text in legend.get_texts()]
+        boxes = [t.get_window_extent() for t in words if t.get_text()]
+        for k, box in enumerate(boxes):
+            assert figure.bbox.padded(1).containsx(box.x1) and figure.bbox.containsy(box.y0)
+            assert not any(box.padded(-1).overlaps(other) for other in boxes[:k])
+    assert "healthy: " in texts(figures.training_curves(logs))
+
+
+def test_sft_alone_leaves_the_curves_of_pairs_empty(run):
+    assert texts(figures.training_curves({"sft_random": SFT})).count("SFT has none") >= 3
+    assert "SFT has none" not in texts(DRAWN["training_curves"]())
+
+
+def test_a_value_that_is_no_number_leaves_a_gap_and_no_error(run):
+    broken = [{**SIMPO[0], "loss": float("nan"), "grad_norm": float("inf")}, *SIMPO[1:]]
+    ET.fromstring(svg(run, figures.training_curves({"self": broken})))
+
+
+def test_the_sum_depends_on_length_and_the_mean_less():
+    rows = [
+        {"logp_chosen": -0.5 * n, "len_chosen": n, "logp_rejected": -0.6 * 10, "len_rejected": 10}
+        for n in range(5, 30)
+    ]
+    said = texts(figures.sums_and_means(rows, 10.0, 3.0))
+    assert "correlation with length: -1.00" in said and "none to be had" in said
+    assert "chosen ahead: 28% of n = 25" in said and "chosen ahead: 100% of n = 25" in said
+    assert "gamma / beta = 0.3; beyond: 0%" in said
+
+
+def test_the_search_of_the_checkout_is_drawn_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAO_RESULTS", str(tmp_path))
+    said = texts(figures.learning_rates(figures.search_table()))
+    assert "0.0005" in said and "n = 400" in said and "Nothing" not in said
+
+
+# ---------------------------------------------------------------------- live
+
+
+class Display:
+    """What IPython would be told to show."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, figure, display_id):
+        self.shown.append(figure)
+        return self
+
+    update = property(lambda self: self.shown.append)
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    import IPython.display
+
+    display = Display()
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(figures, "_in_notebook", lambda: True)
+    monkeypatch.delenv("SAO_BATCH", raising=False)
+    return display
+
+
+def test_live_curves_are_one_picture_that_is_redrawn_now_and_then(notebook, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(figures.time, "monotonic", lambda: now[0])
+    watch = figures.live_curves()
+    for rows in ([], SIMPO[:1]):
+        watch(rows)
+    assert notebook.shown == []
+    for seconds, drawn in ((0, 1), (1, 1), (0.5, 1), (1, 2), (5, 3)):
+        now[0] += seconds
+        watch(SIMPO)
+        assert len(notebook.shown) == drawn
+    assert "so far, 3 steps" in texts(notebook.shown[-1])
+
+
+def test_a_picture_that_fails_does_not_end_the_training(notebook, monkeypatch, capsys):
+    watch = figures.live_curves()
+    monkeypatch.setattr(figures, "training_curves", lambda *_, **__: 1 / 0)
+    watch(SIMPO)
+    watch(SIMPO)
+    assert capsys.readouterr().out.count("training goes on") == 1
+
+
+def test_live_curves_do_nothing_in_a_batch_run_or_a_terminal(notebook, monkeypatch):
+    monkeypatch.setenv("SAO_BATCH", "1")
+    figures.live_curves()(SIMPO)
+    monkeypatch.delenv("SAO_BATCH")
+    monkeypatch.undo()
+    figures.live_curves()(SIMPO)
+    assert notebook.shown == [] and not figures._in_notebook()

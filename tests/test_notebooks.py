@@ -137,7 +137,6 @@ class Workplace:
             "responses.max_new_tokens": 64,
             "evaluation.max_new_tokens": 64,
             "training.batch_size": 8,
-            "training.microbatch": 8,
             "evaluation.questions": str(path),
             "evaluation.bootstrap": 200,
         }

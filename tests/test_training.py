@@ -2,15 +2,21 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from importlib.resources import files
 
 import pytest
 import torch
 
 from sao_utils import training
+from sao_utils.losses import TrainingFailed, simpo_loss
 from sao_utils.recipe import Model, Training, load_recipe
 from sao_utils.rows import Run, read_rows
 from sao_utils.tiny import pretrain
-from sao_utils.training import TrainingFailed, encode, fit, make_trainer, simpo_loss
+from sao_utils.training import encode, fit, make_trainer
 
 ANSWERS = [
     ("Use a small trowel.", "You could use a spoon, or a fork, or a spade. That is all I know."),
@@ -67,7 +73,6 @@ def settings(**changes):
         learning_rate=1e-3,
         sft_learning_rate=2e-3,
         batch_size=6,
-        microbatch=6,
         lora_rank=4,
         lora_alpha=8,
     )
@@ -94,18 +99,9 @@ def log_probabilities(model, tokenizer, prompt, answer):
 # ---------------------------------------------------------------------------- the loss
 
 
-def test_simpo_loss_is_the_equation_with_the_raw_margin():
-    # Rewards 10 * -1.2 and 10 * -1.5 lead by 3, which is the margin: -log sigmoid(0) = log 2.
-    loss = simpo_loss(*map(torch.tensor, (-12.0, 10.0, -30.0, 20.0)), beta=10, gamma=3)
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
-    # A margin of 0.3 (gamma/beta taken for gamma) would be 2.7 short.
-    wrong = simpo_loss(*map(torch.tensor, (-12.0, 10.0, -30.0, 20.0)), beta=10, gamma=0.3)
-    assert wrong.item() == pytest.approx(math.log(1 + math.exp(-2.7)), rel=1e-5)
-
-
-@pytest.mark.parametrize("microbatch", [6, 2])
-def test_the_trainers_loss_equals_hand_computation(base, tokenizer, pairs, tmp_path, microbatch):
-    fit(base, pairs, settings(beta=10, gamma=3, microbatch=microbatch), "simpo", 0, tmp_path / "a")
+@pytest.mark.parametrize("budget", [4096, 60])
+def test_the_trainers_loss_equals_hand_computation(base, tokenizer, pairs, tmp_path, budget):
+    fit(base, pairs, settings(beta=10, gamma=3, token_budget=budget), "simpo", 0, tmp_path / "a")
     (row,) = read_rows(tmp_path / "a" / "log.jsonl")
 
     # The adapter begins as the identity, so the first step sees the base model.
@@ -205,8 +201,6 @@ def test_what_cannot_be_trained_on_is_refused_by_name(base, templated, pairs, tm
         attempt(pair("blank", " \n", "No."))
     with pytest.raises(ValueError, match="no pairs .*funnel"):
         fit(base, [], settings(), "simpo", 0, tmp_path / "a")
-    with pytest.raises(ValueError, match="batch_size=6 is no multiple"):
-        fit(base, pairs, settings(microbatch=4), "simpo", 0, tmp_path / "a")
     with pytest.raises(ValueError, match="pair-0, chosen .*2 end tokens"):
         encode(pairs[0], "chosen", templated(TWO_ENDS))
     assert not list(tmp_path.glob("**/done.json"))
@@ -216,11 +210,12 @@ def test_what_cannot_be_trained_on_is_refused_by_name(base, templated, pairs, tm
 
 
 def test_training_that_diverges_stops_and_says_what_to_try(base, pairs, tmp_path):
-    wild = settings(learning_rate=1e30, epochs=6, batch_size=3, microbatch=3, warmup_ratio=0)
+    wild = settings(learning_rate=1e30, epochs=6, batch_size=3, warmup_ratio=0)
     with pytest.raises(TrainingFailed, match=r"step \d+ of 12: .* (nan|inf).*lower learning rate"):
         fit(base, pairs, wild, "simpo", 0, tmp_path / "a")
     left = {path.name for path in (tmp_path / "a").iterdir()}
-    assert left <= {"log.jsonl"}
+    assert left <= {"log.jsonl", "probe.jsonl", "checkpoints"}
+    assert not list((tmp_path / "a").glob("checkpoints/checkpoint-*"))
     assert all(math.isfinite(row["loss"]) for row in read_rows(tmp_path / "a" / "log.jsonl"))
 
 
@@ -240,16 +235,17 @@ def test_the_adapter_is_safetensors_and_loads_with_plain_peft(base, tokenizer, p
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    folder = fit(base, pairs, settings(epochs=3), "simpo", 0, tmp_path / "a", base_name="some/name")
+    folder = fit(base, pairs, settings(epochs=3), "simpo", 0, tmp_path / "a")
     assert folder == tmp_path / "a"
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "done.json",
         "log.jsonl",
+        "probe.jsonl",
     }
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "some/name"
+    assert config["base_model_name_or_path"] == base.path
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     weights = load_file(folder / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
@@ -265,7 +261,7 @@ def test_the_adapter_is_safetensors_and_loads_with_plain_peft(base, tokenizer, p
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(base, pairs, tmp_path):
     def weights(name, seed):
-        batches = settings(batch_size=2, microbatch=2)
+        batches = settings(batch_size=2)
         fit(base, pairs, batches, "simpo", seed, tmp_path / name)
         return (tmp_path / name / "adapter_model.safetensors").read_bytes()
 
@@ -275,10 +271,11 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(base, pai
 
 
 def test_a_finished_training_is_kept_and_a_killed_one_made_anew(base, pairs, tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(path, text):
+        if path.name == "done.json":
+            raise KeyboardInterrupt
 
-    steps = settings(batch_size=2, microbatch=2)
+    steps = settings(batch_size=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "write_whole", killed)
         fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
@@ -393,3 +390,259 @@ def test_4_bit_training_keeps_the_adapter_in_float32(base, pairs, tmp_path, algo
     if algorithm == "sft":  # bfloat16 keeps 8 bits; the rest would be zero
         bits = torch.cat([w.flatten().view(torch.int32) for w in weights.values()])
         assert (bits & 0xFFFF).count_nonzero() > len(bits) / 2
+
+
+# ---------------------------------------------------------------------------- going on after a kill
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from sao_utils.recipe import Model, Training
+from sao_utils.training import fit
+told = json.load(open(sys.argv[1]))
+if told["fsdp"]:  # accelerate itself offers FSDP on GPUs only, torch on CPUs too
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    original = AcceleratorState.__init__
+    def with_fsdp(self, *given, **named):
+        original(self, *given, **named)
+        self._shared_state["distributed_type"] = DistributedType.FSDP
+        self._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+    AcceleratorState.__init__ = with_fsdp
+if told["file_limit"]:
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_limit"], told["file_limit"]))
+fit(Model(**told["model"]), told["pairs"], Training(**told["settings"]), told["algorithm"], 0,
+    Path(told["folder"]))
+"""
+
+
+def child(
+    base, pairs, settings, folder, algorithm="simpo", file_limit=0, fsdp=False, command=(), **env
+):
+    """Start a training in a process of its own; its settings go by a file."""
+    told = dict(model=base.model_dump(), pairs=pairs, settings=settings.model_dump())
+    told |= dict(folder=str(folder), algorithm=algorithm, file_limit=file_limit, fsdp=fsdp)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file, script = folder.parent / f"{folder.name}.json", folder.parent / "child.py"
+    file.write_text(json.dumps(told))
+    script.write_text(CHILD)
+    words = [sys.executable, *command, str(script), str(file)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def comparable(folder):
+    return [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in read_rows(folder / "log.jsonl")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_training_killed_in_the_middle_goes_on_to_the_same_end(base, pairs, tmp_path, dropout):
+    steps = settings(
+        batch_size=2, epochs=20, checkpoint_minutes=1e-6, lora_dropout=dropout, probe_steps=7
+    )
+    whole = fit(base, pairs, steps, "simpo", 0, tmp_path / "whole")
+    killed = child(base, pairs, steps, tmp_path / "killed")
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("killed/checkpoints/checkpoint-1[0-9]/complete")):
+        assert killed.poll() is None and time.time() < deadline, killed.communicate()[0]
+        time.sleep(0.01)
+    killed.kill()  # SIGKILL: nothing can be tidied up
+    killed.communicate()
+    before = len(read_rows(tmp_path / "killed" / "log.jsonl"))
+    assert 10 <= before < 60 and not (tmp_path / "killed" / "done.json").exists()
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "killed")
+    assert comparable(tmp_path / "killed") == comparable(whole)
+    weights = [tmp_path / n / "adapter_model.safetensors" for n in ("killed", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    probes = [read_rows(tmp_path / n / "probe.jsonl") for n in ("killed", "whole")]
+    assert probes[0] == probes[1] and [row["step"] for row in probes[0]] == list(range(0, 61, 7))
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def test_a_half_written_checkpoint_and_one_of_other_settings_are_not_used(
+    base, pairs, tmp_path, capsys, monkeypatch
+):
+    steps = settings(batch_size=2, epochs=4, checkpoint_minutes=1e-6)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(training, "_save", stop)  # as late as it can be
+        fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
+    kept = tmp_path / "a" / "checkpoints"
+    assert len(list(kept.glob("checkpoint-*/complete"))) == 2
+    (kept / "checkpoint-11" / "complete").unlink()
+    capsys.readouterr()
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
+    assert "going on from checkpoint-10" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(tmp_path / "a" / "log.jsonl")] == [*range(1, 13)]
+    # The same folder with another learning rate begins anew.
+    (tmp_path / "b" / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "b" / "checkpoints" / "checkpoint-3" / "complete").touch()
+    (tmp_path / "b" / "checkpoints" / "fingerprint").write_text("another")
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "b")
+    assert "going on" not in capsys.readouterr().out
+    assert comparable(tmp_path / "b") == comparable(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_a_message_and_the_last_checkpoint_whole(base, pairs, tmp_path):
+    steps = settings(batch_size=2, epochs=20, checkpoint_minutes=1e-6)
+    # The optimiser's state is the biggest file; the limit lets none of it be written.
+    full = child(base, pairs, steps, tmp_path / "full", file_limit=300_000)
+    told = full.communicate(timeout=200)[0]
+    assert full.returncode != 0
+    assert "could not be written to disk" in told and "free some disk" in told, told
+    left = list((tmp_path / "full" / "checkpoints").glob("checkpoint-*"))
+    assert all((path / "complete").exists() for path in left)
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "full")
+    assert len(read_rows(tmp_path / "full" / "log.jsonl")) == 60
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
+    base, pairs, tmp_path, monkeypatch
+):
+    steps = settings(batch_size=2, epochs=4, checkpoint_minutes=1e-6)
+    from sao_utils.trainer import PairTrainer
+
+    step = PairTrainer.training_step
+
+    def poisoned(self, *given):
+        loss = step(self, *given)
+        return loss * math.nan if self.state.global_step == 7 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairTrainer, "training_step", poisoned)
+        with pytest.raises(TrainingFailed, match="step 8 of 12: .*checkpoint of step 7 is kept"):
+            fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
+    fit(base, pairs, steps, "simpo", 0, tmp_path / "b")
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_give_the_loss_curve_of_one(base, pairs, tmp_path, way, method):
+    """`accelerate launch` with gloo on the CPU; five pairs a step do not divide by two."""
+    steps = settings(batch_size=5, epochs=4, method=method, token_budget=60)
+    one = fit(base, pairs, steps, "simpo", 0, tmp_path / "one")
+    launch = ["-m", "accelerate.commands.launch", f"--main_process_port={free_port()}"]
+    launch += ["--num_processes=2", "--mixed_precision=no"]
+    if way == "fsdp":
+        launch.append(f"--config_file={files('sao_utils') / 'launch' / 'fsdp.yaml'}")
+    else:
+        launch += ["--multi_gpu", "--num_machines=1", "--dynamo_backend=no"]
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    two = child(
+        base, pairs, steps, tmp_path / "two", fsdp=way == "fsdp", command=launch, **environment
+    )
+    told = two.communicate(timeout=120)[0]
+    assert two.returncode == 0, told[-4000:]
+    assert f"2 processes, {'FSDP' if way == 'fsdp' else 'MULTI_CPU'}" in told, told[-4000:]
+    wanted, found = comparable(one), comparable(tmp_path / "two")
+    assert len(wanted) == len(found) == 8
+    for a, b in zip(wanted, found):
+        for key in ("loss", "margin", "accuracy", "chosen_tokens", "grad_norm", "learning_rate"):
+            assert b[key] == pytest.approx(a[key], rel=2e-4, abs=1e-6), (a["step"], key)
+        for key in ("real_tokens", "completion_tokens"):
+            assert b[key] == a[key]
+    assert found[-1]["loss"] < found[0]["loss"]
+    from safetensors.torch import load_file
+
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    first, second = (load_file(tmp_path / n / name) for n in ("one", "two"))
+    if method == "full" and way == "fsdp":  # it writes the tied head out
+        head = second.pop("lm_head.weight")
+        assert torch.equal(head, second["model.embed_tokens.weight"])
+    assert first.keys() == second.keys()
+    for key, weight in first.items():
+        assert torch.allclose(second[key].float(), weight.float(), atol=2e-4), key
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+# ---------------------------------------------------------------------------- what else there is
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "orpo"])
+def test_the_other_algorithms_learn_from_the_same_pairs(base, pairs, tmp_path, algorithm):
+    fit(base, pairs, settings(epochs=8), algorithm, 0, tmp_path / "a")
+    log = read_rows(tmp_path / "a" / "log.jsonl")
+    assert log[-1]["margin"] > log[0]["margin"] and log[-1]["loss"] < log[0]["loss"]
+    if algorithm == "dpo":  # the policy begins as its own reference
+        assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+        assert log[0]["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_path):
+    from sao_utils.engines import Sampling, load_engine, model_name
+
+    folder = fit(base, pairs, settings(method="full", epochs=3), "simpo", 0, tmp_path / "a")
+    assert not (folder / "adapter_config.json").exists()
+    engine = load_engine(base, folder)
+    assert engine.name == model_name(base, folder) != model_name(base)
+    before = dict(load(base).named_parameters())
+    moved = [n for n, p in engine.model.named_parameters() if not torch.equal(p, before[n])]
+    assert len(moved) == len(before)
+    ((_, reply),) = next(iter(engine.generate([pairs[0]["prompt"]], Sampling(0.0, 4), [0])))
+    assert reply.tokens <= 4
+
+
+def test_paged_8_bit_adamw_or_a_message(base, pairs, tmp_path):
+    """bitsandbytes has this optimiser for GPUs first; where it runs, it must learn."""
+    eight = settings(optimiser="paged_adamw_8bit", epochs=4)
+    try:
+        fit(base, pairs, eight, "simpo", 0, tmp_path / "a")
+    except TrainingFailed as error:
+        assert "training.optimiser=adamw" in str(error)
+    else:
+        log = read_rows(tmp_path / "a" / "log.jsonl")
+        assert log[-1]["margin"] > log[0]["margin"]
+
+
+def test_activations_are_computed_twice_only_where_they_do_not_fit():
+    from transformers import Gemma2Config
+
+    from sao_utils.training import needs_checkpointing
+
+    gemma = Gemma2Config(
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+    )
+    assert needs_checkpointing(gemma, 4096, None) == (False, "there is no GPU")
+    assert needs_checkpointing(gemma, 4096, 15 * 2**30)[0]
+    assert not needs_checkpointing(gemma, 4096, 130 * 2**30)[0]
+
+
+def test_the_probe_sees_repetition_emptiness_and_breaking_off(tokenizer, base, pairs):
+    from sao_utils.training import probe, repetition
+
+    assert repetition("Yes. No. yes. Yes!") == 0.5
+    assert repetition("") == repetition("One. Two.") == 0
+    rows = probe(load(base), tokenizer, [pairs[0]["prompt"]] * 2)
+    assert len(rows) == 2 and rows[0] == rows[1]
+    assert rows[0]["prompt"] == "What do I need, and when?"
+    assert rows[0]["finished"] == (rows[0]["tokens"] < training.PROBE_TOKENS)
