@@ -639,7 +639,8 @@ def _watch(folder: Path, settings: Training, tokenizer, chats: list[list[dict]],
         def _probe(self, state, model):
             every = settings.probe_steps
             spread = int(os.environ.get("WORLD_SIZE", "1")) > 1
-            if every and not spread and state.global_step % every == 0 and model is not None:
+            due = every and (state.global_step % every == 0 or state.global_step == state.max_steps)
+            if due and not spread and model is not None:
                 rows = [
                     {"step": state.global_step, **row} for row in probe(model, tokenizer, chats)
                 ]

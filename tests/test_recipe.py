@@ -16,6 +16,22 @@ def test_the_tiny_recipe_keeps_the_papers_settings():
     assert recipe.training.schedule == "cosine"
 
 
+def test_the_paper_recipe_keeps_the_papers_settings():
+    recipe = load_recipe("paper")
+    training = recipe.training
+    assert (training.algorithm, training.method, training.quantisation) == ("simpo", "full", "none")
+    assert (training.beta, training.gamma, training.learning_rate) == (10, 3, 1e-6)
+    assert (training.batch_size, training.epochs, training.warmup_ratio) == (128, 1, 0.1)
+    assert training.schedule == "cosine"
+    assert (recipe.personas.temperature, recipe.responses.temperature) == (0.6, 0.6)
+    assert recipe.personas.count == 60_000 and recipe.judging.method == "sampled"
+
+
+def test_all_weights_cannot_be_trained_in_4_bit():
+    with pytest.raises(RecipeError, match="quantisation=nf4"):
+        load_recipe("paper", {"training.quantisation": "nf4"})
+
+
 def test_an_unknown_recipe_names_the_recipes_there_are():
     with pytest.raises(RecipeError, match="tiny"):
         load_recipe("tyni")

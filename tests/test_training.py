@@ -463,7 +463,7 @@ def test_a_training_killed_in_the_middle_goes_on_to_the_same_end(base, pairs, tm
     weights = [tmp_path / n / "adapter_model.safetensors" for n in ("killed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     probes = [read_rows(tmp_path / n / "probe.jsonl") for n in ("killed", "whole")]
-    assert probes[0] == probes[1] and [row["step"] for row in probes[0]] == list(range(0, 61, 7))
+    assert probes[0] == probes[1] and [row["step"] for row in probes[0]] == [*range(0, 60, 7), 60]
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
