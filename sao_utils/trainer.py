@@ -21,6 +21,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read at import
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl.experimental.cpo import CPOConfig as Config
@@ -131,6 +132,7 @@ class PairTrainer(CPOTrainer):
             data_collator=list,
             callbacks=list(callbacks),
         )
+        self._keep_full_precision()
         self.counts = dict.fromkeys(COUNTS, 0)
         self.packed, self.packing_reason = True, ""
         self.sharded = self.accelerator.distributed_type in SHARDED
@@ -140,6 +142,26 @@ class PairTrainer(CPOTrainer):
             self.beta = settings.orpo_lambda
         if algorithm == "dpo":
             self._add_reference()
+
+    def _keep_full_precision(self) -> None:
+        """Under FSDP: log-probabilities and summed gradients stay float32.
+
+        accelerate's bf16 would round the log-probabilities to 8 bits, and beta multiplies the error.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if policy is not None and getattr(plugin, "fsdp_version", 1) == 2:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+            )
+        head = self.model.get_output_embeddings().weight
+        tied = head is self.model.get_input_embeddings().weight
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and head.requires_grad:
+            if not tied:
+                raise TrainingFailed(
+                    "ZeRO-3 cannot train this model's separate output head here. Launch with "
+                    "fsdp.yaml, or set training.method=lora."
+                )
 
     # ------------------------------------------------------------------ data
 
@@ -205,7 +227,7 @@ class PairTrainer(CPOTrainer):
             for k, (microbatch, group) in enumerate(made):
                 last = k == len(made) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)
-                plain = last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+                plain = last or self.sharded  # else whole gradients would stand on every GPU
                 with nullcontext() if plain else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss, metrics = self._loss(model, microbatch, group)
@@ -327,9 +349,12 @@ class PairTrainer(CPOTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             Trainer._save_checkpoint(self, model, trial)  # trl's own writes a model card, too
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / "complete").touch()
-        except Exception as error:  # OSError, torch's RuntimeError, SafetensorError, ...
+        except Exception as error:  # OSError, SafetensorError, and RuntimeErrors of torch's own
+            if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self.args.output_dir).free / 2**20
             raise TrainingFailed(

@@ -210,7 +210,7 @@ def _save(trainer, model: Model, settings: Training, folder: Path) -> None:
 
 
 def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
-    """Write base + adapter as one model in 16 bit (the base's own precision if it is lower).
+    """Write base + adapter as one model in 16 bit: float16 if model.dtype says so, else bfloat16.
 
     Nothing else uses it: what is evaluated is base + adapter. Merging into 4-bit weights would be off
     by a tenth, so it is never done.
@@ -268,7 +268,8 @@ def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
 
 
 def _fingerprint(model: Model, pairs: list[dict], settings: Training, algorithm, seed) -> str:
-    """A hash of what determines the weights. Settings of other algorithms do not count."""
+    """A hash of what determines the weights, but for rounding: settings of other algorithms, of
+    memory and of the probe do not count, so they can be changed between a kill and going on."""
     own = {
         "simpo": {"beta", "gamma", "learning_rate"},
         "dpo": {"dpo_beta", "learning_rate"},
@@ -280,7 +281,8 @@ def _fingerprint(model: Model, pairs: list[dict], settings: Training, algorithm,
     else:
         lora = set()
     others = set().union(*own.values()) - own[algorithm] | lora
-    others |= {"algorithm", "checkpoint_minutes"}
+    others |= {"algorithm", "checkpoint_minutes", "probe_steps", "probe_prompts"}
+    others |= {"token_budget", "share_prompt", "gradient_checkpointing"}  # time and memory only
     kept = settings.model_dump(mode="json", exclude=others)
     ids = [row["id"] for row in pairs]
     return row_id(ids, kept, model_name(model), model.dtype, algorithm, seed)
@@ -451,9 +453,11 @@ def needs_checkpointing(config, tokens: int, free: int | None) -> tuple[bool, st
     """
     if free is None:
         return False, "there is no GPU"
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads + 2 * (config.num_key_value_heads or 1)
-    values = 10 * config.hidden_size + 2 * heads * head + 4 * config.intermediate_size
+    width, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width // heads
+    heads += 2 * (getattr(config, "num_key_value_heads", None) or heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    values = 10 * width + 2 * heads * head + 4 * inner
     need = 2 * values * config.num_hidden_layers * tokens
     words = f"activations need about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     return need > 0.7 * free, words
@@ -527,7 +531,9 @@ def pair_trainer(
     longest = max(packing.cost(row, settings.share_prompt) for row in rows)
     tokens, free = max(settings.token_budget, longest), None
     if cuda:
-        free = torch.cuda.mem_get_info()[0]
+        # A trained weight still wants its gradient, Adam's two moments and a 16-bit copy.
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        free = max(0, torch.cuda.mem_get_info()[0] - 14 * trained)
     config = policy.config.get_text_config()
     twice, why = needs_checkpointing(config, tokens, free)
     if settings.gradient_checkpointing != "auto":
@@ -630,6 +636,8 @@ def _watch(folder: Path, settings: Training, tokenizer, chats: list[list[dict]],
                 return
             row = {"step": state.global_step, **{to: logs.get(of) for of, to in LOG_KEYS.items()}}
             row |= {key: int(row[key]) for key in list(LOG_KEYS.values())[-5:]}
+            if not math.isfinite(row["grad_norm"] or 0.0):
+                row["grad_norm"] = None  # a step that float16 skipped; Infinity is no JSON
             row["seconds"] = round(self.seconds, 4)
             _append(folder / "log.jsonl", [row])
             self._probe(state, model)
@@ -687,22 +695,34 @@ def probe(model, tokenizer, chats: list[list[dict]]) -> list[dict]:
         of the answer's sentences that stood in it before, 0 to 1.
     """
     import torch
+    from transformers import GenerationConfig
 
     limit = PROBE_TOKENS
     chats = [disarm(chat, tokenizer) for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    training = model.training
+    # A model may bring a repetition penalty along, which would hide what is looked for.
+    stops = model.generation_config.eos_token_id
+    stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stops),
+    )
+    training, own = model.training, model.generation_config
     model.eval()
-    with torch.inference_mode():
-        out = model.generate(
-            **batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+    model.generation_config = config  # `generate` takes up what is not set from there
+    try:
+        with torch.inference_mode():
+            out = model.generate(**batch, generation_config=config)
+    finally:
+        model.generation_config = own
     model.train(training)
     rows = []
     for chat, reply in zip(chats, out[:, batch["input_ids"].shape[1] :].tolist()):
-        ends = [k for k, token in enumerate(reply) if token == tokenizer.eos_token_id]
+        ends = [k for k, token in enumerate(reply) if token in stops]
         text = tokenizer.decode(reply[: ends[0]] if ends else reply, skip_special_tokens=True)
         row = {"prompt": chat[0]["content"], "text": text.strip()}
         row |= {"tokens": ends[0] if ends else len(reply), "finished": bool(ends)}
@@ -720,7 +740,8 @@ def main() -> None:
     """`accelerate launch -m sao_utils.training --recipe R --run NAME --arm self --seed 0`.
 
     Train one arm with several processes; `sao run` and notebook 04 then find it finished. The stages
-    before it should have run: else one process makes them while the others wait.
+    before it should have run: else one process makes them, while the others wait for at most as long as
+    torch lets them (10 to 30 minutes).
     """
     import argparse
 
