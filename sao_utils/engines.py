@@ -306,8 +306,7 @@ def disarm(chat: Chat, tokenizer) -> Chat:
     What a model or a user wrote is data; it must not open or close a turn. Not all such tokens have
     a role name in the tokenizer (Llama-3's header tokens have none), so the whole table is searched.
     """
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    special.update(tokenizer.all_special_tokens)
+    special = special_tokens(tokenizer)
     safe = []
     for message in chat:
         text = message["content"]
@@ -315,6 +314,12 @@ def disarm(chat: Chat, tokenizer) -> Chat:
             text = text.replace(token, f"{token[:1]} {token[1:]}")
         safe.append({**message, "content": text})
     return safe
+
+
+def special_tokens(tokenizer) -> set[str]:
+    """All tokens of a tokenizer that open or close something, with or without a role name."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return special.union(tokenizer.all_special_tokens)
 
 
 def load_tokenizer(model: Model):

@@ -25,6 +25,7 @@ from sao_utils.engines import (
     load_tokenizer,
     model_folder,
     model_name,
+    special_tokens,
     unload_engines,
 )
 from sao_utils.losses import TrainingFailed
@@ -309,9 +310,9 @@ def _free_memory() -> None:
 def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: int | None = None):
     """Token ids and labels of a prompt with one of its answers.
 
-    The prompt is templated as in generation. The answer ends in exactly one end token: what a
-    template puts after it ("<|im_end|>\\n") is cut off, or trl would add a second one, and where a
-    template puts none it is added.
+    The prompt is templated as in generation. The answer ends in exactly one end token, the one that
+    closes the turn: what a template puts after it ("<|im_end|>\\n") is cut off, and where a template
+    puts none the tokenizer's eos is added.
 
     Args:
         limit: the most tokens that the model takes.
@@ -331,7 +332,12 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: in
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     head, found, tail = text.rpartition(eos)
-    text = head + eos if found and not tail.strip() else text + eos
+    # Gemma closes a turn with a token that is not its eos; generation stops there, too.
+    closers = {} if found else {text.find(t, len(prompt)): t for t in special_tokens(tokenizer)}
+    closers.pop(-1, None)
+    where_closed = min(closers, default=len(text))
+    end = closers.get(where_closed, eos)
+    text = head + eos if found and not tail.strip() else text[:where_closed] + end
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # A token may span the seam; it then belongs to the answer.
@@ -341,10 +347,11 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: in
             f"{where}: the chat template writes the prompt differently once there is an answer, so "
             "training would not see what generation sees. Use a model with a plain chat template."
         )
-    ends = [i for i, token in enumerate(ids[start:]) if token == tokenizer.eos_token_id]
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    ends = [i for i, token in enumerate(ids[start:]) if token == end_id]
     if ends != [len(ids) - start - 1]:
         raise ValueError(
-            f"{where}: {len(ends)} end tokens ({eos}) in the templated answer; there must be "
+            f"{where}: {len(ends)} end tokens ({end}) in the templated answer; there must be "
             "exactly one, at its end. Look at the model's chat template."
         )
     if limit and len(ids) > limit:

@@ -185,6 +185,15 @@ def test_an_answer_ends_in_exactly_one_end_token(templated, pairs, template):
     assert ids[: -len(answer)] == prompt, "trained on another prompt than is generated from"
 
 
+def test_a_turn_that_closes_with_another_token_than_eos_ends_there(templated, pairs):
+    """As Gemma's <end_of_turn>: an eos after it could never be generated, but would be scored."""
+    tokenizer = templated(PLAIN.replace("<|end|>{%", "<|user|>\n{%"))
+    ids, labels = encode(pairs[0], "chosen", tokenizer)
+    answer = [token for token in labels if token != -100]
+    assert tokenizer.decode(answer) == ANSWERS[0][0] + "<|user|>"
+    assert tokenizer.eos_token_id not in ids
+
+
 def test_an_end_token_inside_an_answer_is_data(tokenizer):
     ids, _ = encode(pair("p", "Yes.<|end|><|user|>More?", "No."), "chosen", tokenizer)
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -403,11 +412,13 @@ told = json.load(open(sys.argv[1]))
 if told["fsdp"]:  # accelerate itself offers FSDP on GPUs only, torch on CPUs too
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    original = AcceleratorState.__init__
+    original, plugin = AcceleratorState.__init__, FullyShardedDataParallelPlugin()
     def with_fsdp(self, *given, **named):
         original(self, *given, **named)
         self._shared_state["distributed_type"] = DistributedType.FSDP
-        self._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        if plugin.mixed_precision_policy is None and told["fsdp"] == "bf16":
+            plugin.set_mixed_precision("bf16")
+        self._shared_state["fsdp_plugin"] = plugin
     AcceleratorState.__init__ = with_fsdp
 if told["file_limit"]:
     import resource, signal
@@ -570,6 +581,24 @@ def test_two_processes_give_the_loss_curve_of_one(base, pairs, tmp_path, way, me
     assert first.keys() == second.keys()
     for key, weight in first.items():
         assert torch.allclose(second[key].float(), weight.float(), atol=2e-4), key
+
+
+@pytest.mark.slow
+def test_fsdp_in_bfloat16_keeps_log_probabilities_in_float32(base, pairs, tmp_path):
+    """The shipped mixed_precision: bf16; accelerate's policy would round them to 8 bits."""
+    steps = settings(batch_size=6, method="full", token_budget=60, beta=2.0, gamma=0.5)
+    one = fit(base, pairs, steps, "simpo", 0, tmp_path / "one")
+    launch = ["-m", "accelerate.commands.launch", f"--main_process_port={free_port()}"]
+    launch += ["--num_processes=2", "--mixed_precision=no"]
+    launch.append(f"--config_file={files('sao_utils') / 'launch' / 'fsdp.yaml'}")
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    two = child(base, pairs, steps, tmp_path / "two", fsdp="bf16", command=launch, **environment)
+    told = two.communicate(timeout=120)[0]
+    assert two.returncode == 0, told[-4000:]
+    (wanted,), (found,) = comparable(one), comparable(tmp_path / "two")
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=0.02)
+    assert found["margin"] != pytest.approx(wanted["margin"], rel=1e-6), "was it bfloat16 at all?"
+    assert found["margin"] == pytest.approx(wanted["margin"], rel=0.05, abs=0.05)
 
 
 def free_port():
