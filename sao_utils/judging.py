@@ -61,7 +61,7 @@ def oracle_quality(prompt: str, *answers: str) -> list[int] | None:
 
 
 def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
-    """Let the recipe's model (never a tuned one) judge pairs in both orders.
+    """Let the recipe's judge (by default its model, never a tuned one) judge pairs in both orders.
 
     One row an order is kept in `rows/<stage>.jsonl`.
 
@@ -75,7 +75,7 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
         mass: the smaller of the two orders' probabilities on any valid verdict;
         first_wins: for each order, whether the answer shown first was preferred.
     """
-    settings = run.recipe.judging
+    settings, judging_model = run.recipe.judging, run.recipe.judging_model
     used = (
         settings
         if settings.method == "sampled"
@@ -87,7 +87,7 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
             }  # of no effect here: keep ids stable
         )
     )
-    made_with = ("verdict", templates.fingerprint("ranking"), used, model_name(run.recipe.model))
+    made_with = ("verdict", templates.fingerprint("ranking"), used, model_name(judging_model))
     jobs = [
         {"id": row_id(*made_with, pair["id"], order), "pair": k, "order": order}
         for k, pair in enumerate(pairs)
@@ -103,7 +103,7 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
             content = templates.ranking_prompt(pair["prompt"], *shown)
             chats.append([{"role": "user", "content": content}])
         ids = [job["id"] for job in outstanding]
-        engine = load_engine(run.recipe.model)
+        engine = load_engine(judging_model)
         ask = _force if settings.method == "logprob" else _sample
         for batch in ask(engine, chats, settings, [seed_of(i) for i in ids]):
             yield [{"id": ids[k], "order": outstanding[k]["order"], **reply} for k, reply in batch]

@@ -66,7 +66,10 @@ def parameters(run: Run) -> dict[str, Any]:
     def flat(recipe):
         plain = recipe.model_dump(mode="json")
         sections = {key: key.rpartition(".") for key in valid_keys()}
-        return {key: (plain[s] if s else plain)[leaf] for key, (s, _, leaf) in sections.items()}
+        return {
+            key: plain[leaf] if not s else plain[s] and plain[s][leaf]  # a judge may be None
+            for key, (s, _, leaf) in sections.items()
+        }
 
     name = run.recipe.name
     if name in recipe_names():
@@ -247,7 +250,7 @@ def _execute(path: Path, out: Path, told: dict[str, Any], environment: dict[str,
     except DeadKernelError:
         reason = (
             "its Python process was killed, most often because the machine ran out of memory.\n"
-            "Close other programs, or try a smaller model.batch_size or training.token_budget."
+            "Close other programs, or try a smaller model.batch_tokens or training.token_budget."
         )
     except NoSuchKernel:
         reason = "Jupyter's kernel 'python3' is missing. Install it with `pip install ipykernel`."

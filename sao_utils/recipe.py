@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,16 +21,53 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    path: str = Field(description='"tiny" (embedded), a folder, or a name on the hub')
+    path: str = Field(description='"tiny" (embedded), a folder, or a name on the hub or server')
     revision: str | None = Field(None, description="commit of a hub model")
+    engine: Literal["transformers", "vllm", "api"] = Field(
+        "transformers", description="what runs it; api: any OpenAI-compatible server"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    batch_size: int = Field(64, ge=1, description="rows that the engine takes through at a time")
+    quantisation: Literal["none", "nf4", "fp8", "awq", "gptq", "bitsandbytes"] = Field(
+        "none",
+        description="of the weights that generate and judge; nf4: transformers, others: vllm",
+    )
+    batch_tokens: int = Field(
+        32_768, ge=1, description="tokens, prompts and replies, of a batch (transformers)"
+    )
+    max_context: int | None = Field(None, ge=1, description="tokens of prompt and reply (vllm)")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory (vllm)")
+    workers: int = Field(0, ge=0, description="Ray Data workers; 0: no Ray")
+    url: str | None = Field(None, description="of the server, such as http://localhost:8000/v1")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="environment variable with the server's key"
+    )
+    concurrency: int = Field(8, ge=1, description="requests to the server at a time")
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if (self.engine == "api") != (self.url is not None):
+            raise ValueError("engine=api and a url belong together: set both, or neither")
+        if self.url and "@" in self.url.split("//")[-1].split("/")[0]:
+            raise ValueError("url holds a user name or key; keys come from key_variable only")
+        fits = {"transformers": ("nf4",), "vllm": ("fp8", "awq", "gptq", "bitsandbytes"), "api": ()}
+        if self.quantisation not in ("none", *fits[self.engine]):
+            there = ", ".join(("none", *fits[self.engine]))
+            raise ValueError(f"quantisation with engine={self.engine} is one of: {there}")
+        return self
 
 
 class Personas(_Section):
     source: str = Field(description='"tiny", "hub" (Persona-Hub), or a .jsonl or .csv file')
     count: int = Field(ge=1, description="personas a seed, one prompt each")
     with_persona: bool = Field(True, description="false: the template without a persona (ours)")
+    max_similarity: float | None = Field(
+        None, gt=0, le=1, description="drop prompts nearer than this to an earlier one (MinHash)"
+    )
+    ngram: int | None = Field(
+        None,
+        ge=1,
+        description="drop prompts that share so many words in a row with an evaluation set",
+    )
     temperature: float = Field(0.6, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
@@ -50,6 +87,9 @@ class Judging(_Section):
     temperature: float = Field(0.6, ge=0, description="of sampled verdicts")
     top_p: float = Field(1.0, gt=0, le=1, description="of sampled verdicts")
     max_new_tokens: int = Field(16, ge=1, description="of sampled verdicts")
+    gold: str | None = Field(
+        None, description="a .jsonl or .csv file of pairs with known labels, to judge the judge by"
+    )
     min_mass: float = Field(
         0.5, ge=0, le=1, description="probability on the two verdicts below which one is invalid"
     )
@@ -119,12 +159,18 @@ class Recipe(_Section):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     arms: tuple[Arm, ...] = ("self",)
     model: Model
+    judge: Model | None = Field(None, description="another judge than the model itself")
     personas: Personas
     responses: Responses
     judging: Judging
     pairs: Pairs
     training: Training
     evaluation: Evaluation
+
+    @property
+    def judging_model(self) -> Model:
+        """Who judges: the model itself (the papers' way), or the recipe's judge."""
+        return self.judge or self.model
 
     @model_validator(mode="after")
     def _each_once(self):
@@ -152,11 +198,9 @@ def valid_keys() -> list[str]:
     """Every key that a recipe knows, dotted: `training.beta`."""
     keys = []
     for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, _Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
+        kinds = get_args(field.annotation) or (field.annotation,)
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, _Section)), None)
+        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys
 
 
@@ -171,22 +215,14 @@ def _read_value(key: str, value: Any) -> Any:
     return value if isinstance(read, str) else read
 
 
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe and set single keys of it anew.
-
-    Args:
-        name: one of `recipe_names()`, or the path of a YAML file.
-        overrides: dotted key -> value; a string is read as YAML ("1e-5" becomes a number).
-
-    Raises:
-        RecipeError: no such recipe, no such key (the valid ones are listed), or a bad value.
-    """
-    if str(name).endswith((".yaml", ".yml")):
+def _read(name: str, extended_by: tuple[str, ...] = ()) -> dict:
+    """A recipe as data; what it `extends` (the name of a shipped recipe) lies underneath."""
+    if name.endswith((".yaml", ".yml")) and not extended_by:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"There is no recipe file {name}.")
         text = path.read_text(encoding="utf-8")
-    elif name in recipe_names():
+    elif name in recipe_names() and name not in extended_by:
         text = (files("sao_utils") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise RecipeError(
@@ -198,12 +234,35 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         raise RecipeError(f"The recipe {name} is no YAML: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"The recipe {name} is not a mapping of keys to values.")
+    if "extends" not in data:
+        return data
+    below = _read(str(data.pop("extends")), (*extended_by, name))
+    for key, value in data.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        below[key] = {**below[key], **value} if both else value
+    return below
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe and set single keys of it anew.
+
+    Args:
+        name: one of `recipe_names()`, or the path of a YAML file. A recipe may say `extends: <name of
+            a shipped recipe>` and give just the keys that differ.
+        overrides: dotted key -> value; a string is read as YAML ("1e-5" becomes a number).
+
+    Raises:
+        RecipeError: no such recipe, no such key (the valid ones are listed), or a bad value.
+    """
+    data = _read(str(name))
     keys = valid_keys()
     for key, value in (overrides or {}).items():
         if key not in keys:
             raise RecipeError(f"There is no key '{key}'. Keys: {', '.join(keys)}.")
         section, _, leaf = key.rpartition(".")
         if section and not isinstance(data.get(section), dict):
+            if value is None:  # a key of a section that is not there
+                continue
             data[section] = {}
         (data[section] if section else data)[leaf] = _read_value(key, value)
     try:

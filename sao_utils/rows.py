@@ -94,8 +94,16 @@ def _as_yaml(recipe: Recipe) -> str:
 def _with_whole_paths(recipe: Recipe) -> Recipe:
     """Local files by their absolute paths: notebooks run in another folder than the command."""
     changes = {}
-    for section, key in (("model", "path"), ("personas", "source"), ("evaluation", "questions")):
+    for section, key in (
+        ("model", "path"),
+        ("judge", "path"),
+        ("personas", "source"),
+        ("judging", "gold"),
+        ("evaluation", "questions"),
+    ):
         settings = getattr(recipe, section)
+        if settings is None or getattr(settings, key) is None:
+            continue
         path = Path(getattr(settings, key))
         if path.exists() and getattr(settings, key) not in ("tiny", "hub", "test", "dev"):
             changes[section] = settings.model_copy(update={key: str(path.resolve())})

@@ -95,5 +95,39 @@ def test_every_key_of_every_section_can_be_overridden():
     for key in valid_keys():
         value = plain
         for part in key.split("."):
-            value = value[part]
+            value = value and value[part]  # there may be no judge
         assert isinstance(load_recipe("tiny", {key: value}), Recipe)
+
+
+def test_a_recipe_extends_a_shipped_one_key_by_key(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tiny\nname: mine\ntraining: {beta: 5}\n")
+    mine, tiny = load_recipe(str(path)), load_recipe("tiny")
+    changed = tiny.training.model_copy(update={"beta": 5.0})
+    assert mine == tiny.model_copy(update={"name": "mine", "training": changed})
+    path.write_text("extends: nothing\nname: mine\n")
+    with pytest.raises(RecipeError, match="nothing"):
+        load_recipe(str(path))
+
+
+def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():
+    tiny = load_recipe("tiny")
+    assert tiny.judge is None and tiny.judging_model == tiny.model
+    other = load_recipe(
+        "tiny", {"judge.path": "gpt", "judge.engine": "api", "judge.url": "http://x/v1"}
+    )
+    assert other.judging_model.path == "gpt" and other.model == tiny.model
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model.engine": "api"}, "url"),
+        ({"model.engine": "api", "model.url": "http://me:secret@host/v1"}, "key_variable"),
+        ({"model.quantisation": "fp8"}, "quantisation"),
+        ({"model.engine": "vllm", "model.quantisation": "nf4"}, "quantisation"),
+    ],
+)
+def test_engine_settings_that_do_not_fit_together_are_refused(changes, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("tiny", changes)

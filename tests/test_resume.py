@@ -12,7 +12,7 @@ from sao_utils import judging, rows
 
 LOOP = """
 from sao_utils import judging, rows
-judging.judge(rows.open_run("tiny", "killed", {"personas.count": 100, "model.batch_size": 8}))
+judging.judge(rows.open_run("tiny", "killed", {"personas.count": 100, "model.batch_tokens": 1000}))
 """
 STAGES = ("prompts", "responses", "verdicts")
 
@@ -22,7 +22,7 @@ def made(run):
 
 
 def test_three_kills_lose_nothing_and_make_nothing_twice(results):
-    overrides = {"personas.count": 100, "model.batch_size": 8}
+    overrides = {"personas.count": 100, "model.batch_tokens": 1000}
     whole = rows.open_run("tiny", "whole", overrides)
     judging.judge(whole)
     rng = random.Random(1)
