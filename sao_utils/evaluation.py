@@ -6,33 +6,10 @@ from itertools import groupby
 from pathlib import Path
 
 from sao_utils.engines import Sampling, load_engine, model_name
-from sao_utils.judging import cluster, oracle_quality, verdict_rows
-from sao_utils.personas import read_column
+from sao_utils.judging import oracle_quality, verdict_rows
+from sao_utils.questions import questions
 from sao_utils.rows import Run, make_rows, row_id, seed_of
-from sao_utils.tiny import world
 from sao_utils.training import train
-
-QUESTION_SEED = {"test": 4242, "dev": 2424}  # the same questions in every run
-
-
-def questions(run: Run) -> list[dict]:
-    """The evaluation questions: rows {id, question, combination}.
-
-    `combination` is what intervals are clustered by: of the tiny world the hobby and the asked
-    things, of a file the question itself.
-    """
-    settings = run.recipe.evaluation
-    if settings.questions in QUESTION_SEED:
-        texts = world.held_out_questions(
-            settings.questions, settings.per_combination, QUESTION_SEED[settings.questions]
-        )
-    else:
-        texts = read_column(settings.questions, "prompt")
-    rows = []
-    for k, text in enumerate(texts):
-        identity = row_id("question", k, text)
-        rows.append({"id": identity, "question": text, "combination": cluster(text)})
-    return rows
 
 
 def models(run: Run) -> list[tuple[str, int | None, Path | None]]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from sao_utils import templates
 from sao_utils.engines import Engine, Sampling, load_engine, model_name
+from sao_utils.questions import cluster
 from sao_utils.recipe import Judging
 from sao_utils.responses import response_pairs
 from sao_utils.rows import Run, make_rows, row_id, seed_of
@@ -169,12 +170,6 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
         "margin_21": margin_21,
         "first_wins": [odds_12 > 0, odds_21 > 0],
     }
-
-
-def cluster(prompt: str) -> str:
-    """What an interval is clustered by: the question's combination, else the prompt itself."""
-    question = world.parse_question(prompt)
-    return " ".join((question.hobby, *question.combination[1])) if question else prompt
 
 
 def agreement(verdicts: list[dict]) -> dict[str, list]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from itertools import islice
-from pathlib import Path
 
 from sao_utils import templates
 from sao_utils.engines import Completion, Sampling, load_engine, model_name
+from sao_utils.questions import read_column
 from sao_utils.recipe import RecipeError
 from sao_utils.rows import Run, complete, make_rows, row_id, seed_of
 from sao_utils.tiny import world
@@ -66,40 +64,6 @@ def _stream_from_hub(count: int, seed: int) -> list[str]:
     stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True)
     shuffled = stream.shuffle(seed=seed, buffer_size=10_000)
     return [row["persona"] for row in islice(shuffled, count)]
-
-
-def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a .jsonl or .csv file.
-
-    Raises:
-        RecipeError: the file is missing, of another kind, or has no such column.
-    """
-    path = Path(source)
-    if path.suffix not in (".jsonl", ".csv") or not path.is_file():
-        raise RecipeError(f"'{source}' is no .jsonl or .csv file that is there.")
-    with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins a CSV with a mark
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            rows = [_read_line(line, k, source) for k, line in enumerate(file, 1) if line.strip()]
-    texts = [str(row.get(column) or "").strip() for row in rows]
-    if not any(texts):
-        raise RecipeError(f"{source} has no column '{column}' with text in it.")
-    if not all(texts):
-        raise RecipeError(
-            f"{source}: row {texts.index('') + 1} has an empty '{column}'. Remove it."
-        )
-    return texts
-
-
-def _read_line(line: str, number: int, source: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{source}, line {number} is no JSON object.")
-    return row
 
 
 def write_prompts(run: Run) -> list[dict]:

@@ -17,10 +17,11 @@ from sao_utils.intervals import (
     clustered_mean,
     length_controlled_win_rate,
 )
-from sao_utils.judging import agreement, cluster, judge
+from sao_utils.judging import agreement, judge
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import repetition_rate, write_prompts
 from sao_utils.publishing import write_card
+from sao_utils.questions import cluster
 from sao_utils.rows import Run, note, results_folder, write_whole
 from sao_utils.tiny import world
 

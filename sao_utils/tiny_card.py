@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sao_utils import results
 from sao_utils.engines import Sampling, load_engine, model_folder
-from sao_utils.evaluation import questions
 from sao_utils.judging import oracle_quality, verdict_rows
+from sao_utils.questions import questions
 from sao_utils.rows import Run, open_run, row_id, seed_of, write_whole
 
 CARD = """---
