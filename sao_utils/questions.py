@@ -53,21 +53,31 @@ def cluster(prompt: str) -> str:
     return " ".join((question.hobby, *question.combination[1])) if question else prompt
 
 
-def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a .jsonl or .csv file.
+def read_table(source: str) -> list[dict]:
+    """The rows of a .jsonl or .csv file, as they are.
 
     Raises:
-        RecipeError: the file is missing, of another kind, or has no such column.
+        RecipeError: the file is missing, of another kind, or has a line that cannot be read.
     """
     path = Path(source)
     if path.suffix not in (".jsonl", ".csv") or not path.is_file():
         raise RecipeError(f"'{source}' is no .jsonl or .csv file that is there.")
     with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins a CSV with a mark
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            rows = [_read_line(line, k, source) for k, line in enumerate(file, 1) if line.strip()]
-    texts = [str(row.get(column) or "").strip() for row in rows]
+            try:
+                return list(csv.DictReader(file))
+            except csv.Error as error:
+                raise RecipeError(f"{source} is no CSV that can be read: {error}.") from None
+        return [_read_line(line, k, source) for k, line in enumerate(file, 1) if line.strip()]
+
+
+def read_column(source: str, column: str) -> list[str]:
+    """The non-empty texts of one column of a .jsonl or .csv file.
+
+    Raises:
+        RecipeError: the file cannot be read, or has no such column.
+    """
+    texts = [str(row.get(column) or "").strip() for row in read_table(source)]
     if not any(texts):
         raise RecipeError(f"{source} has no column '{column}' with text in it.")
     if not all(texts):
