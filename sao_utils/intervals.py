@@ -67,7 +67,7 @@ def clustered_mean(
     """
     is_share = bool(np.ndim(values)) and all(isinstance(v, (bool, np.bool_)) for v in values)
     numbers = _numbers(values, "values")
-    codes = _codes(clusters, len(numbers), "values")
+    codes = cluster_codes(clusters, len(numbers), "values")
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
     value, n = math.fsum(numbers) / len(numbers), len(numbers)
@@ -78,8 +78,10 @@ def clustered_mean(
         trials = int(codes.max()) + 1
         bounds = wilson(value * trials, trials)
         return Interval(value, bounds.low, bounds.high, n)
-    codes = _without_single_cluster(codes)
-    of_run = _codes(runs, len(numbers), "values") if runs is not None else np.zeros_like(codes)
+    codes = without_single_cluster(codes)
+    of_run = (
+        cluster_codes(runs, len(numbers), "values") if runs is not None else np.zeros_like(codes)
+    )
     means = _resampled_means(numbers, codes, of_run, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(value, float(low), float(high), n)
@@ -179,7 +181,7 @@ def length_controlled_win_rate(
         raise ValueError(f"there are {len(y)} wins, but {len(d)} differences in length")
     if y.min() < 0 or y.max() > 1:
         raise ValueError("wins must be 1 (won), 0 (lost) or 0.5 (tie)")
-    codes, n = _codes(clusters, len(y), "wins"), len(y)
+    codes, n = cluster_codes(clusters, len(y), "wins"), len(y)
     design = np.ones((n, 1))
     if d.any():
         spread = np.std(d, ddof=1) if n > 1 else 0.0
@@ -191,13 +193,30 @@ def length_controlled_win_rate(
         trials = int(codes.max()) + 1
         bounds = wilson(y[0] * trials, trials)
         return Interval(float(y[0]), bounds.low, bounds.high, n)
-    codes = _without_single_cluster(codes)
+    codes = without_single_cluster(codes)
     if not (d.any() and _separated(y, x)):
         try:
             return _at_zero(*_robust_fit(y, design, codes), n)
         except ArithmeticError:
             pass  # all but separated
     return _at_zero(*_penalised_fit(y, design, codes), n)
+
+
+def resampled_sums(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """[resamples, m] totals of as many clusters as there are, drawn with replacement.
+
+    Args:
+        sums: [k, m] what each of the k clusters adds to each of m totals.
+    """
+    k = len(sums)
+    step = max(1, _CHUNK // k)
+    totals = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        drawn = rng.integers(k, size=(size, k)) + np.arange(0, size * k, k)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * k).reshape(size, k)
+        totals.append(times @ sums)
+    return np.concatenate(totals)
 
 
 def _numbers(values: Sequence[float], name: str) -> np.ndarray:
@@ -218,7 +237,7 @@ def _key(cluster):
     return tuple(map(_key, cluster)) if isinstance(cluster, (list, tuple)) else cluster
 
 
-def _codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
+def cluster_codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
     """The clusters numbered 0, 1, ... in an order that does not hang on the order of the rows."""
     names = clusters.tolist() if hasattr(clusters, "tolist") else list(clusters)
     keys = [_key(c) for c in names]
@@ -228,7 +247,7 @@ def _codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
     return np.array([number[key] for key in keys])
 
 
-def _without_single_cluster(codes: np.ndarray) -> np.ndarray:
+def without_single_cluster(codes: np.ndarray) -> np.ndarray:
     """The codes; if there is one cluster only, each value becomes one of its own."""
     if codes.max() > 0:
         return codes
@@ -254,14 +273,14 @@ def _resampled_means(
     order = np.lexsort((numbers, cells))
     sums = np.bincount(cells[order], numbers[order], minlength=runs * k).reshape(runs, k)
     counts = np.bincount(cells, minlength=runs * k).astype(float).reshape(runs, k)
+    if runs == 1:
+        totals, sizes = resampled_sums(np.stack([sums[0], counts[0]], 1), resamples, rng).T
+        return totals / sizes
     step = max(1, _CHUNK // k)
     means = []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         drawn = rng.integers(k, size=(size, k))
-        if runs == 1:
-            means.append(sums[0][drawn].sum(1) / counts[0][drawn].sum(1))
-            continue
         # One fewer than there are: drawing all of few runs would understate how they scatter by
         # (runs - 1) / runs, a third for three seeds (Rao and Wu's rescaling).
         times = rng.multinomial(runs - 1, np.full(runs, 1 / runs), size=size)
