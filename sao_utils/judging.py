@@ -11,6 +11,9 @@ orders; by default the log-probabilities of the two possible verdicts after the 
 
 so each is positive when a is preferred, and what the judge gives to a position cancels. Only the
 first token in which the verdicts part is scored ("1" or "2"): the rest follows from it.
+
+How good a judge is shows on pairs of which the better answer is known: the tiny world's oracle
+knows it (`oracle_quality`), and so does a user's file (`labelled_pairs`, `judge_labelled`).
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from collections.abc import Iterator
 
 from sao_utils import templates
 from sao_utils.engines import Engine, Sampling, load_engine, model_name
-from sao_utils.questions import cluster
-from sao_utils.recipe import Judging
+from sao_utils.questions import cluster, read_table
+from sao_utils.recipe import Judging, Model, RecipeError
 from sao_utils.responses import response_pairs
 from sao_utils.rows import Run, make_rows, row_id, seed_of
 from sao_utils.tiny import world
 
 ORDERS = ("12", "21")
+#: column "label" of a user's file -> the quality of response_a and of response_b.
+LABELS = {"a": (1, 0), "1": (1, 0), "b": (0, 1), "2": (0, 1), "tie": (0, 0), "0": (0, 0)}
+ABOUT_EQUAL = 0.1  # lengths that differ by less than this share of the longer (ours)
 
 
 def judge(run: Run) -> list[dict]:
@@ -61,13 +67,14 @@ def oracle_quality(prompt: str, *answers: str) -> list[int] | None:
     return [world.inspect_answer(question, answer).quality for answer in answers]
 
 
-def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
+def verdict_rows(run: Run, stage: str, pairs: list[dict], judge: Model | None = None) -> list[dict]:
     """Let the recipe's judge (by default its model, never a tuned one) judge pairs in both orders.
 
     One row an order is kept in `rows/<stage>.jsonl`.
 
     Args:
         pairs: rows with at least {id, prompt, responses [a, b]}.
+        judge: another judge than the recipe's; verdicts of several judges may share a stage.
 
     Returns:
         The pairs with {outcome, margin, margin_12, margin_21, mass, first_wins} added:
@@ -76,7 +83,7 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
         mass: the smaller of the two orders' probabilities on any valid verdict;
         first_wins: for each order, whether the answer shown first was preferred.
     """
-    settings, judging_model = run.recipe.judging, run.recipe.judging_model
+    settings, judging_model = run.recipe.judging, judge or run.recipe.judging_model
     used = (
         settings
         if settings.method == "sampled"
@@ -117,12 +124,21 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict]) -> list[dict]:
 
 
 def _force(engine: Engine, chats, settings: Judging, seeds):
-    """First-minus-second log-odds of the forced verdict, and the probability on both verdicts."""
+    """First-minus-second log-odds of the forced verdict, and the probability on both verdicts.
+
+    Log-odds are None where an engine gives no finite log-probability of both verdicts: a server
+    names the likeliest tokens only, and a prompt may be longer than the context.
+    """
     for batch in engine.choose(chats, templates.VERDICT_PREFIX, templates.VERDICTS):
-        yield [
-            (k, {"log_odds": first - second, "mass": math.exp(first) + math.exp(second)})
-            for k, (first, second) in batch
-        ]
+        yield [(k, _forced(*log_probabilities)) for k, log_probabilities in batch]
+
+
+def _forced(first: float, second: float) -> dict:
+    odds, mass = first - second, math.exp(first) + math.exp(second)
+    return {
+        "log_odds": odds if math.isfinite(odds) else None,
+        "mass": mass if math.isfinite(mass) else 0.0,
+    }
 
 
 def _sample(engine: Engine, chats, settings: Judging, seeds):
@@ -173,40 +189,169 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
 
 
 def agreement(verdicts: list[dict]) -> dict[str, list]:
-    """What the oracle can say of the judge, as parallel lists over the pairs it can decide.
+    """What is known of a judge's errors, as parallel lists over the pairs with a known better answer.
 
-    Only judged pairs of different oracle quality count. Returns {right: verdict by the mean margin
-    is the oracle's (a margin of 0 counts one half), right_12 and right_21: the same for each order
-    alone, longer_better, longer_chosen: whether the longer answer is the better / the preferred
-    one (None for equal lengths), combination: the cluster}.
+    Only judged pairs of different quality count. A margin of 0 is half right.
+
+    Returns:
+        right: whether the mean margin names the better answer; right_12, right_21: the same for
+        each order alone; gold_first, gold_second: for the order in which the better answer is shown
+        first, second; size: of the mean margin (nats); longer_better, longer_chosen: whether the
+        longer answer is the better, the preferred one (None for equal lengths); better_is: "longer",
+        "about equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled pair, else None;
+        combination: the cluster.
     """
-    found: dict[str, list] = {
-        key: []
-        for key in (
-            "right",
-            "right_12",
-            "right_21",
-            "longer_better",
-            "longer_chosen",
-            "combination",
-        )
-    }
+    keys = (
+        "right right_12 right_21 gold_first gold_second size longer_better longer_chosen better_is"
+    )
+    found: dict[str, list] = {key: [] for key in (*keys.split(), "subset", "combination")}
     for row in verdicts:
-        if (
-            row["margin"] is None
-            or row["quality"] is None
-            or row["quality"][0] == row["quality"][1]
-        ):
+        if row["margin"] is None or row["quality"] is None or len(set(row["quality"])) == 1:
             continue
         first_better = row["quality"][0] > row["quality"][1]
-        for key, margin in (
-            ("right", "margin"),
-            ("right_12", "margin_12"),
-            ("right_21", "margin_21"),
-        ):
-            found[key].append(0.5 if row[margin] == 0 else float((row[margin] > 0) == first_better))
-        longer = row["lengths"][0] - row["lengths"][1]
-        found["longer_better"].append((longer > 0) == first_better if longer else None)
-        found["longer_chosen"].append((longer > 0) == (row["margin"] > 0) if longer else None)
-        found["combination"].append(cluster(row["prompt"]))
+        right_12 = _names(first_better, row["margin_12"])
+        right_21 = _names(first_better, row["margin_21"])
+        longer, longest = row["lengths"][0] - row["lengths"][1], max(row["lengths"])
+        if abs(longer) <= ABOUT_EQUAL * longest:
+            better_is = "about equal"
+        else:
+            better_is = "longer" if (longer > 0) == first_better else "shorter"
+        facts = {
+            "right": _names(first_better, row["margin"]),
+            "right_12": right_12,
+            "right_21": right_21,
+            "gold_first": right_12 if first_better else right_21,
+            "gold_second": right_21 if first_better else right_12,
+            "size": abs(row["margin"]),
+            "longer_better": (longer > 0) == first_better if longer else None,
+            "longer_chosen": _names(longer > 0, row["margin"]) if longer else None,
+            "better_is": better_is,
+            "subset": row.get("subset"),
+            "combination": cluster(row["prompt"]),
+        }
+        for key, fact in facts.items():
+            found[key].append(fact)
     return found
+
+
+def _names(first: bool, margin: float) -> bool | float:
+    """Whether a margin prefers the first answer if `first`, else the second; 0.5 for a margin of 0."""
+    return 0.5 if margin == 0 else (margin > 0) == first
+
+
+# ---------------------------------------------------------------------- a user's labelled pairs
+
+
+def labelled_pairs(source: str) -> list[dict]:
+    """The pairs of a user's .jsonl or .csv file whose better answer is known.
+
+    Columns: `prompt`, `chosen`, `rejected` (as in RewardBench), or `prompt`, `response_a`,
+    `response_b`, `label` (one of `LABELS`); and `subset`, if there is one. In a .jsonl file the
+    prompt and the answers may be lists of messages {role, content}, as in trl's conversational
+    data sets; the answer is then the last message, and those before it (they need no column
+    `prompt`) are what is answered. Several messages become one text with the roles in front.
+
+    Returns:
+        Rows {id, subset, prompt, responses [a, b], lengths [words of a, b], quality [a, b] (1: the
+        better, 0: the worse; equal: a tie), discarded}. Which answer is a is drawn by a seed
+        from the pair itself, so that position says nothing of quality. `discarded` is None, "empty
+        answer", "identical answers", "repeated pair", or "contradicting labels" (of a repeated
+        pair, all of it).
+
+    Raises:
+        RecipeError: no such file, no rows, a column that is missing or holds something else, or a
+            label that is not known; the message names row and column.
+    """
+    pairs = [
+        _labelled_pair(row, f"{source}, row {k}") for k, row in enumerate(read_table(source), 1)
+    ]
+    if not pairs:
+        raise RecipeError(f"{source} has no rows.")
+    labels: dict[str, set] = {}
+    for pair in pairs:
+        labels.setdefault(pair["id"], set()).add(tuple(pair["quality"]))
+    seen = set()
+    for pair in pairs:
+        if not all(text.strip() for text in pair["responses"]):
+            pair["discarded"] = "empty answer"
+        elif pair["responses"][0] == pair["responses"][1]:
+            pair["discarded"] = "identical answers"
+        elif len(labels[pair["id"]]) > 1:
+            pair["discarded"] = "contradicting labels"
+        elif pair["id"] in seen:
+            pair["discarded"] = "repeated pair"
+        seen.add(pair["id"])
+    return pairs
+
+
+def _labelled_pair(row: dict, where: str) -> dict:
+    """One row of a user's file as a pair; `where` begins the message of what is wrong with it."""
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        columns, quality = ("chosen", "rejected"), (1, 0)
+    else:
+        columns, label = ("response_a", "response_b"), str(row.get("label")).strip().lower()
+        if label not in LABELS:
+            raise RecipeError(
+                f"{where}: column 'label' is {row.get('label')!r}, not one of {', '.join(LABELS)}. A "
+                "file has the columns prompt, chosen, rejected, or prompt, response_a, response_b, label."
+            )
+        quality = LABELS[label]
+    (before, first), (same, second) = (_answer(row, column, where) for column in columns)
+    if before != same:
+        raise RecipeError(f"{where}: '{columns[0]}' and '{columns[1]}' answer different messages.")
+    turns = before or _messages(row, "prompt", where)
+    prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{r}: {text}" for r, text in turns)
+    if not prompt.strip():
+        raise RecipeError(f"{where}: column 'prompt' is empty.")
+    rated = sorted(zip((first, second), quality))
+    identity = row_id("labelled", prompt, rated[0][0], rated[1][0])
+    if seed_of(identity) % 2:
+        rated.reverse()
+    responses, qualities = ([pair[k] for pair in rated] for k in (0, 1))
+    return {
+        "id": identity,
+        "subset": None if row.get("subset") is None else str(row["subset"]),
+        "prompt": prompt,
+        "responses": responses,
+        "lengths": [len(text.split()) for text in responses],
+        "quality": qualities,
+        "discarded": None,
+    }
+
+
+def _answer(row: dict, column: str, where: str) -> tuple[list[tuple[str, str]], str]:
+    """The messages (role, text) before an answer, and the answer."""
+    *before, (role, text) = _messages(row, column, where, "assistant")
+    if role != "assistant":
+        raise RecipeError(f"{where}: the last message of column '{column}' is not the assistant's.")
+    return before, text
+
+
+def _messages(row: dict, column: str, where: str, role: str = "user") -> list[tuple[str, str]]:
+    """A column's messages as (role, text); a plain text is one message of `role`."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return [(role, value)]
+    try:
+        messages = [(message["role"], message["content"]) for message in value]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(isinstance(part, str) for pair in messages for part in pair):
+        fault = "neither a text nor a list of messages with role and content"
+        raise RecipeError(
+            f"{where}: column '{column}' is {fault if value is not None else 'missing'}."
+        )
+    return messages
+
+
+def judge_labelled(run: Run, pairs: list[dict], judge: Model | None = None) -> list[dict]:
+    """Judge labelled pairs in both orders; verdicts are kept in rows/labelled.jsonl.
+
+    Args:
+        pairs: rows of `labelled_pairs`; discarded ones are left out.
+        judge: another judge than the recipe's.
+
+    Returns:
+        The pairs with the verdict's keys of `verdict_rows`.
+    """
+    return verdict_rows(run, "labelled", [p for p in pairs if p["discarded"] is None], judge)
