@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sao_utils.engines import Completion, Sampling, encode, load_model, load_tokenizer, parting
+from sao_utils.engines import (
+    Completion,
+    EngineError,
+    Sampling,
+    context_limit,
+    encode,
+    load_model,
+    load_tokenizer,
+    out_of_memory,
+    parting,
+    precision,
+)
 from sao_utils.recipe import Model
 
 
@@ -21,6 +33,9 @@ class TransformersEngine:
         self.name = name
         self.tokenizer = load_tokenizer(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype, why = precision(model)
+        bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
+        print(f"{model.path}: {dtype}{bits} ({why})", flush=True)
         whole = adapter is not None and not (adapter / "adapter_config.json").exists()
         weights = model.model_copy(update={"path": str(adapter), "revision": None})
         self.model = load_model(weights if whole else model, self.device)
@@ -28,7 +43,8 @@ class TransformersEngine:
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.model, str(adapter))
-            if self.model.dtype == torch.float32:  # in fewer bits, merging would round the adapter
+            # In fewer bits, merging would round the adapter.
+            if dtype == "float32" and model.quantisation == "none":
                 self.model = self.model.merge_and_unload()
         self.model.eval()
         # Some models bring a temperature or a repetition penalty along, which `generate` would
@@ -45,21 +61,22 @@ class TransformersEngine:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,  # the draw is made by _SeededDraw
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.stops,
-        )
         prompts = encode(chats, self.tokenizer)
         too_long = self._too_long(prompts)
-        if too_long:  # one over-long text must not end the run: an empty reply counts as discarded
+        if too_long:  # one over-long text must not end the run
             yield [(i, Completion("", 0, False)) for i in too_long]
-        for rows in self._batches(prompts, too_long, sampling.max_new_tokens):
+
+        def reply(rows: list[int], new_tokens: int):
             ids, mask = self._pad([prompts[i] for i in rows])
             processors = LogitsProcessorList()
             if sampling.temperature > 0:
                 processors.append(_SeededDraw([seeds[i] for i in rows], sampling, ids.shape[1]))
+            config = GenerationConfig(
+                max_new_tokens=new_tokens,
+                do_sample=False,  # the draw is made by _SeededDraw
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stops,
+            )
             with torch.inference_mode():
                 out = self.model.generate(
                     input_ids=ids,
@@ -68,7 +85,9 @@ class TransformersEngine:
                     logits_processor=processors,
                 )
             replies = out[:, ids.shape[1] :].tolist()
-            yield [(i, self._completion(reply)) for i, reply in zip(rows, replies)]
+            return [(i, self._completion(tokens)) for i, tokens in zip(rows, replies)]
+
+        yield from self._in_batches(prompts, too_long, reply, sampling.max_new_tokens)
 
     def choose(self, chats, prefix, choices):
         import torch
@@ -76,9 +95,10 @@ class TransformersEngine:
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
         too_long = self._too_long(prompts)
-        if too_long:  # no probability on any choice: an invalid verdict
+        if too_long:
             yield [(i, [-math.inf] * len(choices)) for i in too_long]
-        for rows in self._batches(prompts, too_long):
+
+        def score(rows: list[int], _: int):
             ids, mask = self._pad([prompts[i] for i in rows])
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.inference_mode():
@@ -89,12 +109,13 @@ class TransformersEngine:
                     use_cache=False,
                     logits_to_keep=1,
                 ).logits[:, -1]
-            picked = logits.float().log_softmax(-1)[:, firsts].tolist()
-            yield list(zip(rows, picked))
+            return list(zip(rows, logits.float().log_softmax(-1)[:, firsts].tolist()))
+
+        yield from self._in_batches(prompts, too_long, score)
 
     def _too_long(self, prompts: list[list[int]]) -> list[int]:
         """Indices of the prompts that fill the model's context; says so if there are any."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        limit = context_limit(self.model.config)
         found = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
         if found:
             print(
@@ -104,21 +125,61 @@ class TransformersEngine:
             )
         return found
 
-    def _batches(
-        self, prompts: list[list[int]], skipped: list[int], new_tokens: int = 0
-    ) -> Iterator[list[int]]:
-        """Indices of the prompts, longest first: memory trouble shows at once, not after hours."""
+    def _in_batches(
+        self,
+        prompts: list[list[int]],
+        skipped: list[int],
+        work: Callable[[list[int], int], list],
+        new_tokens: int = 0,
+    ) -> Iterator[list]:
+        """Yield `work(rows, new tokens)` for batches of the prompts; rows are indices.
+
+        Longest first: memory trouble shows at once, not after hours. A batch that the memory cannot
+        hold is halved, and those after it are no larger.
+
+        Raises:
+            EngineError: one row alone is too much.
+        """
+        limit = context_limit(self.model.config)
+        # Rows near the end of the context get fewer tokens. They do not share a batch with others:
+        # what a row says must not depend on them.
+        room = [min(new_tokens, limit - len(prompt)) for prompt in prompts]
         left = set(range(len(prompts))).difference(skipped)
-        order = sorted(left, key=lambda i: (-len(prompts[i]), i))
-        batch: list[int] = []
-        for i in order:
-            longest = len(prompts[batch[0]] if batch else prompts[i]) + new_tokens
-            if batch and (len(batch) + 1) * longest > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+        waiting = sorted(left, key=lambda i: (-len(prompts[i]), i))
+        while waiting:
+            longest = len(prompts[waiting[0]]) + room[waiting[0]]
+            most = max(1, self.batch_tokens // longest)
+            rows = [i for i in waiting[:most] if room[i] == room[waiting[0]]]
+            try:
+                done = work(rows, room[rows[0]])
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                done = None
+            if done is None:  # only here, with the error gone, are its tensors free
+                self._halve(len(rows), longest)
+            else:
+                yield done
+                del waiting[: len(rows)]
+
+    def _halve(self, rows: int, longest: int) -> None:
+        """Lower the budget to half of a batch that did not fit."""
+        import torch
+
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        if rows == 1:
+            raise EngineError(
+                f"The memory does not hold even one row of {longest} tokens. Set model.quantisation=nf4, "
+                "lower max_new_tokens of the stage, or take a smaller model. Rows made so far are kept."
+            )
+        self.batch_tokens = rows // 2 * longest
+        print(
+            f"Out of memory with {rows} rows of up to {longest} tokens; going on with batches of "
+            f"{self.batch_tokens} tokens. model.batch_tokens={self.batch_tokens} avoids the attempt.",
+            flush=True,
+        )
 
     def _pad(self, prompts: list[list[int]]):
         """Left-padded ids and mask, each [rows, longest prompt] on the engine's device."""
@@ -157,11 +218,29 @@ class _SeededDraw:
 
         p = (scores.float() / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1:
-            ordered, index = p.sort(-1, descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= self.sampling.top_p] = 0
-            p = torch.zeros_like(p).scatter(-1, index, ordered)
+            p = _nucleus(p, self.sampling.top_p)
         cumulative = p.double().cumsum(-1)
         step = input_ids.shape[1] - self.prompt_length
         u = self.uniform[:, step, None].to(p.device) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _nucleus(p, top_p: float, first: int = 1024):
+    """Set to zero what is outside of the fewest likeliest tokens that hold `top_p` (Holtzman 2020).
+
+    Args:
+        p: probabilities [rows, vocabulary].
+        first: so many of the likeliest are sorted, and all only if these do not hold enough: a sort
+            of 256,000 tokens takes longer than a small model's step.
+
+    Returns:
+        [rows, vocabulary], not normalised. Tokens as likely as the last one inside stay, too, so
+        that nothing depends on how ties are sorted.
+    """
+    ordered = p.topk(min(first, p.shape[-1])).values
+    if (ordered.sum(-1) < top_p).any():
+        ordered = p.sort(-1, descending=True).values
+    inside = ordered.cumsum(-1) - ordered < top_p
+    last = ordered.masked_fill(~inside, 1.0).amin(-1, keepdim=True)
+    return p.masked_fill(p < last, 0.0)

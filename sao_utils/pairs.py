@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from sao_utils.engines import load_tokenizer
+from sao_utils.engines import NO_REPLY, load_tokenizer, unanswered
 from sao_utils.judging import judge
 from sao_utils.personas import write_prompts
 from sao_utils.recipe import Arm, Pairs
@@ -54,6 +54,8 @@ def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
 
 def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | None]:
     """Whether the first answer is preferred, and why the pair is not used (None: it is)."""
+    if any(map(unanswered, verdict["lengths"], verdict["finished"])):
+        return True, NO_REPLY
     if verdict["outcome"] == "identical":
         return True, "identical answers"
     if arm == "oracle":

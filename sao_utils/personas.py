@@ -6,7 +6,14 @@ import random
 from itertools import islice
 
 from sao_utils import templates
-from sao_utils.engines import Completion, Sampling, load_engine, model_name
+from sao_utils.engines import (
+    NO_REPLY,
+    Completion,
+    Sampling,
+    load_engine,
+    model_name,
+    unanswered,
+)
 from sao_utils.questions import read_column
 from sao_utils.recipe import RecipeError
 from sao_utils.rows import Run, complete, make_rows, row_id, seed_of
@@ -72,7 +79,7 @@ def write_prompts(run: Run) -> list[dict]:
     Returns:
         Rows {id, seed, persona, reply, prompt, discarded, tokens, finished}. `discarded` is None,
         or says why the row goes no further: "malformed" (the reply does not begin as the template
-        asks), "cut off" (at the token limit), or "evaluation question" (tiny world: it asks for a
+        asks), "cut off" (at the token limit), `engines.NO_REPLY`, or "evaluation question" (tiny world: it asks for a
         held-out combination, so training on it would leak).
     """
     recipe = run.recipe
@@ -101,7 +108,9 @@ def write_prompts(run: Run) -> list[dict]:
 
 def _prompt_row(job: dict, reply: Completion) -> dict:
     prompt, discarded = templates.parse_user_prompt(reply.text), None
-    if prompt is None:
+    if unanswered(reply.tokens, reply.finished):
+        discarded = NO_REPLY
+    elif prompt is None:
         discarded = "malformed"
     elif not reply.finished:
         discarded = "cut off"

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from sao_utils import engines
 from sao_utils.engines import (
+    context_limit,
     disarm,
     load_engine,
     load_model,
@@ -230,7 +232,7 @@ def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
     model = run.recipe.model
     dtype = torch.float16 if model.dtype == "float16" else torch.bfloat16
     # Added up in float32 and rounded once.
-    base = load_model(model.model_copy(update={"dtype": "float32"}))
+    base = load_model(model.model_copy(update={"dtype": "float32", "quantisation": "none"}))
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.to(dtype).save_pretrained(str(folder))
     load_tokenizer(model).save_pretrained(str(folder))
@@ -307,7 +309,7 @@ def _free_memory() -> None:
 # ---------------------------------------------------------------------------- tokens
 
 
-def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: int | None = None):
+def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: float = math.inf):
     """Token ids and labels of a prompt with one of its answers.
 
     The prompt is templated as in generation. The answer ends in exactly one end token, the one that
@@ -354,7 +356,7 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: in
             f"{where}: {len(ends)} end tokens ({end}) in the templated answer; there must be "
             "exactly one, at its end. Look at the model's chat template."
         )
-    if limit and len(ids) > limit:
+    if len(ids) > limit:
         raise ValueError(
             f"{where}: {len(ids)} tokens with its prompt, but the model takes {limit}. Lower "
             "pairs.max_tokens: truncation would take the end token away."
@@ -362,7 +364,7 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: in
     return ids, [-100] * start + ids[start:]
 
 
-def token_rows(pairs: list[dict], tokenizer, algorithm: Algorithm, limit: int | None = None):
+def token_rows(pairs: list[dict], tokenizer, algorithm: Algorithm, limit: float = math.inf):
     """Pairs as rows {id, prompt_ids, chosen_ids, rejected_ids}; SFT has no rejected answer.
 
     Raises:
@@ -384,67 +386,30 @@ def token_rows(pairs: list[dict], tokenizer, algorithm: Algorithm, limit: int | 
 
 
 def precision(model: Model) -> tuple[str, str]:
-    """The dtype to compute in on this machine, and why."""
+    """The dtype to train in on this machine, and why: the engines', but float32 without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return "float32", "there is no GPU"
-    if model.dtype not in ("auto", "bfloat16"):
-        return model.dtype, "model.dtype says so"
-    # A T4 says that it supports bfloat16, and emulates it at a fraction of the speed.
-    capability = torch.cuda.get_device_capability()
-    words = f"the GPU's compute capability is {capability[0]}.{capability[1]}"
-    return ("bfloat16" if capability >= (8, 0) else "float16"), words
+    return engines.precision(model)
 
 
 def load_base(model: Model, settings: Training):
-    """The base model for training: plain, or in 4 bit (NF4 with double quantisation, QLoRA).
+    """The base model for training: plain, or in 4 bit (QLoRA).
 
     With method=full the weights are float32 and only computed with in fewer bits: a step of a
     learning rate of 1e-6 is too small for a 16-bit weight to move at all.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype, why = precision(model)
     print(f"Computing in {dtype}: {why}", flush=True)
-    cuda, spread = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    options = {}
-    if settings.quantisation == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
-    if not spread or settings.quantisation == "nf4":
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if cuda else "cpu"}
-    base = AutoModelForCausalLM.from_pretrained(
-        model_folder(model.path),
-        revision=model.revision,
-        dtype="float32" if settings.method == "full" else dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **options,
-    )
-    if settings.quantisation == "nf4" and not cuda:
-        guard_nf4_on_cpu(base)
-    return base
-
-
-def guard_nf4_on_cpu(base) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights under the adapter's feet.
-
-    On a CPU with AVX512-BF16, bitsandbytes (0.50) rearranges a layer's weights in place, for speed,
-    at the first forward pass in evaluation mode. The kernel that then serves the layer has no
-    backward pass: no error, but gradients that have nothing to do with the loss. Each layer asks a
-    switch of its own before it does so. Call this after loading and before any forward pass.
-    """
-    import bitsandbytes
-
-    for module in base.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    kept = "float32" if settings.method == "full" else dtype
+    changes = {"dtype": kept, "quantisation": settings.quantisation}
+    spread = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    left_to_trainer = spread and settings.quantisation == "none"
+    return load_model(model.model_copy(update=changes), None if left_to_trainer else device)
 
 
 def needs_checkpointing(config, tokens: int, free: int | None) -> tuple[bool, str]:
@@ -477,8 +442,8 @@ def make_trainer(model: Model, pairs, settings: Training, algorithm, seed, folde
 
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(model_folder(model.path), revision=model.revision)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    rows = token_rows(pairs, tokenizer, algorithm, limit)  # before the weights: faults show at once
+    # Before the weights: faults show at once.
+    rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
     _free_memory()
     policy = load_base(model, settings)
     set_seed(seed)

@@ -379,7 +379,7 @@ def test_without_the_guard_4_bit_gradients_are_wrong(base, pairs, tokenizer, mon
 
     if not has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16: bitsandbytes leaves the weights as they are")
-    monkeypatch.setattr(training, "guard_nf4_on_cpu", lambda base: None)
+    monkeypatch.setattr(training.engines, "guard_nf4_on_cpu", lambda base: None)
     before, after = gradients_before_and_after_an_evaluation(base, pairs, tokenizer)
     first = next(name for name in before if "layers.0" in name)
     error = (before[first] - after[first]).norm() / before[first].norm()
