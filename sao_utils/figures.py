@@ -309,6 +309,52 @@ def judge_matrix(counts: list[list[int]], columns: list[str]):
     return figure
 
 
+@_styled
+def calibration(groups: list[tuple[float, Interval]]):
+    """How right the judge is where it is how sure: `results.calibration(verdicts)`."""
+    figure, axes = _new()
+    title = "Is the judge more often right where it is surer?"
+    _titles(axes, title, "size of the margin (nats)", "verdicts that are right (%)")
+    if not groups:
+        _nothing(axes, "no pair with a known better answer was judged")
+        return figure
+    axes.set_title(f"{title} (n = {sum(found.n for _, found in groups)} pairs)")
+    x = [size for size, _ in groups]
+    line = [1.05 * max(*x, 0.1) * k / 100 for k in range(101)]
+    expected = [100 / (1 + math.exp(-size)) for size in line]
+    axes.plot(line, expected, "--", color=GREY, label="as sure as it says: 1 / (1 + exp(-size))")
+    value, low, high = (
+        [100 * getattr(found, part) for _, found in groups] for part in ("value", "low", "high")
+    )
+    reach = [[v - a for v, a in zip(value, low)], [b - v for v, b in zip(value, high)]]
+    label = f"groups by margin, {_counts(found for _, found in groups)} pairs each"
+    axes.errorbar(x, value, reach, fmt="o", color=BLUE, capsize=3, label=label)
+    axes.set_ylim(min(40, *low) - 2, 102)
+    axes.legend(loc="lower right")
+    return figure
+
+
+@_styled
+def judge_shares(scores: dict[str, Interval], keys: dict[str, str]):
+    """A judge's hits and habits with their intervals: shares of `results.judge_quality`.
+
+    Args:
+        keys: key of `scores` -> what it is in words; keys that are not there are left out.
+    """
+    there = {key: label for key, label in keys.items() if key in scores}
+    figure, axes = _new(0.45 * len(there) + 1.2)
+    _titles(axes, "The judge's hits and habits", "share (%), with 95 % interval")
+    if not there:
+        _nothing(axes, "none of these was measured")
+        return figure
+    axes.axvline(50, color="black", lw=0.8)
+    for row, key in enumerate(there):
+        _interval(axes, row, scores[key], BLUE if "accuracy" in key else ORANGE)
+    _rows_down(axes, [f"{_plain(label)} ({_counts([scores[k]])})" for k, label in there.items()])
+    axes.set_xlim(-3, 103)
+    return figure
+
+
 # ---------------------------------------------------------------------- training
 
 

@@ -84,17 +84,10 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict], judge: Model | None = 
         first_wins: for each order, whether the answer shown first was preferred.
     """
     settings, judging_model = run.recipe.judging, judge or run.recipe.judging_model
-    used = (
-        settings
-        if settings.method == "sampled"
-        else settings.model_copy(
-            update={
-                "temperature": 0.0,
-                "top_p": 1.0,
-                "max_new_tokens": 1,
-            }  # of no effect here: keep ids stable
-        )
-    )
+    # What has no effect on a verdict is left out or set to one value, to keep ids stable.
+    used = settings.model_dump(exclude={"gold"})
+    if settings.method == "logprob":
+        used |= {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 1}
     made_with = ("verdict", templates.fingerprint("ranking"), used, model_name(judging_model))
     jobs = [
         {"id": row_id(*made_with, pair["id"], order), "pair": k, "order": order}

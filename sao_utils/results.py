@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ from sao_utils.intervals import (
     clustered_mean,
     length_controlled_win_rate,
 )
-from sao_utils.judging import agreement, judge
+from sao_utils.judging import ORDERS, agreement, judge, judge_labelled, labelled_pairs
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import repetition_rate, write_prompts
 from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
+from sao_utils.ratings import kappa
 from sao_utils.rows import Run, note, results_folder, write_whole
 from sao_utils.tiny import world
 
@@ -73,29 +76,59 @@ def prompt_scores(run: Run) -> dict[str, Interval]:
 
 
 def judge_scores(run: Run) -> dict[str, Interval]:
-    """How right and how biased the self-judge is on the pairs that the run makes: `judge_quality`."""
-    return judge_quality(judge(run), run.recipe.evaluation.bootstrap)
+    """How right and how biased the self-judge is: `judge_quality` on the pairs that the run makes.
+
+    With a file of labelled pairs (`judging.gold`) also on these, as `self_judge.labelled.*`.
+    """
+    resamples, gold = run.recipe.evaluation.bootstrap, run.recipe.judging.gold
+    found = judge_quality(judge(run), resamples)
+    if gold is not None:
+        labelled = judge_labelled(run, labelled_pairs(gold))
+        found |= judge_quality(labelled, resamples, "self_judge.labelled")
+    return found
 
 
-def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, Interval]:
+def judge_quality(
+    verdicts: list[dict], resamples: int = 10_000, prefix: str = "self_judge"
+) -> dict[str, Interval]:
     """How right and how biased a judge is on pairs (rows as `judging.judge` returns them).
 
-    accuracy: share of pairs of different oracle quality where the mean of both orders agrees with
-    the oracle; accuracy_one_order: the same for single orders; first_position_rate: how often the
-    answer shown first wins; consistent_rate: share of judged pairs whose orders agree; valid_rate:
-    share of judged pairs with a valid verdict; longer_chosen, longer_better: how often the longer
-    answer is preferred by the judge, and by the oracle. Clustered by question combination, or by
-    prompt where it is no question of the tiny world.
+    Of all judged pairs: valid_rate, share with a valid verdict; consistent_rate, share whose
+    orders agree; mass, mean probability on the two verdicts (the smaller of both orders). Of the
+    valid ones: flip_rate, share whose orders name different answers; first_position_rate, how
+    often the answer shown first wins; longer_chosen_all, how often the longer answer is preferred.
+
+    Of pairs whose better answer is known: accuracy, share where the mean of both orders names it;
+    accuracy_one_order: of single orders; accuracy_gold_first, accuracy_gold_second: of the order
+    that shows it first, second; accuracy_better_longer, _about_equal, _shorter: by the length of
+    the better answer; accuracy.<subset>: of each subset of labelled pairs; longer_chosen,
+    longer_better: how often the longer answer is preferred by the judge, and is the better one;
+    length_bias: the first minus the second, paired.
+
+    Clustered by question combination, or by prompt where it is no question of the tiny world. What
+    has no pairs has no key.
     """
     judged = [row for row in verdicts if row["outcome"] != "identical"]
     valid = [row for row in judged if row["outcome"] != "invalid"]
+    uneven = [row for row in valid if len(set(row.get("lengths", "="))) == 2]
+    first_wins = [
+        0.5 if odds == 0 else odds > 0
+        for row in valid
+        for odds in (row["margin_12"], -row["margin_21"])
+    ]
+    longer_wins = [
+        0.5
+        if row["margin"] == 0
+        else (row["margin"] > 0) == (row["lengths"][0] > row["lengths"][1])
+        for row in uneven
+    ]
     found = {
         "valid_rate": ([row["outcome"] != "invalid" for row in judged], judged),
         "consistent_rate": ([row["outcome"] == "consistent" for row in judged], judged),
-        "first_position_rate": (
-            [float(first) for row in valid for first in row["first_wins"]],
-            [row for row in valid for _ in row["first_wins"]],
-        ),
+        "mass": ([row["mass"] for row in judged], judged),
+        "flip_rate": ([row["outcome"] == "inconsistent" for row in valid], valid),
+        "first_position_rate": (first_wins, [row for row in valid for _ in ORDERS]),
+        "longer_chosen_all": (longer_wins, uneven),
     }
     found = {
         key: (values, [cluster(r["prompt"]) for r in rows]) for key, (values, rows) in found.items()
@@ -104,14 +137,101 @@ def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, In
     clusters = known["combination"]
     found["accuracy"] = (known["right"], clusters)
     found["accuracy_one_order"] = (known["right_12"] + known["right_21"], clusters * 2)
+    for key in ("gold_first", "gold_second"):
+        found[f"accuracy_{key}"] = (known[key], clusters)
     for key in ("longer_chosen", "longer_better"):
-        decided = [(v, c) for v, c in zip(known[key], clusters) if v is not None]
-        found[key] = ([v for v, _ in decided], [c for _, c in decided])
-    return {
-        f"self_judge.{key}": clustered_mean(values, by, resamples)
+        found[key] = _where(known[key], clusters, [v is not None for v in known[key]])
+    for name in ("longer", "about equal", "shorter"):
+        group = _where(known["right"], clusters, [name == is_ for is_ in known["better_is"]])
+        found[f"accuracy_better_{name.replace(' ', '_')}"] = group
+    for name in sorted(set(known["subset"]) - {None}):
+        key = re.sub(r"[^\w-]+", "_", name)  # keys go into tables
+        group = _where(known["right"], clusters, [name == subset for subset in known["subset"]])
+        found[f"accuracy.{key}"] = group
+    scored = {
+        f"{prefix}.{key}": clustered_mean(values, by, resamples)
         for key, (values, by) in found.items()
         if values
     }
+    chosen, by = found["longer_chosen"]
+    if chosen:
+        better, _ = found["longer_better"]
+        scored[f"{prefix}.length_bias"] = clustered_difference(chosen, better, by, resamples)
+    return scored
+
+
+def _where(values: list, clusters: list, there: list[bool]) -> tuple[list, list]:
+    """The values, and the clusters, of the places that are `there`."""
+    return list(compress(values, there)), list(compress(clusters, there))
+
+
+def calibration(
+    verdicts: list[dict], bins: int = 5, resamples: int = 10_000
+) -> list[tuple[float, Interval]]:
+    """Whether a judge that is surer is more often right.
+
+    Returns:
+        For each of at most `bins` groups of pairs with a known better answer, as large as each
+        other and in order of the size of the mean margin: (mean size in nats, accuracy). A judge
+        that knows how sure it is has accuracy sigmoid(size). No group is smaller than 10 pairs,
+        unless there are fewer.
+    """
+    known = agreement(verdicts)
+    order = np.argsort(known["size"], kind="stable")
+    groups = np.array_split(order, max(1, min(bins, len(order) // 10))) if len(order) else []
+    return [
+        (
+            float(np.mean([known["size"][k] for k in group])),
+            clustered_mean(
+                [known["right"][k] for k in group],
+                [known["combination"][k] for k in group],
+                resamples,
+            ),
+        )
+        for group in groups
+    ]
+
+
+def judges_agree(
+    rows_a: list[dict], rows_b: list[dict], resamples: int = 10_000
+) -> dict[str, Interval]:
+    """How far two judges, or two ways to ask one judge, agree on the same pairs.
+
+    Args:
+        rows_a, rows_b: rows of `judging.verdict_rows`; matched by id. Pairs that one of them did not
+            judge, or not validly, are left out: n says how many are compared.
+
+    Returns:
+        agreement, kappa (Cohen's): of the verdict on a pair, which is a, b, or neither (a tie, or
+        orders that disagree); agreement_one_order, kappa_one_order: of the two verdicts that each
+        judge gave, one an order. {} when nothing can be compared.
+    """
+    other = {row["id"]: row for row in rows_b if row["margin"] is not None}
+    both = [
+        (row, other[row["id"]])
+        for row in rows_a
+        if row["margin"] is not None and row["id"] in other
+    ]
+    if not both:
+        return {}
+    clusters = [cluster(row["prompt"]) for row, _ in both]
+    verdicts = [[_verdict(row) for row in rows] for rows in zip(*both)]
+    single = [[first for row in rows for first in row["first_wins"]] for rows in zip(*both)]
+    found = {}
+    for suffix, (a, b), by in (
+        ("", verdicts, clusters),
+        ("_one_order", single, [name for name in clusters for _ in ORDERS]),
+    ):
+        same = [x == y for x, y in zip(a, b)]
+        found[f"agreement{suffix}"] = clustered_mean(same, by, resamples)
+        found[f"kappa{suffix}"] = kappa(a, b, by, resamples)
+    return found
+
+
+def _verdict(row: dict) -> str:
+    if row["outcome"] != "consistent":
+        return "neither"
+    return "a" if row["margin"] > 0 else "b"
 
 
 def good_rates(run: Run) -> dict[str, Interval]:
@@ -238,27 +358,36 @@ def check(statement: str, holds: bool, otherwise: str) -> bool:
 
 
 def is_share(key: str) -> bool:
-    """Whether a key's value is a share (shown in percent) and not a count of tokens."""
-    return not key.startswith("answer_length")
+    """Whether a key's value is a share (shown in percent) and not a count of tokens, or a kappa."""
+    return not key.startswith(("answer_length", "kappa"))
 
 
 def unit(key: str) -> str:
     """What a value is counted in: shares in percent, their differences in points."""
     if not is_share(key):
-        return "tokens"
-    return "points" if "gain" in key else "%"
+        return "" if key.startswith("kappa") else "tokens"
+    return "points" if "gain" in key or key.endswith("bias") else "%"
 
 
 def in_words(key: str, interval: Interval | dict) -> str:
-    """`71.2 [68.0, 74.1]`: shares in percent."""
+    """`71.2 [68.0, 74.1]`: shares in percent, kappa as `0.71 [0.68, 0.74]`."""
     value = asdict(interval) if isinstance(interval, Interval) else interval
-    factor = 100 if is_share(key) else 1
+    factor, digits = (100 if is_share(key) else 1), (2 if key.startswith("kappa") else 1)
     numbers = [
         math.nan if value[k] is None else factor * value[k] for k in ("value", "low", "high")
     ]
     if math.isnan(numbers[1]):
-        return f"{numbers[0]:.1f} (no interval)"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*numbers)
+        return f"{numbers[0]:.{digits}f} (no interval)"
+    return "{} [{}, {}]".format(*(f"{number:.{digits}f}" for number in numbers))
+
+
+def print_scores(found: dict[str, Interval]) -> None:
+    """Print one line a score: its key without the part before the first dot, value, unit, n."""
+    names = {key: key.split(".", 1)[-1] for key in found}
+    width = max(map(len, names.values()), default=0)
+    for key, interval in found.items():
+        shown = f"{in_words(key, interval)} {unit(key)}".rstrip()
+        print(f"{names[key]:{width}}  {shown}, n = {interval.n}")
 
 
 def write_tables(run: Run) -> dict[str, Interval]:

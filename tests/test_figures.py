@@ -72,6 +72,7 @@ SCORES = {
     "self_win_rate_lc.random": Interval(0.1, 0.0, 0.3, 8),
     "answer_length.base": Interval(20.0, 19.0, 21.0, 8),
 }
+RATE = Interval(0.7, 0.6, 0.8, 8)
 COLUMNS = ["a in both", "b in both", "orders disagree", "tie or invalid"]
 DRAWN = {
     "funnel": lambda: figures.funnel(
@@ -84,6 +85,11 @@ DRAWN = {
     "margins": lambda: figures.margins(VERDICTS),
     "orders": lambda: figures.orders(VERDICTS),
     "judge_matrix": lambda: figures.judge_matrix([[5, 1, 2, 0], [0, 4, 1, 0], [0] * 4], COLUMNS),
+    "calibration": lambda: figures.calibration([(0.5, RATE), (2.5, RATE)]),
+    "judge_shares": lambda: figures.judge_shares(
+        {"self_judge.accuracy": RATE, "self_judge.flip_rate": RATE},
+        {"self_judge.accuracy": "right", "self_judge.flip_rate": "flips", "x": "y"},
+    ),
     "simpo_loss": lambda: figures.simpo_loss(10.0, 3.0),
     "sums_and_means": lambda: figures.sums_and_means(LOGPS, 10.0, 3.0),
     "learning_rates": lambda: figures.learning_rates(SEARCH),
@@ -100,6 +106,8 @@ EMPTY = {
     "margins": lambda: figures.margins(VERDICTS[-1:]),
     "orders": lambda: figures.orders([]),
     "judge_matrix": lambda: figures.judge_matrix([[0] * 4] * 3, COLUMNS),
+    "calibration": lambda: figures.calibration([]),
+    "judge_shares": lambda: figures.judge_shares({}, {"x": "y"}),
     "sums_and_means": lambda: figures.sums_and_means([], 10.0, 3.0),
     "learning_rates": lambda: figures.learning_rates([]),
     "training_curves": lambda: figures.training_curves({"self": []}),
@@ -113,6 +121,7 @@ HOSTILE_LABELS = {
     "distinct_prompts": lambda: figures.distinct_prompts({HOSTILE: [HOSTILE, ""]}),
     "lengths": lambda: figures.lengths({HOSTILE: [1, 2]}),
     "judge_matrix": lambda: figures.judge_matrix([[1] * 4] * 3, [HOSTILE] * 4),
+    "judge_shares": lambda: figures.judge_shares({"accuracy": RATE}, {"accuracy": HOSTILE}),
     "training_curves": lambda: figures.training_curves({HOSTILE: SIMPO}),
     "probe": lambda: figures.probe({HOSTILE: PROBE}),
     "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": HOSTILE}),
