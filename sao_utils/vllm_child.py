@@ -1,0 +1,142 @@
+"""The process in which vLLM runs. `engine_vllm` starts it by the path of this file.
+
+It needs vLLM and nothing of the kit, so it may have an environment of its own. One line of JSON is
+one message. Into standard input come the engine's arguments, then any number of calls:
+
+    {"sampling": {...}, "adapter": {"name": ..., "path": ...} | null}
+    [row, token ids, seed]      one line a row
+    null                        the end of the call
+
+To standard output go {"gpu": ..., "capability": ...}, {"ready": {...}}, and for each call lists of
+[row, new token ids, ended by itself] or, when log-probabilities are asked for, [row, log-probs];
+then null. An empty list says "still at work". {"error": text} is the last message of a process.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+FLUSH = 0.5  # seconds: finished rows wait no longer than this
+SIGN_OF_LIFE = 10.0  # seconds
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what vLLM prints goes to the log and not into the messages
+
+    def say(message: object) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    lines = iter(sys.stdin.readline, "")
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        serve(json.loads(next(lines)), lines, say)
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        say({"error": "missing"})
+    except Exception:
+        traceback.print_exc()
+        say({"error": traceback.format_exc(limit=0).strip()})
+    finally:
+        _end()
+
+
+def _die_with(parent: int) -> None:
+    """End this process, and those that vLLM started, once the parent is no more.
+
+    Not by PR_SET_PDEATHSIG: that signal comes when the parent's *thread* ends that started us, and
+    a notebook may do that in a thread. And a closed standard input goes unseen during a call.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    _end()
+
+
+def _end() -> None:
+    """No farewell: vLLM's threads and processes would hold it up, and the GPU's memory with it."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the engine made this process a group of its own
+
+
+def serve(arguments: dict, lines, say) -> None:
+    """Load the model, and answer calls until standard input is closed."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    say(
+        {
+            "gpu": current_platform.get_device_name(),
+            "capability": list(capability) if capability else None,
+        }
+    )
+    arguments["enforce_eager"] = current_platform.is_cpu()
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    config = engine.vllm_config.model_config
+    brought = config.try_get_generation_config().get("eos_token_id")
+    stops = config.hf_config.eos_token_id if brought is None else brought
+    say(
+        {
+            "ready": {
+                "max_context": config.max_model_len,
+                "stops": stops if isinstance(stops, list) else [stops],
+                "quantisation": config.quantization,
+            }
+        }
+    )
+    numbers: dict[str, int] = {}  # vLLM tells adapters apart by a number
+    for line in lines:
+        answer(engine, json.loads(line), lines, numbers, say)
+
+
+def answer(engine, call: dict, lines, numbers: dict[str, int], say) -> None:
+    """One call: hand all its rows to vLLM, and send them back as they finish."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    lora = None
+    if call["adapter"]:
+        name = call["adapter"]["name"]
+        number = numbers.setdefault(name, len(numbers) + 1)
+        lora = LoRARequest(name, number, call["adapter"]["path"])
+    asked = call["sampling"].get("logprob_token_ids")
+    for line in lines:
+        message = json.loads(line)
+        if message is None:
+            break
+        row, ids, seed = message
+        params = SamplingParams(
+            **call["sampling"],
+            seed=seed,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(str(row), {"prompt_token_ids": ids}, params, lora_request=lora)
+    batch, last = [], time.monotonic()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if not output.finished:
+                continue
+            reply = output.outputs[0]
+            if asked:
+                found = reply.logprobs[0]
+                batch.append([int(output.request_id), [found[token].logprob for token in asked]])
+            else:
+                ended = reply.finish_reason == "stop"
+                batch.append([int(output.request_id), list(reply.token_ids), ended])
+        waited = time.monotonic() - last
+        if waited > SIGN_OF_LIFE or (batch and waited > FLUSH):
+            say(batch)
+            batch, last = [], time.monotonic()
+    say(batch)
+    say(None)
+
+
+if __name__ == "__main__":
+    main()
