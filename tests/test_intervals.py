@@ -48,7 +48,10 @@ def test_the_quantiles_are_those_of_all_resamples():
     found = clustered_mean(np.repeat(levels, sizes), clusters, resamples=100_000)
     drawn = np.array(list(itertools.product(range(5), repeat=5)))
     sums, counts = np.multiply(levels, sizes), np.array(sizes)
-    exact = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
+    # Student's 97.5 % quantile for 4 degrees of freedom is 2.776, and a bootstrap over 5 clusters
+    # understates the variance by 4/5.
+    tail = stats.norm.cdf(-2.7764451 * math.sqrt(5 / 4))
+    exact = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (tail, 1 - tail))
     assert (found.low, found.high) == pytest.approx(tuple(exact), abs=0.02)
 
 
@@ -281,11 +284,12 @@ def test_the_fit_by_hand():
     scores = np.array([((wins - p)[:, None] * x)[clusters == k].sum(0) for k in range(50)])
     covariance = bread @ scores.T @ scores @ bread * 50 / 49 * 199 / 198
     error = math.sqrt(covariance[0, 0])
-    bounds = 1 / (1 + np.exp(-(b[0] + 1.959963984540054 * error * np.array([-1, 0, 1]))))
+    student = stats.t.ppf(0.975, 49)
+    bounds = 1 / (1 + np.exp(-(b[0] + student * error * np.array([-1, 0, 1]))))
     found = length_controlled_win_rate(wins, difference, clusters)
     assert (found.low, found.value, found.high) == pytest.approx(tuple(bounds), abs=1e-6)
     # To first order this is the delta method.
-    delta = 1.959963984540054 * error * bounds[1] * (1 - bounds[1])
+    delta = student * error * bounds[1] * (1 - bounds[1])
     assert (found.high - found.low) / 2 == pytest.approx(delta, rel=0.05)
 
 
