@@ -53,6 +53,20 @@ GUIDANCE = {
     "unfinished": ("as before training, or fewer.", "climbs: the end token gets lost."),
 }
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+#: score of `results.judge_quality` -> what it is in words.
+JUDGE = {
+    "accuracy": "right, both orders together",
+    "accuracy_one_order": "right, one order alone",
+    "accuracy_gold_first": "right, better answer first",
+    "accuracy_gold_second": "right, better answer second",
+    "accuracy_better_longer": "right, better answer longer",
+    "accuracy_better_about_equal": "right, about equally long",
+    "accuracy_better_shorter": "right, better answer shorter",
+    "flip_rate": "the orders disagree",
+    "first_position_rate": "the first answer wins",
+    "longer_chosen": "the longer answer wins",
+    "longer_better": "the longer answer is better",
+}
 #: model or arm -> (its name in words, colour), in the order in which they are drawn.
 MODELS = {
     "base": ("base model", GREY),
@@ -335,22 +349,24 @@ def calibration(groups: list[tuple[float, Interval]]):
 
 
 @_styled
-def judge_shares(scores: dict[str, Interval], keys: dict[str, str]):
-    """A judge's hits and habits with their intervals: shares of `results.judge_quality`.
+def judge_shares(scores: dict[str, Interval], prefix: str = "self_judge"):
+    """A judge's hits and habits (`JUDGE`) with their intervals, from `results.judge_quality`.
 
-    Args:
-        keys: key of `scores` -> what it is in words; keys that are not there are left out.
+    What is not among the scores is left out.
     """
-    there = {key: label for key, label in keys.items() if key in scores}
+    there = {
+        words: scores[f"{prefix}.{k}"] for k, words in JUDGE.items() if f"{prefix}.{k}" in scores
+    }
     figure, axes = _new(0.45 * len(there) + 1.2)
-    _titles(axes, "The judge's hits and habits", "share (%), with 95 % interval")
+    _titles(axes, "The judge's hits (blue) and habits (orange)", "share (%), with 95 % interval")
     if not there:
-        _nothing(axes, "none of these was measured")
+        _nothing(axes, "no pair was judged")
         return figure
     axes.axvline(50, color="black", lw=0.8)
-    for row, key in enumerate(there):
-        _interval(axes, row, scores[key], BLUE if "accuracy" in key else ORANGE)
-    _rows_down(axes, [f"{_plain(label)} ({_counts([scores[k]])})" for k, label in there.items()])
+    for row, (words, found) in enumerate(there.items()):
+        hit = words.startswith("right")
+        _interval(axes, row, found, BLUE if hit else ORANGE, marker="o" if hit else "s")
+    _rows_down(axes, [f"{words} ({_counts([found])})" for words, found in there.items()])
     axes.set_xlim(-3, 103)
     return figure
 

@@ -166,7 +166,7 @@ def _where(values: list, clusters: list, there: list[bool]) -> tuple[list, list]
 
 
 def calibration(
-    verdicts: list[dict], bins: int = 5, resamples: int = 10_000
+    verdicts: list[dict], bins: int = 8, resamples: int = 10_000
 ) -> list[tuple[float, Interval]]:
     """Whether a judge that is surer is more often right.
 

@@ -87,8 +87,7 @@ DRAWN = {
     "judge_matrix": lambda: figures.judge_matrix([[5, 1, 2, 0], [0, 4, 1, 0], [0] * 4], COLUMNS),
     "calibration": lambda: figures.calibration([(0.5, RATE), (2.5, RATE)]),
     "judge_shares": lambda: figures.judge_shares(
-        {"self_judge.accuracy": RATE, "self_judge.flip_rate": RATE},
-        {"self_judge.accuracy": "right", "self_judge.flip_rate": "flips", "x": "y"},
+        {"self_judge.accuracy": RATE, "self_judge.flip_rate": RATE}
     ),
     "simpo_loss": lambda: figures.simpo_loss(10.0, 3.0),
     "sums_and_means": lambda: figures.sums_and_means(LOGPS, 10.0, 3.0),
@@ -107,7 +106,7 @@ EMPTY = {
     "orders": lambda: figures.orders([]),
     "judge_matrix": lambda: figures.judge_matrix([[0] * 4] * 3, COLUMNS),
     "calibration": lambda: figures.calibration([]),
-    "judge_shares": lambda: figures.judge_shares({}, {"x": "y"}),
+    "judge_shares": lambda: figures.judge_shares({"accuracy": RATE}),
     "sums_and_means": lambda: figures.sums_and_means([], 10.0, 3.0),
     "learning_rates": lambda: figures.learning_rates([]),
     "training_curves": lambda: figures.training_curves({"self": []}),
@@ -121,7 +120,6 @@ HOSTILE_LABELS = {
     "distinct_prompts": lambda: figures.distinct_prompts({HOSTILE: [HOSTILE, ""]}),
     "lengths": lambda: figures.lengths({HOSTILE: [1, 2]}),
     "judge_matrix": lambda: figures.judge_matrix([[1] * 4] * 3, [HOSTILE] * 4),
-    "judge_shares": lambda: figures.judge_shares({"accuracy": RATE}, {"accuracy": HOSTILE}),
     "training_curves": lambda: figures.training_curves({HOSTILE: SIMPO}),
     "probe": lambda: figures.probe({HOSTILE: PROBE}),
     "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": HOSTILE}),
