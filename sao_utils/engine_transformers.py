@@ -171,13 +171,14 @@ class TransformersEngine:
             torch.cuda.empty_cache()
         if rows == 1:
             raise EngineError(
-                f"The memory does not hold even one row of {longest} tokens. Set model.quantisation=nf4, "
-                "lower max_new_tokens of the stage, or take a smaller model. Rows made so far are kept."
+                f"The memory does not hold even one row of {longest} tokens. Set "
+                "model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller "
+                "model. Rows made so far are kept."
             )
         self.batch_tokens = rows // 2 * longest
         print(
             f"Out of memory with {rows} rows of up to {longest} tokens; going on with batches of "
-            f"{self.batch_tokens} tokens. model.batch_tokens={self.batch_tokens} avoids the attempt.",
+            f"{self.batch_tokens} tokens. model.batch_tokens={self.batch_tokens} avoids this.",
             flush=True,
         )
 

@@ -322,19 +322,22 @@ def find(model: Model, weights: bool = True) -> None:
             raise EngineError(f"The folder '{model.path}' holds no model: it has no config.json.")
         if weights and not any(folder.glob("*.safetensors")):
             raise EngineError(
-                f"The folder '{model.path}' holds no weights in safetensors. Other formats (.bin, .pt) "
-                "can run code when they are loaded, so they are refused: load the model where you "
-                "trust it and save it anew with `model.save_pretrained(folder)`."
+                f"The folder '{model.path}' holds no weights in safetensors. Other formats (.bin, "
+                ".pt) can run code when they are loaded, so they are refused: load the model where "
+                "you trust it and save it anew with `model.save_pretrained(folder)`."
             )
         return
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise EngineError(
-            f"There is no model folder '{model.path}'. Set model.path to a folder with the weights, "
-            'to a name on the hub such as "Qwen/Qwen2.5-1.5B-Instruct", or to "tiny".'
+            f"There is no model folder '{model.path}'. Set model.path to a folder with the "
+            'weights, to a name on the hub such as "Qwen/Qwen2.5-1.5B-Instruct", or to "tiny".'
         )
     fault = _hub_fault(path, model.revision)
     if fault:
         raise EngineError(f"Could not load '{path}': {fault}")
+
+
+HUB_SECONDS = 5.0  # after which a hub counts as slow, not as unreachable
 
 
 def _hub_fault(name: str, revision: str | None) -> str | None:
@@ -353,19 +356,20 @@ def _hub_fault(name: str, revision: str | None) -> str | None:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return None
         if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
-            return f"it is not on this machine, and HF_HUB_OFFLINE=1 is set. Unset it, {wanted}."
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=5)
+            return f"it is not on this machine and HF_HUB_OFFLINE=1 is set. Unset it, {wanted}."
+        asked = hf_hub_url(name, "config.json", revision=revision)
+        get_hf_file_metadata(asked, timeout=HUB_SECONDS)
     except HFValidationError:
         return "no model of the hub has such a name."
     except GatedRepoError:  # a kind of RepositoryNotFoundError
         return (
-            f"{name} is gated: accept its licence on its page (https://huggingface.co/{name}), then "
-            "log in with `hf auth login`."
+            f"{name} is gated: accept its licence on its page (https://huggingface.co/{name}), "
+            "then log in with `hf auth login`."
         )
     except RepositoryNotFoundError:
         return (
-            "the hub has no such model, or it is private. Check the name; for a private model log in "
-            "with `hf auth login`."
+            "the hub has no such model, or it is private. Check the name; for a private model log "
+            "in with `hf auth login`."
         )
     except RevisionNotFoundError:
         return f"the hub has the model, but not the model.revision '{revision}'."
@@ -374,7 +378,7 @@ def _hub_fault(name: str, revision: str | None) -> str | None:
     except Exception as error:  # by name: the hub's HTTP library has changed before
         kind = type(error).__name__
         if "Connect" in kind and "Timeout" not in kind:
-            return f"it is not on this machine, and the hub cannot be reached. Go online, {wanted}."
+            return f"it is not on this machine and the hub cannot be reached. Go online, {wanted}."
     return None
 
 
@@ -407,6 +411,6 @@ def _from_pretrained(kind, model: Model, **options):
         said = str(error).replace(get_token() or "\0", "***")
         said = re.sub(r"//[^/@\s]+@", "//***@", said)  # a name and key in a mirror's address
         raise EngineError(
-            f"Could not load '{model.path}': {said}\nCheck that the model is whole (config, tokenizer, "
-            "weights in safetensors) and of a kind that this version of transformers knows."
+            f"Could not load '{model.path}': {said}\nCheck that the model is whole (config, "
+            "tokenizer, weights in safetensors) and of a kind that this transformers knows."
         ) from None

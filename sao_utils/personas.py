@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from itertools import islice
+import warnings
+from collections.abc import Callable, Iterator
 
 from sao_utils import templates
 from sao_utils.engines import (
@@ -14,63 +15,105 @@ from sao_utils.engines import (
     model_name,
     unanswered,
 )
-from sao_utils.questions import read_column
+from sao_utils.overlap import near_duplicates, shared_ngrams
+from sao_utils.questions import questions, read_column
 from sao_utils.recipe import RecipeError
-from sao_utils.rows import Run, complete, make_rows, row_id, seed_of
+from sao_utils.rows import Run, complete, make_rows, read_rows, row_id, seed_of
 from sao_utils.tiny import world
 
 HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
+IN_EVALUATION = "in an evaluation set"
 
 
 def draw_personas(run: Run) -> list[dict]:
     """The personas of every seed.
 
     Returns:
-        Rows {id, seed, persona}, `personas.count` for each seed; from a file and from the hub
-        without repetition. Those of the hub are kept in rows/personas.jsonl, so that the rest of a
-        run needs no hub.
+        Rows {id, seed, persona}, `personas.count` for each seed. Those of a file, and of the hub, are
+        drawn by lot, without repetition within a seed (of the hub: over all seeds); a persona that
+        the source holds twice counts once. Those of the hub are kept in rows/personas.jsonl, so
+        that the rest of a run needs no hub.
 
     Raises:
-        RecipeError: the file is missing, empty, or has no column "persona".
+        RecipeError: the file is missing, empty, has no column "persona" or fewer personas than asked
+            for; the hub cannot be reached.
     """
-    found = []
-    for seed in run.recipe.seeds:
-        texts = _read_personas(run, seed)
-        found += [
-            {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
-            for k, text in enumerate(texts)
-        ]
-    return found
+    settings, seeds = run.recipe.personas, run.recipe.seeds
+    if settings.source == "tiny":
+        texts = {seed: _tiny_personas(settings.count, seed) for seed in seeds}
+    elif settings.source == "hub":
+        texts = {seed: _hub_personas(run, seed) for seed in seeds}
+    else:
+        every = read_column(settings.source, "persona")
+        different = list(dict.fromkeys(every))
+        repeats = len(every) - len(different)
+        if repeats:
+            warnings.warn(
+                f"{settings.source}: {repeats} of {len(every)} rows repeat a persona and are left out.",
+                stacklevel=2,
+            )
+        texts = {seed: _pick(different, settings.count, seed, settings.source) for seed in seeds}
+    return [
+        {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
+        for seed in seeds
+        for k, text in enumerate(texts[seed])
+    ]
 
 
-def _read_personas(run: Run, seed: int) -> list[str]:
-    source, count = run.recipe.personas.source, run.recipe.personas.count
+def _tiny_personas(count: int, seed: int) -> list[str]:
     rng = random.Random(seed)
-    if source == "tiny":
-        return [world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
-    if source == "hub":
-        job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed)}
-        kept = complete(
-            run.rows("personas"),
-            [job],
-            lambda jobs: iter([[{**job, "texts": _stream_from_hub(count, seed)}]]),
-            "personas",
-        )
-        return kept[0]["texts"]
-    every = read_column(source, "persona")
-    if len(every) < count:
+    return [world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
+
+
+def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]:
+    if len(different) < count:
         raise RecipeError(
-            f"{source} has {len(every)} personas, personas.count asks for {count}. Lower the count."
+            f"{source} has {len(different)} different personas that are free, personas.count asks "
+            f"for {count}. Lower the count."
         )
-    return rng.sample(every, count)
+    return random.Random(seed).sample(different, count)
 
 
-def _stream_from_hub(count: int, seed: int) -> list[str]:
+def _hub_personas(run: Run, seed: int) -> list[str]:
+    """The kept personas of a seed; or new ones that no other seed of the run has."""
+    count, path = run.recipe.personas.count, run.rows("personas")
+    job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed), "seed": seed, "count": count}
+
+    def fetch(jobs: list[dict]) -> Iterator[list[dict]]:
+        revision = _hub_revision()
+        taken = {
+            text
+            for row in read_rows(path)
+            if row["count"] == count and row["seed"] != seed
+            for text in row["texts"]
+        }
+        different = dict.fromkeys(text for text in _stream_from_hub(revision) if text not in taken)
+        texts = _pick(list(different), count, seed, HUB_PERSONAS)
+        yield [{**job, "revision": revision, "texts": texts}]
+
+    return complete(path, [job], fetch, "personas")[0]["texts"]
+
+
+def _hub_revision() -> str | None:
+    """The commit of Persona-Hub, asked for first since it says within seconds if there is no hub."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(HUB_PERSONAS, timeout=10).sha
+    except Exception as error:  # offline, no name server, a proxy, gone: the cure is the same
+        raise RecipeError(
+            f"Persona-Hub ({HUB_PERSONAS} on the hub) cannot be reached: {type(error).__name__}. "
+            "personas.source=hub needs the internet once a run; or give a .jsonl or .csv file with a "
+            'column "persona".'
+        ) from error
+
+
+def _stream_from_hub(revision: str | None) -> Iterator[str]:
+    """Every persona of Persona-Hub's list (200,000, some 30 MB), read as a stream."""
     from datasets import load_dataset
 
-    stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True)
-    shuffled = stream.shuffle(seed=seed, buffer_size=10_000)
-    return [row["persona"] for row in islice(shuffled, count)]
+    stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision)
+    return (row["persona"].strip() for row in stream if row["persona"])
 
 
 def write_prompts(run: Run) -> list[dict]:
@@ -79,8 +122,8 @@ def write_prompts(run: Run) -> list[dict]:
     Returns:
         Rows {id, seed, persona, reply, prompt, discarded, tokens, finished}. `discarded` is None,
         or says why the row goes no further: "malformed" (the reply does not begin as the template
-        asks), "cut off" (at the token limit), `engines.NO_REPLY`, or "evaluation question" (tiny world: it asks for a
-        held-out combination, so training on it would leak).
+        asks), "cut off" (at the token limit), `engines.NO_REPLY`, or "evaluation question" (tiny
+        world: it asks for a held-out combination, so training on it would leak).
     """
     recipe = run.recipe
     settings = recipe.personas
@@ -103,7 +146,51 @@ def write_prompts(run: Run) -> list[dict]:
         for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
             yield [_prompt_row(outstanding[i], reply) for i, reply in batch]
 
-    return make_rows(run, "prompts", jobs, work)
+    return _discard_overlaps(run, make_rows(run, "prompts", jobs, work))
+
+
+def _discard_overlaps(run: Run, rows: list[dict]) -> list[dict]:
+    settings = run.recipe.personas
+    if settings.ngram is not None:
+        asked = [row["question"] for row in questions(run)]
+        rows = _discard(rows, IN_EVALUATION, lambda p: shared_ngrams(p, asked, settings.ngram))
+    if settings.max_similarity is not None:
+        repeated = lambda p: near_duplicates(p, settings.max_similarity)  # noqa: E731
+        by_seed = ([row for row in rows if row["seed"] == seed] for seed in run.recipe.seeds)
+        rows = [row for part in by_seed for row in _discard(part, "near-duplicate", repeated)]
+    return rows
+
+
+def _discard(rows: list[dict], reason: str, find: Callable[[list[str]], list]) -> list[dict]:
+    """The rows, `discarded` with the reason where `find` finds something in a prompt kept so far."""
+    kept = [row for row in rows if row["discarded"] is None]
+    hits = zip(kept, find([row["prompt"] for row in kept]))
+    found = {row["id"] for row, hit in hits if hit is not None}
+    return [{**row, "discarded": reason} if row["id"] in found else row for row in rows]
+
+
+def evaluation_overlap(run: Run, n: int = 8) -> dict:
+    """Which prompts share n words in a row with an evaluation question of the run.
+
+    Only looks: what is discarded is up to `personas.ngram`.
+
+    Args:
+        n: GPT-3 took 8 to 13, by the length of a set's items (Brown et al. 2020, appendix C).
+
+    Returns:
+        {prompts, questions: how many were compared, matches: a row {id, seed, prompt, question,
+        shared} for each prompt that has some; `shared` are the words of `overlap.shared_ngrams`}.
+    """
+    asked = [row["question"] for row in questions(run)]
+    rows = [row for row in write_prompts(run) if row["discarded"] in (None, IN_EVALUATION)]
+    found = shared_ngrams([row["prompt"] for row in rows], asked, n)
+    matches = [
+        {key: row[key] for key in ("id", "seed", "prompt")}
+        | {"question": asked[hit[0]], "shared": hit[1]}
+        for row, hit in zip(rows, found)
+        if hit is not None
+    ]
+    return {"prompts": len(rows), "questions": len(asked), "matches": matches}
 
 
 def _prompt_row(job: dict, reply: Completion) -> dict:
@@ -135,3 +222,9 @@ def repetition_rate(prompts: list[str]) -> float:
     """
     seen = {" ".join(prompt.lower().split()) for prompt in prompts}
     return 1 - len(seen) / len(prompts) if prompts else 0.0
+
+
+def near_duplicate_rate(prompts: list[str], similarity: float = 0.7) -> float:
+    """Share of prompts that nearly say what an earlier one said (`overlap.near_duplicates`). Ours."""
+    found = near_duplicates(prompts, similarity)
+    return sum(earlier is not None for earlier in found) / len(found) if found else 0.0
