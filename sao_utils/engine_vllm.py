@@ -302,5 +302,6 @@ def explain(error: str, log: str, model: Model, capability: list[int] | None = N
             "The rows made so far are kept; run again to go on. If it fails again, "
             "model.engine=transformers does without vLLM."
         )
-    tail = "\n".join(line[:500] for line in log.strip().splitlines()[-15:])
+    lines = [line[:500] for line in log.splitlines() if line.strip()]
+    tail = "\n".join(lines[-15:])
     return f"vLLM stopped with {model.path}: {error}\n{advice}\nThe end of its log:\n{tail}"

@@ -117,7 +117,8 @@ def answer(engine, call: dict, lines, numbers: dict[str, int], say) -> None:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        engine.add_request(str(row), {"prompt_token_ids": ids}, params, lora_request=lora)
+        prompt = {"type": "token", "prompt_token_ids": ids}  # ready for the engine: no renderer
+        engine.add_request(str(row), prompt, params, lora_request=lora)
     batch, last = [], time.monotonic()
     while engine.has_unfinished_requests():
         for output in engine.step():

@@ -1,0 +1,253 @@
+"""The API engine: asks a server that speaks OpenAI's chat completions, near or far.
+
+What differs from an engine that has the weights: the server puts the chat into the model's template
+(and must itself take care of special tokens in it), and its seeds are a wish. A verdict is forced
+only by a vLLM server, which goes on after a given beginning of the reply. Any other server writes a
+few tokens freely, at temperature 0, and the verdict's log-probabilities are read where it names its
+choice, from the alternatives that the server reports there; a reply without the beginning counts as
+an invalid verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sao_utils.engines import Chat, Completion, EngineError, Sampling
+from sao_utils.recipe import Model
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+ALTERNATIVES = 20  # the most that such servers report
+VERDICT_TOKENS = 16  # "ranking: 1 > 2" is six to ten
+RETRIES = 5  # of the client, after 0.5 s, 1 s, ... or what the server asks for
+PATIENCE = 900.0  # seconds to wait altogether while the server limits the rate
+# What servers say of a row that they will not answer, in the body of a 400 or 422.
+REFUSALS = (
+    "context",
+    "too long",
+    "content_filter",
+    "content filter",
+    "content management",
+    "policy",
+)
+
+
+class ApiEngine:
+    """Asks an OpenAI-compatible server, `model.concurrency` requests at a time.
+
+    The key comes from the environment variable `model.key_variable`; a server on this machine needs
+    none. It stays inside of the client: no row, message or manifest has it.
+    """
+
+    tokenizer = None  # the server's business
+
+    def __init__(self, model: Model, adapter: Path | None, name: str):
+        if adapter is not None:
+            raise EngineError(
+                "A server cannot be handed an adapter. Serve the tuned model, and give its name as "
+                "model.path; or take model.engine=transformers or vllm."
+            )
+        try:
+            import openai
+        except ModuleNotFoundError:
+            raise EngineError("model.engine=api needs: pip install -e '.[api]'") from None
+        key = os.environ.get(model.key_variable)
+        if not key and urlsplit(model.url).hostname not in LOCAL:
+            raise EngineError(
+                f"{model.url} wants a key: set the environment variable {model.key_variable} (another "
+                "name: model.key_variable). Never write a key into a recipe or a notebook."
+            )
+        self.model, self.name = model, name
+        self._client = openai.OpenAI(api_key=key or "none", base_url=model.url, max_retries=RETRIES)
+        self._limit = "max_tokens"
+        self._said_at = -math.inf
+        self._forces = self._goes_on_after_a_beginning()
+
+    def generate(self, chats: list[Chat], sampling: Sampling, seeds: list[int]):
+        def complete(i: int) -> Completion:
+            answer = self._ask(
+                chats[i],
+                sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seeds[i] % 2**31,
+            )
+            return _completion(answer) if answer else Completion("", 0, False)
+
+        return self._each(complete, len(chats))
+
+    def choose(self, chats: list[Chat], prefix: str, choices: tuple[str, ...]):
+        def verdict(i: int) -> list[float]:
+            chat, extra = chats[i], {}
+            if self._forces:
+                chat = [*chat, {"role": "assistant", "content": prefix}]
+                extra = {"add_generation_prompt": False, "continue_final_message": True}
+            answer = self._ask(
+                chat,
+                VERDICT_TOKENS,
+                temperature=0.0,
+                logprobs=True,
+                top_logprobs=ALTERNATIVES,
+                extra_body=extra,
+            )
+            if answer is None:
+                return [-math.inf] * len(choices)
+            found = answer.choices[0].logprobs
+            if found is None or not found.content:
+                raise EngineError(_WITHOUT_LOGPROBS.format(self.model.url))
+            tokens = [
+                (step.token, {a.token: a.logprob for a in step.top_logprobs})
+                for step in found.content
+            ]
+            return read_verdict(tokens, "" if self._forces else prefix, choices)
+
+        return self._each(verdict, len(chats))
+
+    def _goes_on_after_a_beginning(self) -> bool:
+        """Whether this is a vLLM server; also finds a wrong address or key before any work."""
+        import openai
+
+        try:
+            served = self._client.with_options(max_retries=1).models.list()
+            listed = getattr(served, "data", None) or []
+            return any(getattr(m, "owned_by", None) == "vllm" for m in listed)
+        except (openai.APIConnectionError, openai.AuthenticationError) as error:
+            raise self._stop(error) from None
+        except openai.APIError:  # not every server lists its models
+            return False
+
+    def _each(self, work: Callable[[int], object], count: int) -> Iterator[list[tuple]]:
+        """`work` on each row, some at a time; yields each as it finishes.
+
+        When one fails for good, those under way are still yielded before the fault is raised.
+        """
+        fault = None
+        with ThreadPoolExecutor(self.model.concurrency) as pool:
+            rows = {pool.submit(work, i): i for i in range(count)}
+            try:
+                for done in as_completed(rows):
+                    if done.cancelled():
+                        continue
+                    if done.exception() is None:
+                        yield [(rows[done], done.result())]
+                        continue
+                    fault = fault or done.exception()
+                    for row in rows:
+                        row.cancel()
+            finally:
+                for row in rows:
+                    row.cancel()
+        if fault:
+            raise fault
+
+    def _ask(self, chat: Chat, tokens: int, **options):
+        """One chat completion; None when the server refuses this row."""
+        import openai
+
+        started = time.monotonic()
+        while True:
+            limit = self._limit
+            try:
+                return self._client.chat.completions.create(
+                    model=self.model.path, messages=chat, **{limit: tokens}, **options
+                )
+            except openai.RateLimitError as error:  # the client has waited and tried already
+                waited = time.monotonic() - started
+                if error.code == "insufficient_quota" or waited > PATIENCE:
+                    raise self._stop(error) from None
+                self._wait(error, waited)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                text = str(error).lower()
+                if "max_completion_tokens" in text and limit == "max_tokens":
+                    self._limit = "max_completion_tokens"  # newer models know the limit as this
+                elif "logprobs" in options and "logprobs" in text:
+                    raise EngineError(_WITHOUT_LOGPROBS.format(self.model.url)) from None
+                elif any(words in text for words in REFUSALS):
+                    return None
+                else:
+                    raise self._stop(error) from None
+            except openai.OpenAIError as error:
+                raise self._stop(error) from None
+
+    def _wait(self, error, waited: float) -> None:
+        """What the server asks for beyond the two minutes that the client waits for by itself."""
+        if time.monotonic() - self._said_at > 60:
+            self._said_at = time.monotonic()
+            print(
+                f"{self.model.url} limits the rate; waiting ({waited:.0f} s for a row so far). "
+                "A smaller model.concurrency may help.",
+                flush=True,
+            )
+        asked = error.response.headers.get("retry-after", "")
+        if asked.isdigit() and int(asked) > 120:
+            time.sleep(min(int(asked), PATIENCE))
+
+    def _stop(self, error: Exception) -> EngineError:
+        """A fault that ends the call, in words that tell what to do and no key."""
+        import openai
+
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            advice = f"Check the key in the environment variable {self.model.key_variable}."
+        elif isinstance(error, openai.NotFoundError):
+            advice = f"Check the model's name, '{self.model.path}', and the url."
+        elif isinstance(error, openai.RateLimitError):
+            advice = "The server's rate or quota is used up; run again later to go on."
+        elif isinstance(error, openai.APIConnectionError):
+            advice = "Is the server running, and is the url right (most end in /v1)?"
+        else:
+            advice = "The rows made so far are kept; run again to go on."
+        text = str(error)[:500]
+        if key := os.environ.get(self.model.key_variable):  # a server may repeat it
+            text = text.replace(key, "***")
+        return EngineError(f"{self.model.url}: {text}\n{advice}")
+
+
+_WITHOUT_LOGPROBS = (
+    "{} gives no log-probabilities, which judging.method=logprob needs. Set judging.method=sampled."
+)
+
+
+def _completion(answer) -> Completion:
+    choice = answer.choices[0]
+    text = (choice.message.content or "").strip()
+    if choice.finish_reason == "content_filter":
+        return Completion("", 0, False)
+    tokens = answer.usage.completion_tokens if answer.usage else len(text.split())
+    return Completion(text, tokens, choice.finish_reason == "stop")
+
+
+def read_verdict(
+    tokens: list[tuple[str, dict[str, float]]], prefix: str, choices: tuple[str, ...]
+) -> list[float]:
+    """Log-probability of each choice, at the place of a reply where the choices part.
+
+    Args:
+        tokens: the reply's tokens, each with the server's alternatives and their log-probabilities.
+        prefix: what the reply has to begin its verdict with; case and blanks do not count.
+        choices: as in `Engine.choose`; they part in their first character that is not blank.
+
+    Returns:
+        Nats, one a choice. A choice that is not among the alternatives gets the least of them, which
+        is too much: the margin is understated, and no verdict is invalid for being too sure. Minus
+        infinity for all when the reply does not come to a verdict.
+    """
+    firsts = [choice.strip()[0] for choice in choices]
+    said = ""
+    for token, alternatives in tokens:
+        begun = said.lower().rstrip(" *").endswith(prefix.lower())
+        if begun and token.strip(" *\n"):
+            odds = [
+                [p for other, p in alternatives.items() if other.strip(" *\n")[:1] == first]
+                for first in firsts
+            ]
+            if not any(odds):
+                return [-math.inf] * len(choices)
+            least = min(alternatives.values())
+            return [math.log(sum(map(math.exp, p))) if p else least for p in odds]
+        said += token
+    return [-math.inf] * len(choices)

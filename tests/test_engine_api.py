@@ -1,0 +1,302 @@
+"""The API engine against a real server on loopback that limits, refuses, fails and dawdles.
+
+What it says when a language model stands behind the server: tests/test_engine_vllm.py.
+"""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sao_utils import engine_api, judging, rows
+from sao_utils.engine_api import ApiEngine, read_verdict
+from sao_utils.engines import Completion, EngineError, Sampling, load_engine, model_name
+from sao_utils.recipe import Model
+
+KEY = "sk-very-secret-0123456789"
+CHOICES = (" 1 > 2", " 2 > 1")
+LIKELY = {" 1": math.log(0.9), " 2": math.log(0.08), " 3": math.log(0.01)}
+
+
+def reply(text, logprobs=None, finish="stop"):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+    choice |= {"finish_reason": finish, "logprobs": logprobs}
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m"} | {
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def steps(*tokens):
+    """The log-probabilities that a server reports, from (token, alternatives)."""
+    return {
+        "content": [
+            {"token": token, "logprob": top.get(token, 0.0), "bytes": None}
+            | {"top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in top.items()]}
+            for token, top in tokens
+        ]
+    }
+
+
+class Server(ThreadingHTTPServer):
+    """Answers a request by `self.answers[last message]`: a list of (status, body, headers)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.answers, self.requests, self.at_once, self.most = {}, [], 0, 0
+        self.lock, self.models = threading.Lock(), (404, {"error": {"message": "no list"}}, {})
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send(*self.server.models)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, text = self.server, body["messages"][-1]["content"]
+        with server.lock:
+            server.requests.append({**body, "key": self.headers["Authorization"]})
+            server.at_once += 1
+            server.most = max(server.most, server.at_once)
+            planned = server.answers.get(text, [(200, reply(f"You said {text}"), {})])
+            status, answer, headers = planned.pop(0) if len(planned) > 1 else planned[0]
+        time.sleep(float(headers.pop("slow", 0.02)))
+        with server.lock:
+            server.at_once -= 1
+        self.send(status, answer, headers)
+
+    def send(self, status, answer, headers):
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("SAO_TEST_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.2)
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def settings(server, **more):
+    return Model(path="m", engine="api", url=server.url, key_variable="SAO_TEST_KEY", **more)
+
+
+def engine_for(server, **more):
+    model = settings(server, **more)
+    return ApiEngine(model, None, model_name(model))
+
+
+def chats(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def all_of(batches):
+    return dict(pair for batch in batches for pair in batch)
+
+
+def failure(status, message, **headers):
+    return status, {"error": {"message": message, "code": None}}, headers
+
+
+def test_completions_carry_text_tokens_and_whether_they_ended(server):
+    server.answers["b"] = [(200, reply("cut", finish="length"), {})]
+    found = all_of(engine_for(server).generate(chats("a", "b"), Sampling(0.6, 7, 0.9), [2**62, 5]))
+    assert found == {0: Completion("You said a", 3, True), 1: Completion("cut", 3, False)}
+    asked = next(r for r in server.requests if r["messages"][-1]["content"] == "a")
+    assert (asked["temperature"], asked["top_p"], asked["max_tokens"]) == (0.6, 0.9, 7)
+    assert asked["model"] == "m" and asked["seed"] == 2**62 % 2**31
+    assert asked["key"] == f"Bearer {KEY}"
+
+
+def test_no_more_requests_at_a_time_than_asked_for(server):
+    texts = [str(k) for k in range(12)]
+    found = all_of(
+        engine_for(server, concurrency=3).generate(chats(*texts), Sampling(0, 5), [0] * 12)
+    )
+    assert [found[k].text for k in range(12)] == [f"You said {k}" for k in range(12)]
+    assert server.most == 3
+
+
+def test_a_slow_row_does_not_hold_up_the_others(server):
+    server.answers["slow"] = [(200, reply("late"), {"slow": "1.0"})]
+    order = [
+        index
+        for batch in engine_for(server).generate(chats("slow", "a", "b"), Sampling(0, 5), [0] * 3)
+        for index, _ in batch
+    ]
+    assert order[-1] == 0
+
+
+def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server):
+    server.answers["a"] = [
+        failure(429, "slow down", **{"Retry-After": "1"}),
+        (200, reply("at last"), {}),
+    ]
+    started = time.monotonic()
+    found = all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))
+    assert found[0].text == "at last" and time.monotonic() - started >= 1.0
+
+
+def test_a_rate_limit_that_outlasts_the_clients_tries_is_still_waited_for(server, capsys):
+    tries = [failure(429, "slow down")] * (engine_api.RETRIES + 2)
+    server.answers["a"] = [*tries, (200, reply("at last"), {})]
+    assert all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))[0].text == "at last"
+    assert "limits the rate" in capsys.readouterr().out
+
+
+def test_a_used_up_quota_stops_at_once(server):
+    body = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
+    server.answers["a"] = [(429, body, {})]
+    with pytest.raises(EngineError, match="quota is used up"):
+        all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))
+
+
+def test_a_server_that_stumbles_is_asked_again(server):
+    server.answers["a"] = [failure(500, "oops"), failure(503, "busy"), (200, reply("fine"), {})]
+    assert all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))[0].text == "fine"
+
+
+def test_a_row_that_the_server_refuses_is_empty_and_the_others_go_on(server):
+    server.answers["long"] = [failure(400, "This model's maximum context length is 10 tokens.")]
+    server.answers["rude"] = [(200, reply("", finish="content_filter"), {})]
+    found = all_of(engine_for(server).generate(chats("a", "long", "rude"), Sampling(0, 5), [0] * 3))
+    assert found[1] == found[2] == Completion("", 0, False) and found[0].finished
+    verdicts = all_of(engine_for(server).choose(chats("long"), "ranking:", CHOICES))
+    assert verdicts[0] == [-math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [
+        (401, "SAO_TEST_KEY"),
+        (403, "SAO_TEST_KEY"),
+        (404, "model's name"),
+        (500, "kept"),
+        (400, "odd"),
+    ],
+)
+def test_other_faults_stop_with_advice_and_keep_what_is_finished(server, status, words):
+    server.answers["bad"] = [failure(status, f"odd: your key {KEY}", slow="0.3")]
+    finished = []
+    with pytest.raises(EngineError, match=words) as stopped:
+        for batch in engine_for(server, concurrency=2).generate(
+            chats("a", "bad", "b", "c"), Sampling(0, 5), [0] * 4
+        ):
+            finished += [index for index, _ in batch]
+    assert {0, 2, 3} <= {*finished}
+    assert KEY not in str(stopped.value) and stopped.value.__cause__ is None
+
+
+def test_a_server_that_is_gone_or_a_wrong_key_is_told_when_the_engine_is_loaded(server):
+    server.models = failure(401, f"Incorrect API key provided: {KEY}")
+    with pytest.raises(EngineError, match="SAO_TEST_KEY") as stopped:
+        engine_for(server)
+    assert KEY not in str(stopped.value)
+    with pytest.raises(EngineError, match="Is the server running"):
+        load_engine(settings(server).model_copy(update={"url": "http://127.0.0.1:9/v1"}))
+
+
+def test_a_far_server_without_a_key_says_which_variable_to_set(monkeypatch):
+    monkeypatch.delenv("SAO_TEST_KEY", raising=False)
+    model = Model(path="m", engine="api", url="https://far.invalid/v1", key_variable="SAO_TEST_KEY")
+    with pytest.raises(EngineError, match="environment variable SAO_TEST_KEY"):
+        load_engine(model)
+
+
+def test_an_adapter_cannot_go_to_a_server(server, tmp_path):
+    with pytest.raises(EngineError, match="adapter"):
+        ApiEngine(settings(server), tmp_path, "x")
+
+
+def test_newer_models_get_their_limit_under_its_newer_name(server):
+    advice = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    server.answers["a"] = [failure(400, advice), (200, reply("fine"), {})]
+    engine = engine_for(server)
+    assert all_of(engine.generate(chats("a"), Sampling(0, 5), [0]))[0].text == "fine"
+    assert server.requests[-1]["max_completion_tokens"] == 5
+    assert "max_tokens" not in server.requests[-1]
+
+
+def test_a_verdict_is_read_where_the_reply_names_its_choice(server):
+    first = {"ranking": -0.1, "1": -4.0}
+    server.answers["a"] = [
+        (200, reply("x", steps(("ranking", first), (":", {":": 0.0}), (" 1", LIKELY))), {})
+    ]
+    server.answers["b"] = [(200, reply("x", steps(("No", {"No": -0.1, "1": -3.0}))), {})]
+    found = all_of(engine_for(server).choose(chats("a", "b"), "ranking:", CHOICES))
+    assert found[0] == pytest.approx([math.log(0.9), math.log(0.08)])
+    assert found[1] == [-math.inf, -math.inf]
+    asked = server.requests[0]
+    assert asked["temperature"] == 0 and asked["logprobs"] and asked["top_logprobs"] == 20
+    assert asked["messages"][-1]["role"] == "user" and "continue_final_message" not in asked
+
+
+def test_a_vllm_server_is_made_to_begin_with_the_prefix(server):
+    card = {"id": "m", "object": "model", "created": 0, "owned_by": "vllm"}
+    server.models = (200, {"object": "list", "data": [card]}, {})
+    server.answers["ranking:"] = [(200, reply("x", steps((" 1", LIKELY))), {})]
+    found = all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
+    assert found[0] == pytest.approx([math.log(0.9), math.log(0.08)])
+    asked = server.requests[0]
+    assert asked["messages"][-1] == {"role": "assistant", "content": "ranking:"}
+    assert asked["continue_final_message"] and not asked["add_generation_prompt"]
+
+
+def test_a_bare_blank_before_the_choice_is_passed_over():
+    tokens = [(" ", {" ": -0.1, "1": -9.0}), ("2", {"2": -0.2, "1": -1.8, " 1": -5.0})]
+    first, second = read_verdict(tokens, "", CHOICES)
+    assert second == pytest.approx(-0.2)
+    assert first == pytest.approx(math.log(math.exp(-1.8) + math.exp(-5.0)))
+
+
+def test_a_choice_too_unlikely_to_be_reported_gets_the_least_alternative():
+    found = read_verdict([(" 1", {" 1": -0.001, "x": -8.0})], "", CHOICES)
+    assert found == pytest.approx([-0.001, -8.0])
+
+
+def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):
+    with pytest.raises(EngineError, match="judging.method=sampled"):
+        all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
+    server.answers["a"] = [failure(400, "logprobs are not supported")]
+    with pytest.raises(EngineError, match="judging.method=sampled"):
+        all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
+
+
+def test_a_judge_behind_a_url_judges_a_stage_and_its_key_is_nowhere(server, results):
+    judge = {f"judge.{key}": value for key, value in settings(server).model_dump().items()}
+    run = rows.open_run("tiny", "api", {**judge, "personas.count": 6})
+    likely = steps(("ranking", {"ranking": 0.0}), (":", {":": 0.0}), (" 1", LIKELY))
+    every_prompt = type("Any", (dict,), {"get": lambda *_: [(200, reply("x", likely), {})]})
+    server.answers = every_prompt()
+    verdicts = judging.judge(run)
+    judged = [row for row in verdicts if row["outcome"] != "identical"]
+    assert judged and {row["outcome"] for row in judged} == {"inconsistent"}
+    assert all(row["margin_12"] == pytest.approx(math.log(0.9 / 0.08)) for row in judged)
+    assert len(server.requests) == 2 * len(judged)
+    for file in run.folder.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes()
+    engine = load_engine(run.recipe.judging_model)
+    assert KEY not in repr(engine) + str(vars(engine))
