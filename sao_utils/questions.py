@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 from sao_utils.recipe import Evaluation, RecipeError
@@ -22,8 +25,15 @@ def _held_out(split: str) -> Callable[[Evaluation], list[str]]:
 
 #: name of a set -> its questions, given the recipe's section "evaluation". Add a set here.
 SETS: dict[str, Callable[[Evaluation], list[str]]] = {
-    split: _held_out(split) for split in QUESTION_SEED
+    **{split: _held_out(split) for split in QUESTION_SEED},
+    "everyday": lambda _: _everyday(),
 }
+
+
+def _everyday() -> list[str]:
+    """A few plain prompts of our own for any model: a look at it, no benchmark."""
+    text = (files("sao_utils") / "prompts" / "everyday.txt").read_text(encoding="utf-8")
+    return text.splitlines()
 
 
 def questions(run: Run) -> list[dict]:
@@ -72,12 +82,26 @@ def read_table(source: str) -> list[dict]:
 
 
 def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a .jsonl or .csv file.
+    """The non-empty texts of one column of a .jsonl or .csv file (also .gz), stripped.
+
+    Only the texts are held in memory: files may have millions of rows.
 
     Raises:
-        RecipeError: the file cannot be read, or has no such column.
+        RecipeError: the file is missing, of another kind, damaged, or has no such column.
     """
-    texts = [str(row.get(column) or "").strip() for row in read_table(source)]
+    path = Path(source)
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".csv") or not path.is_file():
+        raise RecipeError(f"'{source}' is no .jsonl or .csv file (or .gz of one) that is there.")
+    unpack = gzip.open if path.suffix == ".gz" else open
+    try:  # Excel begins a CSV with a mark, hence "sig"
+        with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
+            numbered = ((k, line) for k, line in enumerate(file, 1) if line.strip())
+            lines = (_read_line(line, k, source) for k, line in numbered)
+            rows = csv.DictReader(file) if kind == ".csv" else lines
+            texts = [str(row.get(column) or "").strip() for row in rows]
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
     if not any(texts):
         raise RecipeError(f"{source} has no column '{column}' with text in it.")
     if not all(texts):

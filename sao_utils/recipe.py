@@ -143,12 +143,20 @@ class Training(_Section):
 class Evaluation(_Section):
     top_p: float = Field(1.0, gt=0, le=1)
     questions: str = Field(
-        "test", description='"test" or "dev" of the tiny world, or a .jsonl/.csv file'
+        "test",
+        description='"test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a '
+        ".jsonl/.csv file",
     )
     per_combination: int = Field(4, ge=1, description="wordings of each held-out combination")
     temperatures: tuple[float, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: int = Field(ge=1)
     bootstrap: int = Field(10_000, ge=100, description="resamples of an interval")
+    harness: tuple[str, ...] = Field(
+        (), description='tasks of lm-eval: "leaderboard", "tiny", a name, or a local .yaml file'
+    )
+    harness_limit: int | None = Field(
+        None, ge=1, description="items of a task, for a quick look; null: all"
+    )
 
 
 class Recipe(_Section):

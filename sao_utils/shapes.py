@@ -1,0 +1,127 @@
+"""What a model's shape costs: parameters, bytes of weights, KV cache and activations.
+
+Arithmetic on a config.json; needs neither torch nor weights. "Values" are numbers of 16 bit unless
+a function says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Bytes of a weight. 4 bit: NF4 with double quantisation keeps one 8-bit scale for 64 weights and one
+#: float32 for 256 of those scales (QLoRA, Dettmers et al. 2023, section 3); AWQ and GPTQ a 16-bit scale
+#: and a 4-bit zero for 128 weights.
+WEIGHT_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "bitsandbytes": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "fp8": 1.0,
+    "awq": 0.5 + 2.5 / 128,
+    "gptq": 0.5 + 2.5 / 128,
+}
+
+#: model_type -> what sets a family apart: norms of a layer, biases of query, key and value (None: if
+#: config.attention_bias says so), norms of each head's query and key.
+FAMILIES = {
+    "llama": (2, None, False),
+    "mistral": (2, False, False),
+    "qwen2": (2, True, False),
+    "qwen3": (2, None, True),
+    "gemma": (2, None, False),
+    "gemma2": (4, None, False),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that its cost depends on."""
+
+    family: str
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int  # values of one head
+    inner: int  # of the gated feed-forward layer
+    tied: bool
+    biased: bool
+    softcap: bool  # of attention scores: they stand in memory as a whole
+    context: int | None
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers, the output head left out: what is quantised and adapted."""
+        return self.layers * sum(rows * columns for rows, columns in self.projections())
+
+    def projections(self) -> list[tuple[int, int]]:
+        """(in, out) of each linear layer of one block."""
+        query, key = self.heads * self.head, self.kv_heads * self.head
+        into, out = (self.width, self.inner), (self.inner, self.width)
+        return [(self.width, query), *2 * [(self.width, key)], (query, self.width), into, into, out]
+
+    @property
+    def embeddings(self) -> int:
+        """Weights of the input embeddings and, where it is not the same matrix, the output head."""
+        return self.vocabulary * self.width * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model.
+
+        Raises:
+            ValueError: an architecture that is not known here.
+        """
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"The architecture '{self.family}' is not known here ({', '.join(FAMILIES)})."
+            )
+        norms, biased, head_norms = FAMILIES[self.family]
+        small = norms * self.width + (2 * self.head if head_norms else 0)
+        if biased or self.biased:
+            small += (self.heads + 2 * self.kv_heads) * self.head
+            small += 0 if biased else self.width  # attention_bias: of the output, too
+        return self.embeddings + self.linear + self.layers * small + self.width
+
+    def weight_bytes(self, dtype: str, quantisation: str = "none") -> float:
+        """Bytes of the weights; embeddings, norms and output head are never quantised."""
+        each = WEIGHT_BYTES[dtype if quantisation == "none" else quantisation]
+        return self.linear * each + (self.parameters - self.linear) * WEIGHT_BYTES[dtype]
+
+    def kv_bytes(self, dtype: str = "bfloat16") -> float:
+        """Bytes of the KV cache for a token."""
+        return 2 * self.layers * self.kv_heads * self.head * WEIGHT_BYTES[dtype]
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of a LoRA adapter on all linear layers but the output head."""
+        return self.layers * rank * sum(rows + columns for rows, columns in self.projections())
+
+
+def shape_of(config: dict) -> Shape:
+    """The shape that a config.json describes (`config.to_dict()` of transformers will do).
+
+    Raises:
+        ValueError: it lacks a number that decoders have.
+    """
+    config = config.get("text_config") or config
+    try:
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        family = config["model_type"]
+        return Shape(
+            family=family,
+            vocabulary=config["vocab_size"],
+            width=width,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head=config.get("head_dim") or width // heads,
+            inner=config.get("intermediate_size") or 4 * width,
+            tied=config.get("tie_word_embeddings", family.startswith("gemma")),
+            biased=bool(config.get("attention_bias")),
+            softcap=bool(config.get("attn_logit_softcapping")),
+            context=config.get("max_position_embeddings"),
+        )
+    except KeyError as missing:
+        raise ValueError(f"The model's config.json has no {missing}.") from None
