@@ -34,6 +34,7 @@ from sao_utils.losses import TrainingFailed
 from sao_utils.pairs import build_pairs
 from sao_utils.recipe import Arm, Model, Training
 from sao_utils.rows import Run, read_rows, record, row_id, write_whole
+from sao_utils.shapes import CHECKPOINT_ABOVE, shape_of
 
 Algorithm = Literal["simpo", "dpo", "orpo", "sft"]
 
@@ -412,27 +413,25 @@ def load_base(model: Model, settings: Training):
     return load_model(model.model_copy(update=changes), None if left_to_trainer else device)
 
 
-def needs_checkpointing(config, tokens: int, free: int | None) -> tuple[bool, str]:
+def needs_checkpointing(
+    config, tokens: int, free: int | None, full: bool = False
+) -> tuple[bool, str]:
     """Whether activations must be computed twice (gradient checkpointing) to fit, and why.
 
-    An estimate, not measured on a GPU: in 16 bit, a token keeps in a layer about ten values a hidden
-    unit, two a unit of queries, keys and values, and four a unit of the feed-forward layer.
+    The same estimate as `sao plan` makes: `Shape.kept_bytes`.
 
     Args:
         config: of the model (transformers).
         tokens: of the longest microbatch.
         free: bytes of GPU memory that are free with the model loaded; None without a GPU.
+        full: all weights are trained.
     """
     if free is None:
         return False, "there is no GPU"
-    width, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
-    heads += 2 * (getattr(config, "num_key_value_heads", None) or heads)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    values = 10 * width + 2 * heads * head + 4 * inner
-    need = 2 * values * config.num_hidden_layers * tokens
+    shape = shape_of(config)
+    need = shape.kept_bytes(full) * shape.layers * tokens
     words = f"activations need about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-    return need > 0.7 * free, words
+    return need > CHECKPOINT_ABOVE * free, words
 
 
 def make_trainer(model: Model, pairs, settings: Training, algorithm, seed, folder, watch=None):
@@ -507,7 +506,7 @@ def pair_trainer(
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         free = max(0, torch.cuda.mem_get_info()[0] - 14 * trained)
     config = policy.config.get_text_config()
-    twice, why = needs_checkpointing(config, tokens, free)
+    twice, why = needs_checkpointing(config, tokens, free, settings.method == "full")
     if settings.gradient_checkpointing != "auto":
         twice = settings.gradient_checkpointing == "on"
         why = "training.gradient_checkpointing says so"

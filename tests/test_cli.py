@@ -87,7 +87,7 @@ def test_show_of_a_run_without_results_says_what_makes_them(run):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--recipe", "huge"], "Recipes: paper, tiny"),
+        (["--recipe", "huge"], "Recipes: colab-t4, "),
         (["--recipe", "nothing.yaml"], "nothing.yaml"),
         (["--recipe", "tiny", "--set", "training.bet=1"], "training.beta"),
         (["--recipe", "tiny", "--set", "training.beta=much"], "training.beta"),
