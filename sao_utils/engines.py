@@ -139,8 +139,7 @@ def load_engine(model: Model, adapter: Path | None = None) -> Engine:
 
 @lru_cache(maxsize=2)
 def _loaded(model: Model, adapter: Path | None, name: str) -> Engine:
-    if model.engine != "api":
-        find(model)
+    find(model)
     if model.workers:
         from sao_utils.engine_ray import RayEngine as Kind
     elif model.engine == "vllm":
@@ -315,6 +314,8 @@ def find(model: Model, weights: bool = True) -> None:
     Raises:
         EngineError: the folder or the hub's model is not there, not to be had, or not safetensors.
     """
+    if model.engine == "api":  # the path is a name on a server
+        return
     path = model_folder(model.path)
     folder = Path(path)
     if folder.is_dir():

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sao_utils.engines import model_name
+from sao_utils.engines import EngineError, find, model_name
 from sao_utils.recipe import RecipeError, load_recipe, recipe_names, valid_keys
 from sao_utils.rows import Run, write_whole
 
@@ -101,7 +101,8 @@ def run_notebooks(
         folder: where the notebooks are; by default beside the package.
 
     Raises:
-        PipelineError: no such notebook, or one that lacks a parameter; before any of them runs.
+        PipelineError: no such notebook, one that lacks a parameter, or no such model; before any
+            of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
     every = notebooks(folder)
@@ -109,6 +110,12 @@ def run_notebooks(
     if not chosen:
         numbers = ", ".join(_number(path) for path in every)
         raise PipelineError(f"There is no notebook '{only}'. Notebooks: {numbers}.")
+    if not run.rows("prompts").exists():  # a new run: a model that is not there shows at once
+        try:
+            find(run.recipe.model)
+            find(run.recipe.judging_model)
+        except EngineError as error:
+            raise PipelineError(str(error)) from None
     told = parameters(run)
     for path in chosen:
         _check_parameters(path, told)

@@ -119,6 +119,16 @@ def test_a_notebook_without_a_parameter_is_refused_before_any_runs(folder):
     assert seen(folder) == []
 
 
+def test_a_new_run_of_a_model_that_is_not_there_stops_before_any_notebook(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write(folder, "01_first.ipynb", "raise RuntimeError('it ran')")
+    for model in ({"model.path": "nobody/no-such-model"}, {"judge.path": "nobody/no-such-model"}):
+        run = open_run("tiny", "wrong", model)
+        with pytest.raises(PipelineError, match="nobody/no-such-model.*model.path to a folder"):
+            run_notebooks(run, folder=folder)
+    assert not (run.folder / "notebooks").exists()
+
+
 def test_a_failing_cell_is_told_in_plain_words_and_the_run_goes_on_from_there(folder):
     message = "\\n".join(f"line {i}" for i in range(30)) + "\\n\\x1b[31mno persona is left\\x1b[0m"
     write(folder, "01_first")
