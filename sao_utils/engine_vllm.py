@@ -47,28 +47,9 @@ class VllmEngine:
     def __init__(self, model: Model, adapter: Path | None, name: str):
         self.model, self.name = model, name
         self.tokenizer = load_tokenizer(model)
-        lora = adapter is not None and (adapter / "adapter_config.json").exists()
-        self.arguments = {
-            "model": model_folder(str(adapter) if adapter and not lora else model.path),
-            "revision": None if adapter and not lora else model.revision,
-            "dtype": model.dtype,
-            "max_model_len": model.max_context,
-            "gpu_memory_utilization": model.gpu_memory,
-            # awq and gptq: vLLM finds the fastest kernel if it reads them off the weights itself
-            "quantization": model.quantisation
-            if model.quantisation in ("fp8", "bitsandbytes")
-            else None,
-            "load_format": "safetensors",
-            "trust_remote_code": False,
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-        }
-        self.adapter = {"name": name, "path": str(adapter.resolve())} if lora else None
-        self.rank = 0
-        if lora:
-            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            self.rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+        self.arguments, lora = engine_arguments(model, adapter)
+        self.adapter = {"name": name, "path": lora["path"]} if lora else None
+        self.rank = lora["rank"] if lora else 0
         self.weights = model_name(model) if lora else name
         self._child()
 
@@ -138,7 +119,44 @@ class VllmEngine:
         return child
 
 
+def engine_arguments(model: Model, adapter: Path | None) -> tuple[dict, dict | None]:
+    """What vLLM is started with, and the LoRA adapter that it is to serve.
+
+    Returns:
+        vLLM's EngineArgs, and {path, rank} of the adapter; None without one, and for a folder that
+        holds a whole model (then that is the model).
+    """
+    lora = adapter is not None and (adapter / "adapter_config.json").exists()
+    arguments = {
+        "model": model_folder(str(adapter) if adapter and not lora else model.path),
+        "revision": None if adapter and not lora else model.revision,
+        "dtype": model.dtype,
+        "max_model_len": model.max_context,
+        "gpu_memory_utilization": model.gpu_memory,
+        # awq and gptq: vLLM finds the fastest kernel if it reads them off the weights itself
+        "quantization": model.quantisation
+        if model.quantisation in ("fp8", "bitsandbytes")
+        else None,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if not lora:
+        return arguments, None
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return arguments, {"path": str(adapter.resolve()), "rank": rank}
+
+
 _current: weakref.ref[_Child] | None = None
+
+
+def end_child() -> None:
+    """End the process with vLLM, if there is one, also when something still refers to it."""
+    if child := _current and _current():
+        child.end()
 
 
 class _Child:
@@ -172,7 +190,7 @@ class _Child:
         threading.Thread(
             target=_listen, args=(self.process.stdout, self.messages), daemon=True
         ).start()
-        lora = {"enable_lora": True, "max_lora_rank": _rank(rank)} if rank else {}
+        lora = {"enable_lora": True, "max_lora_rank": lora_rank(rank)} if rank else {}
         try:
             self._say({**arguments, **lora})
             self._notice(self._hear())
@@ -264,7 +282,7 @@ def _listen(stream, messages: queue.Queue) -> None:
     messages.put({"error": "its process has ended"})
 
 
-def _rank(rank: int) -> int:
+def lora_rank(rank: int) -> int:
     """The least of the ranks that vLLM knows which is not below that of the adapter."""
     return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
 

@@ -153,7 +153,10 @@ def _loaded(model: Model, adapter: Path | None, name: str) -> Engine:
 
 def unload_engines() -> None:
     """Let go of the loaded models, so that their memory is free for training."""
+    from sao_utils.engine_vllm import end_child
+
     _loaded.cache_clear()
+    end_child()  # a traceback or a notebook may still refer to its engine
 
 
 def disarm(chat: Chat, tokenizer) -> Chat:
