@@ -323,5 +323,6 @@ def _manifest(run: Run) -> dict:
 
 def _input_hashes(recipe: Recipe) -> dict[str, str]:
     """sha256 of the user's files that the run reads, by file name."""
-    files = (Path(recipe.personas.source), Path(recipe.evaluation.questions))
+    named = (recipe.personas.source, recipe.evaluation.questions, recipe.judging.gold)
+    files = [Path(name) for name in named if name is not None]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}

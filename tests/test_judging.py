@@ -193,6 +193,8 @@ def test_the_recipes_gold_file_adds_scores_and_makes_no_verdict_anew(
     assert small_run.rows("verdicts").read_bytes() == kept
     assert found["self_judge.labelled.accuracy"].n == 60
     assert found["self_judge.valid_rate"].n == len(judging.judge(small_run))
+    manifest = json.loads((run.folder / "manifest.json").read_text())
+    assert len(manifest["inputs"]["gold.jsonl"]) == 64
 
 
 def test_another_judge_has_verdicts_of_its_own_beside_the_first(small_run, tmp_path, file_of_pairs):
