@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from sao_utils import templates
 from sao_utils.engines import (
@@ -49,7 +50,8 @@ def draw_personas(run: Run) -> list[dict]:
         repeats = len(every) - len(different)
         if repeats:
             warnings.warn(
-                f"{settings.source}: {repeats} of {len(every)} rows repeat a persona and are left out.",
+                f"{Path(settings.source).name}: {repeats} of {len(every)} rows repeat a persona and "
+                "are left out.",
                 stacklevel=2,
             )
         texts = {seed: _pick(different, settings.count, seed, settings.source) for seed in seeds}
@@ -109,7 +111,7 @@ def _hub_revision() -> str | None:
 
 
 def _stream_from_hub(revision: str | None) -> Iterator[str]:
-    """Every persona of Persona-Hub's list (200,000, some 30 MB), read as a stream."""
+    """Every persona of Persona-Hub's list (200,000 lines), read as a stream."""
     from datasets import load_dataset
 
     stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision)
@@ -122,8 +124,11 @@ def write_prompts(run: Run) -> list[dict]:
     Returns:
         Rows {id, seed, persona, reply, prompt, discarded, tokens, finished}. `discarded` is None,
         or says why the row goes no further: "malformed" (the reply does not begin as the template
-        asks), "cut off" (at the token limit), `engines.NO_REPLY`, or "evaluation question" (tiny
-        world: it asks for a held-out combination, so training on it would leak).
+        asks), "cut off" (at the token limit), `engines.NO_REPLY`, "evaluation question" (tiny
+        world: it asks for a held-out combination, so training on it would leak), "in an evaluation
+        set" (it shares `personas.ngram` words in a row with an evaluation question), or
+        "near-duplicate" (of an earlier prompt of its seed, by `personas.max_similarity`). The last
+        two depend on all prompts; the rows on disk do not have them.
     """
     recipe = run.recipe
     settings = recipe.personas

@@ -1,11 +1,14 @@
 """Stages 1 to 4 on the embedded model: personas, responses, judging, pairs."""
 
 import dataclasses
+import gzip
 import json
+import time
 
 import pytest
 
 from sao_utils import judging, pairs, personas, responses, rows, templates
+from sao_utils.overlap import pieces, similarity_of, words
 from sao_utils.recipe import Pairs, RecipeError, load_recipe
 from sao_utils.tiny import world
 
@@ -69,32 +72,151 @@ def test_repetition_rate_counts_what_was_said_before():
     assert personas.repetition_rate([]) == 0.0
 
 
-def test_hub_personas_are_fetched_once_and_kept(results, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        personas,
-        "_stream_from_hub",
-        lambda n, seed: calls.append(seed) or [f"p{k}" for k in range(n)],
+def test_repetition_is_counted_exactly_and_nearly():
+    said = ["a b c d e f g", "A  b c d e f g", "a b c d e f h", "x y"]
+    assert personas.repetition_rate(said) == 0.25
+    assert personas.near_duplicate_rate(said, 0.7) == 0.5
+    assert personas.near_duplicate_rate([]) == 0.0
+
+
+def with_personas(run, **changes):
+    changed = run.recipe.personas.model_copy(update=changes)
+    return dataclasses.replace(run, recipe=run.recipe.model_copy(update={"personas": changed}))
+
+
+def test_near_duplicates_of_an_earlier_prompt_are_discarded_and_rows_on_disk_stay(small_run):
+    before = personas.write_prompts(small_run)
+    on_disk = small_run.rows("prompts").read_bytes()
+    close = with_personas(small_run, max_similarity=0.3)
+    after = personas.write_prompts(close)
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    gone = [row for row in after if row["discarded"] == "near-duplicate"]
+    kept = [row for row in after if row["discarded"] is None]
+    assert gone and kept
+    for row in gone:
+        ahead = kept[: sum(other in after[: after.index(row)] for other in kept)]
+        mine = pieces(row["prompt"])
+        assert any(similarity_of(mine, pieces(other["prompt"])) >= 0.3 for other in ahead)
+    same = [(a, b) for a, b in zip(before, after) if b not in gone]
+    assert all(a == b for a, b in same), "a discard of another reason has changed"
+    assert personas.write_prompts(close) == after
+    assert personas.write_prompts(small_run) == before
+    assert small_run.rows("prompts").read_bytes() == on_disk
+
+
+def test_near_duplicates_are_sought_within_a_seed_only(small_run):
+    row = {"prompt": "How do I learn chess?", "discarded": None}
+    made = [{**row, "id": f"{seed}{k}", "seed": seed} for seed in (0, 1) for k in (0, 1)]
+    close = with_personas(small_run, max_similarity=0.9)
+    two = dataclasses.replace(close, recipe=close.recipe.model_copy(update={"seeds": (0, 1)}))
+    marked = personas._discard_overlaps(two, made)
+    assert [r["discarded"] for r in marked] == [None, "near-duplicate"] * 2
+
+
+def test_prompts_that_share_words_with_an_evaluation_question_are_shown_and_discarded(
+    small_run, tmp_path
+):
+    usual = personas.write_prompts(small_run)
+    kept = [row for row in usual if row["discarded"] is None]
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": f"Well: {kept[3]['prompt'].upper()} Thanks!"}) + "\n")
+    evaluation = small_run.recipe.evaluation.model_copy(update={"questions": str(path)})
+    recipe = small_run.recipe.model_copy(update={"evaluation": evaluation})
+    asking = dataclasses.replace(small_run, recipe=recipe)
+    n = len(kept[3]["prompt"].split())
+    found = personas.evaluation_overlap(asking, n)
+    assert found["prompts"] == len(kept) and found["questions"] == 1
+    assert kept[3]["id"] in [match["id"] for match in found["matches"]]
+    match = next(match for match in found["matches"] if match["id"] == kept[3]["id"])
+    assert match["shared"].split() == words(kept[3]["prompt"]) and match["question"].startswith("W")
+    after = personas.write_prompts(with_personas(asking, ngram=n))
+    gone = [row["id"] for row in after if row["discarded"] == "in an evaluation set"]
+    assert gone == [match["id"] for match in found["matches"]]
+    assert [row["id"] for row in after] == [row["id"] for row in usual]
+    assert personas.evaluation_overlap(with_personas(asking, ngram=n), n) == found
+    assert personas.evaluation_overlap(asking, n + 1)["matches"] == []
+
+
+def test_overlapping_prompts_go_no_further_and_the_funnel_counts_them(small_run, tmp_path):
+    close = dataclasses.replace(with_personas(small_run, max_similarity=0.3), folder=tmp_path)
+    made = personas.write_prompts(close)
+    gone = {row["id"] for row in made if row["discarded"] == "near-duplicate"}
+    asked = {row["prompt_id"] for row in responses.write_responses(close)}
+    assert gone and asked == {row["id"] for row in made if row["discarded"] is None}
+    counts = dict(pairs.funnel(close))
+    assert counts["near-duplicate"] == -len(gone)
+    assert counts["prompts"] == len(asked)
+
+
+# ---------------------------------------------------------------------- personas of a file, of the hub
+
+
+def test_a_persona_that_a_file_has_twice_counts_once_and_the_user_is_told(results, tmp_path):
+    path = tmp_path / "people.jsonl.gz"
+    lines = [json.dumps({"persona": f"A baker, number {k % 12}"}) + "\n" for k in range(20)]
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    settings = {"personas.source": str(path), "personas.count": 12}
+    with pytest.warns(UserWarning, match="8 of 20 rows repeat a persona"):
+        people = personas.draw_personas(rows.open_run("tiny", "twice", settings))
+    assert len({p["persona"] for p in people}) == 12
+    many = rows.open_run("tiny", "many", {**settings, "personas.count": 13})
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(RecipeError, match="12 different personas.*asks for 13"),
+    ):
+        personas.draw_personas(many)
+
+
+@pytest.fixture
+def local_hub(tmp_path, monkeypatch):
+    """A folder laid out like Persona-Hub's repository, read by the same call of datasets."""
+    folder = tmp_path / "PersonaHub"
+    folder.mkdir()
+    names = [f"A baker, number {k}" for k in range(30)] + ["A baker, number 7 ", "A smith"]
+    text = "".join(json.dumps({"persona": name}) + "\n" for name in names)
+    (folder / "persona.jsonl").write_text(text)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: persona\n  data_files: persona.jsonl\n---\n"
     )
-    run = rows.open_run("tiny", "hub", {"personas.source": "hub", "personas.count": 3})
-    assert personas.draw_personas(run) == personas.draw_personas(run)
-    assert calls == [0]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(personas, "HUB_PERSONAS", str(folder))
+    monkeypatch.setattr(personas, "_hub_revision", lambda: None)  # a folder has none
+    return folder
 
 
-@pytest.mark.parametrize(
-    "name, content, fault",
-    [("a.jsonl", '{"persona": "x"}\n[1]\n', "line 2"), ("a.jsonl", "{nonsense\n", "line 1"),
-     ("a.csv", "persona,b\nx,1\n,2\n", "row 2")],
-)  # fmt: skip
-def test_a_faulty_line_of_a_persona_file_is_named(tmp_path, name, content, fault):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError, match=fault):
-        personas.read_column(str(tmp_path / name), "persona")
+def hub_run(name, seeds=(0,), count=15):
+    settings = {"personas.source": "hub", "personas.count": count, "seeds": list(seeds)}
+    return rows.open_run("tiny", name, settings)
 
 
-def test_a_csv_as_excel_writes_it_is_read(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfpersona\r\nA baker\r\n")
-    assert personas.read_column(str(tmp_path / "a.csv"), "persona") == ["A baker"]
+def test_hub_personas_are_streamed_without_repetition_within_and_over_seeds(results, local_hub):
+    people = personas.draw_personas(hub_run("hub", (0, 1)))
+    assert [p["seed"] for p in people] == [0] * 15 + [1] * 15
+    assert len({p["persona"] for p in people}) == 30
+    assert all(p["persona"] == p["persona"].strip() for p in people)
+    again = personas.draw_personas(hub_run("other", (0, 1)))
+    assert again == people, "the same seeds draw the same personas"
+
+
+def test_hub_personas_are_fetched_once_and_kept(results, local_hub):
+    people = personas.draw_personas(hub_run("hub"))
+    (local_hub / "persona.jsonl").unlink()
+    assert personas.draw_personas(hub_run("hub")) == people
+
+
+def test_a_hub_with_too_few_personas_left_says_so(results, local_hub):
+    with pytest.raises(RecipeError, match="1 different personas that are free.*asks for 15"):
+        personas.draw_personas(hub_run("hub", (0, 1, 2)))
+
+
+def test_a_hub_out_of_reach_is_said_at_once_with_what_to_do(results, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="cannot be reached: OfflineModeIsEnabled.*csv"):
+        personas.draw_personas(hub_run("hub"))
+    assert time.monotonic() - started < 10
 
 
 # ---------------------------------------------------------------------- responses

@@ -1,0 +1,98 @@
+"""Evaluation questions, and the files that they and personas are read from."""
+
+import gzip
+import json
+import tracemalloc
+
+import pytest
+
+from sao_utils import questions, rows
+from sao_utils.recipe import RecipeError, load_recipe
+
+
+def run_with(**changes):
+    overrides = {f"evaluation.{key}": value for key, value in changes.items()}
+    return rows.Run(load_recipe("tiny", overrides), None)
+
+
+@pytest.mark.parametrize("name", sorted(questions.SETS))
+def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name):
+    asked = questions.questions(run_with(questions=name))
+    assert asked and asked == questions.questions(run_with(questions=name))
+    assert len({row["id"] for row in asked}) == len(asked)
+
+
+def test_a_set_that_is_added_is_asked(monkeypatch):
+    monkeypatch.setitem(questions.SETS, "mine", lambda settings: ["One?", "Two?"])
+    asked = questions.questions(run_with(questions="mine"))
+    assert [(row["question"], row["combination"]) for row in asked] == [
+        ("One?", "One?"),
+        ("Two?", "Two?"),
+    ]
+
+
+def test_a_users_file_is_asked_in_its_order_and_repeated_questions_keep_apart(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("B?", "A?", "B?")))
+    asked = questions.questions(run_with(questions=str(path)))
+    assert [row["question"] for row in asked] == ["B?", "A?", "B?"]
+    assert len({row["id"] for row in asked}) == 3
+
+
+def test_questions_that_are_neither_a_set_nor_a_file_say_so():
+    with pytest.raises(RecipeError, match="'tset' is no .jsonl or .csv file"):
+        questions.questions(run_with(questions="tset"))
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "name, content, fault",
+    [("a.jsonl", '{"persona": "x"}\n[1]\n', "line 2"), ("a.jsonl", "{nonsense\n", "line 1"),
+     ("a.csv", "persona,b\nx,1\n,2\n", "row 2")],
+)  # fmt: skip
+def test_a_faulty_line_of_a_file_is_named(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=fault):
+        questions.read_column(str(tmp_path / name), "persona")
+
+
+def test_a_csv_as_excel_writes_it_is_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfpersona\r\nA baker\r\n")
+    assert questions.read_column(str(tmp_path / "a.csv"), "persona") == ["A baker"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_compressed_file_reads_like_the_plain_one(tmp_path, name):
+    text = {"a.csv": 'persona,n\n"Ö, a\nbaker",1\n', "a.jsonl": '{"persona": "Ö, a\\nbaker"}\n'}
+    (tmp_path / name).write_text(text[name], encoding="utf-8")
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text[name].encode()))
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        assert questions.read_column(str(path), "persona") == ["Ö, a\nbaker"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("latin.csv", "persona\nA café owner\n".encode("latin-1")),
+        ("no.jsonl.gz", b"this is no gzip file"),
+        ("torn.jsonl.gz", gzip.compress(b'{"persona": "A baker"}\n' * 99)[:-20]),
+        ("huge.csv", b'persona\n"' + b"x" * 200_000 + b'"\n'),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError, match=f"{name} is damaged, or no UTF-8"):
+        questions.read_column(str(tmp_path / name), "persona")
+
+
+def test_a_large_file_is_held_in_memory_once(tmp_path):
+    path, count, more = tmp_path / "many.jsonl", 20_000, "x" * 400
+    with open(path, "w") as file:
+        file.writelines(json.dumps({"persona": f"P {k}", "b": more}) + "\n" for k in range(count))
+    tracemalloc.start()
+    found = questions.read_column(str(path), "persona")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == count and peak < path.stat().st_size / 2
