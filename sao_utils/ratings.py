@@ -13,6 +13,7 @@ from sao_utils.intervals import (
     Interval,
     cluster_codes,
     resampled_sums,
+    tail_of,
     wilson,
     without_single_cluster,
 )
@@ -43,7 +44,7 @@ def kappa(
         items kappa is 0 / 0: the value is NaN and the interval all of -1..1. Where they always
         agree on several labels there is nothing to resample: the lower bound is kappa at the lower
         bound of Wilson's interval for p_o, with each cluster as one trial. Resamples in which
-        kappa is 0 / 0 are left out.
+        kappa is 0 / 0 are left out. One item alone says nothing: the interval is all of -1..1.
 
     Raises:
         ValueError: no items, missing labels, or lengths that differ.
@@ -79,10 +80,13 @@ def kappa(
             return (observed[..., 0] / size - chance) / (1 - chance)
 
     value = float(of(sums.sum(0)))
+    if n == 1:
+        return Interval(value, -1.0, 1.0, 1)
     if same.all():
         chance = float((first.mean(0) * second.mean(0)).sum())
         low = (wilson(trials, trials).low - chance) / (1 - chance)
         return Interval(1.0, max(-1.0, low), 1.0, n)
     found = of(resampled_sums(sums, resamples, np.random.default_rng(seed)))
-    low, high = np.nanquantile(found, (0.025, 0.975))
+    tail = tail_of(codes)
+    low, high = np.nanquantile(found, (tail, 1 - tail))
     return Interval(value, float(low), float(high), n)

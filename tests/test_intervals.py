@@ -18,8 +18,14 @@ from sao_utils.intervals import (
     Interval,
     clustered_difference,
     clustered_mean,
+    design_effect,
+    from_preferences,
     length_controlled_win_rate,
+    outside_the_noise,
+    prompts_needed,
+    smallest_difference,
     wilson,
+    win_rate,
 )
 
 
@@ -442,3 +448,120 @@ def test_the_crossed_bootstrap_agrees_with_resampling_spelt_out():
     ]
     low, high = np.quantile(means, (0.025, 0.975))
     assert (got.low, got.high) == pytest.approx((low, high), abs=0.04)
+
+
+# ---------------------------------------------------------------------- how many prompts
+
+
+@pytest.mark.parametrize("difference", [0.05, 0.1, 0.2])
+def test_the_number_of_prompts_gives_the_power_it_promises_for_a_win_rate(difference):
+    n = prompts_needed(difference)
+    wins = np.random.default_rng(18).binomial(n, 0.5 + difference, 40_000)
+    seen = np.abs(wins / n - 0.5) > 1.959964 * 0.5 / math.sqrt(n)
+    assert seen.mean() == pytest.approx(0.8, abs=0.04)  # wins are whole numbers: n = 47 for 0.2
+
+
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
+def test_the_number_of_prompts_gives_the_power_it_promises_for_pairs_in_clusters(power):
+    # Clusters of 5 with a correlation of 1/4: an effect of 1 + 4/4 = 2 on the variance.
+    n = prompts_needed(0.1, variance=0.2, design_effect=2.0, power=power)
+    rng = np.random.default_rng(19)
+    k = math.ceil(n / 5)
+    level = rng.normal(0.1, math.sqrt(0.05), (4000, k, 1))
+    means = (level + rng.normal(0, math.sqrt(0.15), (4000, k, 5))).mean((1, 2))
+    seen = np.abs(means) > 1.959964 * math.sqrt(0.2 * 2 / (5 * k))
+    assert seen.mean() == pytest.approx(power, abs=0.02)
+
+
+def test_numbers_of_prompts_by_hand():
+    # (1.96 * 0.5 + 0.8416 * sqrt(0.2475))^2 / 0.0025 = 782.3 (tables print 783 for 55 %).
+    assert prompts_needed(0.05) == prompts_needed(-0.05) == 783
+    # (1.96 + 0.8416)^2 * 0.25 / 0.01 = 196.2
+    assert prompts_needed(0.1, variance=0.25) == 197
+    assert prompts_needed(0.1, variance=0.25, design_effect=2) == 393
+    assert prompts_needed(0.1, variance=0.0) == 1
+
+
+@given(
+    st.integers(5, 10**6),
+    st.one_of(st.none(), st.floats(0.01, 1)),
+    st.floats(0.5, 0.99),
+)
+def test_the_smallest_difference_is_the_number_of_prompts_turned_round(n, variance, power):
+    d = smallest_difference(n, variance, power=power)
+    if math.isfinite(d):
+        assert prompts_needed(d * (1 + 1e-6) if d < 0.49 else d, variance, power=power) <= n
+        assert prompts_needed(d * 0.999, variance, power=power) >= n * 0.99
+
+
+def test_three_prompts_show_nothing():
+    assert smallest_difference(3) == math.inf
+    assert smallest_difference(4) <= 0.5
+    assert smallest_difference(8, design_effect=2.0) == smallest_difference(4)
+
+
+def test_a_design_effect_against_the_formula_of_equal_clusters():
+    rng = np.random.default_rng(20)
+    level = np.repeat(rng.normal(0, math.sqrt(0.25), 4000), 5)
+    values = level + rng.normal(0, math.sqrt(0.75), 20_000)
+    names = np.repeat(np.arange(4000), 5)
+    assert design_effect(values, names) == pytest.approx(1 + 4 * 0.25, rel=0.05)
+    assert design_effect(values, range(20_000)) == pytest.approx(1)
+    assert design_effect(np.repeat(level[::5], 5), names) == pytest.approx(5, rel=0.01)
+    assert design_effect([1, 1, 1], "abc") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"difference": 0}, "no number of prompts"),
+        ({"difference": math.nan}, "no number of prompts"),
+        ({"difference": 0.6}, "0.5 at most"),
+        ({"difference": 0.1, "variance": -1}, "variance is -1"),
+        ({"difference": 0.1, "design_effect": 0}, "design effect is 0"),
+        ({"difference": 0.1, "power": 0.3}, "power 0.3"),
+        ({"difference": 0.1, "level": 1}, "level 1"),
+    ],
+)
+def test_sample_sizes_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prompts_needed(**arguments)
+
+
+def test_no_prompts_and_one_cluster_have_no_size():
+    with pytest.raises(ValueError, match="0 prompts"):
+        smallest_difference(0)
+    with pytest.raises(ValueError, match="at least two clusters"):
+        design_effect([1, 2], "aa")
+
+
+# ---------------------------------------------------------------------- many differences
+
+
+def test_holm_by_hand():
+    # z of 3, 2.2, 2: p of 0.0027, 0.0278, 0.0455; times 3, 2, 1 and never falling.
+    outside, p = outside_the_noise([0.3, -0.22, 0.2], [0.1, 0.1, 0.1])
+    assert outside == [True, False, False]
+    assert p == pytest.approx([3 * 0.0026998, 2 * 0.0278069, 2 * 0.0278069], abs=1e-6)
+    assert outside_the_noise([0.2], [0.1])[0] == [True]  # alone, it would be outside
+
+
+def test_holm_keeps_the_chance_of_one_false_alarm():
+    rng = np.random.default_rng(21)
+    noise = rng.normal(size=(2000, 6))
+    alarms = np.mean([any(outside_the_noise(row, np.ones(6))[0]) for row in noise])
+    assert alarms == pytest.approx(0.05, abs=0.015)
+    alone = (np.abs(noise) > 1.96).any(1).mean()
+    assert alone > 0.2  # what it is without the correction
+
+
+def test_differences_without_an_error_or_with_none():
+    nan = math.nan
+    outside, p = outside_the_noise([0.1, 0.0, nan, 0.3], [0.0, 0.0, 0.1, nan])
+    assert outside == [True, False, False, False]
+    assert p[:2] == [0.0, 1.0] and math.isnan(p[2]) and math.isnan(p[3])
+    assert outside_the_noise([], []) == ([], [])
+    with pytest.raises(ValueError, match="2 differences, but 1"):
+        outside_the_noise([1, 2], [1])
+    with pytest.raises(ValueError, match="negative"):
+        outside_the_noise([1], [-1])
