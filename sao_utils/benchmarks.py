@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -394,8 +394,27 @@ def random_policy(shape: str, device: str, nf4: bool | None = None):
     Returns:
         peft's model in training mode, and "nf4", "bfloat16" or "float32" with the kind of attention.
     """
-    import torch
     from peft import LoraConfig, get_peft_model
+
+    base, kept = random_base(shape, device, nf4)
+    if device == "cuda":
+        with warnings.catch_warnings():  # transformers 5.23 renames it
+            warnings.simplefilter("ignore", FutureWarning)
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base)  # before peft; without `fused_lm_head=True` it changes nothing
+    except (ImportError, AttributeError):
+        pass
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=32)
+    return get_peft_model(base, lora).train(), kept
+
+
+def random_base(shape: str, device: str, nf4: bool | None = None):
+    """A model of a shape with random weights, and how they are kept: see `random_policy`."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, sizes, tied = SHAPES[shape]
@@ -426,21 +445,8 @@ def random_policy(shape: str, device: str, nf4: bool | None = None):
     with torch.no_grad():
         base.get_input_embeddings().weight.normal_(std=sizes[1] ** -0.5)
         base.get_output_embeddings().weight.normal_(std=sizes[1] ** -0.5)
-    if device == "cuda":
-        with warnings.catch_warnings():  # transformers 5.23 renames it
-            warnings.simplefilter("ignore", FutureWarning)
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(base)  # before peft; without `fused_lm_head=True` it changes nothing
-    except (ImportError, AttributeError):
-        pass
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=32)
-    policy = get_peft_model(base, lora).train()
     kept = "nf4" if nf4 else str(dtype).split(".")[-1]
-    return policy, f"{kept}, attention {base.config._attn_implementation}"
+    return base, f"{kept}, attention {base.config._attn_implementation}"
 
 
 @contextmanager
@@ -904,20 +910,24 @@ def _faster(ours: dict | None, other: dict | None) -> float | None:
 
 def report(rows: list[dict], device: str) -> dict:
     """Bars, versions, hardware and date of these rows."""
+    return {**about(rows, device), "bars": bars(rows, device)}
+
+
+def about(rows: list[dict], device: str) -> dict:
+    """Device, whether anything was measured, date, machine and versions."""
     more = {}
     for package in ("bitsandbytes", "liger-kernel"):
         more[package] = version(package) if _has(package) else "not installed"
     measured = any(row["status"] == "ok" for row in rows if row["measurement"] != "counts")
     status = "measured" if measured else "not measured: no GPU"
-    about = {"device": device, "status": status, "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    about |= {"hardware": hardware(), "versions": versions() | more}
-    return {**about, "bars": bars(rows, device)}
+    when = {"device": device, "status": status, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {**when, "hardware": hardware(), "versions": versions() | more}
 
 
-def as_csv(rows: list[dict]) -> str:
+def as_csv(rows: list[dict], columns: Iterable[str] = COLUMNS) -> str:
     """The rows as CSV with all columns; numbers to six digits."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n", extrasaction="raise")
+    writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="raise")
     writer.writeheader()
     for row in rows:
         short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

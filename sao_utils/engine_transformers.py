@@ -27,26 +27,37 @@ class TransformersEngine:
 
     def __init__(self, model: Model, adapter: Path | None, name: str):
         import torch
-        from transformers import GenerationConfig
 
-        self.batch_tokens = model.batch_tokens
-        self.name = name
-        self.tokenizer = load_tokenizer(model)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = load_tokenizer(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype, why = precision(model)
         bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
         print(f"{model.path}: {dtype}{bits} ({why})", flush=True)
         whole = adapter is not None and not (adapter / "adapter_config.json").exists()
         weights = model.model_copy(update={"path": str(adapter), "revision": None})
-        self.model = load_model(weights if whole else model, self.device)
+        loaded = load_model(weights if whole else model, device)
         if adapter is not None and not whole:
             from peft import PeftModel
 
-            self.model = PeftModel.from_pretrained(self.model, str(adapter))
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
             # In fewer bits, merging would round the adapter.
             if dtype == "float32" and model.quantisation == "none":
-                self.model = self.model.merge_and_unload()
-        self.model.eval()
+                loaded = loaded.merge_and_unload()
+        self._hold(loaded, tokenizer, model.batch_tokens, name)
+
+    @classmethod
+    def of(cls, loaded, tokenizer, batch_tokens: int, name: str = "loaded") -> TransformersEngine:
+        """An engine on a model that is loaded already, transformers' or peft's."""
+        engine = cls.__new__(cls)
+        engine._hold(loaded, tokenizer, batch_tokens, name)
+        return engine
+
+    def _hold(self, loaded, tokenizer, batch_tokens: int, name: str) -> None:
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer = loaded.eval(), tokenizer
+        self.batch_tokens, self.name = batch_tokens, name
+        self.device = loaded.device.type
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
         stops = self.model.generation_config.eos_token_id
@@ -87,7 +98,7 @@ class TransformersEngine:
             replies = out[:, ids.shape[1] :].tolist()
             return [(i, self._completion(tokens)) for i, tokens in zip(rows, replies)]
 
-        yield from self._in_batches(prompts, too_long, reply, sampling.max_new_tokens)
+        yield from self.in_batches(prompts, too_long, reply, sampling.max_new_tokens)
 
     def choose(self, chats, prefix, choices):
         import torch
@@ -111,7 +122,7 @@ class TransformersEngine:
                 ).logits[:, -1]
             return list(zip(rows, logits.float().log_softmax(-1)[:, firsts].tolist()))
 
-        yield from self._in_batches(prompts, too_long, score)
+        yield from self.in_batches(prompts, too_long, score)
 
     def _too_long(self, prompts: list[list[int]]) -> list[int]:
         """Indices of the prompts that fill the model's context; says so if there are any."""
@@ -125,7 +136,7 @@ class TransformersEngine:
             )
         return found
 
-    def _in_batches(
+    def in_batches(
         self,
         prompts: list[list[int]],
         skipped: list[int],

@@ -1,0 +1,301 @@
+"""Benchmarks of generation and judging: `python -m sao_utils.engine_benchmarks`.
+
+On a CPU: what the kit costs over one raw call of its engine on the embedded tiny model, interleaved.
+On a GPU (`--device cuda`): replies and verdicts a second, and peak memory, with random weights in
+the true shapes of models; only shapes matter for time and memory. Everywhere: how much batches by
+tokens pad, as counts, which have no noise. Written to results/benchmarks/engines-<device>.csv, with
+machine and versions in the .json beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sao_utils import benchmarks
+from sao_utils.benchmarks import GIB, failure, interleaved, measure
+from sao_utils.rows import results_folder, write_whole
+
+COLUMNS = (
+    "measurement shapes weights contender batch rows tokens seconds cpu_seconds tokens_per_second "
+    "rows_per_second ratio cpu_ratio peak_bytes planned_bytes padded_ratio batches largest_batch "
+    "repeats status note"
+).split()
+PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as facts assumed of real models
+BATCHES = (8, 32, 128)
+ON_GPU = ("qwen2.5-1.5b", "gemma-2-9b")
+STAGE, RAW = "stage write_responses", "one raw engine call"
+BAR = 0.98  # of a raw call's throughput, at 2,000 rows
+
+
+# ---------------------------------------------------------------------------- the kit's overhead
+
+
+def overhead(personas: int, repeats: int) -> list[dict]:
+    """The stage that answers prompts beside a raw call with the same rows, on the tiny model.
+
+    The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest.
+    """
+    from sao_utils.engines import Sampling, load_engine
+    from sao_utils.responses import write_responses
+    from sao_utils.rows import open_run, seed_of
+
+    with tempfile.TemporaryDirectory() as place, _environment("SAO_RESULTS", place):
+        run = open_run("tiny", "overhead", {"personas.count": personas})
+        made = write_responses(run)  # writes the prompts, too, and warms everything up
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in made]
+        seeds = [seed_of(row["id"]) for row in made]
+        settings = run.recipe.responses
+        sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
+        engine = load_engine(run.recipe.model)
+        texts = [row["text"] for row in made]
+
+        def stage():
+            run.rows("responses").unlink()
+            return check([row["text"] for row in write_responses(run)])
+
+        def raw():
+            found = dict(
+                pair for batch in engine.generate(chats, sampling, seeds) for pair in batch
+            )
+            return check([found[i].text for i in range(len(chats))])
+
+        def check(found: list[str]) -> dict:
+            if found != texts:
+                raise RuntimeError("the two do not say the same")
+            return {}
+
+        found = interleaved({STAGE: stage, RAW: raw}, engine.device, repeats)
+    base = {"measurement": "overhead", "shapes": "tiny", "weights": "float32"}
+    base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
+    rows = [with_speed({**base, "contender": name, **one}) for name, one in found.items()]
+    ours, other = rows
+    if ours["status"] == other["status"] == "ok":
+        ours["ratio"] = other["seconds"] / ours["seconds"]
+        ours["cpu_ratio"] = other["cpu_seconds"] / ours["cpu_seconds"]
+    return rows
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def with_speed(row: dict) -> dict:
+    """A row with tokens and rows a second, where it was measured."""
+    if row.get("seconds"):
+        row["rows_per_second"] = row["rows"] / row["seconds"]
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
+    return row
+
+
+# ---------------------------------------------------------------------------- batches, as counts
+
+
+def batching(rows: int = 2000, budget: int = 32_768, fixed: int = 32) -> list[dict]:
+    """Padded over real tokens and number of batches, for prompts of lognormal lengths.
+
+    Lengths as in `benchmarks.lengths`. The largest batch, in tokens, is what memory must hold.
+    """
+    from sao_utils.engine_transformers import TransformersEngine
+    from sao_utils.engines import load_model, load_tokenizer
+    from sao_utils.recipe import Model
+
+    sizes = [prompt + chosen for prompt, chosen, _ in benchmarks.lengths(rows)]
+    tiny = Model(path="tiny", dtype="float32")
+    engine = TransformersEngine.of(load_model(tiny), load_tokenizer(tiny), budget)
+    prompts = [[0] * (n - 1) for n in sizes]  # one less: the tiny context is the longest of them
+    ours = list(engine.in_batches(prompts, [], lambda rows, _: rows))
+    ordered = sorted(range(rows), key=lambda i: -sizes[i])
+    planned = {f"{budget:,} tokens, longest first": ours}
+    for name, order in (("as they come", range(rows)), ("longest first", ordered)):
+        batches = [list(order[i : i + fixed]) for i in range(0, rows, fixed)]
+        planned[f"{fixed} rows, {name}"] = batches
+    found = []
+    for contender, batches in planned.items():
+        fed = [len(batch) * max(sizes[i] for i in batch) for batch in batches]
+        row = {"measurement": "counts", "contender": contender, "rows": rows, "tokens": sum(sizes)}
+        row |= {"padded_ratio": sum(fed) / sum(sizes), "batches": len(batches)}
+        found.append({**row, "largest_batch": max(fed), "status": "ok"})
+    return found
+
+
+# ---------------------------------------------------------------------------- shapes of real models
+
+
+def of_shape(
+    shape: str, nf4: bool, batches: tuple[int, ...], device: str, tokens=(PROMPT, REPLY, JUDGED)
+) -> Iterator[list[dict]]:
+    """Generation and judging with random weights of a shape, a row a batch size.
+
+    Args:
+        tokens: of a prompt, a reply (random weights never end one) and a judge's prompt.
+
+    Yields:
+        Rows whose peak_bytes holds everything on the device, weights included.
+    """
+    from sao_utils.engine_transformers import TransformersEngine
+    from sao_utils.engines import Sampling, load_tokenizer
+    from sao_utils.recipe import Model
+
+    base = {"shapes": shape, "weights": "nf4" if nf4 else "16 bit"}
+    try:
+        model, base["weights"] = benchmarks.random_base(shape, device, nf4)
+        model.config.use_cache = True
+        engine = TransformersEngine.of(model, load_tokenizer(Model(path="tiny")), 1)
+        engine.stops = []
+    except Exception as error:
+        yield [{**base, "measurement": "generate", "status": failure(error)}]
+        return
+    prompt, reply, judged = tokens
+
+    def chats(rows: int, wanted: int):
+        """Prompts of about so many tokens, and the exact number of them."""
+        from sao_utils.engines import encode
+
+        one = [{"role": "user", "content": "the " * max(1, wanted - 2)}]
+        return [one] * rows, len(encode([one], engine.tokenizer)[0])
+
+    def generate(rows: int, new: int = reply) -> dict:
+        asked, length = chats(rows, prompt)
+        engine.batch_tokens = rows * (length + new)
+        replies = [r for b in engine.generate(asked, Sampling(0.6, new), range(rows)) for r in b]
+        return {"rows": rows, "tokens": sum(one.tokens for _, one in replies), "batch": rows}
+
+    def judge(rows: int) -> dict:
+        asked, length = chats(rows, judged)
+        engine.batch_tokens = rows * (length + 2)
+        scored = [s for b in engine.choose(asked, "ranking:", (" 1 > 2", " 2 > 1")) for s in b]
+        return {"rows": len(scored), "tokens": rows * length, "batch": rows}
+
+    for name, work in (("generate", generate), ("judge", judge)):
+        generate(1, 2)  # the first call of anything is slow
+        for batch in batches:
+            held = engine.batch_tokens
+            row = measure(lambda: work(batch), device, whole=True)  # noqa: B023
+            row = {"batch": batch, **row}
+            if engine.batch_tokens < held and row["status"] == "ok":
+                row["note"] = "out of memory; halved"
+            planned = _planned(model.config, base["weights"], batch, name, tokens)
+            yield [with_speed({**base, "measurement": name, "planned_bytes": planned, **row})]
+            if row["status"] != "ok" or row.get("note"):
+                break
+
+
+def _planned(config, weights: str, batch: int, verb: str, tokens) -> float | None:
+    """What `sao plan` predicts for the peak, bytes; None where it cannot."""
+    return None
+
+
+def not_measured(shapes) -> list[dict]:
+    """The rows that only a GPU can show, where none has shown them."""
+    return [
+        {"measurement": verb, "shapes": shape, "weights": weights, "batch": batch}
+        | {"status": "not measured: no GPU"}
+        for shape in shapes
+        for weights in ("bfloat16", "nf4")
+        for verb in ("generate", "judge")
+        for batch in BATCHES
+    ]
+
+
+def on_gpu(shapes, device: str, quick: bool) -> Iterator[list[dict]]:
+    """All shapes with 16-bit and with NF4 weights."""
+    batches, tokens = ((2, 4), (12, 4, 20)) if quick else (BATCHES, (PROMPT, REPLY, JUDGED))
+    for shape in shapes:
+        for nf4 in (False, True):
+            yield from of_shape(shape, nf4, batches, device, tokens)
+            if device == "cuda":
+                import gc
+
+                import torch
+
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def keep(folder: Path, name: str, rows: list[dict]) -> dict:
+    """Write name.csv and name.json; returns what the JSON holds."""
+    found = benchmarks.about(rows, "cuda" if "cuda" in name else "cpu")
+    ratio = next((row.get("ratio") for row in rows if row.get("contender") == STAGE), None)
+    if ratio is not None:
+        bar = {"bar": "throughput of the stage over a raw call", "limit": f"at least {BAR}"}
+        found["bars"] = [{**bar, "value": ratio, "met": ratio >= BAR}]
+    write_whole(folder / f"{name}.csv", benchmarks.as_csv(rows, COLUMNS))
+    write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for a reader, a line each."""
+    lines = []
+    for row in rows:
+        where = " ".join(str(row[k]) for k in ("measurement", "shapes", "weights") if row.get(k))
+        who = row.get("contender") or f"batch {row.get('batch')}"
+        facts = [
+            f"{label} {row[key]:.4g}"
+            for key, label in (
+                ("rows_per_second", "rows/s"),
+                ("tokens_per_second", "tokens/s"),
+                ("ratio", "ratio"),
+                ("cpu_ratio", "of CPU time"),
+                ("padded_ratio", "padded/real"),
+                ("batches", "batches"),
+                ("largest_batch", "largest"),
+            )
+            if row.get(key) is not None
+        ]
+        if row.get("peak_bytes") and row["measurement"] in ("generate", "judge"):
+            facts.append(f"peak {row['peak_bytes'] / GIB:.2f} GiB")
+        said = ", ".join(facts) if row["status"] == "ok" else row["status"]
+        lines.append(f"{where:44} {who:28} {said} {row.get('note', '')}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    ask = argparse.ArgumentParser(prog="python -m sao_utils.engine_benchmarks", description=__doc__)
+    ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    ask.add_argument("--quick", action="store_true", help="a trial of the program in seconds")
+    ask.add_argument("--shapes", nargs="*", choices=benchmarks.SHAPES, help="of the models")
+    ask.add_argument("--repeats", type=int, default=3)
+    ask.add_argument("--folder", type=Path, help="of the results")
+    options = ask.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+    folder = options.folder or results_folder() / "benchmarks"
+    name = f"engines-{options.device}" + ("-quick" if options.quick else "")
+    rows = batching()
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        groups = iter([not_measured(options.shapes or ON_GPU)])
+        if "not measured" not in (benchmarks.kept(name) or {"status": "not measured"})["status"]:
+            sys.exit(f"There is no GPU here; {name}.csv of another machine is kept.")
+    elif options.shapes or options.device == "cuda":
+        groups = on_gpu(options.shapes or ON_GPU, options.device, options.quick)
+    else:
+        groups = iter([overhead(*((40, 1) if options.quick else (1500, options.repeats)))])
+    for group in groups:
+        rows += group
+        keep(folder, name, rows)  # at once: a kill leaves what there is
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
