@@ -1,4 +1,4 @@
-"""The command `sao`: run a recipe, show its results, publish or merge what was trained.
+"""The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
 
 Exit codes: 0 done, 1 a run failed or has no results, 2 something was asked for that there is not,
 130 interrupted.
@@ -53,14 +53,8 @@ def run(
     from sao_utils.recipe import RecipeError
     from sao_utils.rows import open_run
 
-    overrides = {}
-    for setting in set_ or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            _fail(f"--set takes KEY=VALUE, such as personas.count=50; not '{setting}'.", 2)
-        overrides[key.strip()] = value
     try:
-        opened = open_run(recipe, run, overrides)
+        opened = open_run(recipe, run, _overrides(set_))
         run_notebooks(opened, only=only, say=_tell)
     except (RecipeError, PipelineError) as error:
         _fail(error, 2)
@@ -73,6 +67,35 @@ def run(
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
         typer.echo("\n" + render(_results(opened.folder)))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a .yaml file.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Name of a run: planned beside what it took.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="T4, 4090, ...; else that of this machine.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them train together.")] = 1,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
+    ] = None,
+) -> None:
+    """Tell what a recipe will take before it runs: rows, tokens, hours, memory, what does not fit."""
+    from sao_utils import planning
+    from sao_utils.recipe import RecipeError, load_recipe
+
+    if (recipe is None) == (run is None):
+        _fail("Say either --recipe or --run.", 2)
+    folder = _folder(run) if run else None
+    try:
+        loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
+        made = planning.plan(loaded, planning.find_gpu(gpu), gpus)
+    except (RecipeError, planning.PlanError) as error:
+        _fail(error, 2)
+    typer.echo(planning.render(made, planning.actual(folder) if folder else None))
 
 
 @app.command()
@@ -155,6 +178,16 @@ def recipes() -> None:
     names = recipe_names()
     for name in names:
         typer.echo(f"{name:<{max(map(len, names))}}  {load_recipe(name).about}".rstrip())
+
+
+def _overrides(settings: list[str] | None) -> dict[str, str]:
+    overrides = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            _fail(f"--set takes KEY=VALUE, such as personas.count=50; not '{setting}'.", 2)
+        overrides[key.strip()] = value
+    return overrides
 
 
 def _folder(name: str) -> Path:

@@ -1,0 +1,804 @@
+"""What a recipe will cost, before anything runs: rows, tokens, hours, GPU memory, disk.
+
+Arithmetic on the shape of the model and the data sheet of the GPU; needs neither torch nor network
+nor weights. Only the memory that training keeps has been checked against autograd (on a CPU);
+nothing has been compared with a real GPU yet. Sizes are GiB, times hours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from statistics import NormalDist
+
+import yaml
+
+from sao_utils.losses import CHUNK_BYTES
+from sao_utils.questions import QUESTION_SEED, SETS, read_column
+from sao_utils.recipe import Model, Recipe, RecipeError, Training
+from sao_utils.responses import PER_PROMPT
+from sao_utils.rows import results_folder
+from sao_utils.shapes import CHECKPOINT_ABOVE, WEIGHT_BYTES, Shape, shape_of
+
+GIB = 2**30
+
+#: Share of a data sheet's speed that is reached: decoding a token at a time, and all else.
+DECODE_SHARE, OTHER_SHARE = 0.3, 0.5
+#: Seconds to start the kernels of a layer, one decoding step of transformers; assumed.
+LAUNCH_SECONDS = 8e-4
+#: Unpacking NF4 adds so much to training time, at 4,096 tokens a microbatch; computed.
+NF4_SLOWER = 1.046
+#: GiB that the CUDA context and its libraries take before the first tensor; assumed.
+CONTEXT = 0.6
+#: vLLM's defaults: sequences at a time, and tokens of one forward pass.
+VLLM_ROWS, VLLM_TOKENS = 256, 8192
+
+
+class PlanError(ValueError):
+    """Something cannot be planned; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """See gpus.yaml for the units."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    compute: float
+    capability: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is assumed of lengths (tokens) and of what the filters keep (shares)."""
+
+    source: str
+    instruction: float = 90  # the persona template with its persona
+    prompt: float = 60
+    response: float = 375
+    spread: float = 0.7  # of response lengths: standard deviation over mean, lognormal
+    verdict: float = 930  # the ranking prompt with both responses
+    pair: float = 900  # trained on: prompt and response twice
+    prompts_kept: float = 0.95
+    judged: float = 1.0  # of the prompts: those whose two answers differ
+    pairs_kept: float = 0.6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, named as in a run's manifest.
+
+    tokens: written by the model, or with `verdicts` and `duels` read, or trained on.
+    hours: None where it cannot be told. memory: GiB by part; empty without a GPU.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    hours: float | None
+    memory: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """problems: what does not fit, each with the key to change. notes: assumptions, and the rest."""
+
+    recipe: str
+    model: str
+    machine: str
+    stages: list[Stage]
+    disk: dict[str, float]
+    problems: list[str]
+    notes: list[str]
+
+
+# ---------------------------------------------------------------------------- what is there
+
+
+def gpus() -> dict[str, Gpu]:
+    """The GPUs that are known, by the name that `--gpu` takes."""
+    return {name: Gpu(name, **{k: v for k, v in g.items() if k != "is"}) for name, g in _gpus()}
+
+
+def _gpus() -> list[tuple[str, dict]]:
+    text = (files("sao_utils") / "gpus.yaml").read_text(encoding="utf-8")
+    return [(str(name), values) for name, values in yaml.safe_load(text).items()]
+
+
+def find_gpu(name: str | None) -> Gpu | None:
+    """The GPU of that name; without a name the one of this machine, None if it has none.
+
+    Raises:
+        PlanError: a GPU that gpus.yaml does not know.
+    """
+    known = gpus()
+    if name is None:
+        named = _own_gpu()
+        if named is None:
+            return None
+        name = next((k for k, g in _gpus() if re.search(g["is"], named)), named)
+    found = {key.lower(): gpu for key, gpu in known.items()}.get(name.lower())
+    if found is None:
+        raise PlanError(f"The GPU '{name}' is not known. Known (--gpu): {', '.join(known)}.")
+    return found
+
+
+def _own_gpu() -> str | None:
+    """The name of this machine's first GPU, from the driver: torch would take seconds."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = told.stdout.splitlines() if told.returncode == 0 else []
+    return names[0].strip() if names else None
+
+
+def architecture(model: Model) -> dict:
+    """The config.json of a model: from its folder, from the hub's cache, or from architectures.yaml.
+
+    Raises:
+        PlanError: it is in none of these.
+    """
+    from sao_utils.engines import model_folder
+
+    folder = Path(model_folder(model.path))
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = _architectures()
+    if model.path in known:
+        return known[model.path]
+    if model.path.count("/") == 1 and not model.path.startswith((".", "/", "~")):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        if isinstance(cached, str):
+            return json.loads(Path(cached).read_text(encoding="utf-8"))
+    raise PlanError(
+        f"The shape of '{model.path}' is not known here. Download its config.json "
+        f"(`hf download {model.path} config.json`), give a folder, or one of: {', '.join(known)}."
+    )
+
+
+@lru_cache(maxsize=1)
+def _architectures() -> dict[str, dict]:
+    return yaml.safe_load((files("sao_utils") / "architectures.yaml").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def _dtype(model: Model) -> str:
+    return "float32" if model.dtype == "float32" else "bfloat16"
+
+
+def _pass_bytes(shape: Shape, tokens: float, rows: float = 0, each: float = 0) -> float:
+    """Bytes that a forward pass needs at a time, without gradients: inside of the gated layer, or
+    for the scores of an attention with a softcap, which stand in memory as a whole (16 bit, capped,
+    float32, softmax: 10 bytes a score). `rows` sequences of `each` tokens."""
+    gated = 2 * tokens * (2 * shape.width + 3 * shape.inner)
+    attention = 2 * tokens * (2 * shape.width + 4 * shape.heads * shape.head)
+    if shape.softcap:
+        attention += 10 * rows * shape.heads * each * each
+    return max(gated, attention)
+
+
+def generation_memory(
+    config,
+    model: Model,
+    prompt_tokens: float = Rates.instruction,
+    new_tokens: int = 1024,
+    total: float | None = None,
+) -> dict[str, float]:
+    """GiB by part that generating needs at most; without the CUDA context.
+
+    Args:
+        config: a config.json as a dict, or transformers' config.
+        prompt_tokens, new_tokens: of the longest row.
+        total: memory of the GPU; vLLM takes its share (`model.gpu_memory`) of it in any case.
+    """
+    shape = shape_of(config)
+    dtype = _dtype(model)
+    weights = shape.weight_bytes(dtype, model.quantisation)
+    if model.engine == "vllm":
+        working = _pass_bytes(shape, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
+        parts = {"weights": weights / GIB, "working": working / GIB}
+        if total:  # the rest of its share, whatever is needed
+            left = model.gpu_memory * total - sum(parts.values())
+            parts["KV cache"] = max(0.0, left)
+        return parts
+    rows = static_rows(model, prompt_tokens + new_tokens)
+    cache = rows * (prompt_tokens + new_tokens) * shape.kv_bytes(dtype)
+    # A drawn token: logits in 16 bit and float32, probabilities, sorted, and summed in float64.
+    draw = rows * shape.vocabulary * 44
+    working = max(_pass_bytes(shape, rows * prompt_tokens, rows, prompt_tokens), draw)
+    parts = {"weights": weights, "KV cache": cache, "working": working}
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def judging_memory(
+    config, model: Model, tokens: float = Rates.verdict, total: float | None = None
+) -> dict[str, float]:
+    """GiB by part that judging needs at most: one pass over prompts of so many tokens, no cache."""
+    if model.engine == "vllm":
+        return generation_memory(config, model, total=total)
+    shape = shape_of(config)
+    rows = static_rows(model, tokens)
+    working = _pass_bytes(shape, rows * tokens, rows, tokens) + rows * shape.vocabulary * 10
+    weights = shape.weight_bytes(_dtype(model), model.quantisation)
+    return {"weights": weights / GIB, "working": working / GIB}
+
+
+def static_rows(model: Model, tokens: float) -> int:
+    """Rows of a batch of the transformers engine, if each has so many tokens."""
+    return max(1, int(model.batch_tokens // tokens))
+
+
+def training_memory(
+    config,
+    model: Model,
+    training: Training,
+    total: float | None = None,
+    longest: int | None = None,
+    processes: int = 1,
+) -> dict[str, float]:
+    """GiB by part that training needs at most on each GPU; without the CUDA context.
+
+    Frozen weights as they are stored, in 16 bit or NF4; a trained one is float32 with its gradient,
+    Adam's two moments (8 bytes, in 8 bit 2) and a 16-bit copy to compute with. Several processes
+    share what is trained with method=full (FSDP, ZeRO-3). Activations: `Shape.kept_bytes`, with
+    gradient checkpointing a layer's input only. "working" is the larger of a layer's backward pass
+    and the chunked loss.
+
+    Args:
+        total: memory of the GPU, for gradient_checkpointing=auto; None takes it to be short.
+        longest: tokens of the longest sequence; by default half of the budget.
+    """
+    shape = shape_of(config)
+    full, tokens = training.method == "full", training.token_budget
+    trained = shape.parameters if full else shape.adapter(training.lora_rank)
+    adam = 2 if training.optimiser == "paged_adamw_8bit" else 8
+    states = trained * (4 + 4 + adam + 2)
+    frozen = 0.0
+    if not full:
+        frozen = shape.weight_bytes(_dtype(model), training.quantisation)
+    else:
+        states /= processes
+    longest = longest or tokens // 2
+
+    each = shape.kept_bytes(full)
+    kept = each * shape.layers * tokens
+    left = None if total is None else (total - CONTEXT) * GIB - frozen - states
+    if checkpoints(training, kept, left):
+        inputs = (4 if full else 2) * shape.width * shape.layers * tokens
+        layer = each * tokens
+    else:
+        inputs, layer = kept, 0
+    layer += 2 * tokens * (3 * shape.inner + 2 * shape.width)  # gradients inside of a layer
+    if training.quantisation == "nf4" or full:  # one matrix unpacked, or in 16 bit
+        layer += 2 * shape.width * shape.inner
+    if shape.softcap:  # scores are computed again, with their gradients
+        layer += 16 * shape.heads * longest * longest
+    head = shape.vocabulary * shape.width
+    loss = CHUNK_BYTES["cuda"] * (3.5 if shape.softcap else 2.5) + 2 * tokens * shape.width
+    if full:  # its gradient is summed in float32, and the head stands there in 16 bit
+        loss += 6 * head
+    parts = {"weights": frozen, "trained": states, "activations": inputs}
+    return {name: size / GIB for name, size in {**parts, "working": max(layer, loss)}.items()}
+
+
+def checkpoints(training: Training, kept: float, left: float | None) -> bool:
+    """Whether activations are computed twice, as training.needs_checkpointing will decide.
+
+    Args:
+        kept: bytes of activations. left: bytes of free memory, None if not known.
+    """
+    if training.gradient_checkpointing != "auto":
+        return training.gradient_checkpointing == "on"
+    return left is None or kept > CHECKPOINT_ABOVE * max(0.0, left)
+
+
+# ---------------------------------------------------------------------------- time
+
+
+def prefill_hours(shape: Shape, gpu: Gpu, tokens: float) -> float:
+    """Floor of reading prompts: two operations a weight of the linear layers and a token."""
+    return 2 * shape.linear * tokens / (gpu.compute * 1e12) / 3600
+
+
+def decode_hours(
+    shape: Shape,
+    gpu: Gpu,
+    model: Model,
+    replies: float,
+    prompt: float,
+    new: float,
+    batch: float,
+    steps: float | None = None,
+) -> float:
+    """Floor of writing replies: every step reads all weights and the batch's KV cache once, or, if
+    that takes longer, computes two operations a weight and row.
+
+    Args:
+        replies, prompt, new: how many, of how many tokens, after prompts of how many.
+        batch: rows at a time. steps: of one batch, by default `new` (places are filled again at once).
+    """
+    dtype = _dtype(model)
+    head = shape.vocabulary * shape.width
+    weights = shape.linear * WEIGHT_BYTES[
+        dtype if model.quantisation == "none" else model.quantisation
+    ] + (head * WEIGHT_BYTES[dtype])
+    cache = batch * shape.kv_bytes(dtype) * (prompt + new / 2)
+    reading = (weights + cache) / (gpu.bandwidth * 1e9)
+    computing = 2 * (shape.linear + head) * batch / (gpu.compute * 1e12)
+    count = replies / batch * (steps or new)
+    return count * max(reading, computing) / 3600
+
+
+def training_hours(
+    shape: Shape, gpu: Gpu, training: Training, tokens: float, answers: float, twice: bool
+) -> float:
+    """Floor of training on so many tokens, of which so many stand in answers.
+
+    A weight costs 2 operations forward and 2 for the gradient of its input; 2 more if it is
+    trained, and 2 more if activations are computed twice. So 4 or 6 with frozen weights, 6 or 8 with
+    trained ones. The output head sees the answers only: 4 frozen, 8 trained (its logits come twice).
+    """
+    full = training.method == "full"
+    each = 4 + 2 * full + 2 * twice
+    work = each * shape.linear * tokens
+    work += (8 if full else 4) * shape.vocabulary * shape.width * answers
+    if training.quantisation == "nf4":
+        work *= NF4_SLOWER
+    return work / (gpu.compute * 1e12) / 3600
+
+
+def longest_of(rows: int, mean: float, spread: float, most: int) -> float:
+    """Expected length of the longest of so many lognormal replies, at most `most`.
+
+    A batch of the transformers engine goes on until its longest reply ends.
+    """
+    sigma = math.sqrt(math.log(1 + spread**2))
+    rank = NormalDist().inv_cdf(rows / (rows + 1)) if rows > 1 else 0.0
+    return min(most, mean * math.exp(sigma * rank - sigma**2 / 2))
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
+    """Plan a run of a recipe.
+
+    Args:
+        gpu: of which kind (`find_gpu`); None: a CPU, for which only the tiny recipe has times, those
+            of the committed reference run.
+        processes: GPUs that train together, and that generate if model.workers says so.
+
+    Raises:
+        PlanError: the model's shape is not known.
+    """
+    rates, measured = _rates(recipe)
+    model, judge = recipe.model, recipe.judging_model
+    shape = None if model.engine == "api" else _shape(model)
+    notes, problems = [_told(rates)], []
+    counts = _counts(recipe, rates, notes)
+
+    def generated(prompt: float, new: float, most: int) -> Callable[[float], tuple]:
+        if gpu is None or shape is None:
+            return lambda rows: (None, {})
+        return lambda rows: _generation(recipe, shape, gpu, rates, rows, prompt, new, most)
+
+    arms = [(arm, seed) for arm in recipe.arms for seed in recipe.seeds]
+    new = {
+        "prompts": min(rates.prompt, recipe.personas.max_new_tokens),
+        "responses": min(rates.response, recipe.responses.max_new_tokens),
+        "answers": min(rates.response, recipe.evaluation.max_new_tokens),
+    }
+    most = {
+        "prompts": recipe.personas.max_new_tokens,
+        "responses": recipe.responses.max_new_tokens,
+        "answers": recipe.evaluation.max_new_tokens,
+    }
+    stages = []
+    for name in ("prompts", "responses", "verdicts", "training", "answers", "duels"):
+        rows = counts[name]
+        if name == "training":
+            for arm, seed in arms:
+                stages.append(_trained(recipe, shape, gpu, rates, rows, arm, seed, processes))
+            continue
+        if rows is None:
+            continue
+        if name in ("verdicts", "duels"):
+            tokens = rates.verdict
+            hours, memory = _judged(recipe, gpu, rows, tokens) if gpu else (None, {})
+        else:
+            tokens = new[name]
+            prompt = rates.instruction if name == "prompts" else rates.prompt
+            hours, memory = generated(prompt, tokens, most[name])(rows)
+        workers = (judge if name in ("verdicts", "duels") else model).workers
+        hours = None if hours is None else hours / max(1, min(workers, processes))
+        stages.append(Stage(name, rows, round(rows * tokens), hours, memory))
+    if gpu is None:
+        stages = [_as_measured(stage, measured) for stage in stages]
+        if not measured:
+            notes.append(
+                "Without a GPU only the recipe tiny has times, and those come from "
+                "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
+            )
+    else:
+        problems = _problems(recipe, shape, gpu, processes, stages)
+        notes += _assumptions(recipe, gpu, processes)
+    machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
+    disk = _disk(recipe, shape, stages, len(arms))
+    return Plan(recipe.name, model.path, machine, stages, disk, problems, notes)
+
+
+def _shape(model: Model) -> Shape:
+    try:
+        return shape_of(architecture(model))
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+
+
+def _manifest_of_reference() -> dict:
+    path = results_folder() / "reference" / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _rates(recipe: Recipe) -> tuple[Rates, dict]:
+    """Assumed rates, or for the tiny model those of the reference run, with its manifest's stages."""
+    kept = 0.6 if recipe.pairs.require_consistent else 0.9
+    assumed = Rates("assumed", pairs_kept=kept)
+    stages = _manifest_of_reference().get("stages", {}) if recipe.model.path == "tiny" else {}
+    trained = [stages[name] for name in stages if name.startswith("training self")]
+    if not trained or not {"prompts", "responses", "verdicts"} <= stages.keys():
+        return assumed, {}
+    prompts, responses, verdicts = (stages[k] for k in ("prompts", "responses", "verdicts"))
+    asked = responses["made"] / PER_PROMPT
+    pairs = sum(stage["pairs"] for stage in trained)
+    prompt = prompts["tokens"] / prompts["made"]
+    response = responses["tokens"] / responses["made"]
+    return Rates(
+        "of the reference run",
+        prompt=prompt,
+        response=response,
+        verdict=Rates.verdict + (prompt - Rates.prompt) + PER_PROMPT * (response - Rates.response),
+        pair=sum(stage["tokens"] for stage in trained) / pairs,
+        prompts_kept=asked / prompts["made"],
+        judged=verdicts["made"] / 2 / asked,
+        pairs_kept=pairs / asked,
+    ), stages
+
+
+def _counts(recipe: Recipe, rates: Rates, notes: list[str]) -> dict[str, int | None]:
+    """Rows of each stage; of "training", pairs of one seed."""
+    prompts = recipe.personas.count * len(recipe.seeds)
+    kept = prompts * rates.prompts_kept
+    asked = _questions(recipe)
+    tuned = len(recipe.arms) * len(recipe.seeds)
+    if asked is None:
+        notes.append("The evaluation is not planned: its questions are not on this machine.")
+    return {
+        "prompts": prompts,
+        "responses": round(PER_PROMPT * kept),
+        "verdicts": round(2 * kept * rates.judged),
+        "training": round(kept / len(recipe.seeds) * rates.pairs_kept),
+        "answers": asked and asked * len(recipe.evaluation.temperatures) * (1 + tuned),
+        "duels": asked and asked * tuned * 2,
+    }
+
+
+def _questions(recipe: Recipe) -> int | None:
+    """How many evaluation questions there are, if that can be told without a network."""
+    settings = recipe.evaluation
+    if settings.questions in (*QUESTION_SEED, "everyday"):
+        return len(SETS[settings.questions](settings))
+    if not Path(settings.questions).is_file():
+        return None
+    try:
+        return len(read_column(settings.questions, "prompt"))
+    except RecipeError:
+        return None
+
+
+def vllm_rows(parts: dict[str, float], shape: Shape, length: float, dtype: str) -> int:
+    """Rows that vLLM decodes at a time: as many as its KV cache holds at their mean length."""
+    return min(VLLM_ROWS, int(parts["KV cache"] * GIB / (shape.kv_bytes(dtype) * length)))
+
+
+def _generation(recipe, shape, gpu, rates, rows, prompt, new, most) -> tuple:
+    """Hours and memory of writing `rows` replies."""
+    model = recipe.model
+    memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
+    if model.engine == "vllm":
+        batch, steps = vllm_rows(memory, shape, prompt + new / 2, _dtype(model)), new
+        if batch < 1:
+            return None, memory
+        launch = 0.0
+    else:
+        batch = min(rows, static_rows(model, prompt + most))
+        steps = longest_of(batch, new, rates.spread, most)
+        launch = LAUNCH_SECONDS * shape.layers * rows / batch * steps / 3600
+    writing = decode_hours(shape, gpu, model, rows, prompt, new, batch, steps)
+    reading = prefill_hours(shape, gpu, rows * prompt)
+    return max(writing / DECODE_SHARE, launch) + reading / DECODE_SHARE, memory
+
+
+def _judged(recipe: Recipe, gpu: Gpu, rows: int, tokens: float) -> tuple:
+    model = recipe.judging_model
+    if model.engine == "api":
+        return None, {}
+    shape = _shape(model)
+    memory = judging_memory(architecture(model), model, tokens, gpu.memory)
+    hours = prefill_hours(shape, gpu, rows * tokens) / OTHER_SHARE
+    if recipe.judging.method == "sampled":  # "ranking: 1 > 2" and its end are about eight tokens
+        few = min(8, recipe.judging.max_new_tokens)
+        if model.engine == "vllm":
+            batch = vllm_rows(memory, shape, tokens, _dtype(model))
+        else:
+            batch = static_rows(model, tokens + few)
+        if batch < 1:
+            return None, memory
+        hours += decode_hours(shape, gpu, model, rows, tokens, few, batch) / DECODE_SHARE
+    return hours, memory
+
+
+def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
+    settings = recipe.training
+    share = 0.5 if arm == "sft_random" else 1.0  # one answer of each pair
+    tokens = pairs * rates.pair * share * settings.epochs
+    hours, memory = None, {}
+    if gpu is not None and shape is not None:
+        config = architecture(recipe.model)
+        memory = training_memory(
+            config, recipe.model, settings, gpu.memory, recipe.pairs.max_tokens, processes
+        )
+        kept = shape.kept_bytes(settings.method == "full") * shape.layers * settings.token_budget
+        twice = memory["activations"] * GIB < 0.999 * kept
+        answers = pairs * 2 * rates.response * share * settings.epochs
+        hours = training_hours(shape, gpu, settings, tokens, answers, twice)
+        hours /= OTHER_SHARE * processes
+    return Stage(f"training {arm}-{seed}", pairs, round(tokens), hours, memory)
+
+
+def _as_measured(stage: Stage, measured: dict) -> Stage:
+    """With the seconds a row (in training, a token) of the reference run, on two CPU cores."""
+    alike = [s for name, s in measured.items() if name.split("-")[0] == stage.name.split("-")[0]]
+    if not alike:
+        return stage
+    key, amount = ("tokens", stage.tokens) if "training" in stage.name else ("made", stage.rows)
+    seconds = sum(s["seconds"] for s in alike) / sum(s[key] for s in alike) * amount
+    return Stage(stage.name, stage.rows, stage.tokens, seconds / 3600, {})
+
+
+# ---------------------------------------------------------------------------- what does not fit
+
+
+def _problems(recipe, shape, gpu, processes, stages) -> list[str]:
+    found = []
+    for key, model in (("model", recipe.model), ("judge", recipe.judge)):
+        if model is not None and model.engine != "api":
+            found += _misfits(key, model, recipe, gpu)
+    for label, wanted in (("Generating", "responses"), ("Judging", "verdicts")):
+        found += _engine_memory(label, recipe, gpu, next(s for s in stages if s.name == wanted))
+    if shape is not None:
+        found += _training_memory_problems(recipe, gpu, processes, stages)
+    return list(dict.fromkeys(found))
+
+
+def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu) -> list[str]:
+    """What the GPU cannot compute, and contexts that are too short."""
+    found, old = [], gpu.capability < 8.0
+    if model.engine == "vllm" and old:
+        found.append(
+            f"vLLM does not promise to run on the {gpu.name} (compute capability {gpu.capability}): "
+            f"{key}.engine=transformers."
+        )
+    if model.dtype == "bfloat16" and old:
+        found.append(
+            f"The {gpu.name} (compute capability {gpu.capability}) has no bfloat16: {key}.dtype=auto "
+            "computes in float16."
+        )
+    if old and _shape(model).family.startswith("gemma"):
+        found.append(
+            f"Gemma overflows in float16, and the {gpu.name} has nothing else of 16 bit: take another "
+            f"{key}.path, such as Qwen/Qwen2.5-1.5B-Instruct."
+        )
+    if model.quantisation == "fp8" and gpu.capability < 7.5:
+        found.append(f"fp8 weights need compute capability 7.5: {key}.quantisation=gptq.")
+    context = _shape(model).context or math.inf
+    if model.engine == "vllm":
+        if model.max_context and model.max_context > context:
+            found.append(f"{model.path} takes {context} tokens: {key}.max_context={context}.")
+        context = min(context, model.max_context or math.inf)
+    shown = PER_PROMPT * recipe.responses.max_new_tokens + Rates.verdict
+    shown -= PER_PROMPT * Rates.response
+    if model is recipe.judging_model and shown > context:
+        fitting = int((context - shown) // PER_PROMPT) + recipe.responses.max_new_tokens
+        found.append(
+            f"Two responses at their limit and the ranking prompt are about {shown:,.0f} tokens, the "
+            f"judge takes {context:,}: such pairs get no verdict. responses.max_new_tokens={fitting} "
+            "or less."
+        )
+    return found
+
+
+def _engine_memory(label: str, recipe: Recipe, gpu: Gpu, stage: Stage) -> list[str]:
+    model = recipe.judging_model if label == "Judging" else recipe.model
+    key = "judge" if label == "Judging" and recipe.judge else "model"
+    need, room = sum(stage.memory.values()), gpu.memory - CONTEXT
+    if not stage.memory:
+        return []
+    fewer = {"transformers": ("nf4",), "vllm": ("fp8", "awq", "gptq")}[model.engine]
+    weights = stage.memory["weights"]
+    bits = "" if model.quantisation == "none" else f" in {model.quantisation}"
+    too_big = f"{model.path}{bits or f' in {_dtype(model)}'} ({weights:.1f} GiB of weights)"
+    smaller = f"{key}.quantisation={fewer[0]}" if not bits else f"a smaller {key}.path"
+    if model.engine == "vllm":
+        least = stage.memory["working"] + weights
+        least += (model.max_context or 2048) * _shape(model).kv_bytes(_dtype(model)) / GIB
+        if least > model.gpu_memory * gpu.memory:
+            return [
+                f"{label}: {too_big} leaves no room for one context on the {gpu.name} "
+                f"({model.gpu_memory * gpu.memory:.1f} GiB): {smaller}, or a lower {key}.max_context."
+            ]
+        return []
+    if weights > 0.95 * room:
+        return [f"{label}: {too_big} does not fit the {gpu.name} ({room:.1f} GiB): {smaller}."]
+    if need > room:
+        share = (room - weights) / (need - weights)
+        fitting = max(1, int(model.batch_tokens * share) // 1024 * 1024)
+        return [
+            f"{label} needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: "
+            f"{key}.batch_tokens={fitting}."
+        ]
+    return []
+
+
+def _training_memory_problems(recipe, gpu, processes, stages) -> list[str]:
+    settings, room = recipe.training, gpu.memory - CONTEXT
+    stage = next(s for s in stages if s.name.startswith("training"))
+    need = sum(stage.memory.values())
+    if need <= room:
+        return []
+    advice = []
+    if settings.method == "full":
+        config, number = architecture(recipe.model), processes
+        while number < 64:
+            number *= 2
+            parts = training_memory(
+                config, recipe.model, settings, gpu.memory, recipe.pairs.max_tokens, number
+            )
+            if sum(parts.values()) <= room:
+                advice.append(f"{number} GPUs (--gpus {number}, see sao_utils/launch)")
+                break
+        advice.append("training.method=lora with training.quantisation=nf4")
+    elif settings.quantisation == "none":
+        advice.append("training.quantisation=nf4")
+    if settings.gradient_checkpointing == "off":
+        advice.append("training.gradient_checkpointing=on")
+    elif stage.memory["activations"] + stage.memory["working"] > 0.3 * room:
+        advice.append(f"training.token_budget={settings.token_budget // 2}")
+    told = ", or ".join(advice) or "a smaller model.path"
+    return [f"Training needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: {told}."]
+
+
+# ---------------------------------------------------------------------------- disk and words
+
+
+def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int) -> dict:
+    """GiB by kind; rows at five bytes a token and 500 a row."""
+    written = [s for s in stages if not s.name.startswith("training")]
+    read = ("verdicts", "duels")  # their rows hold numbers only
+    size = sum(500 * s.rows + (0 if s.name in read else 5 * s.tokens) for s in written)
+    disk = {"rows": size / GIB}
+    if shape is not None:
+        if recipe.model.path != "tiny":
+            disk["weights from the hub"] = 2 * shape.parameters / GIB
+        full = recipe.training.method == "full"
+        each = shape.parameters if full else shape.adapter(recipe.training.lora_rank)
+        disk["trained weights"] = 4 * each * trained / GIB
+        disk["checkpoints, while it trains"] = 2 * 12 * each / GIB  # two, with Adam's moments
+    return disk
+
+
+def _told(rates: Rates) -> str:
+    return (
+        f"Lengths and filters ({rates.source}): prompt {rates.prompt:.0f} tokens, response "
+        f"{rates.response:.0f}, ranking prompt {rates.verdict:.0f}, pair {rates.pair:.0f}; kept "
+        f"{rates.prompts_kept:.0%} of prompts, {rates.pairs_kept:.0%} of pairs."
+    )
+
+
+def _assumptions(recipe: Recipe, gpu: Gpu, processes: int) -> list[str]:
+    notes = [
+        f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s and "
+        f"{gpu.compute} TFLOP/s allow, all else at {OTHER_SHARE:.0%}; loading is not counted. Not "
+        "yet compared with a real GPU."
+    ]
+    model = recipe.model
+    if "fp8" in (model.quantisation, recipe.judging_model.quantisation) and gpu.capability < 8.9:
+        notes.append(
+            f"fp8 on the {gpu.name} (compute capability {gpu.capability}; 8.9 computes in 8 bit) only "
+            "stores the weights in 8 bit: the memory is as planned, computing is not faster."
+        )
+    if processes > 1 and model.workers < processes:
+        notes.append(
+            f"Only training uses {processes} GPUs: model.workers={processes} lets all generate."
+        )
+    return notes
+
+
+def render(made: Plan, actual: dict | None = None) -> str:
+    """A plan as lines of text; beside it what a run's manifest says, if one is given.
+
+    Args:
+        actual: the manifest's "stages": name -> {seconds, made or pairs, tokens}.
+    """
+    head = ["", "rows", "tokens", "time", "GPU memory"]
+    table = [head + (["rows made", "tokens", "time taken"] if actual is not None else [])]
+    for stage in made.stages:
+        memory = f"{sum(stage.memory.values()):.1f} GiB" if stage.memory else ""
+        row = [stage.name, f"{stage.rows:,}", f"{stage.tokens:,}", _time(stage.hours), memory]
+        if actual is not None:
+            row += _actual(actual.get(stage.name))
+        table.append(row)
+    hours = [stage.hours for stage in made.stages]
+    total = None if None in hours else sum(hours)
+    peak = max((sum(s.memory.values()) for s in made.stages), default=0)
+    row = ["all", "", "", _time(total), f"{peak:.1f} GiB" if peak else ""]
+    if actual is not None:
+        row += ["", "", _time(sum(s["seconds"] for s in actual.values()) / 3600)]
+    table.append(row)
+    if not peak:
+        table = [row[:4] + row[5:] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [f"{made.recipe}: {made.model} on {made.machine}", ""]
+    for first, *cells in table:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
+    disk = [f"{name} {_size(size)}" for name, size in made.disk.items()]
+    lines += ["", f"Disk: {'; '.join(disk)}."]
+    if made.problems:
+        lines += ["", "What does not fit, and the key to change:"]
+        lines += [f"- {problem}" for problem in made.problems]
+    elif peak:
+        lines += ["", "It fits."]
+    return "\n".join([*lines, "", *made.notes])
+
+
+def _size(size: float) -> str:
+    return f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
+
+
+def _time(hours: float | None) -> str:
+    if hours is None:
+        return "not planned"
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _actual(stage: dict | None) -> list[str]:
+    if stage is None:
+        return ["", "", ""]
+    rows = stage.get("made", stage.get("pairs", 0))
+    tokens = f"{stage['tokens']:,}" if stage.get("tokens") else ""
+    return [f"{rows:,}", tokens, _time(stage["seconds"] / 3600)]
+
+
+def actual(folder: Path) -> dict:
+    """What the manifest in the folder of a run says of each stage; {} if nothing has run."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
