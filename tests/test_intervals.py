@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from sao_utils import intervals
@@ -236,6 +236,227 @@ def test_wilson_refuses(successes, n, message):
         wilson(successes, n)
 
 
+# ---------------------------------------------------------------------- win rates
+
+
+def test_a_win_rate_without_ties_and_clusters_is_wilsons_but_for_student():
+    found = win_rate([1] * 700 + [0] * 300).rate
+    # m = 0.21 / (0.21 / 999) = 999, and Student's quantile for 999 degrees of freedom.
+    t, m = stats.t.ppf(0.975, 999), 999
+    centre = (0.7 + t**2 / (2 * m)) / (1 + t**2 / m)
+    half = t / (1 + t**2 / m) * math.sqrt(0.21 / m + t**2 / (4 * m**2))
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    expected = wilson(700, 1000)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert (found.value, found.n) == (0.7, 1000)
+
+
+def test_the_bounds_of_a_win_rate_solve_their_equation():
+    rng = np.random.default_rng(22)
+    wins = rng.choice([0, 0.5, 1], 300, p=[0.1, 0.2, 0.7])
+    names = np.arange(300) // 6
+    found = win_rate(wins, names).rate
+    sums = np.array([(wins - wins.mean())[names == k].sum() for k in range(50)])
+    m = found.value * (1 - found.value) / ((sums**2).sum() * 50 / 49 / 300**2)
+    t = stats.t.ppf(0.975, 49)
+    for p in (found.low, found.high):
+        assert (found.value - p) ** 2 == pytest.approx(t**2 * p * (1 - p) / m, abs=1e-12)
+
+
+def test_a_win_rate_counts_ties_and_what_is_invalid():
+    found = win_rate([1, 0.5, 0, 1, None, float("nan"), 0.8])
+    assert (found.wins, found.ties, found.losses, found.invalid) == (3, 1, 1, 2)
+    assert found.rate.value == pytest.approx(3.3 / 5) and found.rate.n == 5
+    assert found.rate == win_rate([1, 0.5, 0, 1, 0.8]).rate  # what is invalid changes nothing
+
+
+def test_clusters_widen_a_win_rate_and_ties_narrow_it():
+    wins = (np.random.default_rng(23).random(200) < 0.6).astype(float)
+
+    def width(*arguments):
+        found = win_rate(*arguments).rate
+        return found.high - found.low
+
+    four = np.repeat(wins, 4)
+    assert width(four, np.repeat(np.arange(200), 4)) == pytest.approx(width(wins), rel=1e-6)
+    assert width(four) == pytest.approx(width(wins) / 2, rel=0.02)
+    wins[::2] = 0.5
+    assert width(wins) < 0.8 * width(np.round(wins - 0.1))
+
+
+@pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
+def test_a_model_that_wins_all_may_still_lose(outcome):
+    found = win_rate([outcome] * 100, np.arange(100) // 4).rate
+    t2 = stats.t.ppf(0.975, 24) ** 2  # 25 clusters, each one trial
+    expected = {0.0: (0, t2 / (25 + t2)), 1.0: (25 / (25 + t2), 1)}
+    assert found.value == outcome and within(found)
+    if outcome != 0.5:
+        assert (found.low, found.high) == pytest.approx(expected[outcome], abs=1e-12)
+
+
+def test_clusters_that_are_all_alike_are_one_trial_each():
+    found = win_rate([1, 0] * 10, np.arange(20) // 2).rate
+    assert found.high - found.low > 0.5  # no variance between clusters is no certainty
+
+
+def test_one_comparison_and_one_cluster():
+    assert win_rate([1]).rate == Interval(1.0, 0.0, 1.0, 1)
+    with pytest.warns(UserWarning, match="only one cluster"):
+        found = win_rate([1, 0, 1, 1], ["same"] * 4)
+    assert found == win_rate([1, 0, 1, 1])
+
+
+def test_alpaca_evals_preferences_are_outcomes_of_the_second_model():
+    assert from_preferences([1, 2, 1.5, 0, None, math.nan, 1.25]) == [
+        *(0, 1, 0.5, 0.5, None, None, 0.25)
+    ]
+    with pytest.raises(ValueError, match="a preference is 3"):
+        from_preferences([1, 3])
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "clusters", "message"),
+    [
+        ([], None, "none of 0 outcomes"),
+        ([None, math.nan], None, "none of 2 outcomes"),
+        ([1, 2], None, "outcomes must be"),
+        ([[1], [0]], None, "flat list"),
+        ([1, 0], ["a"], "2 outcomes, but 1 clusters"),
+    ],
+)
+def test_outcomes_that_have_no_win_rate(outcomes, clusters, message):
+    with pytest.raises(ValueError, match=message):
+        win_rate(outcomes, clusters)
+
+
+# ---------------------------------------------------------------------- coverage
+
+
+def comparisons(rng, size, intercepts, slope=1.2, longer=0.6, ties=0.3):
+    """Simulated evaluations on the same prompts, one of [n] outcomes for each intercept.
+
+    The chance to win (a tie counting half) is sigmoid(intercept + slope tanh(d)), so answers that
+    are `longer` win more often than they should. Prompts come in clusters of `size` that are
+    alike (a normal copula: the chance is what it was, but neighbours share their luck).
+    """
+    n = int(rng.integers(200 // size, 800 // size + 1)) * size
+    names = np.arange(n) // size
+    shared = rng.normal(size=n // size)[names] if size > 1 else 0.0
+    luck = special.ndtr(
+        math.sqrt(0.3) * shared + math.sqrt(0.7 if size > 1 else 1) * rng.normal(size=n)
+    )
+    d = rng.normal(longer, 1, n)
+    chance = special.expit(np.array(intercepts)[:, None] + slope * np.tanh(d))
+    half = ties * np.minimum(chance, 1 - chance)
+    outcomes = ((luck < chance - half).astype(float) + (luck < chance + half)) / 2
+    return outcomes, 100 * d, names
+
+
+def true_rate(intercept, slope=1.2, longer=0.6):
+    """The raw win rate of `comparisons`, by Gauss and Hermite."""
+    at, weights = np.polynomial.hermite_e.hermegauss(80)
+    values = special.expit(intercept + slope * np.tanh(at + longer))
+    return weights @ values / weights.sum()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_95_of_100_intervals_hold_the_truth_over_1000_evaluations(size):
+    rng = np.random.default_rng(24 + size)
+    strong, weak = 0.4, 0.1  # the two models' log-odds to beat the baseline at equal length
+    raw, at_equal_length = true_rate(strong), special.expit(strong)
+    difference = raw - true_rate(weak)
+    assert raw - at_equal_length > 0.05  # length matters: the two must not be mixed up
+    covered = []
+    for i in range(1000):
+        (a, b), longer, names = comparisons(rng, size, (strong, weak))
+        found = (
+            (win_rate(a, names).rate, raw),
+            (length_controlled_win_rate(a, longer, names), at_equal_length),
+            (clustered_difference(a, b, names, resamples=600, seed=i), difference),
+        )
+        covered.append([interval.low <= truth <= interval.high for interval, truth in found])
+    shares = np.mean(covered, axis=0)
+    assert ((shares >= 0.93) & (shares <= 0.97)).all(), shares
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.5, 200), (0.9, 200), (0.97, 805), (0.03, 300)])
+def test_the_interval_of_a_win_rate_holds_at_the_ends_too(share, n):
+    # Exactly: every number of wins that can occur, with its probability.
+    wins = np.arange(n + 1)
+    chance = stats.binom.pmf(wins, n, share)
+    likely = wins[chance > 1e-7]
+    held = [win_rate(np.arange(n) < k).rate for k in likely]
+    covered = sum(chance[k] for k, i in zip(likely, held) if i.low <= share <= i.high)
+    assert 0.93 <= covered <= 0.97
+
+
+def test_percentiles_are_too_narrow_at_the_ends():
+    # Why `win_rate` is no bootstrap. The percentiles of resampled shares are a binomial's.
+    n, share = 805, 0.97
+    wins = np.arange(n + 1)
+    low, high = (stats.binom.ppf(q, n, wins / n) / n for q in (0.025, 0.975))
+    assert stats.binom.pmf(wins, n, share)[(low <= share) & (share <= high)].sum() < 0.935
+
+
+def test_few_clusters_get_students_width():
+    rng = np.random.default_rng(26)
+    covered = []
+    for i in range(1000):
+        values = rng.normal(size=8)
+        found = clustered_mean(values, range(8), resamples=2000, seed=i)
+        covered.append(found.low <= 0 <= found.high)
+    assert 0.93 <= np.mean(covered) <= 0.97  # plain percentiles: about 0.88
+
+
+# ---------------------------------------------------------------------- BCa
+
+
+def test_bca_is_scipys():
+    rng = np.random.default_rng(27)
+    a, b = rng.gamma(1.0, size=120), rng.gamma(1.0, size=120)
+    found = clustered_difference(a, b, range(120), seed=3, method="BCa")
+    tail = stats.norm.cdf(-math.sqrt(120 / 119) * stats.t.ppf(0.975, 119))
+    theirs = stats.bootstrap(
+        (a, b),
+        lambda a, b, axis: (a - b).mean(axis),
+        paired=True,
+        vectorized=True,
+        confidence_level=1 - 2 * tail,
+        rng=4,
+    ).confidence_interval
+    width = found.high - found.low
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.03 * width)
+
+
+def test_bca_follows_a_skewed_mean_and_respects_clusters():
+    values = np.random.default_rng(28).exponential(size=60) ** 2
+    plain = clustered_mean(values, range(60))
+    bca = clustered_mean(values, range(60), method="BCa")
+    assert bca.low > plain.low and bca.high > plain.high  # shifted to the long side
+    repeated = clustered_mean(np.repeat(values, 3), np.repeat(np.arange(60), 3), method="BCa")
+    assert (repeated.low, repeated.high) == pytest.approx((bca.low, bca.high), abs=1e-9)
+
+
+def test_bca_covers_a_paired_difference():
+    rng = np.random.default_rng(29)
+    covered = []
+    difference = true_rate(0.4) - true_rate(0.1)
+    for i in range(300):
+        (a, b), _, names = comparisons(rng, 4, (0.4, 0.1))
+        found = clustered_difference(a, b, names, resamples=800, seed=i, method="BCa")
+        covered.append(found.low <= difference <= found.high)
+    assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_where_bca_is_undefined_percentiles_are_given():
+    values, names = [1.0, 2.0, 3.0, 8.0], ["a", "a", "a", "b"]
+    found = clustered_mean(values, names, method="BCa")
+    assert math.isfinite(found.low + found.high) and within(found)
+    assert clustered_mean([2.0, 2.0], "ab", method="BCa") == Interval(2.0, 2.0, 2.0, 2)
+    with pytest.raises(ValueError, match="one training only"):
+        clustered_mean([1.0, 2.0], "ab", runs=[0, 1], method="BCa")
+
+
 # ---------------------------------------------------------------------- length control
 
 
@@ -297,6 +518,68 @@ def test_the_fit_by_hand():
     # To first order this is the delta method.
     delta = student * error * bounds[1] * (1 - bounds[1])
     assert (found.high - found.low) / 2 == pytest.approx(delta, rel=0.05)
+
+
+def test_two_lengths_by_hand():
+    # Differences of +-10 only, so the fit goes through both shares: 30 of 40 and 12 of 40 won.
+    # log(3) = a + b t and log(3/7) = a - b t give a = (log 3 + log(3/7)) / 2.
+    wins = [1] * 30 + [0] * 10 + [1] * 12 + [0] * 28
+    found = length_controlled_win_rate(wins, [10] * 40 + [-10] * 40, range(80))
+    a = (math.log(3) + math.log(3 / 7)) / 2
+    assert found.value == pytest.approx(1 / (1 + math.exp(-a)), abs=1e-12)
+    # Its variance is a quarter of 1/30 + 1/10 + 1/12 + 1/28, times n / (n - 1) for clusters of one
+    # and (n - 1) / (n - 2) for two parameters.
+    error = math.sqrt((1 / 30 + 1 / 10 + 1 / 12 + 1 / 28) / 4 * 80 / 78)
+    low = 1 / (1 + math.exp(-(a - stats.t.ppf(0.975, 79) * error)))
+    assert found.low == pytest.approx(low, abs=1e-12)
+
+
+def test_alpaca_evals_model_with_difficulties_by_newtons_method():
+    rng = np.random.default_rng(30)
+    n = 805
+    difficulty, d = rng.normal(1, 2, n), rng.normal(150, 400, n)
+    x = np.column_stack([np.ones(n), np.tanh(d / d.std(ddof=1)), difficulty])
+    preferences = 1 + special.expit(x @ [-0.3, 0.8, 0.5] + rng.normal(0, 2, n))
+    y = np.array(from_preferences(preferences))
+    b = np.zeros(3)
+    for _ in range(30):
+        p = special.expit(x @ b)
+        b = b + np.linalg.solve((x.T * (p * (1 - p))) @ x, x.T @ (y - p))
+    expected = special.expit(b[0] + b[2] * difficulty).mean()
+    found = length_controlled_win_rate(y, d, range(n), difficulty)
+    assert found.value == pytest.approx(expected, abs=1e-10)
+    assert length_controlled_win_rate(y, d, range(n)).value != pytest.approx(expected, abs=1e-4)
+
+    # Its error against fits without each prompt in turn (the jackknife).
+    def without(i):
+        keep = np.arange(n) != i
+        c = b.copy()
+        for _ in range(3):
+            p = special.expit(x[keep] @ c)
+            c = c + np.linalg.solve(
+                (x[keep].T * (p * (1 - p))) @ x[keep], x[keep].T @ (y[keep] - p)
+            )
+        return special.logit(special.expit(c[0] + c[2] * difficulty[keep]).mean())
+
+    sample = np.array([without(i) for i in range(n)])
+    error = math.sqrt((n - 1) / n * ((sample - sample.mean()) ** 2).sum())
+    half = special.logit([found.low, found.high]) @ [-0.5, 0.5]
+    assert half == pytest.approx(stats.t.ppf(0.975, n - 1) * error, rel=0.01)
+
+
+def test_difficulties_that_say_nothing_change_nothing():
+    wins, difference, clusters = duels(np.random.default_rng(31), 0.6, 1.0)
+    plain = length_controlled_win_rate(wins, difference, clusters)
+    assert length_controlled_win_rate(wins, difference, clusters, np.full(800, 3.0)) == plain
+    with pytest.raises(ValueError, match="800 wins, but 2 difficulties"):
+        length_controlled_win_rate(wins, difference, clusters, [1, 2])
+
+
+def test_difficulty_alone_separates_wins_from_losses():
+    rng = np.random.default_rng(32)
+    difficulty = rng.normal(size=100)
+    found = length_controlled_win_rate(difficulty > 0, rng.normal(size=100), range(100), difficulty)
+    assert within(found) and found.low > 0.1 and found.high < 0.9
 
 
 def test_it_is_the_raw_win_rate_when_lengths_are_equal():
@@ -546,7 +829,8 @@ def test_holm_by_hand():
     assert outside_the_noise([0.2], [0.1])[0] == [True]  # alone, it would be outside
 
 
-def test_holm_keeps_the_chance_of_one_false_alarm():
+def test_holm_keeps_the_chance_of_one_false_alarm(monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels does this at each call: 0.2 s
     rng = np.random.default_rng(21)
     noise = rng.normal(size=(2000, 6))
     alarms = np.mean([any(outside_the_noise(row, np.ones(6))[0]) for row in noise])
