@@ -63,6 +63,7 @@ JUDGE = {
     "accuracy_better_about_equal": "right, about equally long",
     "accuracy_better_shorter": "right, better answer shorter",
     "flip_rate": "the orders disagree",
+    "flip_rate_unequal": "... where one answer is better",
     "first_position_rate": "the first answer wins",
     "longer_chosen": "the longer answer wins",
     "longer_better": "the longer answer is better",

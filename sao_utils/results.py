@@ -98,12 +98,13 @@ def judge_quality(
     valid ones: flip_rate, share whose orders name different answers; first_position_rate, how
     often the answer shown first wins; longer_chosen_all, how often the longer answer is preferred.
 
-    Of pairs whose better answer is known: accuracy, share where the mean of both orders names it;
-    accuracy_one_order: of single orders; accuracy_gold_first, accuracy_gold_second: of the order
-    that shows it first, second; accuracy_better_longer, _about_equal, _shorter: by the length of
-    the better answer; accuracy.<subset>: of each subset of labelled pairs; longer_chosen,
-    longer_better: how often the longer answer is preferred by the judge, and is the better one;
-    length_bias: the first minus the second, paired.
+    Of pairs whose better answer is known: flip_rate_unequal, the flip rate of these; accuracy, share
+    where the mean of both orders names it; accuracy_one_order: of single orders;
+    accuracy_gold_first, accuracy_gold_second: of the order that shows it first, second;
+    accuracy_better_longer, _about_equal, _shorter: by the length of the better answer;
+    accuracy.<subset>: of each subset of labelled pairs; longer_chosen, longer_better: how often the
+    longer answer is preferred by the judge, and is the better one; length_bias: the first minus
+    the second, paired.
 
     Clustered by question combination, or by prompt where it is no question of the tiny world. What
     has no pairs has no key.
@@ -135,6 +136,8 @@ def judge_quality(
     }
     known = agreement(judged)
     clusters = known["combination"]
+    flips = [a != b for a, b in zip(known["right_12"], known["right_21"])]
+    found["flip_rate_unequal"] = (flips, clusters)
     found["accuracy"] = (known["right"], clusters)
     found["accuracy_one_order"] = (known["right_12"] + known["right_21"], clusters * 2)
     for key in ("gold_first", "gold_second"):

@@ -370,6 +370,7 @@ def test_the_intervals_of_the_diagnostics_cover_the_truth():
     truth = {
         "accuracy": 0.8,
         "flip_rate": weaker,
+        "flip_rate_unequal": weaker,
         "consistent_rate": 1 - weaker,
         "first_position_rate": 0.5 + weaker / 2,
         "accuracy_gold_first": 0.8 + 0.2 * weaker,
