@@ -218,6 +218,26 @@ def distinct_prompts(prompts: dict[str, list[str]]):
 
 
 @_styled
+def near_duplicates(rates: dict[str, dict[float, float]], n: int):
+    """Share of prompts that repeat an earlier one, by how alike two must be; one line a name.
+
+    Args:
+        rates: name -> {similarity: `personas.near_duplicate_rate` at it}, of n prompts each.
+    """
+    figure, axes = _new()
+    x, y = "similarity that counts as a repetition", "prompts that repeat another (%)"
+    _titles(axes, f"Do prompts nearly repeat? (n = {n} each)", x, y)
+    if not n:
+        _nothing(axes, "no prompts")
+        return figure
+    for (name, found), colour in zip(rates.items(), CYCLE * len(rates), strict=False):
+        shares = [100 * share for share in found.values()]
+        axes.plot(list(found), shares, "o-", color=colour, label=_plain(name))
+    axes.legend()
+    return figure
+
+
+@_styled
 def lengths(groups: dict[str, list[int]]):
     """Histograms of lengths in tokens, one for each name, with the mean as a dashed line."""
     figure, axes = _new()

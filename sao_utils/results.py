@@ -21,7 +21,7 @@ from sao_utils.intervals import (
 )
 from sao_utils.judging import ORDERS, agreement, judge, judge_labelled, labelled_pairs
 from sao_utils.pairs import build_pairs, funnel
-from sao_utils.personas import repetition_rate, write_prompts
+from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
 from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
 from sao_utils.ratings import kappa
@@ -58,9 +58,9 @@ def scores(run: Run) -> dict[str, Interval]:
 def prompt_scores(run: Run) -> dict[str, Interval]:
     """How the prompt stage went: share of usable replies, and how often prompts repeat.
 
-    The repetition rate of a seed is 1 - distinct / all of its prompts; with several seeds it is their
-    mean. It is a property of the whole set, not a mean over prompts: no interval (NaN), and n is the
-    number of prompts of one seed.
+    The repetition rate of a seed is 1 - distinct / all of its prompts, the near-duplicate rate that of
+    `personas.near_duplicate_rate`; with several seeds it is their mean. Each is a property of the
+    whole set, not a mean over prompts: no interval (NaN), and n is the number of prompts of one seed.
     """
     rows = write_prompts(run)
     parsed = [row["prompt"] is not None for row in rows]
@@ -68,11 +68,11 @@ def prompt_scores(run: Run) -> dict[str, Interval]:
         [r["prompt"] for r in rows if r["seed"] == seed and r["prompt"]]
         for seed in run.recipe.seeds
     ]
-    rate = float(np.mean([repetition_rate(prompts) for prompts in by_seed]))
-    return {
-        "prompts.parsed": clustered_mean(parsed, [row["persona"] for row in rows]),
-        "prompts.repetition_rate": Interval(rate, math.nan, math.nan, len(by_seed[0])),
-    }
+    found = {"prompts.parsed": clustered_mean(parsed, [row["persona"] for row in rows])}
+    for rate in (repetition_rate, near_duplicate_rate):
+        mean = float(np.mean([rate(prompts) for prompts in by_seed]))
+        found[f"prompts.{rate.__name__}"] = Interval(mean, math.nan, math.nan, len(by_seed[0]))
+    return found
 
 
 def judge_scores(run: Run) -> dict[str, Interval]:

@@ -81,6 +81,7 @@ DRAWN = {
     "distinct_prompts": lambda: figures.distinct_prompts(
         {"with": ["a", "A ", "b"], "without": ["a"]}
     ),
+    "near_duplicates": lambda: figures.near_duplicates({"with": {0.5: 0.4, 1.0: 0.1}}, 10),
     "lengths": lambda: figures.lengths({"chosen": [3, 9, 80], "rejected": [4], "none": []}),
     "margins": lambda: figures.margins(VERDICTS),
     "orders": lambda: figures.orders(VERDICTS),
@@ -101,6 +102,7 @@ DRAWN = {
 EMPTY = {
     "funnel": lambda: figures.funnel([]),
     "distinct_prompts": lambda: figures.distinct_prompts({"with": []}),
+    "near_duplicates": lambda: figures.near_duplicates({"with": {0.5: 0.0}}, 0),
     "lengths": lambda: figures.lengths({}),
     "margins": lambda: figures.margins(VERDICTS[-1:]),
     "orders": lambda: figures.orders([]),
@@ -118,6 +120,7 @@ EMPTY = {
 HOSTILE_LABELS = {
     "funnel": lambda: figures.funnel([(HOSTILE, 9), (HOSTILE, -2)]),
     "distinct_prompts": lambda: figures.distinct_prompts({HOSTILE: [HOSTILE, ""]}),
+    "near_duplicates": lambda: figures.near_duplicates({HOSTILE: {0.5: 0.4}}, 10),
     "lengths": lambda: figures.lengths({HOSTILE: [1, 2]}),
     "judge_matrix": lambda: figures.judge_matrix([[1] * 4] * 3, [HOSTILE] * 4),
     "training_curves": lambda: figures.training_curves({HOSTILE: SIMPO}),
