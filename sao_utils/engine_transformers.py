@@ -21,6 +21,8 @@ from sao_utils.engines import (
 )
 from sao_utils.recipe import Model
 
+FEW = 8  # rows of a batch that is too small to be worth thinning out
+
 
 class TransformersEngine:
     """Runs a model with transformers: in left-padded batches of rows of like length."""
@@ -69,34 +71,14 @@ class TransformersEngine:
         )
 
     def generate(self, chats, sampling, seeds):
-        import torch
-        from transformers import GenerationConfig, LogitsProcessorList
-
         prompts = encode(chats, self.tokenizer)
         too_long = self._too_long(prompts)
         if too_long:  # one over-long text must not end the run
             yield [(i, Completion("", 0, False)) for i in too_long]
 
         def reply(rows: list[int], new_tokens: int):
-            ids, mask = self._pad([prompts[i] for i in rows])
-            processors = LogitsProcessorList()
-            if sampling.temperature > 0:
-                processors.append(_SeededDraw([seeds[i] for i in rows], sampling, ids.shape[1]))
-            config = GenerationConfig(
-                max_new_tokens=new_tokens,
-                do_sample=False,  # the draw is made by _SeededDraw
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.stops,
-            )
-            with torch.inference_mode():
-                out = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=processors,
-                )
-            replies = out[:, ids.shape[1] :].tolist()
-            return [(i, self._completion(tokens)) for i, tokens in zip(rows, replies)]
+            some = [prompts[i] for i in rows], [seeds[i] for i in rows]
+            return list(zip(rows, self._replies(*some, sampling, new_tokens)))
 
         yield from self.in_batches(prompts, too_long, reply, sampling.max_new_tokens)
 
@@ -123,6 +105,46 @@ class TransformersEngine:
             return list(zip(rows, logits.float().log_softmax(-1)[:, firsts].tolist()))
 
         yield from self.in_batches(prompts, too_long, score)
+
+    def _replies(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, new_tokens: int
+    ) -> list[Completion]:
+        """Replies to one batch. Whenever half of the rows have ended, only the others go on."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        ids, mask = self._pad(prompts)
+        start, cache = ids.shape[1], None
+        going, found = list(range(len(prompts))), {}
+        while going:
+            config = GenerationConfig(
+                max_new_tokens=start + new_tokens - ids.shape[1],
+                do_sample=False,  # the draw is made by _SeededDraw
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stops,
+                return_dict_in_generate=True,
+            )
+            draw = [_SeededDraw([seeds[i] for i in going], sampling, start)]
+            halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
+            with torch.inference_mode():
+                out = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(draw if sampling.temperature else []),
+                    stopping_criteria=StoppingCriteriaList(halt),
+                )
+            replies = out.sequences[:, start:].tolist()
+            for i, tokens in zip(going, replies):
+                if len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
+                    found[i] = self._completion(tokens)
+            stay = [k for k, i in enumerate(going) if i not in found]
+            going = [going[k] for k in stay]
+            ids, mask = out.sequences[stay], mask[stay]
+            mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
+            cache = _rows_of(out.past_key_values, stay) if stay else None
+        return [found[i] for i in range(len(prompts))]
 
     def _too_long(self, prompts: list[list[int]]) -> list[int]:
         """Indices of the prompts that fill the model's context; says so if there are any."""
@@ -208,6 +230,29 @@ class TransformersEngine:
         kept = reply if end is None else reply[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Completion(text, len(kept), end is not None)
+
+
+def _half_ended(stops: list[int], start: int):
+    """A stopping criterion: half of the rows hold a stop behind their prompts of `start` tokens."""
+    import torch
+
+    def halt(ids, scores, **_):
+        ended = torch.isin(ids[:, start:], torch.tensor(stops, device=ids.device)).any(1)
+        return (2 * ended.sum() >= len(ids)).expand(len(ids))
+
+    return halt
+
+
+def _rows_of(cache, rows: list[int]):
+    """These rows of a KV cache; None, so that it is computed anew, for a cache of another kind."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    layers = getattr(cache, "layers", [None])
+    if not all(isinstance(layer, DynamicLayer) for layer in layers):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=layers[0].keys.device))
+    return cache
 
 
 class _SeededDraw:

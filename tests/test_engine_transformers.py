@@ -47,6 +47,17 @@ def save_beside_the_tiny_tokenizer(model, folder):
     return Model(path=str(folder), dtype="float32")
 
 
+def small_gemma_2(folder, **settings):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    vocabulary = len(engines.load_tokenizer(TINY))
+    sizes = dict(vocab_size=vocabulary, hidden_size=64, intermediate_size=96, head_dim=32)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **settings))
+    return save_beside_the_tiny_tokenizer(model, folder)
+
+
 # ---------------------------------------------------------------------------- precision
 
 
@@ -122,20 +133,53 @@ def test_4_bit_weights_answer_nearly_alike_and_carry_an_adapter(engine, tmp_path
 
 def test_gemma_2_keeps_its_softcap_in_attention(tmp_path):
     """torch's own attention knows none; without it these verdicts differ."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    vocabulary = len(engines.load_tokenizer(TINY))
-    sizes = dict(vocab_size=vocabulary, hidden_size=64, intermediate_size=96, head_dim=32)
-    sizes |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    config = Gemma2Config(**sizes, attn_logit_softcapping=2.0, query_pre_attn_scalar=1)
-    made = load_engine(save_beside_the_tiny_tokenizer(Gemma2ForCausalLM(config), tmp_path))
+    made = load_engine(small_gemma_2(tmp_path, attn_logit_softcapping=2.0, query_pre_attn_scalar=1))
     assert made.model.config._attn_implementation == "eager"
     capped = all_of(made.choose(CHATS, "ranking:", VERDICTS))
     for layer in made.model.model.layers:
         layer.self_attn.attn_logit_softcapping = None
     free = all_of(made.choose(CHATS, "ranking:", VERDICTS))
     assert max(abs(capped[k][0] - free[k][0]) for k in free) > 0.01
+
+
+# ---------------------------------------------------------------------------- ended rows
+
+
+def test_a_batch_is_thinned_out_as_rows_end_and_no_reply_changes(engine, monkeypatch):
+    asked = [[{"role": "user", "content": text}] for text in world.held_out_questions("dev", 1, 0)]
+    asked, fed = asked[:14], []
+    forward = engine.model.forward
+
+    def counted(*args, **kwargs):
+        fed.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    sampling, seeds = Sampling(0.8, 100, 0.95), list(range(14))
+    together = all_of(engine.generate(asked, sampling, seeds))
+    assert fed[0] == 14 and sorted(fed, reverse=True) == fed and fed[-1] <= 7
+    needed = sum(reply.tokens + reply.finished for reply in together.values())
+    assert needed <= sum(fed) < 2 * needed and sum(fed) < 0.9 * 14 * len(fed)
+    monkeypatch.setattr("sao_utils.engine_transformers.FEW", 10**9)
+    assert all_of(engine.generate(asked, sampling, seeds)) == together
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
+    tmp_path, monkeypatch, known
+):
+    """Gemma-2 keeps the last tokens only in every other layer."""
+    if not known:
+        monkeypatch.setattr("transformers.cache_utils.DynamicLayer", type("Other", (), {}))
+    made = load_engine(small_gemma_2(tmp_path, sliding_window=6))
+    made.stops = list(range(300))  # random weights end somewhere
+    chats = CHATS * 2
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature, 40)
+        together = all_of(made.generate(chats, sampling, list(range(24))))
+        assert len({reply.tokens for reply in together.values()}) > 3
+        for k in (0, 7, 12, 23):
+            assert all_of(made.generate([chats[k]], sampling, [k]))[0] == together[k]
 
 
 # ---------------------------------------------------------------------------- context
