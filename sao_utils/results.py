@@ -176,12 +176,12 @@ def calibration(
     Returns:
         For each of at most `bins` groups of pairs with a known better answer, as large as each
         other and in order of the size of the mean margin: (mean size in nats, accuracy). A judge
-        that knows how sure it is has accuracy sigmoid(size). No group is smaller than 10 pairs,
+        that knows how sure it is has accuracy sigmoid(size). No group is smaller than 20 pairs,
         unless there are fewer.
     """
     known = agreement(verdicts)
     order = np.argsort(known["size"], kind="stable")
-    groups = np.array_split(order, max(1, min(bins, len(order) // 10))) if len(order) else []
+    groups = np.array_split(order, max(1, min(bins, len(order) // 20))) if len(order) else []
     return [
         (
             float(np.mean([known["size"][k] for k in group])),

@@ -86,6 +86,6 @@ def _page(data: dict) -> str:
     page = page.replace("DATA", json.dumps(data, separators=(",", ":")).translate(_UNSAFE))
     # No same origin: nothing in the frame could reach the page around it, or a notebook's server.
     return (
-        '<div><iframe title="Pairs" sandbox="allow-scripts" style="width:100%;height:640px;border:0" '
+        '<div><iframe title="Pairs" sandbox="allow-scripts" style="width:100%;height:560px;border:0" '
         f'srcdoc="{html.escape(page)}"></iframe></div>'
     )
