@@ -86,7 +86,7 @@ def _hub_personas(run: Run, seed: int) -> list[str]:
         taken = {
             text
             for row in read_rows(path)
-            if row["count"] == count and row["seed"] != seed
+            if row.get("count") == count and row["seed"] != seed
             for text in row["texts"]
         }
         different = dict.fromkeys(text for text in _stream_from_hub(revision) if text not in taken)

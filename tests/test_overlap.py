@@ -123,6 +123,7 @@ def touches(text, other, n):
     return length > 0 and bool(sequences(text, length) & sequences(other, length))
 
 
+@settings(deadline=None)
 @given(ANY_TEXTS, ANY_TEXTS, st.integers(1, 5))
 def test_shared_ngrams_are_those_of_brute_force(texts, against, n):
     for text, hit in zip(texts, shared_ngrams(texts, against, n), strict=True):
