@@ -6,6 +6,7 @@ produced it, so a stage that is run again does only what is missing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from sao_utils.recipe import Recipe, RecipeError, load_recipe
+from sao_utils import colab
+from sao_utils.recipe import Recipe, RecipeError, is_task_file, load_recipe
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ def results_folder() -> Path:
     """Where runs are kept: SAO_RESULTS, else `results` of the checkout, else beside the notebooks.
 
     Without a checkout (an installed package) it is ../results seen from a folder "notebooks", else
-    ./results.
+    ./results. On Colab, whose machines do not last, it is a folder of the user's Drive if that is
+    mounted.
     """
     if os.environ.get("SAO_RESULTS"):
         return Path(os.environ["SAO_RESULTS"])
+    if colab.on_colab() and colab.DRIVE.is_dir():
+        return colab.DRIVE / colab.RESULTS
     checkout, here = Path(__file__).resolve().parents[1], Path.cwd()
     if (checkout / "pyproject.toml").exists():
         return checkout / "results"
@@ -107,6 +112,9 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
         path = Path(getattr(settings, key))
         if path.exists() and getattr(settings, key) not in ("tiny", "hub", "test", "dev"):
             changes[section] = settings.model_copy(update={key: str(path.resolve())})
+    settings = changes.get("evaluation", recipe.evaluation)
+    harness = tuple(str(Path(t).resolve()) if is_task_file(t) else t for t in settings.harness)
+    changes["evaluation"] = settings.model_copy(update={"harness": harness})
     return recipe.model_copy(update=changes)
 
 
@@ -165,6 +173,10 @@ def _lock(file, path: Path) -> None:
             f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
             "(a notebook's kernel counts), or take another run name."
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+            raise
+        # A mounted Drive, and some network disks, have no locks; then there is none.
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -63,6 +63,10 @@ def test_constraints_serve_cpu_and_gpu_machines_alike():
     assert not [line for line in constraint_lines() if tied.match(line)]
 
 
+#: A range where Colab must keep its own build; everything else is installed with constraints.txt.
+ASKED = {"torch": ">=2.6"}
+
+
 @pytest.mark.parametrize(
     ("name", "version"),
     [("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("vllm", "0.30.0")],
@@ -70,7 +74,17 @@ def test_constraints_serve_cpu_and_gpu_machines_alike():
 def test_the_model_stack_stays_on_the_versions_that_were_tested_together(name, version):
     assert pins()[name] == version
     asked = [requirement for requirement in DIRECT if requirement.name == name]
-    assert [str(requirement.specifier) for requirement in asked] == [f"=={version}"]
+    assert [str(requirement.specifier) for requirement in asked] == [
+        ASKED.get(name, f"=={version}")
+    ]
+
+
+@pytest.mark.parametrize("name", ["Makefile", "README.md"])
+def test_whoever_installs_the_kit_takes_the_constraints(name):
+    """torch is a range: without them, pip would take another version, and gigabytes of CUDA."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    installs = [line for line in lines if "pip install" in line and " -e " in line]
+    assert installs and all("-c constraints.txt" in line for line in installs)
 
 
 def test_environment_yml_installs_the_project_itself_with_the_constraints():

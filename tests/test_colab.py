@@ -1,0 +1,231 @@
+"""The kit on a machine like Colab's: torch and numpy are there and stay, the kit comes beside them.
+
+The machine is a real virtual environment with pip, IPython, a real numpy of another version than
+the kit's pin, a torch that is a name and a version only, and a `google.colab` that is empty. Not
+covered: a real Colab machine, its other packages, a real mounted Drive.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sao_utils import colab, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMPY, TORCH = "2.3.4", "2.9.1+cu126"
+#: Needs of a copy of the kit whose real installation takes seconds.
+FEW = ("torch", "numpy", "pydantic", "pyyaml", "tqdm")
+
+
+def guard():
+    notebook = json.loads((ROOT / "notebooks" / "00_start_here.ipynb").read_text(encoding="utf-8"))
+    return "".join(next(c for c in notebook["cells"] if c["cell_type"] == "code")["source"])
+
+
+def call(*command, **options):
+    """What a command prints; fails with it if the command does."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def python_of_colab():
+    """A Python 3.12, as Colab has; this one where there is none."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [*sorted(root.glob("versions/3.12.*/bin/python")), shutil.which("python3.12")]
+    return next((python for python in found if python), sys.executable)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """The environment's Python, and its folder of packages."""
+    folder = tmp_path_factory.mktemp("colab")
+    call(python_of_colab(), "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    wanted = ("-c", ROOT / "constraints.txt", "ipython")
+    for needs in (wanted, (f"numpy=={NUMPY}",)):
+        command = [str(p) for p in (python, "-m", "pip", "install", "-q", *needs)]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        if pip.returncode:
+            pytest.skip(f"pip reaches no index here: {pip.stderr.strip().splitlines()[-1]}")
+    (packages,) = folder.glob("lib/python3.*/site-packages")
+    (packages / "google" / "colab").mkdir(parents=True)
+    (packages / "google" / "colab" / "__init__.py").touch()
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text(f"__version__ = {TORCH!r}\n")
+    said = packages / f"torch-{TORCH}.dist-info"
+    said.mkdir()
+    (said / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {TORCH}\n")
+    (said / "INSTALLER").write_text("pip\n")
+    (said / "RECORD").write_text(f"torch/__init__.py,,\n{said.name}/METADATA,,\n")
+    return python, packages
+
+
+def files_of(packages, *names):
+    """Every file of some packages, with a hash of its content."""
+    return {
+        str(path.relative_to(packages)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in names
+        for path in packages.glob(f"{name}*/**/*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
+@pytest.fixture
+def address(tmp_path):
+    """The address of a repository with the kit, which needs few packages."""
+    copy = tmp_path / "origin"
+    shutil.copytree(ROOT / "sao_utils", copy / "sao_utils", ignore=shutil.ignore_patterns("__py*"))
+    for name in ("README.md", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / name, copy / name)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL).group(1)
+    few = "".join(
+        f"{line}\n" for line in asked.splitlines() if re.match(rf' *"({"|".join(FEW)})\b', line)
+    )
+    assert len(few.splitlines()) == len(FEW)
+    (copy / "pyproject.toml").write_text(project.replace(asked, few), encoding="utf-8")
+    author = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
+    call("git", "init", "-q", copy)
+    call("git", "-C", copy, "add", ".")
+    call("git", "-C", copy, *author, "commit", "-q", "-m", "kit")
+    return f"file://{copy}"
+
+
+@pytest.mark.slow
+def test_the_guard_cell_fetches_the_kit_and_leaves_torch_and_numpy_alone(
+    machine, address, tmp_path
+):
+    python, packages = machine
+    kept = files_of(packages, "torch", "numpy")
+    content = tmp_path / "content"  # where Colab opens a notebook: without a checkout beside it
+    content.mkdir()
+    after = "from sao_utils import recipe; print('recipe', recipe.load_recipe('tiny').name)"
+    filled = guard().replace('".."', f'"{address}"')
+    assert address in filled
+    (content / "cells.ipy").write_text(f"import google.colab, numpy, torch\n{filled}\n{after}\n")
+    place = {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": ""}
+    ipython = (python, "-m", "IPython", "--colors=NoColor", "cells.ipy")
+
+    said = call(*ipython, cwd=content, env={**os.environ, **place})
+    assert "Done." in said and "recipe tiny" in said and "drive.mount" in said
+    assert files_of(packages, "torch", "numpy") == kept and kept
+    there = call(python, "-m", "pip", "list", "--format=freeze").split()
+    assert f"numpy=={NUMPY}" in there and f"torch=={TORCH}" in there
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert {line for line in there if line.startswith(("pydantic==", "PyYAML=="))} <= {
+        line.replace("pyyaml", "PyYAML") for line in pins
+    }
+    assert (packages / "sao_utils" / "recipe.py").is_file(), "an editable install is not imported"
+
+    again = files_of(packages, "sao_utils")
+    said = call(*ipython, cwd=content, env={**os.environ, **place, "PIP_NO_INDEX": "1"})
+    assert "recipe tiny" in said and "Installing" not in said and "fatal" not in said
+    assert files_of(packages, "sao_utils") == again
+
+
+@pytest.mark.slow
+def test_all_needs_of_the_kit_fit_beside_that_torch_and_numpy(machine, tmp_path):
+    """pip resolves them for real and installs nothing."""
+    python, _ = machine
+    report = tmp_path / "report.json"
+    code = (
+        "import runpy, pathlib, sys, numpy, torch\n"
+        "kit = runpy.run_path('sao_utils/colab.py')\n"
+        "space = kit['install'].__globals__\n"
+        "pip = space['_pip']\n"
+        f"trial = ('--dry-run', '--report', {str(report)!r})\n"
+        "space['_pip'] = lambda *a: '--no-deps' in a or pip(*trial, *a)\n"
+        "kit['install'](pathlib.Path('.'))\n"
+    )
+    call(python, "-c", code, cwd=ROOT)
+    new = {
+        colab.plain(entry["metadata"]["name"]): entry["metadata"]["version"]
+        for entry in json.loads(report.read_text(encoding="utf-8"))["install"]
+    }
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+        if "==" in line
+    )
+    assert {"transformers", "trl", "peft", "datasets", "papermill"} <= set(new)
+    assert not {"torch", "numpy", "jupyterlab", "triton", "ipython"} & set(new)
+    assert {name: pins[name] for name in new} == new
+
+
+def test_constraints_hold_what_is_loaded_or_bound_to_the_gpu_and_pin_the_rest():
+    pins = {"torch": "2.13.0", "numpy": "2.3.5", "trl": "1.16.0", "peft": "0.21.2", "rich": "15.0"}
+    pins |= {"tornado": "6.6.1", "papermill": "2.7.0"}
+    there = {"torch": "2.9.1+cu126", "numpy": "2.0.2", "peft": "0.17", "rich": "13.9"}
+    there |= {"tornado": "6.5.1", "pandas": "2.2.2"}
+    assert colab.constraints(pins, there, in_use={"tornado", "pandas"}) == [
+        "numpy==2.0.2",  # as it is
+        "pandas==2.2.2",  # as it is, though the kit has no opinion
+        "papermill==2.7.0",  # was not there
+        "peft==0.21.2",  # tested together with trl
+        "torch==2.9.1+cu126",
+        "tornado==6.5.1",  # loaded
+        "trl==1.16.0",
+    ]  # and rich: there, not loaded, so pip keeps it if it can
+
+
+def test_a_library_that_is_loaded_and_must_go_asks_for_a_restart(monkeypatch):
+    monkeypatch.setattr(colab, "installed", lambda: {"transformers": "4.57.0"})
+    monkeypatch.setattr(colab, "loaded", lambda: {"transformers"})
+    monkeypatch.setattr(colab, "_pip", lambda *a: pytest.fail("pip was called"))
+    with pytest.raises(RuntimeError, match="transformers is loaded .* Restart the session"):
+        colab.install(ROOT)
+
+
+def test_what_is_said_of_gpu_and_drive(monkeypatch, tmp_path, capsys):
+    colab.advice()
+    assert capsys.readouterr().out == ""  # not on Colab
+    monkeypatch.setattr(colab, "on_colab", lambda: True)
+    monkeypatch.setattr(colab.shutil, "which", lambda name: f"/usr/bin/{name}")
+    colab.advice()
+    said = capsys.readouterr().out
+    assert 'recipe = "colab-t4"' in said and "Rows are lost" in said and "drive.mount(" in said
+    monkeypatch.setattr(colab, "DRIVE", tmp_path)
+    colab.advice()
+    assert "Rows are kept on your Drive, in sao-results" in capsys.readouterr().out
+
+
+def test_rows_go_to_a_mounted_drive_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    monkeypatch.delenv("SAO_RESULTS", raising=False)
+    monkeypatch.setattr(colab, "DRIVE", tmp_path)
+    assert rows.results_folder() == ROOT / "results"  # not on Colab, whatever folder there is
+    monkeypatch.setattr(colab, "on_colab", lambda: True)
+    assert rows.results_folder() == tmp_path / "sao-results"
+    monkeypatch.setattr(colab, "DRIVE", tmp_path / "not mounted")
+    assert rows.results_folder() == ROOT / "results"
+    monkeypatch.setattr(colab, "DRIVE", tmp_path)
+    monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "mine"))
+    assert rows.results_folder() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_such_as_a_mounted_drive_keeps_rows(fault, monkeypatch, tmp_path):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    jobs = [{"id": "a"}, {"id": "b"}]
+    made = rows.complete(tmp_path / "rows.jsonl", jobs, lambda left: iter([left]), "rows")
+    assert made == jobs == rows.read_rows(tmp_path / "rows.jsonl")
