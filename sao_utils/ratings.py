@@ -1,16 +1,21 @@
 """Several raters and several models.
 
 `kappa`: how far two raters (judges, or two ways to ask one judge) agree beyond chance.
+`bradley_terry`: the strength of several models that were compared two by two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+import warnings
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from sao_utils.intervals import (
     Interval,
+    Z,
     cluster_codes,
     resampled_sums,
     tail_of,
@@ -90,3 +95,158 @@ def kappa(
     tail = tail_of(codes)
     low, high = np.nanquantile(found, (tail, 1 - tail))
     return Interval(value, float(low), float(high), n)
+
+
+ELO = 400 / math.log(10)  # Elo points for a log-odds of 1: 400 points are odds of 10 to 1
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strong a model is: Elo points, and its expected win rate against the baseline.
+
+    `n` of both intervals is the number of the model's games.
+    """
+
+    elo: Interval
+    win_rate: Interval
+
+
+def bradley_terry(
+    games: Iterable[tuple[str, str, float, float, Hashable]],
+    baseline: str,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Strength]:
+    r"""The strengths of models from games of two, with a bootstrap over prompts.
+
+    P(a wins) = s_a / (s_a + s_b), fitted by maximum likelihood (Bradley and Terry, 1952, Biometrika
+    39; evalica's iteration, Newman, 2023, JMLR 24), a tie being half a win of each. Elo points are
+    1000 + 400 log10(s / s_baseline), as Arena-Hard has it (Li and others, 2024, arXiv 2406.11939):
+    its two games of a prompt are two games here, with a weight of 3 for A>>B and B>>A. Unlike
+    there, whole prompts are resampled, not single games, so that the two orders of a prompt, and
+    all models' games on it, count as one piece of evidence.
+
+    Args:
+        games: (model a, model b, outcome, weight, prompt): outcome 1 if a won, 0 if b did, 0.5 for
+            a tie, or between; drop and count what is invalid before the call. Rows that repeat a
+            prompt add no certainty.
+        baseline: the model that has 1000 points.
+        resamples: how many resamples (Arena-Hard takes 100).
+        seed: the same seed and games give the same intervals.
+
+    Returns:
+        Each model's strength, the strongest first. The baseline has 1000 and 0.5 without width.
+
+        Where some models won (or lost) all of their games against the others, no finite strength
+        fits. With a warning that names them, a drawn game is then added to each pair that met, and
+        the intervals are the fit's own, on the log-odds, with each prompt counting as one game of
+        each pair: wide. The same is done in single resamples that come out so.
+
+        With one prompt the games count as independent, with a warning.
+
+    Raises:
+        ValueError: no games, a baseline without games, a model against itself, outcomes outside of
+            0..1, weights that are not above 0, or groups of models that never met.
+    """
+    rows = list(games)
+    if not rows:
+        raise ValueError("there are no games: strengths need at least one")
+    names = sorted({name for a, b, *_ in rows for name in (a, b)})
+    if baseline not in names:
+        raise ValueError(f"the baseline {baseline!r} has no games; models with games: {names}")
+    number = {name: i for i, name in enumerate(names)}
+    first = np.array([number[row[0]] for row in rows])
+    second = np.array([number[row[1]] for row in rows])
+    outcome = np.array([row[2] for row in rows], dtype=float)
+    weight = np.array([row[3] for row in rows], dtype=float)
+    if (first == second).any():
+        raise ValueError(f"{names[first[first == second][0]]!r} plays against itself")
+    if not ((outcome >= 0) & (outcome <= 1)).all():
+        raise ValueError("outcomes must lie in 0..1: drop games that are not valid, and count them")
+    if not ((weight > 0) & (weight < math.inf)).all():
+        raise ValueError("weights must be above 0: leave out games that do not count")
+    codes = cluster_codes([row[4] for row in rows], len(rows), "games")
+    codes = without_single_cluster(codes) if len(rows) > 1 else codes
+    m, k, zero = len(names), int(codes.max()) + 1, number[baseline]
+    by_prompt = np.zeros((k, m, m))  # [i, a, b]: a's wins over b on prompt i
+    np.add.at(by_prompt, (codes, first, second), outcome * weight)
+    np.add.at(by_prompt, (codes, second, first), (1 - outcome) * weight)
+    wins = by_prompt.sum(0)
+    met = (wins + wins.T > 0).astype(float)
+    groups = _groups(met)
+    if groups.max() > 0:
+        never = [name for name, group in zip(names, groups) if group != groups[zero]]
+        raise ValueError(
+            f"no chain of games leads from {baseline!r} to {never}: compare them with a model that "
+            "has met the baseline, or leave them out"
+        )
+    groups = _groups(wins)
+    if groups.max() == 0:
+        points = _log_strengths(wins, zero)
+        totals = resampled_sums(by_prompt.reshape(k, m * m), resamples, np.random.default_rng(seed))
+        found = [
+            _log_strengths(of if _groups(of).max() == 0 else of + met / 2, zero)
+            for of in totals.reshape(-1, m, m)
+        ]
+        tail = tail_of(codes)
+        low, high = np.quantile(found, (tail, 1 - tail), axis=0)
+    else:
+        parted = [[name for name, g in zip(names, groups) if g == of] for of in set(groups)]
+        warnings.warn(
+            f"Between some of these groups of models one side won all games: {parted}. Their "
+            "strengths are drawn together by a made-up tie of each pair, with wide intervals.",
+            stacklevel=2,
+        )
+        points = _log_strengths(wins + met / 2, zero)
+        half = Z * _errors(wins + met / 2, points, zero, wins.sum() / (met.sum() / 2) / k)
+        low, high = points - half, points + half
+    played = np.bincount(first, minlength=m) + np.bincount(second, minlength=m)
+
+    def strength(i: int) -> Strength:
+        of = [float(x[i]) for x in (points, low, high)]
+        elo = Interval(*(1000 + ELO * x for x in of), n=int(played[i]))
+        return Strength(elo, Interval(*(1 / (1 + math.exp(-x)) for x in of), n=int(played[i])))
+
+    return {names[i]: strength(i) for i in np.argsort(-points, kind="stable")}
+
+
+def _groups(wins: np.ndarray) -> np.ndarray:
+    """[m] the group of each model: within a group, wins lead from each model to each other one.
+
+    One group: the likelihood has a finite maximum (Ford, 1957, American Mathematical Monthly 64).
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    return connected_components(wins > 0, directed=True, connection="strong")[1]
+
+
+def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray:
+    """[m] maximum likelihood, with 0 for the model `zero`; wins [m, m] of one group."""
+    import evalica
+
+    a, b = np.nonzero(wins)
+    found = evalica.bradley_terry(
+        a.tolist(),
+        b.tolist(),
+        [evalica.Winner.X] * len(a),
+        weights=wins[a, b].tolist(),
+        tolerance=1e-9,
+        limit=100_000,
+    )
+    logs = np.log(found.scores.loc[range(len(wins))].to_numpy())
+    return logs - logs[zero]
+
+
+def _errors(wins: np.ndarray, points: np.ndarray, zero: int, per_game: float) -> np.ndarray:
+    """[m] standard errors of log-strengths from the information, 0 for the model `zero`.
+
+    Args:
+        per_game: how many wins count as one piece of evidence.
+    """
+    p = 1 / (1 + np.exp(points[None, :] - points[:, None]))
+    between = (wins + wins.T) * p * p.T / per_game
+    information = np.diag(between.sum(1)) - between
+    others = np.arange(len(points)) != zero
+    errors = np.zeros(len(points))
+    errors[others] = np.sqrt(np.diag(np.linalg.inv(information[np.ix_(others, others)])))
+    return errors

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize, special
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from sao_utils.intervals import wilson
-from sao_utils.ratings import kappa
+from sao_utils.ratings import bradley_terry, kappa
 
 
 def within(interval):
@@ -96,3 +97,143 @@ def test_one_item_and_one_cluster():
 def test_labels_that_kappa_refuses(a, b, message):
     with pytest.raises(ValueError, match=message):
         kappa(a, b)
+
+
+# ---------------------------------------------------------------------- Bradley and Terry
+
+
+def tournament(rng, strengths, prompts, ties=0.2, weights=(1, 3)):
+    """Two games of each pair on each prompt; half of the second ones end like the first."""
+    names = list(strengths)
+    games = []
+    for prompt in range(prompts):
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                chance = special.expit(strengths[a] - strengths[b])
+                luck = rng.random()
+                for order in range(2):
+                    if order and rng.random() < 0.5:
+                        luck = rng.random()
+                    half = ties * min(chance, 1 - chance)
+                    outcome = 0.5 * (luck < chance - half) + 0.5 * (luck < chance + half)
+                    weight = rng.choice(weights)
+                    if order:
+                        games.append((b, a, 1 - outcome, weight, prompt))
+                    else:
+                        games.append((a, b, outcome, weight, prompt))
+    return games
+
+
+def test_two_models_by_hand():
+    # 30 wins of 40 are odds of 3 to 1: 400 log10(3) = 190.85 points.
+    games = [("new", "old", i < 30, 1, i) for i in range(40)]
+    found = bradley_terry(games, "old")
+    assert list(found) == ["new", "old"]
+    assert found["new"].elo.value == pytest.approx(1190.8485, abs=1e-3)
+    assert found["new"].win_rate.value == pytest.approx(0.75, abs=1e-9)
+    assert (found["old"].elo.low, found["old"].elo.high) == (1000.0, 1000.0)
+    # For two models the bootstrap is that of the share of wins.
+    assert found["new"].win_rate.low == pytest.approx(0.6, abs=0.03)
+    assert found["new"].win_rate.high == pytest.approx(0.875, abs=0.03)
+    assert found["new"].elo.n == found["old"].elo.n == 40
+
+
+def test_strengths_against_a_fit_by_scipy():
+    rng = np.random.default_rng(4)
+    names = {"a": 0.0, "b": 0.5, "c": -0.3, "d": 1.0}
+    games = tournament(rng, names, prompts=40)
+
+    def loss(theta):
+        of = dict(zip(names, theta))
+        return sum(
+            w * (np.logaddexp(0, of[b] - of[a]) + (1 - y) * (of[a] - of[b]))
+            for a, b, y, w, _ in games
+        )
+
+    theirs = optimize.minimize(loss, np.zeros(4), tol=1e-10).x
+    found = bradley_terry(games, "c", resamples=2)
+    for name, theta in zip(names, theirs):
+        expected = 1000 + 400 * (theta - theirs[2]) / math.log(10)
+        assert found[name].elo.value == pytest.approx(expected, abs=0.01)
+        assert found[name].win_rate.value == pytest.approx(
+            special.expit(theta - theirs[2]), abs=1e-4
+        )
+
+
+def test_a_weight_of_three_is_three_games_and_sides_do_not_matter():
+    rng = np.random.default_rng(5)
+    games = tournament(rng, {"a": 0.0, "b": 0.5, "c": 1.0}, prompts=50)
+    tripled = [(a, b, y, 1, q) for a, b, y, w, q in games for _ in range(w)]
+    swapped = [(b, a, 1 - y, w, q) for a, b, y, w, q in games]
+    found = bradley_terry(games, "a", resamples=100)
+    for other in (bradley_terry(tripled, "a", 100), bradley_terry(swapped, "a", 100)):
+        for name in "abc":
+            x, y = found[name].elo, other[name].elo
+            assert (x.low, x.value, x.high) == pytest.approx((y.low, y.value, y.high), abs=1e-3)
+
+
+def test_the_interval_of_a_strength_covers_the_truth():
+    rng = np.random.default_rng(6)
+    strengths = {"base": 0.0, "one": 0.6, "two": 1.2}
+    covered = []
+    for i in range(100):
+        found = bradley_terry(tournament(rng, strengths, 40), "base", resamples=100, seed=i)
+        for name in ("one", "two"):
+            truth = special.expit(strengths[name])
+            rate = found[name].win_rate
+            covered.append(rate.low <= truth <= rate.high)
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_games_repeated_within_prompts_add_no_certainty():
+    games = tournament(np.random.default_rng(7), {"a": 0.0, "b": 0.5}, prompts=100)
+    one = bradley_terry(games, "a")["b"].elo
+    nine = bradley_terry(games * 9, "a")["b"].elo
+    assert (nine.low, nine.high) == pytest.approx((one.low, one.high), abs=1e-3)
+
+
+def test_a_model_that_wins_all_gets_a_wide_finite_interval_and_a_warning():
+    games = [("best", "base", 1, 1, i) for i in range(50)]
+    games += [("weak", "base", i % 4 == 0, 1, i) for i in range(50)]
+    with pytest.warns(UserWarning, match=r"\['best'\]"):
+        found = bradley_terry(games, "base")
+    assert list(found) == ["best", "base", "weak"]
+    best = found["best"].win_rate
+    # 50.5 of 51 won: log-odds of log(101), with an error of sqrt(1 / (51 p q)).
+    p = 50.5 / 51
+    error = 1.959964 * math.sqrt(1 / (51 * p * (1 - p)))
+    assert best.value == pytest.approx(p, abs=1e-6)
+    assert best.low == pytest.approx(special.expit(math.log(101) - error), abs=1e-4)
+    assert best.low < 0.95 and best.high < 1
+    with pytest.warns(UserWarning, match="one side won all"):
+        one = bradley_terry([("a", "b", 1, 1, "x")], "b")["a"].win_rate
+    assert one.low < 0.2 and within(one)
+
+
+def test_resamples_in_which_a_model_wins_all_stay_finite():
+    games = [("new", "old", i > 0, 1, i) for i in range(30)]  # one loss of 30: often not drawn
+    elo = bradley_terry(games, "old")["new"].elo
+    assert within(elo) and math.isfinite(elo.high)
+
+
+def test_one_prompt_warns():
+    games = [("a", "b", i % 3 > 0, 1, "x") for i in range(30)]
+    with pytest.warns(UserWarning, match="only one cluster"):
+        assert within(bradley_terry(games, "b", 50)["a"].elo)
+
+
+@pytest.mark.parametrize(
+    ("games", "message"),
+    [
+        ([], "no games"),
+        ([("a", "b", 1, 1, 0)], "baseline 'base' has no games"),
+        ([("base", "base", 1, 1, 0)], "plays against itself"),
+        ([("base", "b", None, 1, 0)], "outcomes must"),
+        ([("base", "b", 2, 1, 0)], "outcomes must"),
+        ([("base", "b", 1, 0, 0)], "weights must"),
+        ([("base", "b", 1, 1, 0), ("c", "d", 1, 1, 1)], r"no chain .* \['c', 'd'\]"),
+    ],
+)
+def test_games_that_give_no_strengths(games, message):
+    with pytest.raises(ValueError, match=message):
+        bradley_terry(games, "base")
