@@ -32,7 +32,7 @@ import yaml
 from sao_utils.engines import load_engine, model_name
 from sao_utils.evaluation import models
 from sao_utils.intervals import Interval
-from sao_utils.recipe import Model
+from sao_utils.recipe import Model, is_task_file
 from sao_utils.rows import Run, make_rows, read_rows, row_id
 
 SHOTS_SEED = 1234  # which solved examples stand before a question; lm-eval's own default
@@ -84,7 +84,7 @@ def exams(names: tuple[str, ...] | list[str]) -> list[Exam]:
             found += LEADERBOARD
         elif name == "tiny":
             found += [_local(file) for file in sorted(_tiny_folder().glob("*.yaml"))]
-        elif name.endswith((".yaml", ".yml")):
+        elif is_task_file(name):
             found.append(_local(Path(name)))
         else:
             known = {exam.task: exam for exam in LEADERBOARD}

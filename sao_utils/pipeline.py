@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sao_utils.engines import EngineError, find, model_name
-from sao_utils.recipe import RecipeError, load_recipe, recipe_names, valid_keys
+from sao_utils.recipe import RecipeError, is_task_file, load_recipe, recipe_names, valid_keys
 from sao_utils.rows import Run, write_whole
 
 #: The folder of the notebooks, beside the package in a checkout.
@@ -209,7 +209,10 @@ def _environment(run: Run) -> dict[str, str]:
     model = run.recipe.model.path
     if model == "tiny":  # too small to gain by a second thread, and slowed down by waiting for it
         settings["OMP_NUM_THREADS"] = "1"
-    if (model == "tiny" or Path(model).is_dir()) and run.recipe.personas.source != "hub":
+    needs_hub = run.recipe.personas.source == "hub" or any(
+        task != "tiny" and not is_task_file(task) for task in run.recipe.evaluation.harness
+    )
+    if (model == "tiny" or Path(model).is_dir()) and not needs_hub:
         settings["HF_HUB_OFFLINE"] = "1"
     return settings
 

@@ -159,6 +159,11 @@ class Evaluation(_Section):
     )
 
 
+def is_task_file(task: str) -> bool:
+    """Whether an entry of `evaluation.harness` is a local task's file, not a name that lm-eval knows."""
+    return task.endswith((".yaml", ".yml"))
+
+
 class Recipe(_Section):
     """All settings of a run. `load_recipe` reads one from YAML."""
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from sao_utils import harness, rows
+from sao_utils import harness, pipeline, rows
 from sao_utils.engines import load_engine
 from sao_utils.evaluation import models
 from sao_utils.harness import Exam, HarnessError
@@ -114,6 +114,16 @@ def test_names_of_exams_are_read_and_misread_ones_refused(tmp_path):
         harness.exams([])
     with pytest.raises(HarnessError, match="There is no task file"):
         harness.exams([str(tmp_path / "none.yaml")])
+
+
+def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text((TASKS / "tiny_myths.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    own = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "mmlu"]})
+    assert own.recipe.evaluation.harness == (str(tmp_path / "own.yaml"), "mmlu")
+    assert "HF_HUB_OFFLINE" not in pipeline._environment(own)  # mmlu comes from the hub
+    tiny = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "tiny"]})
+    assert pipeline._environment(tiny)["HF_HUB_OFFLINE"] == "1"
 
 
 # ---------------------------------------------------------------------- scoring
