@@ -114,10 +114,11 @@ def batching(rows: int = 2000, budget: int = 32_768, fixed: int = 32) -> list[di
     from sao_utils.engines import load_model, load_tokenizer
     from sao_utils.recipe import Model
 
-    sizes = [prompt + chosen for prompt, chosen, _ in benchmarks.lengths(rows)]
+    longest = benchmarks.LONGEST - 1  # what the tiny context takes
+    sizes = [min(longest, prompt + chosen) for prompt, chosen, _ in benchmarks.lengths(rows)]
     tiny = Model(path="tiny", dtype="float32")
     engine = TransformersEngine.of(load_model(tiny), load_tokenizer(tiny), budget)
-    prompts = [[0] * (n - 1) for n in sizes]  # one less: the tiny context is the longest of them
+    prompts = [[0] * n for n in sizes]
     ours = list(engine.in_batches(prompts, [], lambda rows, _: rows))
     ordered = sorted(range(rows), key=lambda i: -sizes[i])
     planned = {f"{budget:,} tokens, longest first": ours}
@@ -182,22 +183,37 @@ def of_shape(
         return {"rows": len(scored), "tokens": rows * length, "batch": rows}
 
     for name, work in (("generate", generate), ("judge", judge)):
-        generate(1, 2)  # the first call of anything is slow
+        measure(lambda: generate(1, 2), device)  # the first call of anything is slow
         for batch in batches:
             held = engine.batch_tokens
             row = measure(lambda: work(batch), device, whole=True)  # noqa: B023
             row = {"batch": batch, **row}
             if engine.batch_tokens < held and row["status"] == "ok":
                 row["note"] = "out of memory; halved"
-            planned = _planned(model.config, base["weights"], batch, name, tokens)
+            planned = _planned(model.config, base["weights"], name, batch, tokens)
             yield [with_speed({**base, "measurement": name, "planned_bytes": planned, **row})]
             if row["status"] != "ok" or row.get("note"):
                 break
 
 
-def _planned(config, weights: str, batch: int, verb: str, tokens) -> float | None:
-    """What `sao plan` predicts for the peak, bytes; None where it cannot."""
-    return None
+def _planned(config, weights: str, verb: str, batch: int, tokens) -> float:
+    """What `sao plan` predicts for the peak of a batch, bytes."""
+    from sao_utils import planning
+    from sao_utils.recipe import Model
+
+    prompt, reply, judged = tokens
+    kept = weights.split(",")[0]
+    model = Model(
+        path="tiny",
+        dtype="float32" if kept == "float32" else "bfloat16",
+        quantisation="nf4" if kept == "nf4" else "none",
+        batch_tokens=batch * (judged if verb == "judge" else prompt + reply),
+    )
+    if verb == "judge":
+        parts = planning.judging_memory(config, model, judged)
+    else:
+        parts = planning.generation_memory(config, model, prompt, reply)
+    return GIB * sum(parts.values())
 
 
 def not_measured(shapes) -> list[dict]:
@@ -262,7 +278,8 @@ def table(rows: list[dict]) -> str:
             if row.get(key) is not None
         ]
         if row.get("peak_bytes") and row["measurement"] in ("generate", "judge"):
-            facts.append(f"peak {row['peak_bytes'] / GIB:.2f} GiB")
+            planned = row["planned_bytes"] / GIB
+            facts.append(f"peak {row['peak_bytes'] / GIB:.2f} GiB, planned {planned:.2f}")
         said = ", ".join(facts) if row["status"] == "ok" else row["status"]
         lines.append(f"{where:44} {who:28} {said} {row.get('note', '')}".rstrip())
     return "\n".join(lines)
@@ -284,9 +301,10 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        groups = iter([not_measured(options.shapes or ON_GPU)])
-        if "not measured" not in (benchmarks.kept(name) or {"status": "not measured"})["status"]:
+        there = folder / f"{name}.json"
+        if there.exists() and json.loads(there.read_text("utf-8"))["status"] == "measured":
             sys.exit(f"There is no GPU here; {name}.csv of another machine is kept.")
+        groups = iter([not_measured(options.shapes or ON_GPU)])
     elif options.shapes or options.device == "cuda":
         groups = on_gpu(options.shapes or ON_GPU, options.device, options.quick)
     else:
