@@ -76,6 +76,7 @@ def test_a_chain_of_near_duplicates_loses_only_what_is_near_a_kept_text():
     assert similarity_of(pieces(chain[0]), pieces(chain[1])) > 0.8
     assert similarity_of(pieces(chain[0]), pieces(chain[2])) < 0.7
     assert near_duplicates(chain, 0.7) == [None, 0, None]
+    assert near_duplicates([chain[0], chain[2], chain[1]], 0.7) == [None, None, 0]  # the first
 
 
 def test_order_of_words_counts_and_punctuation_does_not():
