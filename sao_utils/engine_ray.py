@@ -36,6 +36,7 @@ from sao_utils.recipe import Model
 
 SHARE = 64  # rows that a worker gets at a time, and that are on disk when it is done with them
 DEATHS = 3  # so many workers may be killed (memory, machines) before a call gives up
+TRIES = 3  # to start Ray
 STORE = 512 * 2**20  # bytes of Ray's shared memory on this machine; what is more goes to disk
 
 
@@ -267,17 +268,24 @@ def _start(workers: int):
             "Or set model.workers=0."
         ) from None
     if not ray.is_initialized():
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, workers),
-                object_store_memory=STORE,
-                include_dashboard=False,
-                **quiet,
-            )
+        here = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, workers),
+            "object_store_memory": STORE,
+            "include_dashboard": False,
+        }
+        settings = {} if os.environ.get("RAY_ADDRESS") else here
+        for tries_left in reversed(range(TRIES)):
+            try:
+                ray.init(**settings, logging_level=logging.ERROR, log_to_driver=False)
+                break
+            except Exception as error:  # of no kind of its own: "timed out", on a busy machine
+                ray.shutdown()
+                if not tries_left:
+                    raise EngineError(
+                        f"Ray does not start: {error}\nTry again when less is running, or set "
+                        "model.workers=0 to do without."
+                    ) from error
         _ours = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

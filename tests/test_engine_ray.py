@@ -119,6 +119,23 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch):
         load_engine(TWO.model_copy(update={"workers": 3}))
 
 
+def test_a_ray_that_does_not_start_is_tried_again_and_then_told(monkeypatch):
+    import ray
+
+    tries = []
+
+    def too_busy(**settings):
+        tries.append(settings)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", too_busy)
+    with pytest.raises(EngineError, match="timed out during startup(.|\n)*model.workers=0"):
+        engine_ray._start(2)
+    assert len(tries) == engine_ray.TRIES and tries[0]["address"] == "local"
+
+
 def test_ray_vllm_replies_become_ids_and_log_probabilities_in_the_order_asked():
     """The shape is that of Ray's vLLMOutputData; its tables turn the token numbers into text."""
     row = {"row": 3, "generated_tokens": [7], "extra": None}
