@@ -141,7 +141,7 @@ def _score_interval(y: np.ndarray, codes: np.ndarray) -> Interval:
     if np.ptp(y) > 0:
         variance = _variance_of_sums(y - value, codes) / n**2
         # Clusters that all have the same share show no variance: each is one trial then.
-        trials = value * (1 - value) / variance if variance > 1e-12 else trials
+        trials = value * (1 - value) / variance if variance > 1e-24 else trials
     t = _student(codes)
     centre = (value + t**2 / (2 * trials)) / (1 + t**2 / trials)
     half = (
@@ -167,7 +167,7 @@ def clustered_mean(
     values over the number of their values. The percentiles lie a little outside of 2.5 and 97.5:
     with few clusters a bootstrap interval is too narrow, and this gives it the width of Student's
     (Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician
-    69, section 3.2: the expanded percentile interval). Where the values come from several trainings (`runs`),
+    69: the expanded percentile interval). Where the values come from several trainings (`runs`),
     these are drawn with replacement as well, independently of the clusters: the interval then also
     holds what another seed would have changed. With three seeds that is a rough guess: look at each
     seed's own figure too.
@@ -289,8 +289,9 @@ def length_controlled_win_rate(
     Fits P(win) = sigmoid(a + b tanh(d / std(d)) + c g), d being the difference in length and g the
     prompt's difficulty, and reports the mean over prompts of the prediction at d = 0; without g
     that is sigmoid(a). This is AlpacaEval's model of one pair of models (Dubois and others, 2024,
-    arXiv 2404.04475, section 3). Its own program differs in how it fits: it adds comparisons of
-    two shortened baselines, takes an L1 penalty chosen by cross-validation, and gives no interval.
+    arXiv 2404.04475; `length_controlled_v1` in its program). Its program differs in how it fits:
+    it adds comparisons of two gamed baselines, takes an L1 penalty chosen by cross-validation, and
+    gives no interval. Its published figures are therefore not these to the digit.
 
     The covariance is robust to clustering (Liang and Zeger, 1986), which also makes it right for
     ties and for judges' probabilities (Papke and Wooldridge, 1996, fractional logit). The interval
