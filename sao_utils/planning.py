@@ -30,8 +30,8 @@ from sao_utils.shapes import CHECKPOINT_ABOVE, WEIGHT_BYTES, Shape, shape_of
 
 GIB = 2**30
 
-#: Share of a data sheet's speed that is reached: decoding a token at a time, and all else.
-DECODE_SHARE, OTHER_SHARE = 0.3, 0.5
+#: Share of a data sheet's speed that decoding reaches; for all else see `Gpu.reached`.
+DECODE_SHARE = 0.3
 #: Seconds to start the kernels of a layer, one decoding step of transformers; assumed.
 LAUNCH_SECONDS = 8e-4
 #: Unpacking NF4 adds so much to training time, at 4,096 tokens a microbatch; computed.
@@ -55,6 +55,7 @@ class Gpu:
     bandwidth: float
     compute: float
     capability: float
+    reached: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -410,6 +411,8 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         "responses": recipe.responses.max_new_tokens,
         "answers": recipe.evaluation.max_new_tokens,
     }
+    if recipe.evaluation.harness:
+        notes.append("The tasks of evaluation.harness are not planned.")
     stages = []
     for name in ("prompts", "responses", "verdicts", "training", "answers", "duels"):
         rows = counts[name]
@@ -446,7 +449,9 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
 
 def _shape(model: Model) -> Shape:
     try:
-        return shape_of(architecture(model))
+        shape = shape_of(architecture(model))
+        shape.parameters  # noqa: B018 - raises where the family is not known
+        return shape
     except ValueError as error:
         raise PlanError(str(error)) from None
 
@@ -541,7 +546,7 @@ def _judged(recipe: Recipe, gpu: Gpu, rows: int, tokens: float) -> tuple:
         return None, {}
     shape = _shape(model)
     memory = judging_memory(architecture(model), model, tokens, gpu.memory)
-    hours = prefill_hours(shape, gpu, rows * tokens) / OTHER_SHARE
+    hours = prefill_hours(shape, gpu, rows * tokens) / gpu.reached
     if recipe.judging.method == "sampled":  # "ranking: 1 > 2" and its end are about eight tokens
         few = min(8, recipe.judging.max_new_tokens)
         if model.engine == "vllm":
@@ -568,7 +573,7 @@ def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
         twice = memory["activations"] * GIB < 0.999 * kept
         answers = pairs * 2 * rates.response * share * settings.epochs
         hours = training_hours(shape, gpu, settings, tokens, answers, twice)
-        hours /= OTHER_SHARE * processes
+        hours /= gpu.reached * processes
     return Stage(f"training {arm}-{seed}", pairs, round(tokens), hours, memory)
 
 
@@ -724,7 +729,7 @@ def _told(rates: Rates) -> str:
 def _assumptions(recipe: Recipe, gpu: Gpu, processes: int) -> list[str]:
     notes = [
         f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s and "
-        f"{gpu.compute} TFLOP/s allow, all else at {OTHER_SHARE:.0%}; loading is not counted. Not "
+        f"{gpu.compute} TFLOP/s allow, all else at {gpu.reached:.0%}; loading is not counted. Not "
         "yet compared with a real GPU."
     ]
     model = recipe.model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Arm = Literal["self", "sft_random", "random", "oracle"]
 
@@ -132,6 +132,12 @@ class Training(_Section):
     checkpoint_minutes: float = Field(1.0, gt=0, description="work that a kill may cost")
     probe_steps: int = Field(0, ge=0, description="look for degeneration every so many steps")
     probe_prompts: int = Field(8, ge=1)
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _as_a_word(cls, value):
+        """YAML reads a bare on and off as true and false."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _fits_together(self):

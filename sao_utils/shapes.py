@@ -104,7 +104,8 @@ class Shape:
         (2); the adapters a copy of each layer's input (width: 5, queries: 1, inner: 1); attention
         query, repeated key and value and their copies behind a shared prompt (6, with a softcap 5);
         the gated layer three. Training all weights (`full`) keeps the residual stream in float32.
-        Checked against what autograd keeps, on a CPU, in tests/test_planning.py.
+        Masks and the adapter's inner values are left out. Checked against what autograd keeps, on a
+        CPU, in tests/test_planning.py.
         """
         norms = FAMILIES.get(self.family, (2,))[0]
         wide = norms * (4 if full else 2) + 5
