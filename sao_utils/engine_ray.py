@@ -198,24 +198,22 @@ class RayEngine:
     def _config(self):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(**self._source(), trust_remote_code=False)
+        path = model_folder(self.model.path)
+        return AutoConfig.from_pretrained(path, revision=self.model.revision)
 
     def _stops(self) -> list[int]:
         """The tokens that end a reply: the model's own, and the tokenizer's."""
         from transformers import GenerationConfig
 
+        path = model_folder(self.model.path)
         try:
-            brought = GenerationConfig.from_pretrained(**self._source()).eos_token_id
+            brought = GenerationConfig.from_pretrained(
+                path, revision=self.model.revision
+            ).eos_token_id
         except OSError:
             brought = self._config().eos_token_id
         brought = brought if isinstance(brought, list) else [brought]
         return sorted({*brought, self.tokenizer.eos_token_id}.difference([None]))
-
-    def _source(self) -> dict:
-        return {
-            "pretrained_model_name_or_path": model_folder(self.model.path),
-            "revision": self.model.revision,
-        }
 
 
 def reply_of(row: dict, asked: list[int]) -> dict:
