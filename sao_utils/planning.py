@@ -21,6 +21,7 @@ from statistics import NormalDist
 
 import yaml
 
+from sao_utils.engine_transformers import FEW
 from sao_utils.losses import CHUNK_BYTES
 from sao_utils.questions import QUESTION_SEED, SETS, read_column
 from sao_utils.recipe import Model, Recipe, RecipeError, Training
@@ -365,14 +366,23 @@ def training_hours(
     return work / (gpu.compute * 1e12) / 3600
 
 
-def longest_of(rows: int, mean: float, spread: float, most: int) -> float:
-    """Expected length of the longest of so many lognormal replies, at most `most`.
+def shrinking(rows: int, mean: float, spread: float, most: int) -> list[tuple[int, float]]:
+    """(rows, steps) of a batch of the transformers engine, for lognormal lengths of at most `most`.
 
-    A batch of the transformers engine goes on until its longest reply ends.
+    Whenever half of its rows have ended the batch shrinks; the last few wait for the longest.
     """
+    found, done, left = [], 0.0, rows
+    while left >= FEW:
+        length = length_at(1 - left / 2 / rows, mean, spread, most)
+        found.append((left, length - done))
+        done, left = length, left // 2
+    return [*found, (left, length_at(rows / (rows + 1), mean, spread, most) - done)]
+
+
+def length_at(share: float, mean: float, spread: float, most: int) -> float:
+    """The length below which such a share of lognormal lengths lies, at most `most`."""
     sigma = math.sqrt(math.log(1 + spread**2))
-    rank = NormalDist().inv_cdf(rows / (rows + 1)) if rows > 1 else 0.0
-    return min(most, mean * math.exp(sigma * rank - sigma**2 / 2))
+    return min(most, mean * math.exp(sigma * NormalDist().inv_cdf(share) - sigma**2 / 2))
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -527,17 +537,18 @@ def _generation(recipe, shape, gpu, rates, rows, prompt, new, most) -> tuple:
     model = recipe.model
     memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
     if model.engine == "vllm":
-        batch, steps = vllm_rows(memory, shape, prompt + new / 2, _dtype(model)), new
+        batch = vllm_rows(memory, shape, prompt + new / 2, _dtype(model))
         if batch < 1:
             return None, memory
-        launch = 0.0
+        hours = decode_hours(shape, gpu, model, rows, prompt, new, batch) / DECODE_SHARE
     else:
-        batch = min(rows, static_rows(model, prompt + most))
-        steps = longest_of(batch, new, rates.spread, most)
-        launch = LAUNCH_SECONDS * shape.layers * rows / batch * steps / 3600
-    writing = decode_hours(shape, gpu, model, rows, prompt, new, batch, steps)
-    reading = prefill_hours(shape, gpu, rows * prompt)
-    return max(writing / DECODE_SHARE, launch) + reading / DECODE_SHARE, memory
+        batch, hours = min(rows, static_rows(model, prompt + most)), 0.0
+        for going, steps in shrinking(batch, new, rates.spread, most):
+            count = going * rows / batch
+            writing = decode_hours(shape, gpu, model, count, prompt, new, going, steps)
+            launching = LAUNCH_SECONDS * shape.layers * steps * rows / batch / 3600
+            hours += max(writing / DECODE_SHARE, launching)
+    return hours + prefill_hours(shape, gpu, rows * prompt) / DECODE_SHARE, memory
 
 
 def _judged(recipe: Recipe, gpu: Gpu, rows: int, tokens: float) -> tuple:

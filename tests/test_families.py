@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from importlib.resources import files
 from types import SimpleNamespace
 
 import families
@@ -175,6 +177,19 @@ def test_every_shipped_recipe_is_looked_at_here():
     for name, kind in RECIPES.items():
         assert load_recipe(name).model.path == FAMILIES[kind]["model"]
         assert len(load_recipe(name).model.revision) == 40
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_value_of_a_recipe_says_whose_it_is(name):
+    text = (files("sao_utils") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    above = ""
+    for line in text.splitlines():
+        if line.strip().startswith("#"):
+            above += line
+            continue
+        named = line.startswith(("name:", "about:", "extends:")) or line.endswith(":")
+        assert named or not line or re.search(r"# ?(paper|ours)|# Ours", above + line), line
+        above = ""
 
 
 SMALL = {

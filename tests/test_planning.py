@@ -159,14 +159,23 @@ def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, batch, write, j
     assert planned == pytest.approx(total, rel=0.15)
 
 
-def test_a_static_batch_waits_for_its_longest_reply():
-    """Against draws of the same lengths."""
+def test_a_batch_shrinks_as_its_replies_end():
+    """Row-steps and steps against draws of the same lengths."""
     generator = torch.Generator().manual_seed(0)
     sigma = (torch.tensor(1 + 0.7**2).log()).sqrt()
     draws = torch.exp(torch.randn(4000, 32, generator=generator) * sigma - sigma**2 / 2) * 375
-    truth = draws.clamp(max=1024).max(1).values.mean().item()
-    assert planning.longest_of(32, 375, 0.7, 1024) == pytest.approx(truth, rel=0.1)
-    assert planning.longest_of(1000, 375, 0.7, 1024) == 1024
+    lengths = draws.clamp(max=1024).sort(1).values
+    steps = rows_fed = done = 0
+    left = 32
+    while left >= planning.FEW:  # as the engine does it
+        length = lengths[:, 32 - left // 2 - 1]
+        rows_fed, steps, done = rows_fed + left * (length - done), steps + length - done, length
+        left //= 2
+    rows_fed, steps = rows_fed + left * (lengths[:, -1] - done), steps + lengths[:, -1] - done
+    found = planning.shrinking(32, 375, 0.7, 1024)
+    assert sum(n for _, n in found) == pytest.approx(steps.mean().item(), rel=0.1)
+    assert sum(r * n for r, n in found) == pytest.approx(rows_fed.mean().item(), rel=0.1)
+    assert planning.shrinking(2000, 375, 0.7, 1024)[-1][1] == 0  # some reach the limit before
 
 
 def test_training_all_weights_costs_more_and_computing_twice_too():
@@ -257,6 +266,22 @@ def test_the_advice_helps():
             key, value = re.search(r"([a-z_]+\.[a-z_]+)=(\w+)", problems[0]).groups()
             changes[key] = value
         assert problems == [], (name, changes)
+
+
+def test_fp8_on_an_older_card_is_told_to_save_memory_only():
+    notes = {gpu: plan(load_recipe("gpu-24gb"), find_gpu(gpu)).notes for gpu in ("3090", "4090")}
+    told = "only stores the weights in 8 bit"
+    assert [any(told in note for note in notes[gpu]) for gpu in notes] == [True, False]
+
+
+def test_several_gpus_generate_together_only_with_workers():
+    together = plan(load_recipe("paper"), find_gpu("A100-80"), 4)
+    alone = plan(load_recipe("paper", {"model.workers": 0}), find_gpu("A100-80"), 4)
+    for one, four in zip(alone.stages, together.stages):
+        share = 1 if "training" in one.name else 4
+        assert one.hours == pytest.approx(share * four.hours)
+    assert any("model.workers=4 lets all generate" in note for note in alone.notes)
+    assert not any("model.workers" in note for note in together.notes)
 
 
 def test_the_plan_checkpoints_where_training_will():
