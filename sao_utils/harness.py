@@ -31,7 +31,7 @@ import yaml
 
 from sao_utils.engines import load_engine, model_name
 from sao_utils.evaluation import models
-from sao_utils.intervals import Interval
+from sao_utils.intervals import Interval, outside_the_noise
 from sao_utils.recipe import Model, is_task_file
 from sao_utils.rows import Run, make_rows, read_rows, row_id
 
@@ -320,8 +320,10 @@ def _quiet() -> Iterator[None]:
     """Hush lm-eval's notes, and its progress bars (several a task) where nobody watches."""
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    watched = not os.environ.get("SAO_BATCH") and sys.stderr.isatty()
-    with contextlib.nullcontext() if watched else contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("SAO_BATCH") or not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
 
 
@@ -346,8 +348,8 @@ def mean(scores: dict[str, list[float]]) -> tuple[float, float]:
 
 def paired_difference(
     base: dict[str, list[float]], tuned: list[dict[str, list[float]]]
-) -> tuple[Interval, float]:
-    """Tuned minus base, item by item, with its interval and p-value.
+) -> tuple[Interval, float, float]:
+    """Tuned minus base, item by item, with its interval.
 
     With several trainings (seeds) each item counts with its mean over them, and the variance of the
     trainings' differences over their number is added: what another seed would have changed. (That
@@ -359,8 +361,8 @@ def paired_difference(
         tuned: the same for each training, items in the same order.
 
     Returns:
-        The mean difference (as `mean` weighs subjects) with its 95 % interval, and the two-sided
-        p-value of no difference. Both NaN in width where one item leaves nothing to estimate from.
+        The mean difference (as `mean` weighs subjects) with its 95 % interval, its standard error,
+        and the degrees of freedom. NaN where one item leaves nothing to estimate an error from.
     """
     from scipy import stats
 
@@ -374,13 +376,12 @@ def paired_difference(
         freedoms.append(len(tuned) - 1)
     total = sum(variances)
     if total == 0:  # every item moved alike, as a rule not at all
-        return Interval(value, value, value, n), float(value == 0)
+        return Interval(value, value, value, n), 0.0, math.inf
     if math.isnan(total):
-        return Interval(value, math.nan, math.nan, n), math.nan
+        return Interval(value, math.nan, math.nan, n), math.nan, math.nan
     freedom = total**2 / sum(v**2 / f for v, f in zip(variances, freedoms))
     half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total)
-    p = 2 * float(stats.t.sf(abs(value) / math.sqrt(total), freedom))
-    return Interval(value, value - half, value + half, n), p
+    return Interval(value, value - half, value + half, n), math.sqrt(total), freedom
 
 
 def differences(rows: list[dict]) -> list[dict]:
@@ -390,13 +391,12 @@ def differences(rows: list[dict]) -> list[dict]:
         rows: as `score` returns them.
 
     Returns:
-        Rows {task, shots, limit, metric, model, seeds, base, tuned, error of both, difference (an
-        `Interval`), p, p_holm, outside, truncated, problem}. `p_holm` is corrected for the number of
-        tasks that the arm was tried on (Holm); `outside`: below 0.05, not explained by noise. Where
-        there is a problem, only task, limit and model are there beside it.
+        Rows {task, shots, limit, metric, model, seeds, base, base_error, tuned, tuned_error,
+        difference (an `Interval`), error, freedom, outside, p, truncated, problem}. `p` is corrected
+        for the number of tasks that the arm was tried on; `outside`: below 0.05, not explained by
+        noise (`intervals.outside_the_noise`). Where there is a problem, only task, limit and model
+        are there beside it.
     """
-    from statsmodels.stats.multitest import multipletests
-
     found = []
     for arm in dict.fromkeys(row["model"] for row in rows if row["model"] != "base"):
         compared = []
@@ -415,16 +415,18 @@ def differences(rows: list[dict]) -> list[dict]:
             else:
                 compared.append(entry | _compare(base, tuned))
                 found[-1] = compared[-1]
-        told = [entry for entry in compared if not math.isnan(entry["p"])]
-        if told:
-            outside, corrected, *_ = multipletests([e["p"] for e in told], 0.05, "holm")
-            for entry, is_outside, p in zip(told, outside, corrected):
-                entry.update(p_holm=float(p), outside=bool(is_outside))
+        gaps = [entry["difference"].value for entry in compared]
+        errors = [entry["error"] for entry in compared]
+        freedoms = [entry["freedom"] for entry in compared]
+        for entry, outside, p in zip(
+            compared, *outside_the_noise(gaps, errors, freedoms=freedoms), strict=True
+        ):
+            entry.update(outside=outside, p=p)
     return found
 
 
 def _compare(base: dict, tuned: list[dict]) -> dict:
-    gap, p = paired_difference(base["scores"], [row["scores"] for row in tuned])
+    gap, gap_error, freedom = paired_difference(base["scores"], [r["scores"] for r in tuned])
     together = {
         subject: list(np.mean([row["scores"][subject] for row in tuned], axis=0))
         for subject in base["scores"]
@@ -439,9 +441,8 @@ def _compare(base: dict, tuned: list[dict]) -> dict:
         "tuned": after,
         "tuned_error": error,
         "difference": gap,
-        "p": p,
-        "p_holm": math.nan,
-        "outside": False,
+        "error": gap_error,
+        "freedom": freedom,
         "truncated": base["truncated"],
     }
 
@@ -479,7 +480,7 @@ def before_after(
                 "tuned": f"{100 * found['tuned']:.1f} ± {100 * found['tuned_error']:.1f}"
                 + (f" ({seeds} seeds)" if seeds > 1 else ""),
                 "difference": f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
-                "p (Holm)": f"{found['p_holm']:.3g}",
+                "p (Holm)": f"{found['p']:.3g}",
                 "verdict": verdict,
             }
         )

@@ -466,17 +466,22 @@ def _needed_quantiles(
 
 
 def outside_the_noise(
-    differences: Sequence[float], errors: Sequence[float], level: float = 0.05
+    differences: Sequence[float],
+    errors: Sequence[float],
+    level: float = 0.05,
+    freedoms: Sequence[float] | None = None,
 ) -> tuple[list[bool], list[float]]:
     """Which of several differences are more than noise, after Holm's correction.
 
     Among twenty tasks one differs "significantly" by chance. Holm's step-down procedure (Holm,
     1979, Scandinavian Journal of Statistics 6) keeps the chance of even one false alarm below
-    `level`, however the tasks hang together. The p-values are the normal distribution's.
+    `level`, however the tasks hang together. The p-values are the normal distribution's, or with
+    `freedoms` Student's.
 
     Args:
         differences: [m] after minus before.
         errors: [m] their standard errors (paired where the same items were asked both times).
+        freedoms: [m] the degrees of freedom behind each error, where they are few (a few seeds).
 
     Returns:
         [m] whether it is outside the noise, and [m] the corrected p-values. A difference or error
@@ -499,8 +504,9 @@ def outside_the_noise(
     if known.any():
         moved = np.abs(d[known])
         ratio = np.divide(moved, e[known], out=np.where(moved > 0, np.inf, 0.0), where=e[known] > 0)
+        freedom = math.inf if freedoms is None else np.asarray(freedoms, dtype=float)[known]
         outside[known], corrected[known] = multipletests(
-            2 * stats.norm.sf(ratio), level, method="holm"
+            2 * stats.t.sf(ratio, freedom), level, method="holm"
         )[:2]
     return outside.tolist(), corrected.tolist()
 

@@ -15,6 +15,7 @@ from sao_utils import harness, pipeline, rows
 from sao_utils.engines import load_engine
 from sao_utils.evaluation import models
 from sao_utils.harness import Exam, HarnessError
+from sao_utils.intervals import outside_the_noise
 from sao_utils.recipe import Model
 from sao_utils.tiny import exam, world
 
@@ -303,8 +304,10 @@ def test_one_training_gives_the_paired_t_test():
     tuned = np.where(rng.random(80) < 0.2, 1, base)
     theirs = stats.ttest_rel(tuned, base)
     low, high = theirs.confidence_interval(0.95)
-    gap, p = harness.paired_difference({"t": list(base)}, [{"t": list(tuned)}])
+    gap, error, freedom = harness.paired_difference({"t": list(base)}, [{"t": list(tuned)}])
     assert (gap.value, gap.low, gap.high) == pytest.approx((np.mean(tuned - base), low, high))
+    assert (gap.value / error, freedom) == pytest.approx((theirs.statistic, theirs.df))
+    (_,), (p,) = outside_the_noise([gap.value], [error], freedoms=[freedom])
     assert p == pytest.approx(theirs.pvalue)
     unpaired = stats.ttest_ind(tuned, base).confidence_interval(0.95)
     assert gap.high - gap.low < unpaired.high - unpaired.low
@@ -319,7 +322,7 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
         item = rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (3, 60))
         gaps = training + item
         base = {"a": [0.0] * 40, "b": [0.0] * 20}
-        gap, _ = harness.paired_difference(
+        gap, *_ = harness.paired_difference(
             base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps]
         )
         held.append(gap.low <= 0.1 <= gap.high)
@@ -327,10 +330,13 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
 
 
 def test_nothing_changed_and_too_little_to_tell_are_told_apart():
-    same, p = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
-    assert (same.low, same.high, p) == (0, 0, 1)
-    one, p = harness.paired_difference({"t": [1.0]}, [{"t": [0.0]}])
-    assert one.value == -1 and math.isnan(one.low) and math.isnan(p)
+    same, error, freedom = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
+    assert (same.low, same.high, error) == (0, 0, 0)
+    assert outside_the_noise([same.value], [error], freedoms=[freedom]) == ([False], [1.0])
+    one, error, _ = harness.paired_difference({"t": [1.0]}, [{"t": [0.0]}])
+    assert one.value == -1 and math.isnan(one.low) and math.isnan(error)
+    (entry,) = harness.differences([made_up("a", "base", [1.0]), made_up("a", "self", [0.0])])
+    assert not entry["outside"] and math.isnan(entry["p"])
 
 
 def made_up(task, model, scores, items="same"):
@@ -356,7 +362,8 @@ def test_the_more_tasks_are_tried_the_more_a_difference_must_stand_out():
     others = [made_up(f"t{k}", m, base) for k in range(49) for m in ("base", "self")]
     among = harness.differences([*alone, *others])
     first = next(entry for entry in among if entry["task"] == "a")
-    assert first["p"] == only["p"] and first["p_holm"] == pytest.approx(min(1, 50 * only["p"]))
+    assert first["difference"] == only["difference"]
+    assert first["p"] == pytest.approx(min(1, 50 * only["p"]))
     assert not any(entry["outside"] for entry in among)
 
 
