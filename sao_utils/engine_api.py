@@ -66,6 +66,8 @@ class ApiEngine:
         self._client = openai.OpenAI(api_key=key or "none", base_url=model.url, max_retries=RETRIES)
         self._limit = "max_tokens"
         self._said_at = -math.inf
+        #: row of the latest call -> tokens read and written, where the server says them
+        self.usage: dict[int, tuple[int, int]] = {}
         self._forces = self._goes_on_after_a_beginning()
 
     def generate(self, chats: list[Chat], sampling: Sampling, seeds: list[int]):
@@ -77,6 +79,7 @@ class ApiEngine:
                 top_p=sampling.top_p,
                 seed=seeds[i] % 2**31,
             )
+            self._note(i, answer)
             return _completion(answer) if answer else Completion("", 0, False)
 
         return self._each(complete, len(chats))
@@ -95,6 +98,7 @@ class ApiEngine:
                 top_logprobs=ALTERNATIVES,
                 extra_body=extra,
             )
+            self._note(i, answer)
             if answer is None:
                 return [-math.inf] * len(choices)
             found = answer.choices[0].logprobs
@@ -127,6 +131,7 @@ class ApiEngine:
         When one fails for good, those under way are still yielded before the fault is raised.
         """
         fault = None
+        self.usage = {}
         with ThreadPoolExecutor(self.model.concurrency) as pool:
             rows = {pool.submit(work, i): i for i in range(count)}
             try:
@@ -144,6 +149,13 @@ class ApiEngine:
                     row.cancel()
         if fault:
             raise fault
+
+    def _note(self, row: int, answer) -> None:
+        """What the server says that a row took; a refused row took nothing."""
+        if answer is None:
+            self.usage[row] = (0, 0)
+        elif answer.usage:
+            self.usage[row] = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
 
     def _ask(self, chat: Chat, tokens: int, **options):
         """One chat completion; None when the server refuses this row."""

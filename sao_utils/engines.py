@@ -96,6 +96,7 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
     `adapter` is the folder of a trained adapter, or of a whole model that was trained. For a local
     model the name is a hash of its files (weights, tokenizer, template), with the dtype.
     """
+    adapter = adapter or _own_adapter(model)
     folder = Path(model_folder(model.path))
     files_of_it = [
         path
@@ -114,6 +115,15 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
     return f"{name}+{_digest(tuple(sorted(adapter.glob('*.safetensors'))))}" if adapter else name
 
 
+def _own_adapter(model: Model) -> Path | None:
+    """The folder `model.adapter`. Raises EngineError when it holds no weights in safetensors."""
+    if model.adapter is None:
+        return None
+    if not any(Path(model.adapter).glob("*.safetensors")):
+        raise EngineError(f"The folder '{model.adapter}' holds no adapter in safetensors.")
+    return Path(model.adapter)
+
+
 def _digest(paths: tuple[Path, ...]) -> str:
     return _digest_of_state(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
 
@@ -128,11 +138,12 @@ def _digest_of_state(state: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def load_engine(model: Model, adapter: Path | None = None) -> Engine:
-    """Load a model, and an adapter on it; the last two stay loaded.
+    """Load a model, and an adapter (or else `model.adapter`) on it; the last two stay loaded.
 
     Raises:
         EngineError: the model is not there; the message says what to do.
     """
+    adapter = adapter or _own_adapter(model)
     # By name and not by path: an adapter trained anew in the same folder is another one.
     return _loaded(model, adapter, model_name(model, adapter))
 

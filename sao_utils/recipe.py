@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +24,9 @@ class _Section(BaseModel):
 class Model(_Section):
     path: str = Field(description='"tiny" (embedded), a folder, or a name on the hub or server')
     revision: str | None = Field(None, description="commit of a hub model")
+    adapter: str | None = Field(
+        None, description="folder of an adapter on it; not for the model that is trained"
+    )
     engine: Literal["transformers", "vllm", "api"] = Field(
         "transformers", description="what runs it; api: any OpenAI-compatible server"
     )
@@ -42,6 +46,12 @@ class Model(_Section):
         "OPENAI_API_KEY", description="environment variable with the server's key"
     )
     concurrency: int = Field(8, ge=1, description="requests to the server at a time")
+    price_in: float | None = Field(
+        None, ge=0, description="US$ per million tokens read (api); null: free or unknown"
+    )
+    price_out: float | None = Field(
+        None, ge=0, description="US$ per million tokens written (api); null: free or unknown"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -53,7 +63,16 @@ class Model(_Section):
         if self.quantisation not in ("none", *fits[self.engine]):
             there = ", ".join(("none", *fits[self.engine]))
             raise ValueError(f"quantisation with engine={self.engine} is one of: {there}")
+        if self.engine != "api" and self.priced:
+            raise ValueError("price_in and price_out are of a server: they need engine=api")
+        if self.engine == "api" and self.adapter:
+            raise ValueError("a server cannot be handed an adapter: serve the tuned model itself")
         return self
+
+    @property
+    def priced(self) -> bool:
+        """Whether using it costs money that is known."""
+        return bool(self.price_in or self.price_out)
 
 
 class Personas(_Section):
@@ -163,6 +182,9 @@ class Evaluation(_Section):
     harness_limit: int | None = Field(
         None, ge=1, description="items of a task, for a quick look; null: all"
     )
+    max_cost: float | None = Field(
+        None, ge=0, description="US$ that a run may pay to servers with a price; null: no cap"
+    )
 
 
 def is_task_file(task: str) -> bool:
@@ -185,6 +207,12 @@ class Recipe(_Section):
     pairs: Pairs
     training: Training
     evaluation: Evaluation
+    others: dict[str, Model] = Field(
+        default_factory=dict, description="more models to evaluate beside base and tuned, by name"
+    )
+    judges: dict[str, Model] = Field(
+        default_factory=dict, description='more judges of contests beside the run\'s own, "self"'
+    )
 
     @property
     def judging_model(self) -> Model:
@@ -204,6 +232,21 @@ class Recipe(_Section):
                 raise ValueError(f"{name} must not be negative: {list(values)}")
         return self
 
+    @model_validator(mode="after")
+    def _names_fit(self):
+        if self.model.adapter:
+            raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
+        for section, names, taken in (
+            ("others", self.others, ("base", *get_args(Arm))),
+            ("judges", self.judges, ("self",)),
+        ):
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}", name):
+                    raise ValueError(f"{section}: '{name}' may have letters, digits, - and _ only")
+                if name in taken:
+                    raise ValueError(f"{section}: the name '{name}' is taken; give another")
+        return self
+
 
 def recipe_names() -> list[str]:
     """The recipes that come with the kit."""
@@ -217,7 +260,8 @@ def valid_keys() -> list[str]:
     """Every key that a recipe knows, dotted: `training.beta`."""
     keys = []
     for name, field in Recipe.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)
+        named = get_origin(field.annotation) is dict  # others, judges: set as a whole
+        kinds = () if named else get_args(field.annotation) or (field.annotation,)
         section = next((k for k in kinds if isinstance(k, type) and issubclass(k, _Section)), None)
         keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys

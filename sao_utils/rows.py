@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from sao_utils import colab
-from sao_utils.recipe import Recipe, RecipeError, is_task_file, load_recipe
+from sao_utils.recipe import Model, Recipe, RecipeError, is_task_file, load_recipe
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def open_run(recipe: str = "tiny", run: str | None = None, overrides: dict | Non
     name = run or loaded.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise RecipeError(f"A run's name has letters, digits, '.', '_' and '-' only; not '{name}'.")
-    if name in ("reported", "benchmarks"):
+    if name in ("reported", "benchmarks", "cache"):
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
     folder = results_folder() / name
     kept = folder / "recipe.yaml"
@@ -102,6 +102,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     for section, key in (
         ("model", "path"),
         ("judge", "path"),
+        ("judge", "adapter"),
         ("personas", "source"),
         ("judging", "gold"),
         ("evaluation", "questions"),
@@ -115,7 +116,19 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     settings = changes.get("evaluation", recipe.evaluation)
     harness = tuple(str(Path(t).resolve()) if is_task_file(t) else t for t in settings.harness)
     changes["evaluation"] = settings.model_copy(update={"harness": harness})
+    for section in ("others", "judges"):
+        named = getattr(recipe, section)
+        changes[section] = {name: _with_whole_path(model) for name, model in named.items()}
     return recipe.model_copy(update=changes)
+
+
+def _with_whole_path(model: Model) -> Model:
+    local = {
+        key: str(Path(given).resolve())
+        for key, given in (("path", model.path), ("adapter", model.adapter))
+        if given not in (None, "tiny") and Path(given).exists()
+    }
+    return model.model_copy(update=local)
 
 
 def write_whole(path: Path, text: str) -> None:

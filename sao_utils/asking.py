@@ -1,0 +1,207 @@
+"""Ask a model: each question once, kept by its content, at a price known before.
+
+A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": ..., "prefix": ...,
+"choices": ...}` (log-probabilities of given replies). Its id is a hash of the model and of all of
+this, and so is its seed: equal requests are one request. What a server was paid for is also kept in
+`results/cache`, which all runs share, so that no reply is bought twice.
+
+Costs are ours: tokens read are counted by the tokenizer, or where a server has it, as characters / 4;
+tokens written are at most those allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sao_utils.engine_api import VERDICT_TOKENS
+from sao_utils.engines import encode, load_engine, load_tokenizer, model_name
+from sao_utils.recipe import Model
+from sao_utils.rows import Run, complete, make_rows, read_rows, results_folder, row_id, seed_of
+
+CHARACTERS = 4  # of a token, about, in English
+WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
+
+
+class CostError(RuntimeError):
+    """Asking would cost more than `evaluation.max_cost`; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What requests take: those that are new, their tokens, and US$ (None: no price is known)."""
+
+    requests: int
+    new: int
+    tokens_in: int
+    tokens_out: int
+    dollars: float | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.new:,} of {self.requests:,} requests are new: about {self.tokens_in:,} tokens in, "
+            f"at most {self.tokens_out:,} out, "
+            + ("price unknown" if self.dollars is None else f"about US$ {self.dollars:,.4f}")
+        )
+
+
+def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
+    """The model's replies, in the order of the requests.
+
+    Kept in `rows/<stage>.jsonl` of the run; several models may share a stage. All that is new goes to
+    the engine at once (with `evaluation.max_cost` and a price: a few waves at a time).
+
+    Returns:
+        {id, text, tokens, finished} for a request with `sampling`; {id, logps} for one with
+        `choices`: a log-probability in nats for each, None where there is none (`Engine.choose`). What was
+        bought has {tokens_in, tokens_out, dollars, run} too. Equal requests share a reply.
+
+    Raises:
+        CostError: the estimate, or what the run has spent, goes beyond `evaluation.max_cost`. What was
+            bought is kept.
+        ValueError: a request of neither kind.
+    """
+    ids = _ids(model, requests)
+    jobs = {i: {**request, "id": i} for i, request in zip(ids, requests)}
+
+    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
+        if model.engine != "api":
+            return _replies(model, outstanding)
+        label = f"{stage}, {model.path}"
+        buy = lambda new: _bought(run, model, new)  # noqa: E731
+        return iter([complete(_cache(model), outstanding, buy, label)])
+
+    rows = {row["id"]: row for row in make_rows(run, stage, list(jobs.values()), work)}
+    return [rows[i] for i in ids]
+
+
+def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = None) -> Cost:
+    """What asking would take, nothing being sent.
+
+    Args:
+        stage: replies that this stage of the run has are not new; nor are those bought before.
+    """
+    ids = _ids(model, requests)
+    kept = {row["id"] for row in read_rows(run.rows(stage))} if stage else set()
+    if model.engine == "api":
+        kept |= {row["id"] for row in read_rows(_cache(model))}
+    new = {i: request for i, request in zip(ids, requests) if i not in kept}
+    tokens_in, tokens_out = _tokens(model, list(new.values()))
+    return Cost(len(ids), len(new), tokens_in, tokens_out, _dollars(model, tokens_in, tokens_out))
+
+
+def spent(run: Run) -> float:
+    """US$ that the run has paid so far, by the tokens that servers counted."""
+    rows = (row for path in sorted(_folder().glob("*.jsonl")) for row in read_rows(path))
+    return math.fsum(row.get("dollars") or 0 for row in rows if row.get("run") == _label(run))
+
+
+def _ids(model: Model, requests: list[dict]) -> list[str]:
+    name = model_name(model)
+    return [row_id("asked", name, request["chat"], _verb(request)) for request in requests]
+
+
+def _verb(request: dict) -> tuple:
+    """What makes two requests of the same chat different."""
+    if ("sampling" in request) == ("choices" in request):
+        raise ValueError("a request has either 'sampling', or 'prefix' and 'choices'")
+    if "sampling" in request:
+        return ("generate", tuple(sorted(vars(request["sampling"]).items())))
+    return ("choose", request["prefix"], tuple(request["choices"]))
+
+
+def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
+    """Rows from the engine, a batch at a time; with the tokens that a server says it counted."""
+    engine, groups = load_engine(model), {}
+    for job in jobs:
+        groups.setdefault(_verb(job), []).append(job)
+    for (verb, *_), group in groups.items():
+        chats = [job["chat"] for job in group]
+        if verb == "generate":
+            seeds = [seed_of(job["id"]) for job in group]
+            batches = engine.generate(chats, group[0]["sampling"], seeds)
+        else:
+            batches = engine.choose(chats, group[0]["prefix"], tuple(group[0]["choices"]))
+        for batch in batches:
+            rows = []
+            for k, reply in batch:
+                if verb == "generate":
+                    row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+                else:
+                    row = {"logps": [p if math.isfinite(p) else None for p in reply]}
+                if used := getattr(engine, "usage", {}).get(k):
+                    row |= {"tokens_in": used[0], "tokens_out": used[1]}
+                rows.append({"id": group[k]["id"], **row})
+            yield rows
+
+
+def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
+    """Rows from a server, with what each cost. Stops before the cap is passed, as far as is known."""
+    by_id = {job["id"]: job for job in jobs}
+    cap = run.recipe.evaluation.max_cost if model.priced else None
+    so_far = 0.0 if cap is None else spent(run)
+    if model.priced:
+        read, written = _tokens(model, jobs)
+        cost = Cost(len(jobs), len(jobs), read, written, _dollars(model, read, written))
+        print(f"{model.path}: {cost}", flush=True)
+        _check(so_far, cost.dollars, cap)
+    size = len(jobs) if cap is None else WAVES * model.concurrency
+    for start in range(0, len(jobs), size):
+        wave = jobs[start : start + size]
+        _check(so_far, _dollars(model, *_tokens(model, wave)), cap)
+        for batch in _replies(model, wave):
+            for row in batch:
+                if "tokens_in" not in row:
+                    row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
+                row["dollars"] = _dollars(model, row["tokens_in"], row["tokens_out"])
+                row["run"] = _label(run)
+                so_far += row["dollars"] or 0
+            yield batch
+
+
+def _check(so_far: float, more: float | None, cap: float | None) -> None:
+    if cap is not None and so_far + more > cap:
+        raise CostError(
+            f"This may cost US$ {more:,.4f}; the run has spent US$ {so_far:,.4f}, and "
+            f"evaluation.max_cost is {cap:g}. Nothing more was sent; what was bought is kept. Raise "
+            "evaluation.max_cost, ask fewer questions, or allow fewer new tokens."
+        )
+
+
+def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
+    """(tokens read, tokens written at most)"""
+    if not requests:
+        return 0, 0
+    if model.engine == "api":
+        texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
+        read = sum(math.ceil(sum(map(len, of)) / CHARACTERS) for of in texts)
+        choice = VERDICT_TOKENS
+    else:
+        read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))
+        choice = 0
+    written = sum(r["sampling"].max_new_tokens if "sampling" in r else choice for r in requests)
+    return read, written
+
+
+def _dollars(model: Model, tokens_in: int, tokens_out: int) -> float | None:
+    if model.price_in is None and model.price_out is None:
+        return None
+    return (tokens_in * (model.price_in or 0) + tokens_out * (model.price_out or 0)) / 1e6
+
+
+def _folder() -> Path:
+    return results_folder() / "cache"
+
+
+def _cache(model: Model) -> Path:
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", model.path).strip("-.")[-60:]
+    return _folder() / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
+
+
+def _label(run: Run) -> str:
+    """The run's name, with that of the run that it is a variant of."""
+    folder, every = run.folder.resolve(), results_folder().resolve()
+    return folder.relative_to(every).as_posix() if folder.is_relative_to(every) else run.folder.name

@@ -1,0 +1,174 @@
+"""Asking a model: by content, once, resumable; a server's replies bought once, under a cap.
+
+The server is a real one on loopback (test_engine_api.py), standing in for one that is paid.
+"""
+
+import json
+
+import pytest
+from test_engine_api import failure, reply, server, settings, steps  # noqa: F401 (a fixture)
+
+from sao_utils import asking, rows
+from sao_utils.asking import CostError, ask, estimate, spent
+from sao_utils.engines import Sampling, encode, load_tokenizer
+from sao_utils.recipe import Model
+
+TINY = Model(path="tiny", dtype="float32")
+SHORT = Sampling(0.6, 8)
+PRICES = {"price_in": 2.0, "price_out": 10.0}  # US$ per million tokens
+
+
+def write(*texts, sampling=SHORT):
+    return [{"chat": [{"role": "user", "content": t}], "sampling": sampling} for t in texts]
+
+
+def choose(*texts):
+    chats = [[{"role": "user", "content": t}] for t in texts]
+    return [{"chat": c, "prefix": "ranking:", "choices": (" 1 > 2", " 2 > 1")} for c in chats]
+
+
+def open_run(name="asked", **overrides):
+    return rows.open_run("tiny", name, {f"evaluation.{k}": v for k, v in overrides.items()})
+
+
+def test_replies_come_in_the_order_asked_and_equal_requests_are_one(results):
+    run, requests = open_run(), write("Hello?", "What is tea?", "Hello?") + choose("a", "b", "a")
+    replies = ask(run, "s", TINY, requests)
+    assert replies[0] == replies[2] != replies[1] and replies[3] == replies[5] != replies[4]
+    assert len(rows.read_rows(run.rows("s"))) == 4
+    assert {*replies[0]} == {"id", "text", "tokens", "finished"} and {*replies[3]} == {
+        "id",
+        "logps",
+    }
+    assert all(p < 0 for p in replies[4]["logps"])
+
+
+def test_what_is_asked_beside_a_request_does_not_change_its_reply(results):
+    run = open_run()
+    alone = ask(run, "alone", TINY, write("What is tea?"))
+    among = ask(run, "among", TINY, write("Hello?", "What is tea?") + choose("What is tea?"))
+    assert alone[0] == among[1]
+
+
+def test_another_temperature_model_or_choice_is_another_request(results):
+    asked = write("a") + write("a", sampling=Sampling(0.0, 8)) + choose("a")
+    asked += [{**choose("a")[0], "prefix": "Ranking:"}, *choose("a ")]
+    other = TINY.model_copy(update={"dtype": "auto"})
+    ids = {i for model in (TINY, other) for i in asking._ids(model, asked)}
+    assert len(ids) == 10
+
+
+def test_a_killed_stage_goes_on_where_it_was(results):
+    run, requests = open_run(), write("a", "b", "c")
+    whole = ask(run, "s", TINY, requests)
+    path = run.rows("s")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:10])
+    assert ask(run, "s", TINY, requests) == whole
+    assert path.read_bytes().splitlines(keepends=True)[0] == lines[0]
+
+
+def test_a_request_of_neither_kind_is_refused(results):
+    with pytest.raises(ValueError, match="sampling"):
+        ask(open_run(), "s", TINY, [{"chat": []}])
+
+
+def test_tokens_are_counted_by_the_tokenizer_where_there_is_one(results):
+    run, requests = open_run(), write("Hello?", "What is tea?")
+    cost = estimate(run, TINY, requests, "s")
+    chats = [request["chat"] for request in requests]
+    assert cost.tokens_in == sum(map(len, encode(chats, load_tokenizer(TINY))))
+    assert (cost.requests, cost.new, cost.tokens_out, cost.dollars) == (2, 2, 16, None)
+    ask(run, "s", TINY, requests)
+    assert estimate(run, TINY, requests, "s").new == 0
+
+
+def test_nothing_is_bought_twice_by_a_run_or_another_run(results, server, capsys):  # noqa: F811
+    model, requests = settings(server, **PRICES), write("a", "b", "a")
+    first = ask(open_run("one"), "s", model, requests)
+    said = capsys.readouterr().out
+    assert "2 of 2 requests are new" in said and "US$ 0.0002" in said
+    assert ask(open_run("one"), "s", model, requests) == first
+    assert ask(open_run("two"), "other", model, requests) == first
+    assert len(server.requests) == 2 and capsys.readouterr().out == ""
+    (results / "one" / "rows" / "s.jsonl").unlink()
+    assert ask(open_run("one"), "s", model, requests) == first and len(server.requests) == 2
+    assert spent(open_run("one")) == pytest.approx(2 * (5 * 2 + 3 * 10) / 1e6)  # as the server says
+    assert spent(open_run("two")) == 0
+    assert estimate(open_run("two"), model, requests).new == 0
+
+
+def test_the_estimate_is_shown_before_anything_is_sent(results, server, capsys):  # noqa: F811
+    model = settings(server, **PRICES)
+    cost = estimate(open_run(), model, write("x" * 40, "y" * 41) + choose("z" * 31))
+    assert cost.tokens_in == 10 + 11 + 10 and cost.tokens_out == 8 + 8 + 16
+    assert cost.dollars == pytest.approx((31 * 2 + 32 * 10) / 1e6) and not server.requests
+
+
+def test_an_estimate_above_the_cap_sends_nothing(results, server):  # noqa: F811
+    model = settings(server, price_out=1e6)
+    with pytest.raises(CostError, match="max_cost") as error:
+        ask(open_run(max_cost=7), "s", model, write("a"))
+    assert "Raise" in str(error.value) and not server.requests
+
+
+def test_the_cap_stops_by_what_was_really_used_and_keeps_the_rows(results, server):  # noqa: F811
+    model = settings(server, price_in=1e6, concurrency=1)  # 5 tokens read each, as the server says
+    requests = write(*(f"{k}" for k in range(20)))  # 1 each, by their characters
+    run = open_run(max_cost=22)
+    with pytest.raises(CostError, match="spent US\\$ 20"):
+        ask(run, "s", model, requests)
+    assert len(server.requests) == asking.WAVES and spent(run) == 20
+    with pytest.raises(CostError):  # also in a new process: what was spent is known from the rows
+        ask(open_run(max_cost=22), "s", model, requests)
+    assert len(server.requests) == 4
+    replies = ask(open_run(max_cost=1000), "s", model, requests)
+    assert len(server.requests) == 20
+    assert [r["text"] for r in replies] == [f"You said {k}" for k in range(20)]
+
+
+def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server):  # noqa: F811
+    silent = {**reply("yes"), "usage": None}
+    server.answers["a" * 40] = [(200, silent, {})]
+    run, model = open_run(), settings(server, **PRICES)
+    (row,) = ask(run, "s", model, write("a" * 40))
+    assert (row["tokens_in"], row["tokens_out"]) == (10, 8)
+    assert spent(run) == pytest.approx((10 * 2 + 8 * 10) / 1e6)
+
+
+def test_a_fault_keeps_what_was_bought_before(results, server):  # noqa: F811
+    server.answers["bad"] = [failure(401, "no key")]
+    model = settings(server, concurrency=1)
+    with pytest.raises(RuntimeError):
+        ask(open_run(), "s", model, write("a", "bad", "b"))
+    server.answers.clear()
+    before = len(server.requests)
+    ask(open_run(), "s", model, write("a", "bad"))
+    assert len(server.requests) == before + 1
+
+
+def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, server):  # noqa: F811
+    server.answers["long"] = [failure(400, "maximum context length is 8192 tokens")]
+    (row,) = ask(open_run(), "s", settings(server, **PRICES), choose("long"))
+    assert row["logps"] == [None, None] and row["dollars"] == 0
+    for path in results.rglob("*.jsonl"):
+        assert "Infinity" not in path.read_text()
+
+
+def test_two_processes_do_not_buy_at_the_same_time(results, server):  # noqa: F811
+    fcntl = pytest.importorskip("fcntl")
+    model = settings(server)
+    path = asking._cache(model)
+    path.parent.mkdir(parents=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="Another process"):
+            ask(open_run(), "s", model, write("a"))
+    assert not server.requests
+
+
+def test_no_key_is_written_anywhere(results, server):  # noqa: F811
+    ask(open_run(), "s", settings(server, **PRICES), write("a"))
+    written = [p.read_text() for p in results.rglob("*") if p.is_file()]
+    assert written and not any("sk-very-secret" in text for text in written)
+    assert all(json.loads(line) for p in results.rglob("*.jsonl") for line in p.open())
