@@ -12,6 +12,7 @@ import warnings
 
 # Before any library that would read it: nothing here phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # of loads of data sets
 # Both come from inside the libraries, tell a user nothing to do, and would print paths of the
 # machine into executed notebooks.
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -215,6 +215,12 @@ def test_what_does_not_fit_into_the_context_is_counted(run):
     assert harness._too_long([("Bring a kettle for chess.", {"max_gen_toks": 15})], lm)
 
 
+def test_no_load_is_counted_on_a_server():
+    import datasets
+
+    assert not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
 # ---------------------------------------------------------------------- nothing twice
 
 
