@@ -23,10 +23,15 @@ def _held_out(split: str) -> Callable[[Evaluation], list[str]]:
     )
 
 
+def _first_turns(benchmark: str) -> Callable[[Evaluation], list[str]]:
+    return lambda settings: [item["turns"][0] for item in official_questions(settings, benchmark)]
+
+
 #: name of a set -> its questions, given the recipe's section "evaluation". Add a set here.
 SETS: dict[str, Callable[[Evaluation], list[str]]] = {
     **{split: _held_out(split) for split in QUESTION_SEED},
     "everyday": lambda _: _everyday(),
+    **{name: _first_turns(name) for name in ("alpaca_eval", "arena_hard", "mt_bench")},
 }
 
 
@@ -79,6 +84,121 @@ def read_table(source: str) -> list[dict]:
             except csv.Error as error:
                 raise RecipeError(f"{source} is no CSV that can be read: {error}.") from None
         return [_read_line(line, k, source) for k, line in enumerate(file, 1) if line.strip()]
+
+
+# --------------------------------------------------------------------- published benchmarks
+
+#: benchmark -> its folder beside others, as its own program names it.
+OFFICIAL = {"alpaca_eval": "alpaca_eval", "arena_hard": "arena-hard-v0.1", "mt_bench": "mt_bench"}
+#: (benchmark, file) -> where the hub has it: repository, its kind, path, revision.
+HUB = {
+    ("alpaca_eval", "alpaca_eval_gpt4_baseline.json"): (
+        "tatsu-lab/alpaca_eval",
+        "dataset",
+        "alpaca_eval_gpt4_baseline.json",
+        None,
+    ),
+    ("alpaca_eval", "instruction_difficulty.csv"): (
+        "tatsu-lab/alpaca_eval",
+        "dataset",
+        "instruction_difficulty.csv",
+        None,
+    ),
+    **{
+        ("arena_hard", name): (
+            "lmarena-ai/arena-hard-auto",
+            "dataset",
+            f"data/arena-hard-v0.1/{name}",
+            "15f3746e21432264ce9b453999bde4f3c946d2e6",
+        )
+        for name in ("question.jsonl", "model_answer/gpt-4-0314.jsonl")
+    },
+    ("mt_bench", "question.jsonl"): (
+        "lmsys/mt-bench",
+        "space",
+        "data/mt_bench/question.jsonl",
+        None,
+    ),
+}
+
+
+def official_file(settings: Evaluation, benchmark: str, name: str) -> Path | None:
+    """A file of a published benchmark; None where there is none.
+
+    The benchmarks are other people's texts and no part of this kit. With `evaluation.data: hub` a
+    file comes from the hub (`HUB`), else from the folder that it names: from its subfolder
+    `OFFICIAL[benchmark]`, or from itself.
+
+    Raises:
+        RecipeError: the hub has the file, but could not be reached.
+    """
+    if settings.data is None:
+        return None
+    if settings.data != "hub":
+        folder = Path(settings.data)
+        places = (folder / OFFICIAL[benchmark] / name, folder / name)
+        return next((path for path in places if path.is_file()), None)
+    if (benchmark, name) not in HUB:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, kind, path, revision = HUB[benchmark, name]
+    try:
+        return Path(hf_hub_download(repository, path, repo_type=kind, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RecipeError(
+            f"Could not get {path} of {repository} from the hub ({type(error).__name__}). Download it "
+            f"where there is a network, and set evaluation.data to a folder with {name} in it."
+        ) from None
+
+
+def official_rows(settings: Evaluation, benchmark: str, name: str) -> list[dict] | None:
+    """The rows of a benchmark's .json or .jsonl file; None where there is no such file.
+
+    Raises:
+        RecipeError: the file is no list of JSON objects.
+    """
+    path = official_file(settings, benchmark, name)
+    if path is None:
+        return None
+    if path.suffix == ".jsonl":
+        return read_table(str(path))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecipeError(f"{path} is no list of JSON objects.")
+    return rows
+
+
+def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
+    """A benchmark's questions, in its order: rows {id, turns [text, ...], category} and its own keys.
+
+    Raises:
+        RecipeError: the file is not there (the message says what to give), or not the benchmark's.
+    """
+    name = "alpaca_eval_gpt4_baseline.json" if benchmark == "alpaca_eval" else "question.jsonl"
+    rows = official_rows(settings, benchmark, name)
+    if rows is None:
+        raise RecipeError(
+            f"{benchmark} needs its {name}: set evaluation.data to a folder that has it (in "
+            f"{OFFICIAL[benchmark]}/, if it is for several benchmarks), or to hub."
+        )
+    found = []
+    for k, row in enumerate(rows):
+        if benchmark == "alpaca_eval":
+            turns, identity, category = [row.get("instruction")], k, row.get("dataset")
+        else:  # Arena-Hard has had two forms: turns with content, and one prompt
+            turns = row.get("turns", [row.get("prompt")])
+            turns = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
+            identity = row.get("question_id", row.get("uid"))
+            category = row.get("cluster" if benchmark == "arena_hard" else "category")
+        if identity is None or not turns or not all(isinstance(turn, str) for turn in turns):
+            raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.")
+        found.append({**row, "id": identity, "turns": turns, "category": category or "all"})
+    return found
 
 
 def read_column(source: str, column: str) -> list[str]:

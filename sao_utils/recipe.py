@@ -11,6 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Arm = Literal["self", "sft_random", "random", "oracle"]
+Benchmark = Literal[
+    "alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"
+]
 
 
 class RecipeError(ValueError):
@@ -181,6 +184,15 @@ class Evaluation(_Section):
     )
     harness_limit: int | None = Field(
         None, ge=1, description="items of a task, for a quick look; null: all"
+    )
+    benchmarks: tuple[Benchmark, ...] = Field(
+        (), description="published benchmarks, and the tiny world's counterparts of them"
+    )
+    benchmark_limit: int | None = Field(
+        None, ge=1, description="prompts of a benchmark, for a quick look; null: all"
+    )
+    data: str | None = Field(
+        None, description='folder with the official files of benchmarks, or "hub"'
     )
     max_cost: float | None = Field(
         None, ge=0, description="US$ that a run may pay to servers with a price; null: no cap"

@@ -106,8 +106,9 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
         ("personas", "source"),
         ("judging", "gold"),
         ("evaluation", "questions"),
+        ("evaluation", "data"),
     ):
-        settings = getattr(recipe, section)
+        settings = changes.get(section, getattr(recipe, section))
         if settings is None or getattr(settings, key) is None:
             continue
         path = Path(getattr(settings, key))
