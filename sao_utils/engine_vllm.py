@@ -311,6 +311,11 @@ def explain(error: str, log: str, model: Model, capability: list[int] | None = N
             f"a smaller model.max_context, model.gpu_memory (now {model.gpu_memory}) lower if "
             "others use the GPU and higher if not, or model.quantisation=fp8."
         )
+    elif model.quantisation == "bitsandbytes":
+        advice = (
+            "vLLM 0.30 has bitsandbytes only as a plugin: pip install vllm-bnb-plugin, or set "
+            "model.quantisation=fp8."
+        )
     elif capability and tuple(capability) < (8, 0):
         advice = "This GPU is too old for much of vLLM: set model.engine=transformers."
     elif "max_model_len" in text and "larger" in text:
@@ -321,5 +326,5 @@ def explain(error: str, log: str, model: Model, capability: list[int] | None = N
             "model.engine=transformers does without vLLM."
         )
     lines = [line[:500] for line in log.splitlines() if line.strip()]
-    tail = "\n".join(lines[-15:])
+    tail = "\n".join(lines[-30:])
     return f"vLLM stopped with {model.path}: {error}\n{advice}\nThe end of its log:\n{tail}"
