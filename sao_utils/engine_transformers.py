@@ -16,6 +16,7 @@ from sao_utils.engines import (
     load_model,
     load_tokenizer,
     out_of_memory,
+    over_long,
     parting,
     precision,
 )
@@ -72,7 +73,7 @@ class TransformersEngine:
 
     def generate(self, chats, sampling, seeds):
         prompts = encode(chats, self.tokenizer)
-        too_long = self._too_long(prompts)
+        too_long = over_long(prompts, context_limit(self.model.config))
         if too_long:  # one over-long text must not end the run
             yield [(i, Completion("", 0, False)) for i in too_long]
 
@@ -87,7 +88,7 @@ class TransformersEngine:
 
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
-        too_long = self._too_long(prompts)
+        too_long = over_long(prompts, context_limit(self.model.config))
         if too_long:
             yield [(i, [-math.inf] * len(choices)) for i in too_long]
 
@@ -145,18 +146,6 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
             cache = _rows_of(out.past_key_values, stay) if stay else None
         return [found[i] for i in range(len(prompts))]
-
-    def _too_long(self, prompts: list[list[int]]) -> list[int]:
-        """Indices of the prompts that fill the model's context; says so if there are any."""
-        limit = context_limit(self.model.config)
-        found = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
-        if found:
-            print(
-                f"{len(found)} of {len(prompts)} prompts are longer than the model's context of "
-                f"{limit} tokens; they get no reply and count as discarded.",
-                flush=True,
-            )
-        return found
 
     def in_batches(
         self,

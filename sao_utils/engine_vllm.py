@@ -33,6 +33,7 @@ from sao_utils.engines import (
     load_tokenizer,
     model_folder,
     model_name,
+    over_long,
     parting,
 )
 from sao_utils.recipe import Model
@@ -85,20 +86,11 @@ class VllmEngine:
 
     def _rows(self, child: _Child, asked: dict, prompts: list, seeds: list, nothing) -> Iterator:
         """Batches of the child's replies; those that do not fit into the context first."""
-        limit = child.ready["max_context"]
-        rows = [(i, *row) for i, row in enumerate(zip(prompts, seeds)) if len(row[0]) < limit]
-        if len(rows) < len(prompts):  # one such prompt would end all of them
-            print(
-                f"{len(prompts) - len(rows)} of {len(prompts)} prompts are longer than the model's "
-                f"context of {limit} tokens; they get no reply and count as discarded.",
-                flush=True,
-            )
-            fitting = {row[0] for row in rows}
-            yield [
-                (i,) if nothing is None else (i, nothing)
-                for i in range(len(prompts))
-                if i not in fitting
-            ]
+        too_long = over_long(prompts, child.ready["max_context"])
+        if too_long:  # one such prompt would end all of them
+            yield [(i,) if nothing is None else (i, nothing) for i in too_long]
+        left = sorted(set(range(len(prompts))).difference(too_long))
+        rows = [(i, prompts[i], seeds[i]) for i in left]
         if rows:
             yield from child.call({"sampling": asked, "adapter": self.adapter}, rows)
 

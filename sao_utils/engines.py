@@ -144,6 +144,7 @@ def load_engine(model: Model, adapter: Path | None = None) -> Engine:
         EngineError: the model is not there; the message says what to do.
     """
     adapter = adapter or _own_adapter(model)
+    model = model.model_copy(update={"adapter": None})  # the same base for every adapter
     # By name and not by path: an adapter trained anew in the same folder is another one.
     return _loaded(model, adapter, model_name(model, adapter))
 
@@ -317,6 +318,18 @@ def guard_nf4_on_cpu(base) -> None:
 def context_limit(config) -> float:
     """The tokens that a model takes, prompt and reply; infinite if its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def over_long(prompts: list[list[int]], limit: float) -> list[int]:
+    """Indices of the prompts, as token ids, that fill a context; says so if there are any."""
+    found = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
+    if found:
+        print(
+            f"{len(found)} of {len(prompts)} prompts are longer than the model's context of "
+            f"{limit} tokens; they get no reply and count as discarded.",
+            flush=True,
+        )
+    return found
 
 
 def find(model: Model, weights: bool = True) -> None:
