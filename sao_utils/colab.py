@@ -28,6 +28,9 @@ STACK = (
 )
 #: Asked for by the kit, but the notebook that runs this is a Jupyter already.
 LEFT_OUT = ("jupyterlab", "ipykernel")
+#: peft raises an error at every LoRA where it finds torchao below 0.16, as Colab has it (0.10). 0.17
+#: needs no other package, and newer ones a newer torch.
+TORCHAO = "torchao==0.17.0"
 #: The user's Drive, if it is mounted, and the folder in it for runs.
 DRIVE = Path("/content/drive/MyDrive")
 RESULTS = "sao-results"
@@ -98,6 +101,8 @@ def install(source: Path) -> None:
     ]
     if shutil.which("nvidia-smi"):
         needs.append("bitsandbytes")  # training in 4 bit
+    if re.match(r"0\.(\d|1[0-5])\.", there.get("torchao", "")):
+        needs.append(TORCHAO)
     print("Installing the kit (about a minute)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "constraints.txt"
