@@ -30,6 +30,7 @@ from sao_utils.engines import (
     load_engine,
     load_tokenizer,
     model_folder,
+    over_long,
     parting,
 )
 from sao_utils.recipe import Model
@@ -158,7 +159,7 @@ class RayEngine:
 
         arguments, lora = engine_arguments(self.model, self.adapter)
         limit = self.model.max_context or context_limit(self._config())
-        too_long = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
+        too_long = over_long(prompts, limit)
         if too_long:  # one such prompt would end all of them
             yield [(i, nothing) for i in too_long]
         rows = [
