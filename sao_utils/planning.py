@@ -1,8 +1,8 @@
 """What a recipe will cost, before anything runs: rows, tokens, hours, GPU memory, disk.
 
 Arithmetic on the shape of the model and the data sheet of the GPU; needs neither torch nor network
-nor weights. Only the memory that training keeps has been checked against autograd (on a CPU);
-nothing has been compared with a real GPU yet. Sizes are GiB, times hours.
+nor weights. What training keeps for its backward pass and the peaks of the transformers engine are
+checked on a CPU; nothing has been compared with a real GPU yet. Sizes are GiB, times hours.
 """
 
 from __future__ import annotations
@@ -185,15 +185,22 @@ def _dtype(model: Model) -> str:
     return "float32" if model.dtype == "float32" else "bfloat16"
 
 
-def _pass_bytes(shape: Shape, tokens: float, rows: float = 0, each: float = 0) -> float:
-    """Bytes that a forward pass needs at a time, without gradients: inside of the gated layer, or
-    for the scores of an attention with a softcap, which stand in memory as a whole (16 bit, capped,
-    float32, softmax: 10 bytes a score). `rows` sequences of `each` tokens."""
-    gated = 2 * tokens * (2 * shape.width + 3 * shape.inner)
-    attention = 2 * tokens * (2 * shape.width + 4 * shape.heads * shape.head)
-    if shape.softcap:
-        attention += 10 * rows * shape.heads * each * each
-    return max(gated, attention)
+def _pass_bytes(
+    shape: Shape, model: Model, tokens: float, rows: float = 0, each: float = 0
+) -> float:
+    """Bytes that a forward pass without gradients needs at a time: inside of the gated layer, or of
+    the attention, whose scores stand in memory as a whole if they have a softcap (twice, and their
+    softmax in float32). `rows` sequences of `each` tokens."""
+    size, held = WEIGHT_BYTES[_dtype(model)], 3 * shape.width  # embeddings, residual, normed
+    gated = size * tokens * (held + 3 * shape.inner)
+    attention = size * tokens * (held + 4 * shape.heads * shape.head)
+    squares = rows * each * each
+    masks = squares
+    if shape.softcap:  # two kinds of masks, in numbers
+        masks = 2 * size * squares
+        attention += (2 * size + 4) * shape.heads * squares
+    unpacked = size * shape.width * shape.inner if model.quantisation == "nf4" else 0
+    return max(gated, attention) + masks + unpacked
 
 
 def generation_memory(
@@ -214,7 +221,7 @@ def generation_memory(
     dtype = _dtype(model)
     weights = shape.weight_bytes(dtype, model.quantisation)
     if model.engine == "vllm":
-        working = _pass_bytes(shape, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
+        working = _pass_bytes(shape, model, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
         parts = {"weights": weights / GIB, "working": working / GIB}
         if total:  # the rest of its share, whatever is needed
             left = model.gpu_memory * total - sum(parts.values())
@@ -224,7 +231,11 @@ def generation_memory(
     cache = rows * (prompt_tokens + new_tokens) * shape.kv_bytes(dtype)
     # A drawn token: logits in 16 bit and float32, probabilities, sorted, and summed in float64.
     draw = rows * shape.vocabulary * 44
-    working = max(_pass_bytes(shape, rows * prompt_tokens, rows, prompt_tokens), draw)
+    # One layer's keys and values, repeated for the heads that share them.
+    repeated = cache / shape.layers * (shape.heads // shape.kv_heads)
+    reading = _pass_bytes(shape, model, rows * prompt_tokens, rows, prompt_tokens)
+    later = cache * new_tokens / (prompt_tokens + new_tokens)  # not there yet when prompts are read
+    working = max(reading - later, draw, repeated)
     parts = {"weights": weights, "KV cache": cache, "working": working}
     return {name: size / GIB for name, size in parts.items()}
 
@@ -237,7 +248,8 @@ def judging_memory(
         return generation_memory(config, model, total=total)
     shape = shape_of(config)
     rows = static_rows(model, tokens)
-    working = _pass_bytes(shape, rows * tokens, rows, tokens) + rows * shape.vocabulary * 10
+    working = _pass_bytes(shape, model, rows * tokens, rows, tokens)
+    working += rows * shape.vocabulary * 10
     weights = shape.weight_bytes(_dtype(model), model.quantisation)
     return {"weights": weights / GIB, "working": working / GIB}
 

@@ -125,6 +125,43 @@ def _saved_bytes(family, method, layers, folder):
     return sum(seen.values()), microbatch.fed, model.config
 
 
+@pytest.mark.parametrize("verb", ["generate", "judge"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_engines_peak_is_what_was_planned(family, verb):
+    """Every tensor that is made and freed, as torch's profiler counts them on a CPU."""
+    from sao_utils.engine_transformers import TransformersEngine
+    from sao_utils.engines import Sampling, encode
+
+    tokenizer = families.make_tokenizer(family)
+    tokenizer.padding_side, tokenizer.pad_token = "left", families.FAMILIES[family]["special"][0]
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    model = families.random_model(family, tokenizer, **sizes)
+    if family == "gemma":
+        model.set_attn_implementation("eager")
+    engine = TransformersEngine.of(model, tokenizer, 100_000)
+    engine.stops = []
+    words, new, count = {"generate": (30, 60, 16), "judge": (150, 0, 8)}[verb]
+    chats = [[{"role": "user", "content": "1 " * words}]] * count
+    length = len(encode(chats[:1], tokenizer)[0])
+    settings = Model(path="tiny", dtype="float32", batch_tokens=count * (length + new))
+    if verb == "generate":
+        parts = planning.generation_memory(model.config, settings, length, new)
+        work = engine.generate(chats, Sampling(0.6, new), list(range(count)))
+    else:
+        parts = planning.judging_memory(model.config, settings, length)
+        work = engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1"))
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        list(work)
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.12)
+
+
 # ---------------------------------------------------------------------------- hours
 
 #: facts of a hand computation: GPU, model, weights, rows at a time -> hours of generating, judging
