@@ -11,9 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Arm = Literal["self", "sft_random", "random", "oracle"]
-Benchmark = Literal[
-    "alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"
-]
+Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
 
 
 class RecipeError(ValueError):

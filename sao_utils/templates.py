@@ -44,6 +44,15 @@ def render(name: str, **values: str) -> str:
     return _template(name).render(**values)
 
 
+def fill(template: str, **values: str) -> str:
+    """Put texts in the places {name} of somebody else's template; other braces stay as they are.
+
+    In one pass, so that braces inside of a text that a model wrote stay text.
+    """
+    names = "|".join(values)
+    return re.sub(rf"\{{({names})\}}", lambda place: values[place[1]], template)
+
+
 def defuse(text: str) -> str:
     """Make the judge's markers (`<Response 1>`, `</Response 2>`, ...) in a text harmless.
 
@@ -53,14 +62,15 @@ def defuse(text: str) -> str:
     return _MARKER.sub("(", text)
 
 
+def defused(texts: dict[str, str]) -> dict[str, str]:
+    """`defuse` on each text."""
+    return {name: defuse(text) for name, text in texts.items()}
+
+
 def ranking_prompt(prompt: str, response_1: str, response_2: str) -> str:
     """The paper's ranking prompt for one order of two responses."""
-    return render(
-        "ranking",
-        prompt=defuse(prompt),
-        response_1=defuse(response_1),
-        response_2=defuse(response_2),
-    )
+    texts = {"prompt": prompt, "response_1": response_1, "response_2": response_2}
+    return render("ranking", **defused(texts))
 
 
 def parse_ranking(text: str) -> int | None:
