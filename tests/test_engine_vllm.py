@@ -375,8 +375,8 @@ def test_the_child_dies_with_its_parent(tmp_path):
         "from sao_utils.engines import *; from sao_utils.recipe import Model\n"
         "engine = load_engine(Model(path='tiny', dtype='float32', engine='vllm'))\n"
         "print(engine.child.process.pid, flush=True)\n"
-        "chats = [[{'role': 'user', 'content': f'Tell me about {k}.'}] for k in range(20_000)]\n"
-        "for batch in engine.generate(chats, Sampling(1.0, 500), list(range(20_000))):\n"
+        "chats = [[{'role': 'user', 'content': f'Tell me about {k}.'}] for k in range(3_000)]\n"
+        "for batch in engine.generate(chats, Sampling(1.0, 500), list(range(3_000))):\n"
         "    print(len(batch), flush=True)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
