@@ -37,6 +37,7 @@ def test_the_overhead_is_measured_on_the_same_replies(tmp_path):
     assert float(stage["ratio"]) == pytest.approx(ratio, rel=1e-3)
     found = json.loads((tmp_path / "engines-cpu-quick.json").read_text())
     assert found["bars"][0]["value"] == pytest.approx(ratio, rel=1e-3)
+    assert 0.3 < float(stage["engine_share"]) < 1
     assert found["versions"]["torch"] and found["hardware"]["cpus"]
 
 

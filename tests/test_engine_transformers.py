@@ -1,7 +1,6 @@
 """The transformers engine: precision, 4 bit, the context, memory that runs out, and sampling."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -320,4 +319,3 @@ def test_draws_with_top_p_are_those_of_a_full_sort():
     for row in range(4):
         u = draw.uniform[row, 1] * p[row].sum()
         assert drawn[row] == (p[row].cumsum(-1) > u).nonzero()[0].item()
-    assert all(math.isfinite(value) for value in draw.uniform.flatten().tolist())
