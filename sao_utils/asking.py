@@ -90,7 +90,7 @@ def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = N
         kept |= {row["id"] for row in read_rows(_cache(model))}
     new = {i: request for i, request in zip(ids, requests) if i not in kept}
     tokens_in, tokens_out = _tokens(model, list(new.values()))
-    return Cost(len(ids), len(new), tokens_in, tokens_out, _dollars(model, tokens_in, tokens_out))
+    return Cost(len(ids), len(new), tokens_in, tokens_out, dollars(model, tokens_in, tokens_out))
 
 
 def spent(run: Run) -> float:
@@ -145,18 +145,18 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
     so_far = 0.0 if cap is None else spent(run)
     if model.priced:
         read, written = _tokens(model, jobs)
-        cost = Cost(len(jobs), len(jobs), read, written, _dollars(model, read, written))
+        cost = Cost(len(jobs), len(jobs), read, written, dollars(model, read, written))
         print(f"{model.path}: {cost}", flush=True)
         _check(so_far, cost.dollars, cap)
     size = len(jobs) if cap is None else WAVES * model.concurrency
     for start in range(0, len(jobs), size):
         wave = jobs[start : start + size]
-        _check(so_far, _dollars(model, *_tokens(model, wave)), cap)
+        _check(so_far, dollars(model, *_tokens(model, wave)), cap)
         for batch in _replies(model, wave):
             for row in batch:
                 if "tokens_in" not in row:
                     row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
-                row["dollars"] = _dollars(model, row["tokens_in"], row["tokens_out"])
+                row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
                 row["run"] = _label(run)
                 so_far += row["dollars"] or 0
             yield batch
@@ -186,7 +186,8 @@ def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
     return read, written
 
 
-def _dollars(model: Model, tokens_in: int, tokens_out: int) -> float | None:
+def dollars(model: Model, tokens_in: float, tokens_out: float) -> float | None:
+    """US$ for tokens read and written; None without a price."""
     if model.price_in is None and model.price_out is None:
         return None
     return (tokens_in * (model.price_in or 0) + tokens_out * (model.price_out or 0)) / 1e6

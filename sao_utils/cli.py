@@ -47,6 +47,7 @@ def run(
     only: Annotated[
         str | None, typer.Option(help="Just the notebook of this number, even if it is done: 05.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run the notebooks 01 to 06; called again, go on where it stopped."""
     from sao_utils.pipeline import NotebookFailed, PipelineError, run_notebooks
@@ -55,6 +56,7 @@ def run(
 
     try:
         opened = open_run(recipe, run, _overrides(set_))
+        _agree_to_pay(opened, yes)
         run_notebooks(opened, only=only, say=_tell)
     except (RecipeError, PipelineError) as error:
         _fail(error, 2)
@@ -178,6 +180,33 @@ def recipes() -> None:
     names = recipe_names()
     for name in names:
         typer.echo(f"{name:<{max(map(len, names))}}  {load_recipe(name).about}".rstrip())
+
+
+def _agree_to_pay(run, yes: bool) -> None:
+    """Tell what servers with a price are expected to cost, and ask, unless `yes`."""
+    from sao_utils.asking import spent
+    from sao_utils.pipeline import bill
+    from sao_utils.planning import PlanError
+
+    try:
+        owed = bill(run.recipe)
+    except PlanError as error:
+        owed, total = {}, f"an amount that cannot be told ({error})"
+    else:
+        total = f"about US$ {sum(owed.values()):,.2f} (assumed lengths)"
+        if not owed:
+            return
+    typer.echo(f"A whole run of this recipe pays servers {total}:")
+    for who, amount in owed.items():
+        typer.echo(f"  {who:<30} US$ {amount:>10,.2f}")
+    cap = run.recipe.evaluation.max_cost
+    limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
+    typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
+    try:
+        if not yes and not typer.confirm("Go on?"):
+            _fail("Nothing was run.", 1)
+    except typer.Abort:  # no answer: no terminal, or interrupted
+        _fail("\nNothing was run. Say --yes where nobody can answer.", 2)
 
 
 def _overrides(settings: list[str] | None) -> dict[str, str]:

@@ -19,14 +19,16 @@ knows it (`oracle_quality`), and so does a user's file (`labelled_pairs`, `judge
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from sao_utils import templates
-from sao_utils.engines import Engine, Sampling, load_engine, model_name
+from sao_utils.asking import ask
+from sao_utils.engines import Sampling
+from sao_utils.intervals import Interval, clustered_mean
 from sao_utils.questions import cluster, read_table
+from sao_utils.ratings import kappa
 from sao_utils.recipe import Judging, Model, RecipeError
 from sao_utils.responses import response_pairs
-from sao_utils.rows import Run, make_rows, row_id, seed_of
+from sao_utils.rows import Run, row_id, seed_of
 from sao_utils.tiny import world
 
 ORDERS = ("12", "21")
@@ -70,7 +72,7 @@ def oracle_quality(prompt: str, *answers: str) -> list[int] | None:
 def verdict_rows(run: Run, stage: str, pairs: list[dict], judge: Model | None = None) -> list[dict]:
     """Let the recipe's judge (by default its model, never a tuned one) judge pairs in both orders.
 
-    One row an order is kept in `rows/<stage>.jsonl`.
+    The judge's replies are kept in `rows/<stage>.jsonl`, one an order (see `asking.ask`).
 
     Args:
         pairs: rows with at least {id, prompt, responses [a, b]}.
@@ -83,73 +85,52 @@ def verdict_rows(run: Run, stage: str, pairs: list[dict], judge: Model | None = 
         mass: the smaller of the two orders' probabilities on any valid verdict;
         first_wins: for each order, whether the answer shown first was preferred.
     """
-    settings, judging_model = run.recipe.judging, judge or run.recipe.judging_model
-    # What has no effect on a verdict is left out or set to one value, to keep ids stable.
-    used = settings.model_dump(exclude={"gold"})
-    if settings.method == "logprob":
-        used |= {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 1}
-    made_with = ("verdict", templates.fingerprint("ranking"), used, model_name(judging_model))
-    jobs = [
-        {"id": row_id(*made_with, pair["id"], order), "pair": k, "order": order}
+    settings = run.recipe.judging
+    shown = [
+        (k, order)
         for k, pair in enumerate(pairs)
         if pair["responses"][0] != pair["responses"][1]
         for order in ORDERS
     ]
-
-    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
-        chats = []
-        for job in outstanding:
-            pair = pairs[job["pair"]]
-            shown = pair["responses"] if job["order"] == "12" else pair["responses"][::-1]
-            content = templates.ranking_prompt(pair["prompt"], *shown)
-            chats.append([{"role": "user", "content": content}])
-        ids = [job["id"] for job in outstanding]
-        engine = load_engine(judging_model)
-        ask = _force if settings.method == "logprob" else _sample
-        for batch in ask(engine, chats, settings, [seed_of(i) for i in ids]):
-            yield [{"id": ids[k], "order": outstanding[k]["order"], **reply} for k, reply in batch]
-
-    rows = make_rows(run, stage, jobs, work)
+    requests = [_request(pairs[k], order, settings) for k, order in shown]
     by_pair: dict[int, list[dict]] = {}
-    for job, row in zip(jobs, rows):
-        by_pair.setdefault(job["pair"], []).append(row)
+    for (k, _), reply in zip(shown, ask(run, stage, judge or run.recipe.judging_model, requests)):
+        by_pair.setdefault(k, []).append(_forced(reply) if "logps" in reply else _sampled(reply))
     return [{**pair, **_combine(by_pair.get(k), settings)} for k, pair in enumerate(pairs)]
 
 
-def _force(engine: Engine, chats, settings: Judging, seeds):
+def _request(pair: dict, order: str, settings: Judging) -> dict:
+    """What the judge is asked about one order of a pair (see `asking`)."""
+    responses = pair["responses"] if order == "12" else pair["responses"][::-1]
+    content = templates.ranking_prompt(pair["prompt"], *responses)
+    chat = [{"role": "user", "content": content}]
+    if settings.method == "logprob":
+        return {"chat": chat, "prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
+    return {
+        "chat": chat,
+        "sampling": Sampling(settings.temperature, settings.max_new_tokens, settings.top_p),
+    }
+
+
+def _forced(reply: dict) -> dict:
     """First-minus-second log-odds of the forced verdict, and the probability on both verdicts.
 
     Log-odds are None where an engine gives no finite log-probability of both verdicts: a server
     names the likeliest tokens only, and a prompt may be longer than the context.
     """
-    for batch in engine.choose(chats, templates.VERDICT_PREFIX, templates.VERDICTS):
-        yield [(k, _forced(*log_probabilities)) for k, log_probabilities in batch]
+    known = [p for p in reply["logps"] if p is not None]
+    first, second = reply["logps"]
+    odds = first - second if len(known) == 2 else None
+    return {"log_odds": odds, "mass": sum(map(math.exp, known))}
 
 
-def _forced(first: float, second: float) -> dict:
-    odds, mass = first - second, math.exp(first) + math.exp(second)
-    return {
-        "log_odds": odds if math.isfinite(odds) else None,
-        "mass": mass if math.isfinite(mass) else 0.0,
-    }
-
-
-def _sample(engine: Engine, chats, settings: Judging, seeds):
+def _sampled(reply: dict) -> dict:
     """The paper's way: sampled text, parsed. Log-odds 1 or -1; None when it is malformed."""
-    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
-    for batch in engine.generate(chats, sampling, seeds):
-        replies = []
-        for k, completion in batch:
-            winner = templates.parse_ranking(completion.text)
-            odds = None if winner is None else 3.0 - 2.0 * winner
-            replies.append(
-                (
-                    k,
-                    {"log_odds": odds, "mass": float(winner is not None)}
-                    | {"text": completion.text, "tokens": completion.tokens},
-                )
-            )
-        yield replies
+    winner = templates.parse_ranking(reply["text"])
+    return {
+        "log_odds": None if winner is None else 3.0 - 2.0 * winner,
+        "mass": float(winner is not None),
+    }
 
 
 def _combine(orders: list[dict] | None, settings: Judging) -> dict:
@@ -159,12 +140,8 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
         return {"outcome": "identical", "mass": None, **nothing}
     mass = min(row["mass"] for row in orders)
     odds_12, odds_21 = (row["log_odds"] for row in orders)
-    if (
-        odds_12 is None
-        or odds_21 is None
-        or not math.isfinite(odds_12 + odds_21)
-        or mass < settings.min_mass
-    ):
+    odds = (odds_12, odds_21)
+    if not all(o is not None and math.isfinite(o) for o in odds) or mass < settings.min_mass:
         return {"outcome": "invalid", "mass": mass, **nothing}
     margin_12, margin_21 = odds_12, -odds_21
     if margin_12 * margin_21 > 0:
@@ -230,6 +207,48 @@ def agreement(verdicts: list[dict]) -> dict[str, list]:
 def _names(first: bool, margin: float) -> bool | float:
     """Whether a margin prefers the first answer if `first`, else the second; 0.5 for a margin of 0."""
     return 0.5 if margin == 0 else (margin > 0) == first
+
+
+def judges_agree(
+    rows_a: list[dict], rows_b: list[dict], resamples: int = 10_000
+) -> dict[str, Interval]:
+    """How far two judges, or two ways to ask one judge, agree on the same pairs.
+
+    Args:
+        rows_a, rows_b: rows of `verdict_rows`; matched by id. Pairs that one of them did not
+            judge, or not validly, are left out: n says how many are compared.
+
+    Returns:
+        agreement, kappa (Cohen's): of the verdict on a pair, which is a, b, or neither (a tie, or
+        orders that disagree); agreement_one_order, kappa_one_order: of the two verdicts that each
+        judge gave, one an order. {} when nothing can be compared.
+    """
+    other = {row["id"]: row for row in rows_b if row["margin"] is not None}
+    both = [
+        (row, other[row["id"]])
+        for row in rows_a
+        if row["margin"] is not None and row["id"] in other
+    ]
+    if not both:
+        return {}
+    clusters = [cluster(row["prompt"]) for row, _ in both]
+    verdicts = [[_verdict(row) for row in rows] for rows in zip(*both)]
+    single = [[first for row in rows for first in row["first_wins"]] for rows in zip(*both)]
+    found = {}
+    for suffix, (a, b), by in (
+        ("", verdicts, clusters),
+        ("_one_order", single, [name for name in clusters for _ in ORDERS]),
+    ):
+        same = [x == y for x, y in zip(a, b)]
+        found[f"agreement{suffix}"] = clustered_mean(same, by, resamples)
+        found[f"kappa{suffix}"] = kappa(a, b, by, resamples)
+    return found
+
+
+def _verdict(row: dict) -> str:
+    if row["outcome"] != "consistent":
+        return "neither"
+    return "a" if row["margin"] > 0 else "b"
 
 
 # ---------------------------------------------------------------------- a user's labelled pairs

@@ -16,8 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sao_utils.asking import dollars
+from sao_utils.engine_api import VERDICT_TOKENS
 from sao_utils.engines import EngineError, find, model_name
-from sao_utils.recipe import RecipeError, is_task_file, load_recipe, recipe_names, valid_keys
+from sao_utils.planning import Rates, plan
+from sao_utils.recipe import (
+    Model,
+    Recipe,
+    RecipeError,
+    is_task_file,
+    load_recipe,
+    recipe_names,
+    valid_keys,
+)
 from sao_utils.rows import Run, write_whole
 
 #: The folder of the notebooks, beside the package in a checkout.
@@ -110,12 +121,14 @@ def run_notebooks(
     if not chosen:
         numbers = ", ".join(_number(path) for path in every)
         raise PipelineError(f"There is no notebook '{only}'. Notebooks: {numbers}.")
-    if not run.rows("prompts").exists():  # a new run: a model that is not there shows at once
-        try:
-            find(run.recipe.model)
-            find(run.recipe.judging_model)
-        except EngineError as error:
-            raise PipelineError(str(error)) from None
+    new = not run.rows("prompts").exists()
+    try:
+        for model in _models(run.recipe):
+            model_name(model)  # an adapter that is not there
+            if new:  # a model that is not there shows at once
+                find(model)
+    except EngineError as error:
+        raise PipelineError(str(error)) from None
     told = parameters(run)
     for path in chosen:
         _check_parameters(path, told)
@@ -145,6 +158,48 @@ def run_notebooks(
         done[path.name] = fingerprint
         write_whole(ledger, json.dumps(done, indent=1))
         say(f"{time.monotonic() - start:.1f} s")
+
+
+def _models(recipe: Recipe) -> list[Model]:
+    """Every model that a recipe names."""
+    return [recipe.model, recipe.judging_model, *recipe.others.values(), *recipe.judges.values()]
+
+
+def bill(recipe: Recipe) -> dict[str, float]:
+    """US$ that a whole run is expected to pay, by the recipe's key of who is paid.
+
+    Only models with a price; {} if there is none. Counts and lengths are those of `planning.plan`
+    (ours: assumed, but for the tiny model); more contests than base against tuned cost more.
+
+    Raises:
+        PlanError: the shape of the recipe's own model is not known.
+    """
+    if not any(model.priced for model in _models(recipe)):
+        return {}
+    stages = {stage.name: stage for stage in plan(recipe).stages}
+    tuned = len(recipe.arms) * len(recipe.seeds)
+    written = (
+        VERDICT_TOKENS if recipe.judging.method == "logprob" else recipe.judging.max_new_tokens
+    )
+    owed: dict[str, float] = {}
+
+    def add(who: str, model: Model, name: str, read: float = 0, part: float = 1) -> None:
+        if model.priced and name in stages:
+            rows, tokens = stages[name].rows * part, stages[name].tokens * part
+            judged = name in ("verdicts", "duels")  # their tokens are read, not written
+            both = (tokens, rows * written) if judged else (rows * read, tokens)
+            owed[who] = owed.get(who, 0.0) + dollars(model, *both)
+
+    add("model", recipe.model, "prompts", Rates.instruction)
+    for name in ("responses", "answers"):
+        add("model", recipe.model, name, Rates.prompt)
+    for name in ("verdicts", "duels"):
+        add("judge" if recipe.judge else "model", recipe.judging_model, name)
+    for name, model in recipe.others.items():
+        add(f"others.{name}", model, "answers", Rates.prompt, 1 / (1 + tuned))
+    for name, model in recipe.judges.items():
+        add(f"judges.{name}", model, "duels", part=1 + len(recipe.others) / max(1, tuned))
+    return owed
 
 
 def _number(path: Path) -> str:
@@ -184,7 +239,7 @@ def _fingerprint(path: Path, run: Run) -> str:
     """Hash of what an executed notebook depends on. Outputs in the source do not count."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
-    parts += [run.recipe.model_dump(mode="json"), model_name(run.recipe.model)]
+    parts += [run.recipe.model_dump(mode="json"), *map(model_name, _models(run.recipe))]
     package = Path(__file__).parent
     sources = sorted([*package.rglob("*.py"), *package.glob("prompts/*.jinja")])
     parts += [source.read_text("utf-8") for source in sources]
@@ -196,6 +251,7 @@ def _fingerprint(path: Path, run: Run) -> str:
 
 def _environment(run: Run) -> dict[str, str]:
     """Environment variables for the kernel, beside those that are there."""
+    models = _models(run.recipe)
     package = str(Path(__file__).resolve().parent.parent)
     settings = {
         "SAO_RESULTS": str(run.folder.resolve().parent),
@@ -206,13 +262,13 @@ def _environment(run: Run) -> dict[str, str]:
         # The kernel shall import the very package that started it.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
-    model = run.recipe.model.path
-    if model == "tiny":  # too small to gain by a second thread, and slowed down by waiting for it
+    if run.recipe.model.path == "tiny":  # too small to gain by a second thread, which it waits for
         settings["OMP_NUM_THREADS"] = "1"
     needs_hub = run.recipe.personas.source == "hub" or any(
         task != "tiny" and not is_task_file(task) for task in run.recipe.evaluation.harness
     )
-    if (model == "tiny" or Path(model).is_dir()) and not needs_hub:
+    here = [m.engine == "api" or m.path == "tiny" or Path(m.path).is_dir() for m in models]
+    if all(here) and not needs_hub:
         settings["HF_HUB_OFFLINE"] = "1"
     return settings
 

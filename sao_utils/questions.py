@@ -41,21 +41,19 @@ def _everyday() -> list[str]:
     return text.splitlines()
 
 
-def questions(run: Run) -> list[dict]:
+def questions(run: Run, source: str | None = None) -> list[dict]:
     """The evaluation questions: rows {id, question, combination}.
 
-    `evaluation.questions` of the recipe is the name of one of `SETS`, or a .jsonl or .csv file with
-    a column "prompt". `combination` is what intervals are clustered by: of the tiny world the hobby
-    and the asked things, of others the question itself.
+    `source`, by default `evaluation.questions` of the recipe, is the name of one of `SETS`, or a
+    .jsonl or .csv file with a column "prompt". `combination` is what intervals are clustered by: of
+    the tiny world the hobby and the asked things, of others the question itself.
 
     Raises:
         RecipeError: neither a set nor a file that `read_column` can read.
     """
     settings = run.recipe.evaluation
-    if settings.questions in SETS:
-        texts = SETS[settings.questions](settings)
-    else:
-        texts = read_column(settings.questions, "prompt")
+    source = source or settings.questions
+    texts = SETS[source](settings) if source in SETS else read_column(source, "prompt")
     return [
         {"id": row_id("question", k, text), "question": text, "combination": cluster(text)}
         for k, text in enumerate(texts)

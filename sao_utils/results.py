@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sao_utils import evaluation
+from sao_utils.contests import duel
 from sao_utils.engines import model_name
 from sao_utils.intervals import (
     Interval,
@@ -24,7 +25,6 @@ from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
 from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
-from sao_utils.ratings import kappa
 from sao_utils.rows import Run, note, results_folder, write_whole
 from sao_utils.tiny import world
 
@@ -195,48 +195,6 @@ def calibration(
     ]
 
 
-def judges_agree(
-    rows_a: list[dict], rows_b: list[dict], resamples: int = 10_000
-) -> dict[str, Interval]:
-    """How far two judges, or two ways to ask one judge, agree on the same pairs.
-
-    Args:
-        rows_a, rows_b: rows of `judging.verdict_rows`; matched by id. Pairs that one of them did not
-            judge, or not validly, are left out: n says how many are compared.
-
-    Returns:
-        agreement, kappa (Cohen's): of the verdict on a pair, which is a, b, or neither (a tie, or
-        orders that disagree); agreement_one_order, kappa_one_order: of the two verdicts that each
-        judge gave, one an order. {} when nothing can be compared.
-    """
-    other = {row["id"]: row for row in rows_b if row["margin"] is not None}
-    both = [
-        (row, other[row["id"]])
-        for row in rows_a
-        if row["margin"] is not None and row["id"] in other
-    ]
-    if not both:
-        return {}
-    clusters = [cluster(row["prompt"]) for row, _ in both]
-    verdicts = [[_verdict(row) for row in rows] for rows in zip(*both)]
-    single = [[first for row in rows for first in row["first_wins"]] for rows in zip(*both)]
-    found = {}
-    for suffix, (a, b), by in (
-        ("", verdicts, clusters),
-        ("_one_order", single, [name for name in clusters for _ in ORDERS]),
-    ):
-        same = [x == y for x, y in zip(a, b)]
-        found[f"agreement{suffix}"] = clustered_mean(same, by, resamples)
-        found[f"kappa{suffix}"] = kappa(a, b, by, resamples)
-    return found
-
-
-def _verdict(row: dict) -> str:
-    if row["outcome"] != "consistent":
-        return "neither"
-    return "a" if row["margin"] > 0 else "b"
-
-
 def good_rates(run: Run) -> dict[str, Interval]:
     """The oracle's good rate of every model, and the differences that the claim is about."""
     settings, seeds, found = run.recipe.evaluation, run.recipe.seeds, {}
@@ -252,7 +210,7 @@ def good_rates(run: Run) -> dict[str, Interval]:
                 clusters[row["question_id"]] = row["combination"]
 
         def values(model, seed, good=good, clusters=clusters):
-            of_seed = None if model == "base" else seed
+            of_seed = seed if model in run.recipe.arms else None
             return [good[model][of_seed, q] for q in clusters]
 
         def compare(a, b=None, over=seeds, values=values, clusters=clusters):
@@ -266,7 +224,7 @@ def good_rates(run: Run) -> dict[str, Interval]:
 
         for model in good:
             name = "tuned" if model == "self" else model
-            found[f"{prefix}.{name}"] = compare(model, over=seeds[:1] if model == "base" else seeds)
+            found[f"{prefix}.{name}"] = compare(model, over=seeds if model in run.recipe.arms else seeds[:1])
         controls = [model for model in good if model not in ("base", "self")]
         for model in controls:
             found[f"{prefix}.{model}_gain"] = compare(model, "base")
@@ -314,7 +272,7 @@ def win_rates(run: Run) -> dict[str, Interval]:
     Invalid verdicts are left out of the win rates; `valid` is the share of the others.
     """
     found = {}
-    duels = evaluation.duel(run)
+    duels = duel(run)
     resamples = run.recipe.evaluation.bootstrap
     for arm in run.recipe.arms:
         every = [row for row in duels if row["model"] == arm]
@@ -360,22 +318,32 @@ def check(statement: str, holds: bool, otherwise: str) -> bool:
 # ---------------------------------------------------------------------- tables
 
 
-def is_share(key: str) -> bool:
-    """Whether a key's value is a share (shown in percent) and not a count of tokens, or a kappa."""
-    return not key.startswith(("answer_length", "kappa"))
+#: metric of a contest or league -> its unit, where it is no share
+UNITS = {"length_difference": "characters", "prompts_needed": "prompts", "elo": "Elo"}
 
 
 def unit(key: str) -> str:
-    """What a value is counted in: shares in percent, their differences in points."""
-    if not is_share(key):
-        return "" if key.startswith("kappa") else "tokens"
-    return "points" if "gain" in key or key.endswith("bias") else "%"
+    """What a value is counted in: shares in percent, their differences in points; "" for kappa."""
+    # The names of models and judges say nothing of the metric.
+    metric = key.rpartition(".")[2] if key.startswith(("contest.", "league.")) else key
+    if metric in UNITS:
+        return UNITS[metric]
+    if metric.startswith("kappa"):
+        return ""
+    if metric.startswith("answer_length"):
+        return "tokens"
+    return "points" if "gain" in metric or metric.endswith("bias") else "%"
+
+
+def is_share(key: str) -> bool:
+    """Whether a key's value is a share or a difference of shares (shown in percent)."""
+    return unit(key) in ("%", "points")
 
 
 def in_words(key: str, interval: Interval | dict) -> str:
     """`71.2 [68.0, 74.1]`: shares in percent, kappa as `0.71 [0.68, 0.74]`."""
     value = asdict(interval) if isinstance(interval, Interval) else interval
-    factor, digits = (100 if is_share(key) else 1), (2 if key.startswith("kappa") else 1)
+    factor, digits = (100 if is_share(key) else 1), (1 if unit(key) else 2)
     numbers = [
         math.nan if value[k] is None else factor * value[k] for k in ("value", "low", "high")
     ]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sao_utils import evaluation, results, rows
+from sao_utils import contests, evaluation, results, rows
 from sao_utils.intervals import Interval
 
 QUICK = {
@@ -47,7 +47,7 @@ def test_every_model_answers_every_question_at_every_temperature(loop):
 
 
 def test_duels_pair_the_answers_to_the_same_question_and_count_identical_ones_as_ties(loop):
-    for row in evaluation.duel(loop):
+    for row in contests.duel(loop):
         if row["responses"][0] == row["responses"][1]:
             assert row["outcome"] == "identical" and row["win"] == 0.5
         if row["outcome"] == "consistent":

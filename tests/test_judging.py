@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sao_utils import judging, results, rows
+from sao_utils import asking, judging, results, rows
 from sao_utils.engines import Completion
 from sao_utils.judging import judge_labelled, labelled_pairs
 from sao_utils.recipe import RecipeError, load_recipe
@@ -205,7 +205,7 @@ def test_another_judge_has_verdicts_of_its_own_beside_the_first(small_run, tmp_p
     other = judge_labelled(run, pairs, rounded)
     assert run.rows("labelled").read_bytes().count(b"\n") == 240
     assert [row["margin"] for row in own] != [row["margin"] for row in other]
-    found = results.judges_agree(own, other, 300)
+    found = judging.judges_agree(own, other, 300)
     assert found["agreement"].n == 60 and found["agreement_one_order"].n == 120
     assert found["kappa"].low > 0.7 and found["kappa_one_order"].low > 0.7
 
@@ -241,7 +241,7 @@ def test_a_verdict_without_two_finite_log_probabilities_or_mass_is_invalid(
 ):
     """A server tells the likeliest tokens only: what is not among them is minus infinity."""
     engine = Faulty(log_probabilities=log_probabilities)
-    monkeypatch.setattr(judging, "load_engine", lambda model: engine)
+    monkeypatch.setattr(asking, "load_engine", lambda model: engine)
     run = dataclasses.replace(small_run, folder=tmp_path)
     judged = judging.verdict_rows(run, "v", PAIRS)
     assert [row["outcome"] for row in judged] == ["invalid"] * 5
@@ -255,13 +255,13 @@ def test_a_verdict_without_two_finite_log_probabilities_or_mass_is_invalid(
 def test_a_sampled_verdict_that_is_empty_or_nonsense_is_counted_and_kept(
     monkeypatch, small_run, tmp_path, text
 ):
-    monkeypatch.setattr(judging, "load_engine", lambda model: Faulty(text))
+    monkeypatch.setattr(asking, "load_engine", lambda model: Faulty(text))
     sampled = load_recipe("tiny", {"judging.method": "sampled"})
     run = rows.Run(sampled, tmp_path)
     judged = judging.verdict_rows(run, "v", PAIRS)
     assert [row["outcome"] for row in judged] == ["invalid"] * 5
     assert {row["text"] for row in rows.read_rows(run.rows("v"))} == {text}
-    assert results.calibration(judged) == [] and results.judges_agree(judged, judged) == {}
+    assert results.calibration(judged) == [] and judging.judges_agree(judged, judged) == {}
 
 
 def test_a_real_judge_at_a_wild_temperature_talks_nonsense_and_every_pair_is_counted(tmp_path):
@@ -457,7 +457,7 @@ def test_the_agreement_of_two_judges_with_independent_errors_has_the_known_kappa
         said = [t if draw.random() < right else -t for t in truth]
         return [verdict(k, s, s) for k, s in enumerate(said)]
 
-    found = results.judges_agree(judged(0.9), judged(0.8)[::-1], 1000)
+    found = judging.judges_agree(judged(0.9), judged(0.8)[::-1], 1000)
     assert found["kappa"].n == 900 and found["kappa_one_order"].n == 1800
     assert found["kappa"].low < 0.8 * 0.6 < found["kappa"].high
     assert found["agreement"].low < 0.9 * 0.8 + 0.1 * 0.2 < found["agreement"].high
@@ -468,14 +468,14 @@ def test_agreement_leaves_out_what_one_judge_did_not_say_and_tells_neither_from_
     invalid = {**verdict(0, 1, 1), "outcome": "invalid", "margin": None, "first_wins": None}
     one = [invalid, verdict(1, 1, 1), verdict(2, 2, -1), verdict(3, -1, -1), verdict(9, 1, 1)]
     two = [verdict(k, 1, 1) for k in range(3)] + [verdict(3, -1, -1)]
-    found = results.judges_agree(one, two, 200)
+    found = judging.judges_agree(one, two, 200)
     assert found["agreement"].n == 3 and found["agreement"].value == pytest.approx(2 / 3)
     assert found["agreement_one_order"].value == pytest.approx(5 / 6)
     assert np.isfinite(found["kappa"].value)
 
 
 def test_scores_are_printed_in_their_units(capsys):
-    found = results.judges_agree(drawn_judge(0), drawn_judge(0), 200)
+    found = judging.judges_agree(drawn_judge(0), drawn_judge(0), 200)
     results.print_scores(found | results.judge_quality(drawn_judge(0), 200))
     told = capsys.readouterr().out
     assert re.search(r"^kappa +1\.00 \[0\.\d\d, 1\.00\], n = 80$", told, re.MULTILINE)

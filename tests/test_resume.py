@@ -50,7 +50,7 @@ def test_three_kills_lose_nothing_and_make_nothing_twice(results):
         assert sorted(by_id) == sorted(row["id"] for row in got)
         for row in got:
             if stage == "verdicts":  # a sum over other neighbours differs in the last digits
-                assert row["log_odds"] == pytest.approx(by_id[row["id"]]["log_odds"], abs=1e-3)
+                assert row["logps"] == pytest.approx(by_id[row["id"]]["logps"], abs=1e-3)
             else:
                 assert row == by_id[row["id"]]
 
