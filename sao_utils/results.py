@@ -11,18 +11,28 @@ from pathlib import Path
 
 import numpy as np
 
-from sao_utils import evaluation
-from sao_utils.contests import duel
+from sao_utils import contests, evaluation, harness
 from sao_utils.engines import model_name
 from sao_utils.intervals import (
     Interval,
+    Z,
     clustered_difference,
     clustered_mean,
     length_controlled_win_rate,
+    wilson,
 )
-from sao_utils.judging import ORDERS, agreement, judge, judge_labelled, labelled_pairs
+from sao_utils.judging import (
+    ORDERS,
+    agreement,
+    judge,
+    judge_labelled,
+    labelled_pairs,
+    oracle_quality,
+)
+from sao_utils.leakage import leakage
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
+from sao_utils.published import published
 from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
 from sao_utils.rows import Run, note, results_folder, write_whole
@@ -42,8 +52,9 @@ def scores(run: Run) -> dict[str, Interval]:
     base, `gain_over_<arm>` tuned minus that control, `<arm>_gain` control minus base; paired by
     question, clustered by combination, and over all seeds (`gain.seed<k>`: one seed alone).
     `flaw_rate.<flaw>.*`: see `flaw_rates`. `self_judge.*`: see `judge_quality`. `self_win_rate*`: the
-    base model's verdict on tuned against base answers. `answer_length.*`: tokens. What needs an oracle
-    counts the questions that it knows.
+    base model's verdict on tuned against base answers. `answer_length.*`: tokens. `contest.*`, `league.*`:
+    `contest_scores`; `benchmark.*`: `benchmark_rows`; `harness.*`: `harness_scores`; `leakage.*`:
+    `leakage_scores`. What needs an oracle counts the questions that it knows.
     """
     return {
         **prompt_scores(run),
@@ -52,6 +63,10 @@ def scores(run: Run) -> dict[str, Interval]:
         **flaw_rates(run),
         **win_rates(run),
         **answer_lengths(run),
+        **contest_scores(run),
+        **{f"benchmark.{key}": row["interval"] for key, row in benchmark_rows(run).items()},
+        **harness_scores(run),
+        **leakage_scores(run),
     }
 
 
@@ -224,7 +239,8 @@ def good_rates(run: Run) -> dict[str, Interval]:
 
         for model in good:
             name = "tuned" if model == "self" else model
-            found[f"{prefix}.{name}"] = compare(model, over=seeds if model in run.recipe.arms else seeds[:1])
+            trained = seeds if model in run.recipe.arms else seeds[:1]
+            found[f"{prefix}.{name}"] = compare(model, over=trained)
         controls = [model for model in good if model not in ("base", "self")]
         for model in controls:
             found[f"{prefix}.{model}_gain"] = compare(model, "base")
@@ -272,7 +288,7 @@ def win_rates(run: Run) -> dict[str, Interval]:
     Invalid verdicts are left out of the win rates; `valid` is the share of the others.
     """
     found = {}
-    duels = duel(run)
+    duels = contests.duel(run)
     resamples = run.recipe.evaluation.bootstrap
     for arm in run.recipe.arms:
         every = [row for row in duels if row["model"] == arm]
@@ -309,6 +325,154 @@ def answer_lengths(run: Run) -> dict[str, Interval]:
     }
 
 
+def contest_scores(run: Run) -> dict[str, Interval]:
+    """What the tuned model's contest with the base came to, and how right its judge was.
+
+    Of the arm "self" `contests.scoreboard`; by how much it beats each control (`contests.compared`);
+    and on the pairs of answers of which the oracle knows the better one, the judge's `accuracy*` and
+    `longer_*` as in `judge_quality`. The training pairs were one model's own answers; here two models'
+    meet, and the tuned one's were trained to please. Of each further judge of the recipe the win rate,
+    and how far each two agree (`contests.judges_agreement`). Of all arms their strength
+    (`contests.league`, each against the base). {} without the arm "self".
+    """
+    recipe = run.recipe
+    if "self" not in recipe.arms:
+        return {}
+    rows = contests.contest(run, "self", "base")
+    found = {**contests.scoreboard(run, rows), **judge_on_contest(run, rows)}
+    for arm in recipe.arms:
+        found |= contests.compared(run, "self", arm) if arm != "self" else {}
+    if recipe.judges:
+        found |= contests.judges_agreement(run, "self", "base")
+    if any(row["win"] is not None for row in rows):
+        found |= contests.league(run, names=["base", *recipe.arms], star=True)
+    return found
+
+
+def judge_on_contest(run: Run, rows: list[dict]) -> dict[str, Interval]:
+    """How right the judge of a contest was: `accuracy*`, `longer_*`, `length_bias` of `judge_quality`.
+
+    Args:
+        rows: of one call of `contests.contest`. {} where the oracle knows no better answer.
+    """
+    known = [{**row, "quality": oracle_quality(row["prompt"], *row["responses"])} for row in rows]
+    name = contests.name_of(run, rows[0])
+    found = judge_quality(known, run.recipe.evaluation.bootstrap, name)
+    wanted = ("accuracy", "longer_", "length_bias")
+    return {key: got for key, got in found.items() if key[len(name) + 1 :].startswith(wanted)}
+
+
+def benchmark_rows(run: Run) -> dict[str, dict]:
+    """The rows of `published.published` of every benchmark that the recipe names, by their keys."""
+    names = run.recipe.evaluation.benchmarks
+    return {key: row for name in names for key, row in published(run, name).items()}
+
+
+def harness_scores(run: Run) -> dict[str, Interval]:
+    """The exams of `evaluation.harness`: `harness.<task>.base`, `.tuned`, `.gain`, `.<arm>_gain`, ...
+
+    Scores with 1.96 standard errors over items, gains as `harness.paired_difference` has them (not
+    corrected for the number of tasks: `harness.before_after` says which are noise). What could not be
+    run has no key.
+    """
+    if not run.recipe.evaluation.harness:
+        return {}
+    found = {}
+    for row in harness.differences(harness.score(run)):
+        if row["problem"]:
+            continue
+        arm, n, task = row["model"], row["difference"].n, f"harness.{row['task']}"
+        name, gain = ("tuned", "gain") if arm == "self" else (arm, f"{arm}_gain")
+        found[f"{task}.base"] = _share(row["base"], row["base_error"], n)
+        found[f"{task}.{name}"] = _share(row["tuned"], row["tuned_error"], n)
+        found[f"{task}.{gain}"] = row["difference"]
+    return found
+
+
+def _share(value: float, error: float, n: int) -> Interval:
+    """A share with 1.96 standard errors; Wilson's interval where all items fared alike."""
+    if error == 0 and value in (0, 1):
+        return wilson(value * n, n)
+    return Interval(value, max(0.0, value - Z * error), min(1.0, value + Z * error), n)
+
+
+def leakage_effect(run: Run) -> list[dict]:
+    """What the evaluation shares with the training prompts, and what it says without that.
+
+    Returns:
+        The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
+        overlap)}. Of the run's own questions: `good_rate.gain` (tuned minus base, by the oracle) and
+        `win_rate` of tuned against base; of a benchmark the win rate, score or grade of each judge for
+        the tuned model. None where no question is left, or none without an overlap that the oracle
+        knows.
+    """
+    effects: dict = {}  # (set, left out) -> its results
+    found = []
+    for row in leakage(run):
+        both = []
+        for left_out in (frozenset(), frozenset(match["question"] for match in row["matches"])):
+            key = (row["set"], left_out)
+            if key not in effects:
+                effects[key] = _headline(run, *key)
+            both.append(effects[key])
+        effect = {key: (value, both[1].get(key)) for key, value in both[0].items()}
+        found.append({**row, "effect": effect})
+    return found
+
+
+def _headline(run: Run, questions: str, left_out: frozenset[str]) -> dict[str, Interval]:
+    """What the tuned model is judged by, on the questions of a set that are not left out."""
+    settings = run.recipe.evaluation
+    if "self" not in run.recipe.arms:
+        return {}
+    if questions != settings.questions:
+        metrics = ("win_rate", "score")
+        rows = published(run, questions, names=("base", "self"), leave_out=left_out).values()
+        return {
+            f"{row['judge']}.{row['metric']}": row["interval"]
+            for row in rows
+            if row["metric"] in metrics and row["model"] == "self"
+        }
+    rows = [r for r in contests.contest(run, "self", "base") if r["prompt"] not in left_out]
+    quality = [oracle_quality(row["prompt"], *row["responses"]) for row in rows]
+    known = [(row, a == 0, b == 0) for row, (a, b) in _where_known(rows, quality)]
+    found = {}
+    if known:
+        of, tuned, base = zip(*known)
+        by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
+        found["good_rate.gain"] = clustered_difference(
+            tuned, base, by, settings.bootstrap, runs=runs
+        )
+    valid = [row for row in rows if row["win"] is not None]
+    if valid:
+        found["win_rate"] = clustered_mean(
+            [row["win"] for row in valid],
+            [row["combination"] for row in valid],
+            settings.bootstrap,
+            runs=[row["seed"] for row in valid],
+        )
+    return found
+
+
+def _where_known(rows: list[dict], quality: list) -> list[tuple]:
+    return [(row, of) for row, of in zip(rows, quality) if of is not None]
+
+
+def leakage_scores(run: Run) -> dict[str, Interval]:
+    """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` in flat keys.
+
+    The share is of all questions of a set, no sample of them: no interval (NaN).
+    """
+    found = {}
+    for row in leakage_effect(run):
+        name = f"leakage.{Path(row['set']).stem}.{row['by'].replace(' ', '_')}"
+        found[f"{name}.share"] = Interval(row["share"], math.nan, math.nan, row["items"])
+        for key, (_, without) in row["effect"].items():
+            if without is not None:
+                found[f"{name}.{key}_without"] = without
+    return found
+
+
 def check(statement: str, holds: bool, otherwise: str) -> bool:
     """Print whether what a notebook shows is healthy, and what to do if it is not."""
     print(f"ok    {statement}" if holds else f"LOOK  not so: {statement}\n      {otherwise}")
@@ -318,14 +482,29 @@ def check(statement: str, holds: bool, otherwise: str) -> bool:
 # ---------------------------------------------------------------------- tables
 
 
-#: metric of a contest or league -> its unit, where it is no share
-UNITS = {"length_difference": "characters", "prompts_needed": "prompts", "elo": "Elo"}
+#: metric of a contest, league or benchmark -> its unit, where it is no share
+UNITS = {
+    "length_difference": "characters",
+    "avg_length": "characters",
+    "avg_tokens": "tokens",
+    "prompts_needed": "prompts",
+    "elo": "Elo",
+}
+DECIMALS = {"": 2, "of 10": 2, "prompts": 0}  # of a unit; others have one
+GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
 
 
 def unit(key: str) -> str:
     """What a value is counted in: shares in percent, their differences in points; "" for kappa."""
-    # The names of models and judges say nothing of the metric.
-    metric = key.rpartition(".")[2] if key.startswith(("contest.", "league.")) else key
+    # The names of models, judges and tasks say nothing of the metric.
+    kind, *names = key.split(".")
+    metric = key
+    if kind in ("contest", "league", "harness", "leakage"):
+        metric = names[-1]
+    elif kind == "benchmark":
+        metric = names[3]
+    if names and names[0] in GRADED and metric.startswith("score"):
+        return "of 10"
     if metric in UNITS:
         return UNITS[metric]
     if metric.startswith("kappa"):
@@ -343,13 +522,13 @@ def is_share(key: str) -> bool:
 def in_words(key: str, interval: Interval | dict) -> str:
     """`71.2 [68.0, 74.1]`: shares in percent, kappa as `0.71 [0.68, 0.74]`."""
     value = asdict(interval) if isinstance(interval, Interval) else interval
-    factor, digits = (100 if is_share(key) else 1), (1 if unit(key) else 2)
+    factor, digits = (100 if is_share(key) else 1), DECIMALS.get(unit(key), 1)
+    endless = math.inf if unit(key) == "prompts" else math.nan  # JSON has a null for both
     numbers = [
-        math.nan if value[k] is None else factor * value[k] for k in ("value", "low", "high")
+        endless if value[k] is None else factor * value[k] for k in ("value", "low", "high")
     ]
-    if math.isnan(numbers[1]):
-        return f"{numbers[0]:.{digits}f} (no interval)"
-    return "{} [{}, {}]".format(*(f"{number:.{digits}f}" for number in numbers))
+    shown = ["no end" if math.isinf(x) else f"{x:.{digits}f}" for x in numbers]
+    return f"{shown[0]} (no interval)" if math.isnan(numbers[1]) else "{} [{}, {}]".format(*shown)
 
 
 def print_scores(found: dict[str, Interval]) -> None:

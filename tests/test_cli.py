@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from test_pipeline import folder, write  # noqa: F401 (a fixture)
+from test_pipeline import folder, seen, write  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from sao_utils import pipeline, publishing, training
 from sao_utils.cli import app
+from sao_utils.recipe import load_recipe
 from sao_utils.rows import open_run
 
 RESULTS = {
@@ -224,3 +225,53 @@ def test_merge_writes_a_new_folder_and_never_into_a_full_one(adapter, tmp_path, 
     adapter.rename(adapter.with_name("oracle-0"))
     said = sao("merge", "mine", "--arm", "oracle", "--to", str(tmp_path / "x"), code=1)
     assert "The merge stopped: a whole model already" in said
+
+
+# ---------------------------------------------------------------------- a server that is paid
+
+PAID = "judges={gpt: {path: gpt, engine: api, url: 'http://127.0.0.1:9/v1', price_in: 10, price_out: 30}}"
+
+
+def paid_run(folder, *words, answer=None):  # noqa: F811
+    write(folder, "01_one")
+    command = ["run", "--run", "paid", "--recipe", "tiny", "--set", PAID, *words]
+    return CliRunner().invoke(app, command, input=answer)
+
+
+def test_a_run_that_pays_a_server_asks_once_and_tells_the_price(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    said = paid_run(folder, "--set", "evaluation.max_cost=3", answer="y\n")
+    assert said.exit_code == 0, said.output
+    assert said.output.count("Go on?") == 1 and "judges.gpt" in said.output
+    assert "may spend US$ 3" in said.output and seen(folder) == ["01"]
+
+
+def test_without_an_answer_or_a_terminal_nothing_that_costs_is_run(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    refused, declined = paid_run(folder), paid_run(folder, answer="n\n")
+    assert (refused.exit_code, declined.exit_code) == (2, 1)
+    assert "--yes" in refused.output and "Nothing was run" in declined.output
+    assert seen(folder) == []
+
+
+def test_yes_answers_beforehand_and_a_free_run_asks_nothing(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    said = paid_run(folder, "--yes")
+    assert said.exit_code == 0 and "no cap" in said.output and "Go on?" not in said.output
+    assert "pays" not in sao("run", "--recipe", "tiny", "--run", "free")
+
+
+def test_the_bill_names_who_is_paid_for_what():
+    def owed(judge=None, **named):
+        keys = {f"judge.{key}": value for key, value in (judge or {}).items()}
+        return pipeline.bill(load_recipe("tiny", keys | named))
+
+    paid = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
+    assert owed() == {} == owed(judge={**paid, "price_in": None})
+    judge = owed(judge=paid)
+    assert set(judge) == {"judge"}
+    assert owed(judge=paid, judges={"x": paid})["judge"] == judge["judge"]
+    dear = owed(judge={**paid, "price_in": 2.0})
+    assert dear["judge"] == pytest.approx(2 * judge["judge"])
+    # 880 questions at two temperatures, of about 60 tokens: what is read by one more model.
+    assert owed(others={"x": paid}) == {"others.x": pytest.approx(2 * 880 * 60 / 1e6)}

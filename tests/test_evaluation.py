@@ -13,6 +13,7 @@ QUICK = {
     "evaluation.per_combination": 1,
     "evaluation.bootstrap": 200,
     "arms": ["self", "sft_random"],
+    "others": {"twin": {"path": "tiny", "dtype": "auto"}},  # the base model under another name
 }
 
 
@@ -41,7 +42,7 @@ def _recipe(**changes):
 def test_every_model_answers_every_question_at_every_temperature(loop):
     answers = evaluation.answer(loop)
     asked = evaluation.questions(loop)
-    assert len(answers) == 3 * 2 * len(asked) and len({a["id"] for a in answers}) == len(answers)
+    assert len(answers) == 4 * 2 * len(asked) and len({a["id"] for a in answers}) == len(answers)
     for row in answers:
         assert row["good"] == (row["quality"] == 0)
 
@@ -74,6 +75,8 @@ def test_tables_hold_each_score_with_interval_and_n(loop):
         )
     gain = found["oracle_good_rate.tuned"].value - found["oracle_good_rate.base"].value
     assert found["oracle_good_rate.gain"].value == pytest.approx(gain)
+    assert found["oracle_good_rate.twin"] == found["oracle_good_rate.base"]
+    assert found["oracle_good_rate.twin_gain"].value == 0
     assert results.NOT_COMPARABLE in (loop.folder / "tables" / "results.md").read_text()
 
 

@@ -126,6 +126,12 @@ def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():
         ({"model.engine": "api", "model.url": "http://me:secret@host/v1"}, "key_variable"),
         ({"model.quantisation": "fp8"}, "quantisation"),
         ({"model.engine": "vllm", "model.quantisation": "nf4"}, "quantisation"),
+        ({"model.price_in": 1.0}, "engine=api"),
+        ({"model.adapter": "somewhere"}, "merge"),
+        (
+            {"others": {"x": {"path": "m", "engine": "api", "url": "http://x", "adapter": "a"}}},
+            "serve",
+        ),
     ],
 )
 def test_engine_settings_that_do_not_fit_together_are_refused(changes, said):
