@@ -107,7 +107,7 @@ def _own_chat(question: str, a: str, b: str) -> list[dict]:
 def read_label(text: str) -> tuple[str | None, bool]:
     """The label of a verdict (None: none, or several that differ), and whether to ask on."""
     found = set(_LABEL.findall(text))
-    return (found.pop() if len(found) == 1 else None), not found
+    return next(iter(found)) if len(found) == 1 else None, not found
 
 
 def argue(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> list[str]:

@@ -1,0 +1,319 @@
+"""Published benchmarks, and the tiny world's counterparts of them, through the same code.
+
+`alpaca_eval`, `arena_hard` and `mt_bench` say how each is loaded, judged, scored and written down;
+here models answer, judges are asked, and everything comes together. A judge of the recipe is any
+model: the figures are comparable with published ones only where the note of a row is empty.
+
+The counterparts (all of them ours, to see the machinery at work; no evidence about large models):
+
+- tiny_alpaca: 110 held-out questions against the villagers' answers, judged with SAO's ranking
+  prompt by log-probability;
+- tiny_arena: 55 of them, two games against the base model's answers; the judge's log-odds become
+  the five labels;
+- tiny_mt: 40 conversations of two turns, graded by the oracle, since the tiny judge can compare but
+  not grade. The tiny model has seen one turn only in pre-training: second turns fall apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
+
+from sao_utils import alpaca_eval, arena_hard, mt_bench, templates
+from sao_utils.asking import ask
+from sao_utils.engines import Sampling, load_tokenizer
+from sao_utils.evaluation import competitors
+from sao_utils.intervals import Interval
+from sao_utils.questions import OFFICIAL
+from sao_utils.recipe import Evaluation, Model, RecipeError
+from sao_utils.rows import Run, write_whole
+from sao_utils.tiny import counterparts
+
+#: benchmark -> how it is judged, scored and written down.
+PROTOCOLS: dict[str, ModuleType] = {
+    "alpaca_eval": alpaca_eval,
+    "arena_hard": arena_hard,
+    "mt_bench": mt_bench,
+    "tiny_alpaca": alpaca_eval,
+    "tiny_arena": arena_hard,
+    "tiny_mt": mt_bench,
+}
+COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
+SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
+
+
+def load(settings: Evaluation, name: str) -> dict:
+    """The items of a benchmark, what the judge is shown, and how the protocol differs (`notes`).
+
+    Raises:
+        RecipeError: its files are not there, or hold no question that can be asked.
+    """
+    loaded = _TINY[name]() if name in _TINY else PROTOCOLS[name].load(settings)
+    if not loaded["items"]:
+        raise RecipeError(f"{name}: its files hold no question with all it takes.")
+    limit = settings.benchmark_limit
+    if limit is not None and limit < len(loaded["items"]):
+        note = f"the first {limit} of {len(loaded['items'])} prompts"
+        loaded["items"], loaded["notes"] = loaded["items"][:limit], (*loaded["notes"], note)
+    return loaded
+
+
+def published(
+    run: Run,
+    name: str,
+    names: Sequence[str] | None = None,
+    leave_out: Collection[str] = (),
+) -> dict[str, dict]:
+    """Run a benchmark: every competitor of the recipe answers, every judge judges.
+
+    Answers and verdicts are kept in rows/benchmark_answers.jsonl and benchmark_verdicts.jsonl; the
+    files that the benchmark's own program reads go to benchmarks/<name>/, unless it is a part only.
+
+    Args:
+        names: only these competitors, as in `evaluation.competitors`; "base" must be one for
+            tiny_arena.
+        leave_out: first turns of items that shall not count.
+
+    Returns:
+        "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
+        note (how the protocol differs from the published one), counts}; `counts` is of the model
+        and judge, of the benchmark's files too. The win rate of AlpacaEval also has standard_error.
+        Rates are shares, grades 1 to 10. A model of several seeds is "<arm>-<seed>".
+
+    Raises:
+        RecipeError: no such benchmark, or its files are not there.
+    """
+    if name not in PROTOCOLS:
+        raise RecipeError(f"There is no benchmark '{name}'. There are: {', '.join(PROTOCOLS)}.")
+    benchmark, protocol = load(run.recipe.evaluation, name), PROTOCOLS[name]
+    whole = names is None and not leave_out
+    benchmark["items"] = [i for i in benchmark["items"] if i["turns"][0] not in leave_out]
+    if not benchmark["items"]:
+        return {}
+    answers = write_answers(run, name, benchmark, names)
+    if name == "tiny_arena":
+        base = answers["base"]
+        benchmark["baseline"] = {identity: a["turns"][0] for identity, a in base.items()}
+    found = {}
+    judges = {"self": run.recipe.judging_model, **run.recipe.judges}
+    for judge, model in {"oracle": None}.items() if "grade" in benchmark else judges.items():
+        judgments, counts = protocol.judge(_asker(run, model), benchmark, answers, judge)
+        if whole:
+            _write_files(run, name, protocol.files(answers, benchmark, judgments, judge))
+        notes = _notes(run, name, benchmark, model)
+        for competitor, of in judgments.items():
+            tally = benchmark["counts"] + counts[competitor]
+            tally["prompts"] = len(benchmark["items"])
+            tally["empty answers"] = sum(
+                not text.strip() for a in answers[competitor].values() for text in a["turns"]
+            )
+            for metric, interval in _figures(name, benchmark, answers, competitor, of).items():
+                row = {
+                    "benchmark": name,
+                    "model": competitor,
+                    "judge": judge,
+                    "metric": metric,
+                    "interval": interval,
+                    "n": interval.n,
+                    "note": "; ".join((*notes, *_about(protocol, metric, of))),
+                    "counts": dict(tally),
+                }
+                if protocol is alpaca_eval and metric == "win_rate":
+                    row["standard_error"] = alpaca_eval.standard_error(of)
+                found[f"{name}.{competitor}.{judge}.{metric}"] = row
+    return found
+
+
+def write_answers(
+    run: Run, name: str, benchmark: dict, names: Sequence[str] | None = None
+) -> dict[str, dict]:
+    """Every competitor's answers (or those of `names`), each turn after its own earlier answers.
+
+    Returns:
+        model -> id -> {id (of the last reply), turns [text], tokens [n], finished [...]}.
+    """
+    settings, several = run.recipe.evaluation, len(run.recipe.seeds) > 1
+    given: dict[str, dict] = {}
+    for arm, seed, model in competitors(run, names):
+        label = f"{arm}-{seed}" if several and seed is not None else arm
+        mine = {
+            item["id"]: {"turns": [], "tokens": [], "finished": []} for item in benchmark["items"]
+        }
+        for turn in range(max(len(item["turns"]) for item in benchmark["items"])):
+            items = [item for item in benchmark["items"] if len(item["turns"]) > turn]
+            requests = [
+                {
+                    "chat": _chat(item["turns"][: turn + 1], mine[item["id"]]["turns"]),
+                    "sampling": Sampling(
+                        _temperature(settings, name, item), settings.max_new_tokens, settings.top_p
+                    ),
+                }
+                for item in items
+            ]
+            for item, reply in zip(items, ask(run, "benchmark_answers", model, requests)):
+                answer = mine[item["id"]]
+                answer["id"] = reply["id"]
+                answer["turns"].append(reply["text"])
+                answer["tokens"].append(reply["tokens"])
+                answer["finished"].append(reply["finished"])
+        given[label] = mine
+    return given
+
+
+def _chat(asked: list[str], answered: list[str]) -> list[dict]:
+    chat = [{"role": "user", "content": asked[0]}]
+    for answer, question in zip(answered, asked[1:]):
+        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    return chat
+
+
+def _temperature(settings: Evaluation, name: str, item: dict) -> float:
+    """Arena-Hard's and MT-Bench's own; AlpacaEval leaves it to the model: the recipe's first."""
+    if name == "mt_bench":
+        return mt_bench.temperature(item)
+    return 0.0 if name in ("arena_hard", "tiny_arena", "tiny_mt") else settings.temperatures[0]
+
+
+def _asker(run: Run, judge: Model | None) -> Callable[[list[dict]], list[dict]]:
+    """What asks a judge; a model without a system role gets that text before the user's."""
+
+    def asked(requests: list[dict]) -> list[dict]:
+        if any(request["chat"][0]["role"] == "system" for request in requests):
+            if not _knows_system(judge):
+                requests = [{**r, "chat": _merged(r["chat"])} for r in requests]
+        return ask(run, "benchmark_verdicts", judge, requests)
+
+    return asked
+
+
+def _knows_system(model: Model) -> bool:
+    if model.engine == "api":  # the server's business
+        return True
+    from jinja2 import TemplateError
+
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    try:
+        load_tokenizer(model).apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return False
+    return True
+
+
+def _merged(chat: list[dict]) -> list[dict]:
+    system, user, *rest = chat
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _figures(
+    name: str, benchmark: dict, answers: dict, competitor: str, judgments: list[dict]
+) -> dict[str, Interval]:
+    protocol = PROTOCOLS[name]
+    if protocol is alpaca_eval:
+        return alpaca_eval.figures(judgments, benchmark["difficulty"])
+    if protocol is mt_bench:
+        return mt_bench.figures(judgments)
+    lengths = {identity: a["tokens"][0] for identity, a in answers[competitor].items()}
+    return arena_hard.figures(judgments, benchmark["baseline_name"], lengths)
+
+
+def _notes(run: Run, name: str, benchmark: dict, judge: Model | None) -> tuple[str, ...]:
+    """How this run differs from the published protocol."""
+    if name in _TINY:
+        return (COUNTERPART, *benchmark["notes"])
+    notes, protocol = benchmark["notes"], PROTOCOLS[name]
+    if judge.path not in protocol.JUDGES:
+        notes += (f"judged by {judge.path}, there by {protocol.JUDGES[0]}",)
+    limit, theirs = run.recipe.evaluation.max_new_tokens, getattr(protocol, "MAX_TOKENS", None)
+    if theirs is not None and limit != theirs:
+        notes += (f"answers of at most {limit} tokens, there {theirs}",)
+    return tuple(f"protocol differs: {note}" for note in notes)
+
+
+def _about(protocol: ModuleType, metric: str, judgments: list[dict]) -> tuple[str, ...]:
+    """What to know of one figure."""
+    if metric == "lc_win_rate":
+        return ("length control by an unpenalised fit without alpaca_eval's gamed baselines",)
+    grades = {row["score"] for row in judgments} if protocol is mt_bench else set()
+    if len(judgments) > 1 and len(grades) == 1:
+        return ("the judge gave one and the same grade to all",)
+    return ()
+
+
+def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
+    for path, rows in files.items():
+        if path.endswith(".json"):
+            text = json.dumps(rows, ensure_ascii=False, indent=2)
+        else:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(run.folder / "benchmarks" / OFFICIAL.get(name, name) / path, text)
+
+
+# ------------------------------------------------------------------------ the counterparts
+
+
+def _ranking(instruction: str, first: str, second: str) -> dict:
+    content = templates.ranking_prompt(instruction, first, second)
+    return {
+        "chat": [{"role": "user", "content": content}],
+        "prefix": templates.VERDICT_PREFIX,
+        "choices": templates.VERDICTS,
+    }
+
+
+def _tiny_alpaca() -> dict:
+    items = counterparts.prompts(every=2)
+    return {
+        "items": items,
+        "baseline": {item["id"]: counterparts.villagers_answer(item) for item in items},
+        "baseline_name": counterparts.VILLAGERS,
+        "show": _ranking,
+        "difficulty": None,
+        "notes": (),
+        "counts": Counter(),
+    }
+
+
+def _tiny_arena() -> dict:
+    return {
+        "items": counterparts.prompts(every=4),
+        "baseline_name": "base",
+        "show": lambda question, a, b: _ranking(question, a, b)["chat"],
+        "argue": _label,
+        "notes": (f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",),
+        "counts": Counter(),
+    }
+
+
+def _label(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> list[str]:
+    """Verdicts of a judge that only chooses, in Arena-Hard's labels."""
+    about = {"prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
+    texts = []
+    for reply in ask([{"chat": chat, **about} for chat in chats]):
+        first, second = reply["logps"]
+        if first is None or second is None:
+            texts.append("")
+            continue
+        odds = first - second
+        sign = ">>" if abs(odds) > MUCH else ">" if abs(odds) > SLIGHTLY else "="
+        better, worse = ("A", "B") if odds > 0 or sign == "=" else ("B", "A")
+        texts.append(f"log-odds {odds:.3f}: [[{better}{sign}{worse}]]")
+    return texts
+
+
+def _tiny_mt() -> dict:
+    return {
+        "items": counterparts.conversations(),
+        "show": lambda item, texts: (_chat(item["turns"][: len(texts)], texts), "oracle"),
+        "grade": counterparts.oracle_grade,
+        "notes": ("graded by the oracle",),
+        "counts": Counter(),
+    }
+
+
+_TINY: dict[str, Callable[[], dict]] = {
+    "tiny_alpaca": _tiny_alpaca,
+    "tiny_arena": _tiny_arena,
+    "tiny_mt": _tiny_mt,
+}

@@ -1,0 +1,495 @@
+"""Published benchmarks: the official programs' figures, files, and what judges do wrong."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows
+from sao_utils.intervals import Interval
+from sao_utils.recipe import RecipeError, load_recipe
+from sao_utils.tiny import counterparts, world
+
+FIXTURE = Path(__file__).parent / "alpaca_eval_fixture"
+QUICK = {
+    "arms": [],
+    "others": {"twin": {"path": "tiny", "dtype": "float32"}},
+    "evaluation.benchmark_limit": 6,
+    "evaluation.max_new_tokens": 48,
+}
+
+
+def settings(**keys):
+    return load_recipe("tiny", {f"evaluation.{k}": v for k, v in keys.items()}).evaluation
+
+
+def write(path: Path, given: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_list = path.suffix == ".json"
+    path.write_text(json.dumps(given) if is_list else "".join(json.dumps(r) + "\n" for r in given))
+    return path
+
+
+@pytest.fixture
+def run(results):
+    return rows.open_run("tiny", "quick", QUICK)
+
+
+# ----------------------------------------------------------------- AlpacaEval and its program
+
+
+@pytest.fixture(scope="module")
+def official():
+    return json.loads((FIXTURE / "official.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def annotated(official):
+    """Our annotations of the fixture, by a judge that says what the program's judge was made to say."""
+    benchmark = alpaca_eval.load(settings(data=str(FIXTURE)))
+    said = {row["messages"]: row["logps"] for row in official["rows"]}
+    answers = {
+        item["id"]: {"turns": [official["rows"][item["id"]]["output_2"]], "id": "x"}
+        for item in benchmark["items"]
+    }
+
+    def ask(requests):
+        replies = []
+        for request in requests:
+            text = json.dumps(request["chat"], sort_keys=True)
+            logps = said[hashlib.sha256(text.encode()).hexdigest()]
+            replies.append({"logps": [logps.get(choice) for choice in request["choices"]]})
+        return replies
+
+    annotations, counts = alpaca_eval.judge(ask, benchmark, {"model": answers}, "made_up")
+    return benchmark, answers, annotations["model"], counts["model"]
+
+
+def test_order_prompt_and_preference_of_every_pair_are_those_of_alpaca_evals_program(
+    annotated, official
+):
+    _, _, annotations, counts = annotated
+    assert len(annotations) == len(official["rows"]) == 200
+    for ours, theirs in zip(annotations, official["rows"]):
+        assert ours["preference"] == pytest.approx(theirs["preference"], abs=1e-12)
+    assert 0 < counts["invalid verdict"] == sum(r["preference"] is None for r in official["rows"])
+    assert counts["identical answers"] == 8
+
+
+def test_win_rates_and_lengths_are_those_of_alpaca_evals_program(annotated, official):
+    benchmark, _, annotations, _ = annotated
+    ours, theirs = alpaca_eval.figures(annotations, benchmark["difficulty"]), official["figures"]
+    assert 100 * ours["win_rate"].value == pytest.approx(theirs["win_rate"])
+    assert 100 * ours["discrete_win_rate"].value == pytest.approx(theirs["discrete_win_rate"])
+    assert 100 * alpaca_eval.standard_error(annotations) == pytest.approx(theirs["standard_error"])
+    assert int(ours["avg_length"].value) == theirs["avg_length"]
+    assert ours["win_rate"].n == theirs["n_total"]
+    half = (ours["win_rate"].high - ours["win_rate"].low) / 2
+    assert half == pytest.approx(1.96 * theirs["standard_error"] / 100, rel=0.03)
+
+
+def test_length_control_is_the_programs_without_its_penalty_within_a_twentieth_of_a_point(
+    annotated, official
+):
+    benchmark, _, annotations, _ = annotated
+    ours = alpaca_eval.figures(annotations, benchmark["difficulty"])["lc_win_rate"]
+    assert 100 * ours.value == pytest.approx(official["length_controlled"]["unpenalised"], abs=0.05)
+    minimal = alpaca_eval.figures(annotations)["lc_win_rate"]
+    assert minimal.value != ours.value and minimal.low < ours.value < minimal.high
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("alpaca_eval"), reason="extra alpaca not installed"
+)
+def test_alpaca_evals_program_reads_our_files_and_gives_our_figures(annotated, tmp_path):
+    import pandas
+    from alpaca_eval.metrics import get_winrate
+
+    benchmark, answers, annotations, _ = annotated
+    given = alpaca_eval.files({"model": answers}, benchmark, {"model": annotations}, "made_up")
+    path = next(p for p in given if p.endswith("annotations.json"))
+    theirs = get_winrate(pandas.read_json(write(tmp_path / "annotations.json", given[path])))
+    ours = alpaca_eval.figures(annotations)
+    assert theirs["win_rate"] == pytest.approx(100 * ours["win_rate"].value)
+    assert theirs["discrete_win_rate"] == pytest.approx(100 * ours["discrete_win_rate"].value)
+
+
+def test_a_preference_goes_from_one_for_the_reference_to_two_for_the_model():
+    sure = [math.log(0.99), math.log(0.01)]  # of what is shown first, second
+    assert alpaca_eval.preference(sure, switched=False) == pytest.approx(1.01)
+    assert alpaca_eval.preference(sure, switched=True) == pytest.approx(1.99)
+    assert alpaca_eval.preference([None, -3.0], switched=False) == 2.0
+    assert alpaca_eval.preference([None, None], switched=True) is None
+    assert alpaca_eval.preference([-800.0, -800.0], switched=True) == 1.5
+
+
+def test_a_judge_that_always_names_the_first_shows_in_the_first_rate_and_not_in_the_win_rate():
+    benchmark = {
+        "items": [{"id": k, "turns": [f"Question {k}"], "category": "c"} for k in range(400)],
+        "baseline": {k: "base" for k in range(400)},
+        "baseline_name": "reference",
+        "show": lambda *texts: {"chat": texts},
+    }
+    answers = {"model": {k: {"turns": ["other text"]} for k in range(400)}}
+    always = lambda requests: [{"logps": [-0.01, -9.0]} for _ in requests]  # noqa: E731
+    annotations, _ = alpaca_eval.judge(always, benchmark, answers, "first")
+    found = alpaca_eval.figures(annotations["model"])
+    assert found["first_rate"].value == 1
+    assert found["win_rate"].low < 0.5 < found["win_rate"].high
+
+
+def test_without_a_valid_preference_there_is_no_win_rate():
+    row = {"preference": None, "index": 0, "output_1": "a", "output_2": "bb"}
+    found = alpaca_eval.figures([row])
+    assert set(found) == {"avg_length"} and alpaca_eval.standard_error([row]) is None
+
+
+# --------------------------------------------------------------------------------- Arena-Hard
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "ask_on"),
+    [
+        ("My final verdict is: [[A>>B]].", "A>>B", False),
+        ("First [[A=B]], and in the end [[A=B]]", "A=B", False),
+        ("[[A>B]] or rather [[B>A]]", None, False),  # two that differ: not asked on, as there
+        ("I like both.", None, True),
+        ("", None, True),
+        ("[A>B]", None, True),
+        ("[[C]]", None, True),
+    ],
+)
+def test_labels_are_read_as_arena_hards_program_does(text, label, ask_on):
+    assert arena_hard.read_label(text) == (label, ask_on)
+
+
+def arena(count=4):
+    return {
+        "items": [
+            {"id": f"q{k}", "turns": [f"Question {k}"], "category": "c"} for k in range(count)
+        ],
+        "baseline": {f"q{k}": "base" for k in range(count)},
+        "baseline_name": "gpt-4-0314",
+        "show": lambda question, a, b: [{"role": "user", "content": f"{question}|{a}|{b}"}],
+    }
+
+
+def saying(reply):
+    """A judge that replies with a function of the last message."""
+    return lambda requests: [{"text": reply(r["chat"][-1]["content"])} for r in requests]
+
+
+ANSWER = {f"q{k}": {"turns": ["mine"], "tokens": [k + 1], "id": f"a{k}"} for k in range(4)}
+
+
+def test_game_one_shows_the_baseline_first_and_strong_verdicts_count_three_games():
+    def verdict(text):
+        question, a, _ = text.split("|")
+        if question == "Question 0":
+            return "[[A=B]]"
+        return "[[B>>A]]" if a == "base" else "[[A>B]]"  # the model wins both games
+
+    judgments, counts = arena_hard.judge(saying(verdict), arena(), {"model": ANSWER}, "judge")
+    assert [g["score"] for g in judgments["model"][1]["games"]] == ["B>>A", "A>B"]
+    games = arena_hard.games_of(judgments["model"], "gpt-4-0314")
+    votes = sum(outcome * weight for *_, outcome, weight, _ in games)
+    assert votes == 3 * 4 + 2 * 0.5 and sum(game[3] for game in games) == 3 * 4 + 2
+    assert not +counts["model"]
+
+
+def test_the_score_is_the_share_of_votes_against_the_baseline():
+    labels = iter(["[[A>>B]]", "[[A>B]]", "[[B>A]]", "[[A=B]]", "[[B>>A]]", "[[B>A]]", "no", "no"])
+    said = [next(labels) for _ in range(8)]
+    judge = lambda requests: [{"text": t} for t in (said if len(requests) == 8 else ["", ""])]  # noqa: E731
+    judgments, counts = arena_hard.judge(judge, arena(), {"model": ANSWER}, "judge")
+    # Votes of the model by game: 0/3, 1/1, 1/1, 1/2, 3/3, 0/1 and two that do not count.
+    found = arena_hard.figures(judgments["model"], "gpt-4-0314", {"q0": 2, "q1": 4})
+    assert found["score"].value == pytest.approx(5.5 / 10)
+    assert found["score"].low < 0.55 < found["score"].high
+    assert found["first_rate"].value == pytest.approx(2 / 5) and found["avg_tokens"].value == 3
+    assert counts["model"] == {"invalid verdict: no label": 2}
+
+
+def test_a_judge_without_a_label_is_asked_on_once():
+    asked = []
+
+    def judge(requests):
+        asked.append([r["chat"] for r in requests])
+        text = "Hm." if len(asked) == 1 else "[[B>A]]"
+        return [{"text": text} for _ in requests]
+
+    judgments, counts = arena_hard.judge(judge, arena(1), {"model": ANSWER}, "judge")
+    assert [len(chats) for chats in asked] == [2, 2] and not +counts["model"]
+    assert asked[1][0][-2:] == [
+        {"role": "assistant", "content": "Hm."},
+        {"role": "user", "content": arena_hard.GO_ON},
+    ]
+    assert judgments["model"][0]["games"][0]["judgment"] == "Hm.\n[[B>A]]"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("[[A>B]] [[B>A]]", "labels differ"), ("[[A<B]]", "label unknown")]
+)
+def test_verdicts_that_do_not_count_are_counted_under_their_reason(text, reason):
+    judgments, counts = arena_hard.judge(
+        saying(lambda _: text), arena(1), {"model": ANSWER}, "judge"
+    )
+    assert counts["model"] == {f"invalid verdict: {reason}": 2}
+    assert "score" not in arena_hard.figures(judgments["model"], "gpt-4-0314", {})
+
+
+def test_arena_hard_reads_both_forms_of_its_files_and_the_judges_own_prompt(tmp_path):
+    folder = tmp_path / "arena-hard-v0.1"
+    write(
+        folder / "question.jsonl",
+        [
+            {"question_id": "a", "category": "v", "cluster": "x", "turns": [{"content": "One?"}]},
+            {"uid": "b", "category": "v", "cluster": "y", "prompt": "Two?"},
+            {"uid": "b", "category": "v", "cluster": "y", "prompt": "Two?"},
+            {"uid": "c", "category": "v", "cluster": "y", "prompt": "Three?"},
+        ],
+    )
+    with pytest.raises(RecipeError, match="model_answer/gpt-4-0314.jsonl"):
+        arena_hard.load(settings(data=str(tmp_path)))
+    write(
+        folder / "model_answer" / "gpt-4-0314.jsonl",
+        [
+            {"question_id": "a", "choices": [{"turns": [{"content": "First."}]}]},
+            {"uid": "b", "messages": [{"content": "Two?"}, {"content": {"answer": "Second."}}]},
+            {"uid": "c", "messages": []},
+        ],
+    )
+    found = arena_hard.load(settings(data=str(tmp_path)))
+    assert [i["turns"] for i in found["items"]] == [["One?"], ["Two?"]]
+    assert found["baseline"] == {"a": "First.", "b": "Second.", "c": None}
+    assert found["counts"] == {"repeated id": 1, "no baseline answer": 1}
+    assert found["notes"] and "[[A>>B]]" in found["show"]("q", "a", "b")[-1]["content"]
+    template = "Q {question_1} A {answer_1} B {answer_2} {other}"
+    config = {"system_prompt": "Be fair.", "prompt_template": [template]}
+    (folder / "judge_config.yaml").write_text(json.dumps(config))
+    found = arena_hard.load(settings(data=str(tmp_path)))
+    chat = found["show"]("q", "{answer_2}", "b")
+    assert not found["notes"] and chat[0] == {"role": "system", "content": "Be fair."}
+    assert chat[1]["content"] == "Q q A {answer_2} B b {other}"
+
+
+# ----------------------------------------------------------------------------------- MT-Bench
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("Fine. Rating: [[7]]", 7),
+        ("[[8.5]] and not [[2]]", 8.5),
+        ("Rating: [6]", 6),
+        ("[3] but in the end [[9]]", 9),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("Rating: 7", None),
+        ("[[seven]]", None),
+        ("", None),
+    ],
+)
+def test_grades_are_read_as_fastchat_does_and_only_within_one_and_ten(text, grade):
+    assert mt_bench.read_grade(text) == grade
+
+
+@pytest.fixture
+def mt_folder(tmp_path):
+    folder = tmp_path / "official" / "mt_bench"
+    write(
+        folder / "question.jsonl",
+        [
+            {"question_id": 1, "category": "writing", "turns": ["Write.", "Shorter."]},
+            {"question_id": 2, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]},
+            {"question_id": 2, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]},
+            {"question_id": 3, "category": "coding", "turns": ["Sort.", "Faster."]},
+        ],
+    )
+    write(
+        folder / "reference_answer" / "gpt-4.jsonl",
+        [{"question_id": 2, "choices": [{"turns": ["It is 2.", "It is 4."]}]}],
+    )
+    return folder.parent
+
+
+def judge_prompts(folder):
+    names = {
+        "single-v1": "{question} / {answer}",
+        "single-math-v1": "{question} / {ref_answer_1} / {answer}",
+        "single-v1-multi-turn": "{question_1} / {answer_1} / {question_2} / {answer_2}",
+        "single-math-v1-multi-turn": "{ref_answer_1} {ref_answer_2} / {answer_1} / {answer_2}",
+    }
+    return write(
+        folder / "judge_prompts.jsonl",
+        [{"name": n, "system_prompt": n, "prompt_template": t} for n, t in names.items()],
+    )
+
+
+def test_mt_bench_shows_references_where_they_belong_and_counts_those_that_lack(mt_folder):
+    judge_prompts(mt_folder)
+    found = mt_bench.load(settings(data=str(mt_folder)))
+    assert found["counts"] == {"repeated id": 1, "no reference answer": 1}
+    writing, maths, coding = found["items"]
+    show = lambda item, *texts: found["show"](item, list(texts))  # noqa: E731
+    assert show(writing, "x")[0][1]["content"] == "Write. / x"
+    assert show(writing, "x", "y")[0][1]["content"] == "Write. / x / Shorter. / y"
+    assert show(maths, "x")[0][1]["content"] == "1 + 1? / It is 2. / x"
+    assert show(maths, "x", "y")[0][1]["content"] == "It is 2. It is 4. / x / y"
+    assert show(coding, "x")[1] == "single-v1"
+    assert [mt_bench.temperature(item) for item in found["items"]] == [0.7, 0.0, 0.0]
+
+
+def test_the_kits_own_grading_prompt_is_marked_and_has_both_turns(mt_folder):
+    found = mt_bench.load(settings(data=str(mt_folder)))
+    assert "the judge's prompt is the kit's own" in found["notes"]
+    one = found["show"](found["items"][1], ["x"])[0][0]["content"]
+    both = found["show"](found["items"][1], ["x", "</Response 2> y"])[0][0]["content"]
+    assert "It is 2." in one and "2 + 2" not in one
+    assert "It is 4." in both and "2 + 2" in both and "(/Response 2> y" in both
+
+
+@pytest.mark.filterwarnings("ignore:There is only one cluster")
+def test_mean_grades_go_by_turn_and_category_and_leave_invalid_ones_out(mt_folder):
+    judge_prompts(mt_folder)
+    benchmark = mt_bench.load(settings(data=str(mt_folder)))
+    answers = {"m": {item["id"]: {"turns": ["x", "y"], "id": "i"} for item in benchmark["items"]}}
+    verdict = lambda text: "no idea" if "Sort" in text else f"[[{2 if text.endswith('y') else 8}]]"  # noqa: E731
+    judgments, counts = mt_bench.judge(saying(verdict), benchmark, answers, "judge")
+    found = mt_bench.figures(judgments["m"])
+    assert counts["m"] == {"invalid grade": 2}
+    assert {k: (v.value, v.n) for k, v in found.items()} == {
+        "score": (5, 4),
+        "score.turn_1": (8, 2),
+        "score.turn_2": (2, 2),
+        "score.writing": (5, 2),
+        "score.math": (5, 2),
+    }
+    assert [row["score"] for row in judgments["m"]][-2:] == [-1, -1]  # as FastChat writes it
+    assert judgments["m"][3]["judge"] == ["judge", "single-math-v1-multi-turn"]
+
+
+# --------------------------------------------------------------- whole benchmarks, tiny model
+
+
+def test_a_benchmark_without_its_files_says_what_to_give(run):
+    with pytest.raises(RecipeError, match="evaluation.data to a folder"):
+        published.published(run, "mt_bench")
+    with pytest.raises(RecipeError, match="There are: alpaca_eval"):
+        published.published(run, "alpaca")
+
+
+def test_a_hub_that_is_out_of_reach_says_where_files_may_lie(results):
+    run = rows.open_run("tiny", "hub", {**QUICK, "evaluation.data": "hub"})
+    with pytest.raises(RecipeError, match="evaluation.data to a folder with question.jsonl"):
+        published.published(run, "mt_bench")
+
+
+def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(results, tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "given" / "alpaca_eval")
+    path = tmp_path / "given" / "alpaca_eval" / "alpaca_eval_gpt4_baseline.json"
+    given = json.loads(path.read_text())
+    broken = [
+        given[0],
+        {**given[1], "instruction": " "},
+        given[0],
+        {**given[2], "output": None},
+        {**given[3], "output": ""},
+        *given[4:],
+    ]
+    write(path, broken)
+    run = rows.open_run("tiny", "alpaca", {**QUICK, "evaluation.data": str(tmp_path / "given")})
+    found = published.published(run, "alpaca_eval")
+    row = found["alpaca_eval.base.self.win_rate"]
+    assert row["interval"].n == row["n"] == 6
+    assert row["counts"]["repeated prompt"] == row["counts"]["empty prompt"] == 1
+    assert row["counts"]["no reference answer"] == 1
+    for part in ("judged by tiny", "the first 6 of 198 prompts"):
+        assert part in row["note"]
+    assert "own" not in row["note"]  # the template was given
+    assert row["standard_error"] > 0
+    assert "gamed baselines" in found["alpaca_eval.base.self.lc_win_rate"]["note"]
+    folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
+
+
+def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as_invalid(
+    results, mt_folder
+):
+    judge_prompts(mt_folder)
+    run = rows.open_run("tiny", "mt", {**QUICK, "evaluation.data": str(mt_folder), "others": {}})
+    benchmark = published.load(run.recipe.evaluation, "mt_bench")
+    answers = published.write_answers(run, "mt_bench", benchmark)["base"]
+    asked = rows.read_rows(run.rows("benchmark_answers"))
+    assert len(asked) == 6 and all(len(a["turns"]) == 2 for a in answers.values())
+    # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
+    judge = published._asker(run, run.recipe.model)
+    short = lambda requests: judge(  # noqa: E731
+        [{**r, "sampling": published.Sampling(0.0, 8)} for r in requests]
+    )
+    judgments, counts = mt_bench.judge(short, benchmark, {"base": answers}, "self")
+    assert counts["base"]["invalid grade"] == 6 and mt_bench.figures(judgments["base"]) == {}
+
+
+def test_the_tiny_alpaca_has_a_win_rate_against_the_villagers_and_asks_nothing_twice(run):
+    found = published.published(run, "tiny_alpaca")
+    kept = {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
+    assert len(rows.read_rows(run.rows("benchmark_answers"))) == 6  # the twin is the same model
+    assert published.published(run, "tiny_alpaca") == found
+    assert kept == {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
+    row = found["tiny_alpaca.base.self.win_rate"]
+    assert isinstance(row["interval"], Interval) and 0 <= row["interval"].value <= 1
+    assert row["interval"] == found["tiny_alpaca.twin.self.win_rate"]["interval"]
+    assert published.COUNTERPART in row["note"] and row["counts"]["prompts"] == 6
+
+
+def test_in_the_tiny_arena_a_copy_of_the_base_model_is_as_strong_as_it(run):
+    found = published.published(run, "tiny_arena")
+    assert found["tiny_arena.twin.self.score"]["interval"].value == pytest.approx(0.5)
+    assert "tiny_arena.base.self.score" not in found  # the baseline plays no games
+    judged = run.folder / "benchmarks" / "tiny_arena" / "model_judgment" / "self" / "twin.jsonl"
+    games = [game for row in rows.read_rows(judged) for game in row["games"]]
+    assert len(games) == 12 and all(game["score"] in arena_hard.LABELS for game in games)
+
+
+def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
+    found = published.published(run, "tiny_mt")
+    judged = run.folder / "benchmarks" / "tiny_mt" / "model_judgment" / "oracle_single.jsonl"
+    items = {item["id"]: item for item in counterparts.conversations()}
+    answers = {
+        row["question_id"]: row["choices"][0]["turns"]
+        for row in rows.read_rows(judged.parents[1] / "model_answer" / "base.jsonl")
+    }
+    for row in rows.read_rows(judged):
+        question = world.parse_question(items[row["question_id"]]["turns"][row["turn"] - 1])
+        text = answers[row["question_id"]][row["turn"] - 1]
+        flaws = -world.inspect_answer(question, text).quality
+        assert row["score"] == max(1, 10 - 2 * flaws)
+    assert found["tiny_mt.base.oracle.score"]["n"] == 12
+    assert "graded by the oracle" in found["tiny_mt.base.oracle.score"]["note"]
+
+
+def test_counterparts_ask_held_out_questions_only_and_are_always_the_same():
+    for items in (counterparts.prompts(every=2), counterparts.conversations()):
+        for item in items:
+            for turn in item["turns"]:
+                assert world.SPLIT[world.parse_question(turn).combination] == "test"
+        assert len({item["id"] for item in items}) == len(items)
+    assert counterparts.conversations() == counterparts.conversations()
+    first, second = (world.parse_question(t) for t in counterparts.conversations()[0]["turns"])
+    assert first.hobby == second.hobby and not set(second.aspects) <= set(first.aspects)
+    item = counterparts.prompts(every=2)[3]
+    assert counterparts.villagers_answer(item) == counterparts.villagers_answer(item)
+
+
+def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
+    replies = [[-0.1, -9.0], [-3.0, -1.0], [-0.7, -0.6], [None, -1.0], [-9.0, -0.1]]
+    ask = lambda requests: [{"logps": logps} for logps in replies]  # noqa: E731
+    texts = published._label(ask, [[]] * 5)
+    labels = [arena_hard.read_label(text)[0] for text in texts]
+    assert labels == ["A>>B", "B>A", "A=B", None, "B>>A"]
