@@ -42,6 +42,9 @@ NOT_COMPARABLE = (
     "Numbers of the recipe tiny are measured on a toy of 1.2 M parameters in a world of its own; "
     "they are not comparable with the paper's."
 )
+#: metrics of benchmarks that are kept with the other results; all are in `tables.benchmarks`.
+HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2")
+FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 
 
 def scores(run: Run) -> dict[str, Interval]:
@@ -64,7 +67,11 @@ def scores(run: Run) -> dict[str, Interval]:
         **win_rates(run),
         **answer_lengths(run),
         **contest_scores(run),
-        **{f"benchmark.{key}": row["interval"] for key, row in benchmark_rows(run).items()},
+        **{
+            f"benchmark.{key}": row["interval"]
+            for key, row in benchmark_rows(run).items()
+            if row["metric"] in HEADLINES
+        },
         **harness_scores(run),
         **leakage_scores(run),
     }
@@ -163,7 +170,7 @@ def judge_quality(
         group = _where(known["right"], clusters, [name == is_ for is_ in known["better_is"]])
         found[f"accuracy_better_{name.replace(' ', '_')}"] = group
     for name in sorted(set(known["subset"]) - {None}):
-        key = re.sub(r"[^\w-]+", "_", name)  # keys go into tables
+        key = _plain(name)
         group = _where(known["right"], clusters, [name == subset for subset in known["subset"]])
         found[f"accuracy.{key}"] = group
     scored = {
@@ -181,6 +188,11 @@ def judge_quality(
 def _where(values: list, clusters: list, there: list[bool]) -> tuple[list, list]:
     """The values, and the clusters, of the places that are `there`."""
     return list(compress(values, there)), list(compress(clusters, there))
+
+
+def _plain(name: str) -> str:
+    """A name as a part of a key: keys go into tables, and dots part them."""
+    return re.sub(r"[^\w-]+", "_", name)
 
 
 def calibration(
@@ -403,8 +415,7 @@ def leakage_effect(run: Run) -> list[dict]:
         The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
         overlap)}. Of the run's own questions: `good_rate.gain` (tuned minus base, by the oracle) and
         `win_rate` of tuned against base; of a benchmark the win rate, score or grade of each judge for
-        the tuned model. None where no question is left, or none without an overlap that the oracle
-        knows.
+        the tuned model. None for the second where fewer than FEWEST questions are left.
     """
     effects: dict = {}  # (set, left out) -> its results
     found = []
@@ -412,6 +423,8 @@ def leakage_effect(run: Run) -> list[dict]:
         both = []
         for left_out in (frozenset(), frozenset(match["question"] for match in row["matches"])):
             key = (row["set"], left_out)
+            if left_out and row["items"] - len(row["matches"]) < FEWEST:
+                effects[key] = {}
             if key not in effects:
                 effects[key] = _headline(run, *key)
             both.append(effects[key])
@@ -465,7 +478,7 @@ def leakage_scores(run: Run) -> dict[str, Interval]:
     """
     found = {}
     for row in leakage_effect(run):
-        name = f"leakage.{Path(row['set']).stem}.{row['by'].replace(' ', '_')}"
+        name = f"leakage.{_plain(Path(row['set']).stem)}.{_plain(row['by'])}"
         found[f"{name}.share"] = Interval(row["share"], math.nan, math.nan, row["items"])
         for key, (_, without) in row["effect"].items():
             if without is not None:
@@ -524,9 +537,7 @@ def in_words(key: str, interval: Interval | dict) -> str:
     value = asdict(interval) if isinstance(interval, Interval) else interval
     factor, digits = (100 if is_share(key) else 1), DECIMALS.get(unit(key), 1)
     endless = math.inf if unit(key) == "prompts" else math.nan  # JSON has a null for both
-    numbers = [
-        endless if value[k] is None else factor * value[k] for k in ("value", "low", "high")
-    ]
+    numbers = [endless if value[k] is None else factor * value[k] for k in ("value", "low", "high")]
     shown = ["no end" if math.isinf(x) else f"{x:.{digits}f}" for x in numbers]
     return f"{shown[0]} (no interval)" if math.isnan(numbers[1]) else "{} [{}, {}]".format(*shown)
 

@@ -1,0 +1,98 @@
+"""Leakage: which evaluation questions were, in part, already among the prompts trained on.
+
+A model that was trained on a question may know it by heart, and its score then says little. How much
+two texts must have in common is a choice, so four answers stand side by side (`OVERLAPS`), from the
+strictest to the widest. In a small world of few sentence forms the widest hits nearly everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import partial
+
+from sao_utils.overlap import nearest, shared_ngrams, words
+from sao_utils.pairs import build_pairs
+from sao_utils.published import load
+from sao_utils.questions import questions
+from sao_utils.rows import Run
+
+NEAR = 0.7  # Jaccard similarity of a near-duplicate (ours), as in `personas.near_duplicate_rate`
+
+Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
+
+
+def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
+    """Texts with the same words in the same order."""
+    places = {tuple(words(other)): k for k, other in reversed(list(enumerate(against)))}
+    said = [tuple(words(text)) for text in texts]
+    return [(places[of], " ".join(of)) if of in places else None for of in said]
+
+
+def _alike(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
+    """Texts with a near-duplicate; the longest words in a row that both have."""
+    found: list[Hit] = []
+    for text, (k, similarity) in zip(texts, nearest(texts, against)):
+        if similarity < NEAR:
+            found.append(None)
+            continue
+        mine = words(text)
+        match = SequenceMatcher(None, mine, words(against[k]), autojunk=False).find_longest_match()
+        found.append((k, " ".join(mine[match.a : match.a + match.size])))
+    return found
+
+
+#: name -> which texts overlap with another set, strictest first. 13 and 8 words in a row are the ends
+#: of GPT-3's range (Brown et al. 2020, appendix C); the other two are ours.
+OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
+    "same words": _same,
+    "near-duplicate": _alike,
+    "13 words in a row": partial(shared_ngrams, n=13),
+    "8 words in a row": partial(shared_ngrams, n=8),
+}
+
+
+def training_prompts(run: Run) -> list[str]:
+    """The different prompts that any arm and seed is trained on: those that came to be pairs."""
+    every = (
+        row["prompt"][0]["content"]
+        for arm in run.recipe.arms
+        for seed in run.recipe.seeds
+        for row in build_pairs(run, arm, seed)
+        if row["discarded"] is None
+    )
+    return list(dict.fromkeys(every))
+
+
+def question_sets(run: Run) -> dict[str, list[str]]:
+    """The prompts of the run's evaluation, and of each benchmark that its recipe names, by name.
+
+    Of several turns the first. lm-eval's tasks are not among them.
+    """
+    settings = run.recipe.evaluation
+    benchmarks = {name: load(settings, name)["items"] for name in settings.benchmarks}
+    return {
+        settings.questions: [row["question"] for row in questions(run)],
+        **{name: [item["turns"][0] for item in items] for name, items in benchmarks.items()},
+    }
+
+
+def leakage(run: Run) -> list[dict]:
+    """What each set of questions has in common with the prompts that the run trained on.
+
+    Returns:
+        A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
+        share: of items that overlap, matches: a row {question, prompt, shared} for each of them}.
+        A question that occurs twice counts twice.
+    """
+    prompts, found = training_prompts(run), []
+    for name, asked in question_sets(run).items():
+        for by, find in OVERLAPS.items():
+            matches = [
+                {"question": text, "prompt": prompts[hit[0]], "shared": hit[1]}
+                for text, hit in zip(asked, find(asked, prompts))
+                if hit is not None
+            ]
+            facts = {"set": name, "by": by, "prompts": len(prompts), "items": len(asked)}
+            found.append({**facts, "share": len(matches) / len(asked), "matches": matches})
+    return found
