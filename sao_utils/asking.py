@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,19 @@ from pathlib import Path
 from sao_utils.engine_api import VERDICT_TOKENS
 from sao_utils.engines import encode, load_engine, load_tokenizer, model_name
 from sao_utils.recipe import Model
-from sao_utils.rows import Run, complete, make_rows, read_rows, results_folder, row_id, seed_of
+from sao_utils.rows import (
+    Busy,
+    Run,
+    complete,
+    make_rows,
+    read_rows,
+    results_folder,
+    row_id,
+    seed_of,
+)
 
 CHARACTERS = 4  # of a token, about, in English
+PAUSE = 1.0  # seconds between looks whether another process is done
 WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
 
 
@@ -68,11 +79,10 @@ def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
     jobs = {i: {**request, "id": i} for i, request in zip(ids, requests)}
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
-        if model.engine != "api":
-            return _replies(model, outstanding)
-        label = f"{stage}, {model.path}"
-        buy = lambda new: _bought(run, model, new)  # noqa: E731
-        return iter([complete(_cache(model), outstanding, buy, label)])
+        if model.engine == "api":
+            yield _through_cache(run, f"{stage}, {model.path}", model, outstanding)
+        else:
+            yield from _replies(model, outstanding)
 
     rows = {row["id"]: row for row in make_rows(run, stage, list(jobs.values()), work)}
     return [rows[i] for i in ids]
@@ -136,6 +146,22 @@ def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
                     row |= {"tokens_in": used[0], "tokens_out": used[1]}
                 rows.append({"id": group[k]["id"], **row})
             yield rows
+
+
+def _through_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[dict]:
+    """Rows from the cache of all runs, where what is new is put first.
+
+    While another process buys from the same model it is waited for: it may buy the same.
+    """
+    told = False
+    while True:
+        try:
+            return complete(_cache(model), jobs, lambda new: _bought(run, model, new), label)
+        except Busy:
+            if not told:
+                print(f"{label}: another run is asking this model; waiting for it.", flush=True)
+            told = True
+            time.sleep(PAUSE)
 
 
 def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:

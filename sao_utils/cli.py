@@ -199,6 +199,8 @@ def _agree_to_pay(run, yes: bool) -> None:
     typer.echo(f"A whole run of this recipe pays servers {total}:")
     for who, amount in owed.items():
         typer.echo(f"  {who:<30} US$ {amount:>10,.2f}")
+    if run.recipe.evaluation.benchmarks:
+        typer.echo("  evaluation.benchmarks come on top: their price is told before they are sent")
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")

@@ -33,6 +33,14 @@ from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.rows import Run, row_id
 
+#: metric of a scoreboard -> the outcome of `judging.verdict_rows` that it is the share of
+OUTCOMES = {
+    "decided": "consistent",
+    "inconsistent": "inconsistent",
+    "tie": "tie",
+    "identical": "identical",
+}
+
 
 def judge_models(run: Run) -> dict[str, Model]:
     """Every judge of contests by name: "self", then the recipe's `judges`."""
@@ -162,25 +170,22 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
 
     valid = [row for row in rows if row["win"] is not None]
     judged = [row for row in valid if row["first_wins"] is not None]
-    longer = [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
     empty = [[not text.strip() for text in row["responses"]] for row in rows]
     found = {
         "valid": mean([row["win"] is not None for row in rows], rows),
         "empty_a": mean([a for a, _ in empty], rows),
         "empty_b": mean([b for _, b in empty], rows),
-        "length_difference": mean(longer, rows),
+        "length_difference": mean(_longer(rows), rows),
     }
     if valid:
         wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
-        longer = [len(row["responses"][0]) - len(row["responses"][1]) for row in valid]
-        outcomes = {"decided": "consistent", "inconsistent": "inconsistent"}
         rate = _win_rate(valid, resamples)
         found = {
             "win_rate": rate,
-            "win_rate_lc": length_controlled_win_rate(wins, longer, by),
+            "win_rate_lc": length_controlled_win_rate(wins, _longer(valid), by),
             **{
-                key: mean([row["outcome"] == outcomes.get(key, key) for row in valid], valid)
-                for key in ("decided", "inconsistent", "tie", "identical")
+                key: mean([row["outcome"] == outcome for row in valid], valid)
+                for key, outcome in OUTCOMES.items()
             },
             **found,
             "prompts_needed": _needed(rate, valid),
@@ -189,6 +194,10 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         first = [prefers for row in judged for prefers in row["first_wins"]]
         found["first_position"] = mean(first, [row for row in judged for _ in ORDERS])
     return {f"{name_of(run, rows[0])}.{key}": value for key, value in found.items()}
+
+
+def _longer(rows: list[dict]) -> list[int]:
+    return [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
 
 
 def _win_rate(valid: list[dict], resamples: int) -> Interval:

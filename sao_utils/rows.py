@@ -174,6 +174,10 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+class Busy(RuntimeError):
+    """Another process is making the same rows."""
+
+
 def _lock(file, path: Path) -> None:
     """Keep a second process from writing the same rows. Freed by closing, also by a kill."""
     try:
@@ -183,7 +187,7 @@ def _lock(file, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RuntimeError(
+        raise Busy(
             f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
             "(a notebook's kernel counts), or take another run name."
         ) from None
@@ -217,6 +221,7 @@ def complete(
         label: what the rows are, for the progress line.
 
     Raises:
+        Busy: another process is making rows of this file.
         RuntimeError: the disk is full (rows made so far are kept), or `work` left jobs undone.
     """
     if len({job["id"] for job in jobs}) != len(jobs):

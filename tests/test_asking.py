@@ -4,6 +4,7 @@ The server is a real one on loopback (test_engine_api.py), standing in for one t
 """
 
 import json
+import threading
 
 import pytest
 from test_engine_api import failure, reply, server, settings, steps  # noqa: F401 (a fixture)
@@ -155,16 +156,33 @@ def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, se
         assert "Infinity" not in path.read_text()
 
 
-def test_two_processes_do_not_buy_at_the_same_time(results, server):  # noqa: F811
+def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
+    results,
+    server,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
     fcntl = pytest.importorskip("fcntl")
-    model = settings(server)
-    path = asking._cache(model)
-    path.parent.mkdir(parents=True)
+    model, requests = settings(server), write("a", "b")
+    (bought,) = ask(open_run("first"), "s", model, requests[:1])
+    path, seen = asking._cache(model), []
+    content = path.read_bytes()
+    path.write_bytes(b"")
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="Another process"):
-            ask(open_run(), "s", model, write("a"))
-    assert not server.requests
+
+        def other_process_ends():
+            seen.append(len(server.requests))
+            file.write(content)
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(asking, "PAUSE", 0.05)
+        threading.Timer(0.3, other_process_ends).start()
+        assert ask(open_run("second"), "s", model, requests)[0] == bought
+    asked = [request["messages"][-1]["content"] for request in server.requests]
+    assert seen == [1] and asked == ["a", "b"]
+    assert "waiting" in capsys.readouterr().out
 
 
 def test_no_key_is_written_anywhere(results, server):  # noqa: F811
