@@ -58,8 +58,13 @@ class Model(_Section):
     def _fits_together(self):
         if (self.engine == "api") != (self.url is not None):
             raise ValueError("engine=api and a url belong together: set both, or neither")
-        if self.url and "@" in self.url.split("//")[-1].split("/")[0]:
+        if self.url and re.search(r"[@?]", self.url):  # "?": some servers take ?api-key=...
             raise ValueError("url holds a user name or key; keys come from key_variable only")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):  # a key itself, most likely
+            raise ValueError(
+                "key_variable is the NAME of an environment variable in capitals, such as "
+                "OPENAI_API_KEY; never write the key itself into a recipe"
+            )
         fits = {"transformers": ("nf4",), "vllm": ("fp8", "awq", "gptq", "bitsandbytes"), "api": ()}
         if self.quantisation not in ("none", *fits[self.engine]):
             there = ", ".join(("none", *fits[self.engine]))
@@ -345,5 +350,6 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         for fault in error.errors():
             key = ".".join(str(part) for part in fault["loc"])
             known = f" Keys: {', '.join(keys)}." if fault["type"] == "extra_forbidden" else ""
-            faults.append(f"  {key}: {fault['msg']}{known}")
+            said = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"  {key}{': ' if key else ''}{said}{known}")
         raise RecipeError(f"The recipe {name} does not fit:\n" + "\n".join(faults)) from None

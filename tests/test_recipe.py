@@ -124,6 +124,12 @@ def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():
     [
         ({"model.engine": "api"}, "url"),
         ({"model.engine": "api", "model.url": "http://me:secret@host/v1"}, "key_variable"),
+        ({"model.engine": "api", "model.url": "http://host/v1?api-key=secret"}, "key_variable"),
+        (
+            {"model.engine": "api", "model.url": "http://x", "model.key_variable": "sk-secret"},
+            "NAME",
+        ),
+        ({"judge.path": "x", "judge.key_variable": "gsk_secret"}, "NAME"),
         ({"model.quantisation": "fp8"}, "quantisation"),
         ({"model.engine": "vllm", "model.quantisation": "nf4"}, "quantisation"),
         ({"model.price_in": 1.0}, "engine=api"),
@@ -135,5 +141,6 @@ def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():
     ],
 )
 def test_engine_settings_that_do_not_fit_together_are_refused(changes, said):
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=said) as error:
         load_recipe("tiny", changes)
+    assert "secret" not in str(error.value) and "Value error" not in str(error.value)
