@@ -13,6 +13,7 @@ then null. An empty list says "still at work". {"error": text} is the last messa
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,9 +34,10 @@ def main() -> None:
         out.flush()
 
     lines = iter(sys.stdin.readline, "")
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    own: list = []  # the processes that vLLM starts
+    threading.Thread(target=_watch, args=(os.getppid(), own, say), daemon=True).start()
     try:
-        serve(json.loads(next(lines)), lines, say)
+        serve(json.loads(next(lines)), lines, say, own)
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
@@ -47,14 +49,17 @@ def main() -> None:
         _end()
 
 
-def _die_with(parent: int) -> None:
-    """End this process, and those that vLLM started, once the parent is no more.
+def _watch(parent: int, own: list, say) -> None:
+    """End this process, and those that vLLM started, once the parent or one of those is no more.
 
     Not by PR_SET_PDEATHSIG: that signal comes when the parent's *thread* ends that started us, and
-    a notebook may do that in a thread. And a closed standard input goes unseen during a call.
+    a notebook may do that in a thread. And a closed standard input goes unseen during a call, as
+    does, by vLLM, an engine process that the system has killed: it would wait for it forever.
     """
-    while os.getppid() == parent:
+    while os.getppid() == parent and all(process.is_alive() for process in own):
         time.sleep(1.0)
+    if os.getppid() == parent:
+        say({"error": "vLLM's engine process has crashed, or was killed for its memory"})
     _end()
 
 
@@ -63,8 +68,11 @@ def _end() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the engine made this process a group of its own
 
 
-def serve(arguments: dict, lines, say) -> None:
-    """Load the model, and answer calls until standard input is closed."""
+def serve(arguments: dict, lines, say, own: list) -> None:
+    """Load the model, and answer calls until standard input is closed.
+
+    Puts the processes that vLLM has started into `own`.
+    """
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
 
@@ -80,6 +88,7 @@ def serve(arguments: dict, lines, say) -> None:
         # be set back by the draw that half a prompt makes for nothing.
         arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    own += multiprocessing.active_children()
     config = engine.vllm_config.model_config
     brought = config.try_get_generation_config().get("eos_token_id")
     stops = config.hf_config.eos_token_id if brought is None else brought

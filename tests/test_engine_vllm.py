@@ -369,8 +369,37 @@ def test_a_setting_that_the_model_cannot_have_is_told_with_the_log():
 
 
 @vllm_test
-def test_the_child_dies_with_its_parent(tmp_path):
+def test_an_engine_process_of_vllm_that_is_killed_is_told_and_not_waited_for(monkeypatch):
+    """On a GPU vLLM runs its engine in a process below the child."""
+    unload_engines()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    engine = load_engine(SERVED)
+    child = engine.child.process.pid
+    below = family(child) - {child}
+    for pid in below:
+        if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="crashed, or was killed"):
+        all_of(engine.generate(CHATS, Sampling(0.0, 60), [0] * 4))
+    assert below and all(gone(pid) for pid in family(child) | below)
+
+
+def family(leader):
+    """The processes of the group that one leads."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == leader:
+                found.add(int(folder.name))
+        except OSError:
+            pass
+    return found
+
+
+@vllm_test
+def test_the_child_and_what_it_started_die_with_the_parent(monkeypatch):
     """The parent is killed in the middle of a call: it can say goodbye to nobody."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     script = (
         "from sao_utils.engines import *; from sao_utils.recipe import Model\n"
         "engine = load_engine(Model(path='tiny', dtype='float32', engine='vllm'))\n"
@@ -383,7 +412,8 @@ def test_the_child_dies_with_its_parent(tmp_path):
     try:
         pid = int(parent.stdout.readline().split()[-1])
         time.sleep(1.0)
+        every = family(pid)
     finally:
         parent.kill()
         parent.wait()
-    assert gone(pid)
+    assert len(every) > 1 and all(gone(member) for member in every)
