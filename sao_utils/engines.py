@@ -6,6 +6,7 @@ row by row, so what a row says does not depend on which rows stand beside it.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -140,18 +141,27 @@ def _digest_of_state(state: tuple[tuple[str, int, int], ...]) -> str:
 def load_engine(model: Model, adapter: Path | None = None) -> Engine:
     """Load a model, and an adapter (or else `model.adapter`) on it; the last two stay loaded.
 
+    On a GPU only those stay that leave its memory to the new one.
+
     Raises:
         EngineError: the model is not there; the message says what to do.
     """
     adapter = adapter or _own_adapter(model)
     model = model.model_copy(update={"adapter": None})  # the same base for every adapter
     # By name and not by path: an adapter trained anew in the same folder is another one.
-    return _loaded(model, adapter, model_name(model, adapter))
+    key = (model, adapter, model_name(model, adapter))
+    if key not in _loaded:
+        find(model)
+        _make_room(model)
+        _loaded[key] = _load(*key)
+    _loaded[key] = _loaded.pop(key)  # now the latest
+    return _loaded[key]
 
 
-@lru_cache(maxsize=2)
-def _loaded(model: Model, adapter: Path | None, name: str) -> Engine:
-    find(model)
+_loaded: dict[tuple, Engine] = {}  # the latest last
+
+
+def _load(model: Model, adapter: Path | None, name: str) -> Engine:
     if model.workers:
         from sao_utils.engine_ray import RayEngine as Kind
     elif model.engine == "vllm":
@@ -163,11 +173,37 @@ def _loaded(model: Model, adapter: Path | None, name: str) -> Engine:
     return Kind(model, adapter, name)
 
 
+def _make_room(coming: Model) -> None:
+    """Let go of the older engine, before another is loaded, and on a GPU of one that is in its way."""
+    for key in list(_loaded)[:-1]:
+        del _loaded[key]
+    for key in list(_loaded):
+        if _both_want_the_gpu(key[0], coming) and _on_gpu():
+            import torch
+
+            del _loaded[key]
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _both_want_the_gpu(one: Model, other: Model) -> bool:
+    """In this process and vLLM's. Its process serves base and adapters alike, and ends by itself when
+    vLLM loads another model; Ray's workers hold nothing between two calls."""
+    here = [model.engine for model in (one, other) if model.engine != "api" and not model.workers]
+    return len(here) == 2 and "transformers" in here
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def unload_engines() -> None:
     """Let go of the loaded models, so that their memory is free for training."""
     from sao_utils.engine_vllm import end_child
 
-    _loaded.cache_clear()
+    _loaded.clear()
     end_child()  # a traceback or a notebook may still refer to its engine
 
 
@@ -187,11 +223,17 @@ def disarm(chat: Chat, tokenizer) -> Chat:
     return safe
 
 
+ENCODED = 1000  # chats at a time: a tokenizer notes a hundred bytes more for each token
+
+
 def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
     """Token ids of each chat up to where the assistant's reply begins; special tokens disarmed."""
-    safe = [disarm(chat, tokenizer) for chat in chats]
-    texts = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = []
+    for start in range(0, len(chats), ENCODED):
+        safe = [disarm(chat, tokenizer) for chat in chats[start : start + ENCODED]]
+        texts = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+        ids += tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def parting(

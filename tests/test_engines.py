@@ -1,3 +1,4 @@
+import gc
 import http.server
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 
 import pytest
 import torch
@@ -252,6 +254,41 @@ def test_an_adapter_trained_anew_in_the_same_folder_is_loaded_anew(tmp_path):
         )
         said.append(all_of(load_engine(TINY, tmp_path).generate(CHATS, Sampling(0.0, 20), [0] * 4)))
     assert said[0] != said[1]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "alive"), [(False, [False, True]), (True, [False, False])], ids=["cpu", "gpu"]
+)
+def test_base_and_tuned_model_stay_loaded_but_do_not_share_a_gpu(on_gpu, alive, monkeypatch):
+    """A GPU that holds one model may not hold two."""
+    monkeypatch.setattr(engines, "_on_gpu", lambda: on_gpu)
+    one, other, third = (TINY.model_copy(update={"batch_tokens": n}) for n in (1024, 512, 256))
+    engines.unload_engines()
+    before = [weakref.ref(load_engine(model)) for model in (one, other)]
+    assert load_engine(third) is load_engine(third)
+    gc.collect()
+    assert [held() is not None for held in before] == alive
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ({}, {}, True),
+        ({}, {"engine": "vllm"}, True),
+        ({"engine": "vllm"}, {"engine": "vllm"}, False),
+        ({}, {"engine": "api", "url": "http://localhost/v1"}, False),
+        ({}, {"workers": 2}, False),
+    ],
+)
+def test_a_server_and_rays_workers_leave_the_gpu_to_others(one, other, both):
+    one, other = Model(path="tiny", **one), Model(path="tiny", **other)
+    assert engines._both_want_the_gpu(one, other) == engines._both_want_the_gpu(other, one) == both
+
+
+def test_many_chats_are_encoded_as_few_are(engine, monkeypatch):
+    at_once = engines.encode(CHATS, engine.tokenizer)
+    monkeypatch.setattr(engines, "ENCODED", 3)
+    assert engines.encode(CHATS, engine.tokenizer) == at_once
 
 
 def test_a_special_token_without_a_role_name_cannot_open_a_turn(engine):
