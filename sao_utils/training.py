@@ -240,6 +240,18 @@ def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
     return folder
 
 
+def own_engine(run: Run) -> engines.Engine:
+    """The base model in this process, with a `model` and `device` to look into.
+
+    Where the recipe generates by another engine (vLLM, Ray), in 4 bit if training is.
+    """
+    model, quantisation = run.recipe.model, run.recipe.training.quantisation
+    changes = {"workers": 0}
+    if model.engine != "transformers":
+        changes |= {"engine": "transformers", "url": None, "quantisation": quantisation}
+    return load_engine(model.model_copy(update=changes))
+
+
 def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
     """What the base model gives the answers of pairs: SimPO's and DPO's raw material.
 
@@ -251,7 +263,7 @@ def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
     from sao_utils import packing
     from sao_utils.trainer import answer_logps
 
-    engine, found = load_engine(run.recipe.model), []
+    engine, found = own_engine(run), []
     limit = run.recipe.training.token_budget
     rows = token_rows(pairs, engine.tokenizer, run.recipe.training.algorithm)
     longest = [

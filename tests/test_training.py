@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sao_utils import training
+from sao_utils.engines import load_model
 from sao_utils.losses import TrainingFailed, simpo_loss
 from sao_utils.recipe import Model, Training, load_recipe
 from sao_utils.rows import Run, read_rows
@@ -620,6 +621,26 @@ def test_the_other_algorithms_learn_from_the_same_pairs(base, pairs, tmp_path, a
     if algorithm == "dpo":  # the policy begins as its own reference
         assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
         assert log[0]["margin"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"workers": 2}, {"engine": "vllm", "quantisation": "fp8", "max_context": 512}]
+)
+def test_pairs_are_scored_by_the_weights_whatever_engine_generates(
+    base, tokenizer, pairs, tmp_path, changes
+):
+    recipe = load_recipe("tiny").model_copy(update={"model": base.model_copy(update=changes)})
+    rows = training.pair_logps(Run(recipe, tmp_path), pairs[:3])
+    model = load_model(base)
+    for row, pair in zip(rows, pairs[:3], strict=True):
+        for side in ("chosen", "rejected"):
+            ids, labels = (torch.tensor(x) for x in training.encode(pair, side, tokenizer))
+            with torch.no_grad():
+                logps = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+            answer = labels[1:] != -100
+            each = logps[answer].gather(1, ids[1:][answer, None])
+            assert row[f"logp_{side}"] == pytest.approx(each.sum().item(), abs=1e-3)
+            assert row[f"len_{side}"] == len(each)
 
 
 def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_path):
