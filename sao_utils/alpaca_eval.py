@@ -44,7 +44,7 @@ def load(settings: Evaluation) -> dict:
     """The benchmark as `published` takes it: {items, baseline, baseline_name, show, notes, counts}.
 
     `show(instruction, first, second)` gives the request to the judge; `difficulty` is None or the
-    difficulty of each item, by id.
+    difficulty of each item, by id; `gamed` the file of gamed baselines that `published_fit` takes.
 
     Raises:
         RecipeError: the prompts are not there.
@@ -73,6 +73,7 @@ def load(settings: Evaluation) -> dict:
         "baseline_name": items[0].get("generator", REFERENCE) if items else REFERENCE,
         "show": _own_request if template is None else _official_request(template),
         "difficulty": difficulty,
+        "gamed": official_file(settings, "alpaca_eval", "df_gamed.csv"),
         "notes": tuple(notes),
         "counts": counts,
     }
@@ -244,6 +245,77 @@ def standard_error(annotations: list[dict]) -> float | None:
         return None
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((y - mean) ** 2 for y in values) / (len(values) - 1) / len(values))
+
+
+def labels(annotations: list[dict]) -> dict[tuple, int | None]:
+    """(index of a prompt,) -> 1 the model won, -1 the reference, 0 a tie; None for a failed verdict."""
+    outcomes = from_preferences([row["preference"] for row in annotations])
+    return {
+        (row["index"],): None if y is None else (y > 0.5) - (y < 0.5)
+        for row, y in zip(annotations, outcomes)
+    }
+
+
+def published_fit(annotations: list[dict], gamed: Path) -> float | None:
+    r"""The length-controlled win rate as alpaca_eval's program fits it: a share, without interval.
+
+    The model of `intervals.length_controlled_win_rate` with difficulties, fitted together with
+    annotations of two gamed baselines that have no intercept and a weight of 0.1 each, with an L1
+    penalty; its strength is chosen among ten by five-fold cross-validation (`length_controlled_v1`;
+    Dubois and others, 2024, section 3.2).
+
+    Args:
+        annotations: of one model, `index` being the prompt's place among the 805.
+        gamed: the program's file df_gamed.csv.
+
+    Returns:
+        None without scikit-learn (it comes with the extras eval and alpaca), or where the file
+        does not know a prompt.
+    """
+    if find_spec("sklearn") is None:
+        return None
+    import numpy as np
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
+    longer = np.array([len(row["output_1"]) - len(row["output_2"]) for row in annotations], float)
+    longer /= np.std(longer, ddof=1) if np.ptp(longer) > 0 else 1.0
+    others, mine = pd.read_csv(gamed), pd.DataFrame(annotations)
+    difficulty = others.drop_duplicates("index").set_index("index")["instruction_difficulty"]
+    if not mine["index"].isin(difficulty.index).all():
+        return None
+    at_zero = np.column_stack([np.zeros(len(mine)), difficulty[mine["index"]], np.ones(len(mine))])
+    own = at_zero + np.column_stack([np.tanh(longer), *2 * [0 * longer]])
+    theirs = np.column_stack(
+        [np.tanh(others["std_delta_len"]), others["instruction_difficulty"], 0 * others["index"]]
+    )
+    outcomes = from_preferences(mine["preference"])
+    y = np.concatenate([others["preference"], np.array(outcomes, float)])
+    weight = np.concatenate([np.full(len(others), 0.1), np.ones(len(mine))])
+    valid = ~np.isnan(y)
+    x, y, weight = np.concatenate([theirs, own])[valid], y[valid], weight[valid]
+    # A share as two weighted labels, both in the same fold.
+    n = len(y)
+    x, group, label = np.concatenate([x, x]), np.tile(np.arange(n), 2), np.repeat([1, 0], n)
+    share, weight = np.tile(y, 2), np.tile(weight, 2)
+    counts_as = weight * np.where(label == 1, share, 1 - share)
+
+    def fit(strength: float, rows) -> LogisticRegression:
+        model = LogisticRegression(
+            C=strength, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=123
+        )
+        return model.fit(x[rows], label[rows], counts_as[rows])
+
+    def score(model: LogisticRegression, rows) -> float:
+        p = np.clip(model.predict_proba(x[rows])[:, 1], 1e-15, 1 - 1e-15)
+        logs = share[rows] * np.log(p) + (1 - share[rows]) * np.log(1 - p)
+        return float(np.mean(logs * weight[rows]))
+
+    strengths, folds = np.logspace(-4, 4, 10), list(GroupKFold(5).split(x, label, group))
+    means = [np.mean([score(fit(c, train), test) for train, test in folds]) for c in strengths]
+    best = fit(strengths[int(np.argmax(means))], slice(None))
+    return float(best.predict_proba(at_zero)[:, 1].mean())
 
 
 def files(answers: dict[str, dict], benchmark: dict, annotations: dict, judge: str) -> dict:

@@ -140,16 +140,17 @@ def judge(
         model -> counts. The baseline itself is not judged: its win rate is one half.
     """
     jobs, chats = [], []
+    counts = {model: Counter() for model in answers}
     for model, given in answers.items():
         for item in benchmark["items"] if model != benchmark["baseline_name"] else ():
             mine, base = given[item["id"]]["turns"][0], benchmark["baseline"][item["id"]]
+            counts[model]["identical answers"] += mine == base  # judged all the same, as there
             for a, b in ((base, mine), (mine, base)):
                 chats.append(benchmark["show"](item["turns"][0], a, b))
             jobs.append((model, item["id"]))
     texts = iter(benchmark.get("argue", argue)(ask, chats))
     shown = iter(chats)
     judgments: dict[str, list[dict]] = {model: [] for model in answers}
-    counts = {model: Counter() for model in answers}
     for model, identity in jobs:
         games = []
         for _ in range(2):
@@ -210,6 +211,15 @@ def figures(judgments: list[dict], baseline: str, lengths: dict) -> dict[str, In
     if decided:
         found["first_rate"] = win_rate(*(list(column) for column in zip(*decided))).rate
     return found
+
+
+def labels(judgments: list[dict]) -> dict[tuple, float | None]:
+    """(question id, game) -> 1 where A won, 0.5 a tie, 0 where B did; None for an invalid verdict."""
+    return {
+        (row["question_id"], k): LABELS.get(game["score"], (None,))[0]
+        for row in judgments
+        for k, game in enumerate(row["games"], 1)
+    }
 
 
 def files(answers: dict[str, dict], benchmark: dict, judgments: dict, judge: str) -> dict:

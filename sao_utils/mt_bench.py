@@ -206,6 +206,14 @@ def figures(judgments: list[dict]) -> dict[str, Interval]:
     }
 
 
+def labels(judgments: list[dict]) -> dict[tuple, float | None]:
+    """(question id, turn) -> grade; None for an invalid one."""
+    return {
+        (row["question_id"], row["turn"]): None if row["score"] == -1 else row["score"]
+        for row in judgments
+    }
+
+
 def files(answers: dict[str, dict], benchmark: dict, judgments: dict, judge: str) -> dict:
     """What FastChat's program reads, as {path: rows}: model_answer and model_judgment."""
     written = {

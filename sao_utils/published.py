@@ -19,14 +19,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from itertools import combinations
 from types import ModuleType
 
 from sao_utils import alpaca_eval, arena_hard, mt_bench, templates
 from sao_utils.asking import ask
+from sao_utils.contests import judge_models
 from sao_utils.engines import Sampling, load_tokenizer
 from sao_utils.evaluation import competitors
 from sao_utils.intervals import Interval
 from sao_utils.questions import OFFICIAL
+from sao_utils.ratings import kappa
 from sao_utils.recipe import Evaluation, Model, RecipeError
 from sao_utils.rows import Run, write_whole
 from sao_utils.tiny import counterparts
@@ -79,8 +82,10 @@ def published(
     Returns:
         "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
         note (how the protocol differs from the published one), counts}; `counts` is of the model
-        and judge, of the benchmark's files too. The win rate of AlpacaEval also has standard_error.
-        Rates are shares, grades 1 to 10. A model of several seeds is "<arm>-<seed>".
+        and judge, of the benchmark's files too. AlpacaEval's win_rate also has standard_error, its
+        lc_win_rate published_fit where the program's file df_gamed.csv is there. Rates are shares,
+        grades 1 to 10. A model of several seeds is "<arm>-<seed>". Two judges have a metric kappa,
+        "<one>~<other>" being the judge.
 
     Raises:
         RecipeError: no such benchmark, or its files are not there.
@@ -96,14 +101,15 @@ def published(
     if name == "tiny_arena":
         base = answers["base"]
         benchmark["baseline"] = {identity: a["turns"][0] for identity, a in base.items()}
-    found = {}
-    judges = {"self": run.recipe.judging_model, **run.recipe.judges}
-    for judge, model in {"oracle": None}.items() if "grade" in benchmark else judges.items():
+    found, labels = {}, {}
+    judges = {"oracle": None} if "grade" in benchmark else judge_models(run)
+    for judge, model in judges.items():
         judgments, counts = protocol.judge(_asker(run, model), benchmark, answers, judge)
         if whole:
             _write_files(run, name, protocol.files(answers, benchmark, judgments, judge))
         notes = _notes(run, name, benchmark, model)
         for competitor, of in judgments.items():
+            labels.setdefault(competitor, {})[judge] = protocol.labels(of)
             tally = benchmark["counts"] + counts[competitor]
             tally["prompts"] = len(benchmark["items"])
             tally["empty answers"] = sum(
@@ -122,7 +128,33 @@ def published(
                 }
                 if protocol is alpaca_eval and metric == "win_rate":
                     row["standard_error"] = alpaca_eval.standard_error(of)
+                if metric == "lc_win_rate" and benchmark["gamed"]:
+                    row["published_fit"] = alpaca_eval.published_fit(of, benchmark["gamed"])
                 found[f"{name}.{competitor}.{judge}.{metric}"] = row
+    return found | _agreements(name, labels)
+
+
+def _agreements(name: str, labels: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """Cohen's kappa of each two judges on each model's verdicts; a judge is then "<one>~<other>"."""
+    found = {}
+    for competitor, by_judge in labels.items():
+        for one, other in combinations(by_judge, 2):
+            both = [(key, by_judge[one][key], by_judge[other][key]) for key in by_judge[one]]
+            valid = [pair for pair in both if None not in pair]
+            if not valid:
+                continue
+            keys, first, second = zip(*valid)
+            interval = kappa(first, second, clusters=[key[0] for key in keys])
+            found[f"{name}.{competitor}.{one}~{other}.kappa"] = {
+                "benchmark": name,
+                "model": competitor,
+                "judge": f"{one}~{other}",
+                "metric": "kappa",
+                "interval": interval,
+                "n": interval.n,
+                "note": "agreement of two judges beyond chance, verdict by verdict",
+                "counts": {"verdicts": len(both), "left out as invalid": len(both) - len(valid)},
+            }
     return found
 
 
@@ -270,6 +302,7 @@ def _tiny_alpaca() -> dict:
         "baseline_name": counterparts.VILLAGERS,
         "show": _ranking,
         "difficulty": None,
+        "gamed": None,
         "notes": (),
         "counts": Counter(),
     }

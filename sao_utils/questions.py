@@ -90,18 +90,14 @@ def read_table(source: str) -> list[dict]:
 OFFICIAL = {"alpaca_eval": "alpaca_eval", "arena_hard": "arena-hard-v0.1", "mt_bench": "mt_bench"}
 #: (benchmark, file) -> where the hub has it: repository, its kind, path, revision.
 HUB = {
-    ("alpaca_eval", "alpaca_eval_gpt4_baseline.json"): (
-        "tatsu-lab/alpaca_eval",
-        "dataset",
-        "alpaca_eval_gpt4_baseline.json",
-        None,
-    ),
-    ("alpaca_eval", "instruction_difficulty.csv"): (
-        "tatsu-lab/alpaca_eval",
-        "dataset",
-        "instruction_difficulty.csv",
-        None,
-    ),
+    **{
+        ("alpaca_eval", name): ("tatsu-lab/alpaca_eval", "dataset", name, None)
+        for name in (
+            "alpaca_eval_gpt4_baseline.json",
+            "instruction_difficulty.csv",
+            "df_gamed.csv",
+        )
+    },
     **{
         ("arena_hard", name): (
             "lmarena-ai/arena-hard-auto",

@@ -47,6 +47,13 @@ def official():
     return json.loads((FIXTURE / "official.json").read_text())
 
 
+def fixture_script():
+    spec = importlib.util.spec_from_file_location("make", FIXTURE / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def annotated(official):
     """Our annotations of the fixture, by a judge that says what the program's judge was made to say."""
@@ -100,6 +107,15 @@ def test_length_control_is_the_programs_without_its_penalty_within_a_twentieth_o
     assert 100 * ours.value == pytest.approx(official["length_controlled"]["unpenalised"], abs=0.05)
     minimal = alpaca_eval.figures(annotations)["lc_win_rate"]
     assert minimal.value != ours.value and minimal.low < ours.value < minimal.high
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="needs scikit-learn")
+def test_the_published_fit_is_that_of_alpaca_evals_program(annotated, official, tmp_path):
+    make = fixture_script()
+    gamed = tmp_path / "df_gamed.csv"
+    gamed.write_text(make.gamed(make.N))
+    ours = alpaca_eval.published_fit(annotated[2], gamed)
+    assert 100 * ours == pytest.approx(official["length_controlled"]["published"], abs=1e-6)
 
 
 @pytest.mark.skipif(
@@ -211,7 +227,7 @@ def test_the_score_is_the_share_of_votes_against_the_baseline():
     assert found["score"].value == pytest.approx(5.5 / 10)
     assert found["score"].low < 0.55 < found["score"].high
     assert found["first_rate"].value == pytest.approx(2 / 5) and found["avg_tokens"].value == 3
-    assert counts["model"] == {"invalid verdict: no label": 2}
+    assert +counts["model"] == {"invalid verdict: no label": 2}
 
 
 def test_a_judge_without_a_label_is_asked_on_once():
@@ -238,7 +254,7 @@ def test_verdicts_that_do_not_count_are_counted_under_their_reason(text, reason)
     judgments, counts = arena_hard.judge(
         saying(lambda _: text), arena(1), {"model": ANSWER}, "judge"
     )
-    assert counts["model"] == {f"invalid verdict: {reason}": 2}
+    assert +counts["model"] == {f"invalid verdict: {reason}": 2}
     assert "score" not in arena_hard.figures(judgments["model"], "gpt-4-0314", {})
 
 
@@ -391,6 +407,7 @@ def test_a_hub_that_is_out_of_reach_says_where_files_may_lie(results):
 
 def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(results, tmp_path):
     shutil.copytree(FIXTURE, tmp_path / "given" / "alpaca_eval")
+    (tmp_path / "given" / "df_gamed.csv").write_text(fixture_script().gamed(205))
     path = tmp_path / "given" / "alpaca_eval" / "alpaca_eval_gpt4_baseline.json"
     given = json.loads(path.read_text())
     broken = [
@@ -412,7 +429,8 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
         assert part in row["note"]
     assert "own" not in row["note"]  # the template was given
     assert row["standard_error"] > 0
-    assert "gamed baselines" in found["alpaca_eval.base.self.lc_win_rate"]["note"]
+    controlled = found["alpaca_eval.base.self.lc_win_rate"]
+    assert "gamed baselines" in controlled["note"] and 0 < controlled["published_fit"] < 1
     folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
     outputs = json.loads((folder / "model_outputs.json").read_text())
     assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
@@ -450,11 +468,35 @@ def test_the_tiny_alpaca_has_a_win_rate_against_the_villagers_and_asks_nothing_t
 
 def test_in_the_tiny_arena_a_copy_of_the_base_model_is_as_strong_as_it(run):
     found = published.published(run, "tiny_arena")
-    assert found["tiny_arena.twin.self.score"]["interval"].value == pytest.approx(0.5)
+    row = found["tiny_arena.twin.self.score"]
+    assert row["interval"].value == pytest.approx(0.5) and row["counts"]["identical answers"] == 6
     assert "tiny_arena.base.self.score" not in found  # the baseline plays no games
     judged = run.folder / "benchmarks" / "tiny_arena" / "model_judgment" / "self" / "twin.jsonl"
     games = [game for row in rows.read_rows(judged) for game in row["games"]]
     assert len(games) == 12 and all(game["score"] in arena_hard.LABELS for game in games)
+
+
+def test_two_judges_stand_side_by_side_with_their_agreement(results):
+    copy = {"path": "tiny", "dtype": "float32"}
+    run = rows.open_run("tiny", "judges", {**QUICK, "judges": {"copy": copy}})
+    found = published.published(run, "tiny_arena") | published.published(run, "tiny_alpaca")
+    for name, verdicts in (("tiny_arena", 12), ("tiny_alpaca", 6)):
+        agreed = found[f"{name}.twin.self~copy.kappa"]
+        assert agreed["n"] == agreed["counts"]["verdicts"] == verdicts
+        value = agreed["interval"].value
+        assert value == 1 or math.isnan(value)  # the same judge twice; NaN if all labels are one
+    scores = [found[f"tiny_alpaca.base.{judge}.win_rate"] for judge in ("self", "copy")]
+    assert scores[0]["interval"] == scores[1]["interval"]
+
+
+def test_labels_of_verdicts_leave_invalid_ones_empty():
+    annotations = [{"index": k, "preference": p} for k, p in enumerate((1.2, 1.5, 1.9, None))]
+    assert list(alpaca_eval.labels(annotations).values()) == [-1, 0, 1, None]
+    games = [{"score": "A>>B"}, {"score": None}]
+    judged = arena_hard.labels([{"question_id": "q", "games": games}])
+    assert judged == {("q", 1): 1.0, ("q", 2): None}
+    graded = [{"question_id": 1, "turn": turn, "score": s} for turn, s in ((1, 7), (2, -1))]
+    assert mt_bench.labels(graded) == {(1, 1): 7, (1, 2): None}
 
 
 def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
