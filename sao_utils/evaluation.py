@@ -17,9 +17,32 @@ from sao_utils.training import train
 def models(run: Run) -> list[tuple[str, int | None, Path | None]]:
     """(name, seed, adapter) of the run's own models: "base", then every arm and seed, trained."""
     tuned = [
-        (arm, seed, train(run, arm, seed)) for arm in run.recipe.arms for seed in run.recipe.seeds
+        (arm, seed, _trained(run, arm, seed))
+        for arm in run.recipe.arms
+        for seed in run.recipe.seeds
     ]
     return [("base", None, None), *tuned]
+
+
+_TRAINED: dict[tuple, tuple] = {}
+
+
+def _trained(run: Run, arm: str, seed: int) -> Path:
+    """`train`, asked once a process: it makes all pairs anew to tell that nothing is to be done."""
+    key = (str(run.folder), run.recipe.model_dump_json(), arm, seed)
+    if key not in _TRAINED or _TRAINED[key][0] != _stamps(run, arm, seed):
+        folder = train(run, arm, seed)
+        _TRAINED[key] = (_stamps(run, arm, seed), folder)
+    return _TRAINED[key][1]
+
+
+def _stamps(run: Run, arm: str, seed: int) -> list[tuple[int, int] | None]:
+    """What tells that a model, or something that it was made from, has changed."""
+    files = [run.rows(stage) for stage in ("prompts", "responses", "verdicts")]
+    files += [Path(run.recipe.personas.source), Path(run.recipe.evaluation.questions)]
+    files.append(run.folder / "adapters" / f"{arm}-{seed}" / "done.json")
+    there = [path.stat() if path.is_file() else None for path in files]
+    return [found and (found.st_mtime_ns, found.st_size) for found in there]
 
 
 def competitors(
@@ -44,7 +67,7 @@ def competitors(
     for name in names or every:
         if name in recipe.arms:
             for seed in recipe.seeds:
-                adapter = {"adapter": str(train(run, name, seed))}
+                adapter = {"adapter": str(_trained(run, name, seed))}
                 found.append((name, seed, recipe.model.model_copy(update=adapter)))
         else:
             found.append((name, None, recipe.others.get(name, recipe.model)))

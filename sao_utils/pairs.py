@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 from sao_utils.engines import NO_REPLY, load_tokenizer, unanswered
 from sao_utils.judging import judge
 from sao_utils.personas import write_prompts
 from sao_utils.recipe import Arm, Pairs
 from sao_utils.rows import Run, row_id
-
-_MADE: dict[
-    tuple, tuple
-] = {}  # pairs of this process: every evaluation asks which model it is about
 
 
 def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
@@ -30,24 +25,6 @@ def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
         rejected (each a list of messages), margin, lengths, discarded}. `discarded` is None or the
         reason.
     """
-    key, made = (str(run.folder), run.recipe.model_dump_json(), arm, seed), _MADE
-    if key not in made or made[key][0] != _stamps(run):
-        rows = _build(run, arm, seed)
-        if len(made) >= 16:  # of a large run they take much memory
-            made.clear()
-        made[key] = (_stamps(run), rows)
-    return [dict(row) for row in made[key][1]]
-
-
-def _stamps(run: Run) -> list[tuple[int, int] | None]:
-    """What tells that something which pairs are made of has changed."""
-    stages = [run.rows(stage) for stage in ("prompts", "responses", "verdicts")]
-    given = [Path(run.recipe.personas.source), Path(run.recipe.evaluation.questions)]
-    there = [path.stat() if path.is_file() else None for path in (*stages, *given)]
-    return [found and (found.st_mtime_ns, found.st_size) for found in there]
-
-
-def _build(run: Run, arm: Arm, seed: int) -> list[dict]:
     settings = run.recipe.pairs
     verdicts = [row for row in judge(run) if row["seed"] == seed]
     template_tokens = _count_tokens(run, verdicts)
