@@ -12,7 +12,6 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -56,6 +55,7 @@ class Gpu:
     bandwidth: float
     compute: float
     capability: float
+    named: str
     reached: float = 0.5
 
 
@@ -108,12 +108,8 @@ class Plan:
 
 def gpus() -> dict[str, Gpu]:
     """The GPUs that are known, by the name that `--gpu` takes."""
-    return {name: Gpu(name, **{k: v for k, v in g.items() if k != "is"}) for name, g in _gpus()}
-
-
-def _gpus() -> list[tuple[str, dict]]:
     text = (files("sao_utils") / "gpus.yaml").read_text(encoding="utf-8")
-    return [(str(name), values) for name, values in yaml.safe_load(text).items()]
+    return {str(name): Gpu(str(name), **values) for name, values in yaml.safe_load(text).items()}
 
 
 def find_gpu(name: str | None) -> Gpu | None:
@@ -122,16 +118,14 @@ def find_gpu(name: str | None) -> Gpu | None:
     Raises:
         PlanError: a GPU that gpus.yaml does not know.
     """
-    known = gpus()
-    if name is None:
-        named = _own_gpu()
-        if named is None:
-            return None
-        name = next((k for k, g in _gpus() if re.search(g["is"], named)), named)
-    found = {key.lower(): gpu for key, gpu in known.items()}.get(name.lower())
-    if found is None:
-        raise PlanError(f"The GPU '{name}' is not known. Known (--gpu): {', '.join(known)}.")
-    return found
+    known, own = gpus(), _own_gpu() if name is None else None
+    if name is None and own is None:
+        return None
+    for gpu in known.values():
+        if re.search(gpu.named, own) if own else gpu.name.lower() == name.lower():
+            return gpu
+    told = f"--gpu plans for one like it: {', '.join(known)}"
+    raise PlanError(f"The GPU '{own or name}' is not known; {told}.")
 
 
 def _own_gpu() -> str | None:
@@ -280,7 +274,9 @@ def training_memory(
         longest: tokens of the longest sequence; by default half of the budget.
     """
     shape = shape_of(config)
-    full, tokens = training.method == "full", training.token_budget
+    full = training.method == "full"
+    longest = longest or training.token_budget // 2
+    tokens = microbatch(training, longest)
     trained = shape.parameters if full else shape.adapter(training.lora_rank)
     adam = 2 if training.optimiser == "paged_adamw_8bit" else 8
     states = trained * (4 + 4 + adam + 2)
@@ -289,8 +285,6 @@ def training_memory(
         frozen = shape.weight_bytes(_dtype(model), training.quantisation)
     else:
         states /= processes
-    longest = longest or tokens // 2
-
     each = shape.kept_bytes(full)
     kept = each * shape.layers * tokens
     left = None if total is None else (total - CONTEXT) * GIB - frozen - states
@@ -310,6 +304,11 @@ def training_memory(
         loss += 6 * head
     parts = {"weights": frozen, "trained": states, "activations": inputs}
     return {name: size / GIB for name, size in {**parts, "working": max(layer, loss)}.items()}
+
+
+def microbatch(training: Training, longest: int) -> int:
+    """Tokens of the largest microbatch: a pair that is longer than the budget goes alone."""
+    return max(training.token_budget, PER_PROMPT * longest)
 
 
 def checkpoints(training: Training, kept: float, left: float | None) -> bool:
@@ -412,48 +411,20 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         PlanError: the model's shape is not known.
     """
     rates, measured = _rates(recipe)
-    model, judge = recipe.model, recipe.judging_model
-    shape = None if model.engine == "api" else _shape(model)
-    notes, problems = [_told(rates)], []
-    counts = _counts(recipe, rates, notes)
-
-    def generated(prompt: float, new: float, most: int) -> Callable[[float], tuple]:
-        if gpu is None or shape is None:
-            return lambda rows: (None, {})
-        return lambda rows: _generation(recipe, shape, gpu, rates, rows, prompt, new, most)
-
-    arms = [(arm, seed) for arm in recipe.arms for seed in recipe.seeds]
-    new = {
-        "prompts": min(rates.prompt, recipe.personas.max_new_tokens),
-        "responses": min(rates.response, recipe.responses.max_new_tokens),
-        "answers": min(rates.response, recipe.evaluation.max_new_tokens),
-    }
-    most = {
-        "prompts": recipe.personas.max_new_tokens,
-        "responses": recipe.responses.max_new_tokens,
-        "answers": recipe.evaluation.max_new_tokens,
-    }
-    if recipe.evaluation.harness:
-        notes.append("The tasks of evaluation.harness are not planned.")
+    shape = None if recipe.model.engine == "api" else _shape(recipe.model)
+    problems, notes = [], [_told(rates)]
+    counts = _counts(recipe, rates)
     stages = []
-    for name in ("prompts", "responses", "verdicts", "training", "answers", "duels"):
-        rows = counts[name]
+    for name, rows in counts.items():
         if name == "training":
-            for arm, seed in arms:
-                stages.append(_trained(recipe, shape, gpu, rates, rows, arm, seed, processes))
-            continue
-        if rows is None:
-            continue
-        if name in ("verdicts", "duels"):
-            tokens = rates.verdict
-            hours, memory = _judged(recipe, gpu, rows, tokens) if gpu else (None, {})
-        else:
-            tokens = new[name]
-            prompt = rates.instruction if name == "prompts" else rates.prompt
-            hours, memory = generated(prompt, tokens, most[name])(rows)
-        workers = (judge if name in ("verdicts", "duels") else model).workers
-        hours = None if hours is None else hours / max(1, min(workers, processes))
-        stages.append(Stage(name, rows, round(rows * tokens), hours, memory))
+            stages += [
+                _trained(recipe, shape, gpu, rates, rows, arm, seed, processes)
+                for arm in recipe.arms
+                for seed in recipe.seeds
+            ]
+        elif rows is not None:
+            work = _judged if name in ("verdicts", "duels") else _written
+            stages.append(work(recipe, gpu, rates, name, rows, processes))
     if gpu is None:
         stages = [_as_measured(stage, measured) for stage in stages]
         if not measured:
@@ -465,8 +436,9 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         problems = _problems(recipe, shape, gpu, processes, stages)
         notes += _assumptions(recipe, gpu, processes)
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    disk = _disk(recipe, shape, stages, len(arms))
-    return Plan(recipe.name, model.path, machine, stages, disk, problems, notes)
+    disk = _disk(recipe, shape, stages, len(recipe.arms) * len(recipe.seeds))
+    notes += _left_out(recipe, counts, disk)
+    return Plan(recipe.name, recipe.model.path, machine, stages, disk, problems, notes)
 
 
 def _shape(model: Model) -> Shape:
@@ -478,16 +450,12 @@ def _shape(model: Model) -> Shape:
         raise PlanError(str(error)) from None
 
 
-def _manifest_of_reference() -> dict:
-    path = results_folder() / "reference" / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _rates(recipe: Recipe) -> tuple[Rates, dict]:
     """Assumed rates, or for the tiny model those of the reference run, with its manifest's stages."""
     kept = 0.6 if recipe.pairs.require_consistent else 0.9
-    assumed = Rates("assumed", pairs_kept=kept)
-    stages = _manifest_of_reference().get("stages", {}) if recipe.model.path == "tiny" else {}
+    cut = PER_PROMPT * max(0, Rates.response - recipe.responses.max_new_tokens)
+    assumed = Rates("assumed", verdict=Rates.verdict - cut, pair=Rates.pair - cut, pairs_kept=kept)
+    stages = actual(results_folder() / "reference") if recipe.model.path == "tiny" else {}
     trained = [stages[name] for name in stages if name.startswith("training self")]
     if not trained or not {"prompts", "responses", "verdicts"} <= stages.keys():
         return assumed, {}
@@ -508,14 +476,12 @@ def _rates(recipe: Recipe) -> tuple[Rates, dict]:
     ), stages
 
 
-def _counts(recipe: Recipe, rates: Rates, notes: list[str]) -> dict[str, int | None]:
-    """Rows of each stage; of "training", pairs of one seed."""
+def _counts(recipe: Recipe, rates: Rates) -> dict[str, int | None]:
+    """Rows of each stage, None where that cannot be told; of "training", pairs of one seed."""
     prompts = recipe.personas.count * len(recipe.seeds)
     kept = prompts * rates.prompts_kept
     asked = _questions(recipe)
     tuned = len(recipe.arms) * len(recipe.seeds)
-    if asked is None:
-        notes.append("The evaluation is not planned: its questions are not on this machine.")
     return {
         "prompts": prompts,
         "responses": round(PER_PROMPT * kept),
@@ -539,47 +505,63 @@ def _questions(recipe: Recipe) -> int | None:
         return None
 
 
-def vllm_rows(parts: dict[str, float], shape: Shape, length: float, dtype: str) -> int:
-    """Rows that vLLM decodes at a time: as many as its KV cache holds at their mean length."""
-    return min(VLLM_ROWS, int(parts["KV cache"] * GIB / (shape.kv_bytes(dtype) * length)))
+def batch_rows(model: Model, shape: Shape, parts: dict, mean: float, most: float) -> int:
+    """Rows that are decoded at a time, of so many tokens in the mean and at most.
 
-
-def _generation(recipe, shape, gpu, rates, rows, prompt, new, most) -> tuple:
-    """Hours and memory of writing `rows` replies."""
-    model = recipe.model
-    memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
+    vLLM: as many as its KV cache holds (0: not even one). transformers: by `model.batch_tokens`.
+    """
     if model.engine == "vllm":
-        batch = vllm_rows(memory, shape, prompt + new / 2, _dtype(model))
-        if batch < 1:
-            return None, memory
-        hours = decode_hours(shape, gpu, model, rows, prompt, new, batch) / DECODE_SHARE
-    else:
-        batch, hours = min(rows, static_rows(model, prompt + most)), 0.0
-        for going, steps in shrinking(batch, new, rates.spread, most):
-            count = going * rows / batch
-            writing = decode_hours(shape, gpu, model, count, prompt, new, going, steps)
-            launching = LAUNCH_SECONDS * shape.layers * steps * rows / batch / 3600
-            hours += max(writing / DECODE_SHARE, launching)
-    return hours + prefill_hours(shape, gpu, rows * prompt) / DECODE_SHARE, memory
+        held = parts["KV cache"] * GIB / (shape.kv_bytes(_dtype(model)) * mean)
+        return min(VLLM_ROWS, int(held))
+    return static_rows(model, most)
 
 
-def _judged(recipe: Recipe, gpu: Gpu, rows: int, tokens: float) -> tuple:
-    model = recipe.judging_model
-    if model.engine == "api":
-        return None, {}
-    shape = _shape(model)
-    memory = judging_memory(architecture(model), model, tokens, gpu.memory)
-    hours = prefill_hours(shape, gpu, rows * tokens) / gpu.reached
-    if recipe.judging.method == "sampled":  # "ranking: 1 > 2" and its end are about eight tokens
-        few = min(8, recipe.judging.max_new_tokens)
+def _written(recipe, gpu, rates, name, rows, processes) -> Stage:
+    """A stage in which the model writes replies."""
+    model = recipe.model
+    prompt, length, section = {
+        "prompts": (rates.instruction, rates.prompt, recipe.personas),
+        "responses": (rates.prompt, rates.response, recipe.responses),
+        "answers": (rates.prompt, rates.response, recipe.evaluation),
+    }[name]
+    most = section.max_new_tokens
+    new = min(length, most)
+    hours, memory = None, {}
+    if gpu is not None and model.engine != "api":
+        shape = _shape(model)
+        memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
+        batch = batch_rows(model, shape, memory, prompt + new / 2, prompt + most)
         if model.engine == "vllm":
-            batch = vllm_rows(memory, shape, tokens, _dtype(model))
+            going = [(batch, new)]
         else:
-            batch = static_rows(model, tokens + few)
-        if batch < 1:
-            return None, memory
-        hours += decode_hours(shape, gpu, model, rows, tokens, few, batch) / DECODE_SHARE
-    return hours, memory
+            batch = min(batch, rows)
+            going = shrinking(batch, new, rates.spread, most)
+        if batch:
+            hours = prefill_hours(shape, gpu, rows * prompt) / DECODE_SHARE
+            for left, steps in going:
+                count, rounds = left * rows / batch, rows / batch
+                writing = decode_hours(shape, gpu, model, count, prompt, new, left, steps)
+                launching = LAUNCH_SECONDS * shape.layers * steps * rounds / 3600
+                hours += max(writing / DECODE_SHARE, 0 if model.engine == "vllm" else launching)
+            hours /= max(1, min(model.workers, processes))
+    return Stage(name, rows, round(rows * new), hours, memory)
+
+
+def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
+    """A stage in which the judge reads two replies, and with judging.method=sampled writes a few
+    tokens: "ranking: 1 > 2" and its end are about eight."""
+    model, tokens = recipe.judging_model, rates.verdict
+    hours, memory = None, {}
+    if gpu is not None and model.engine != "api":
+        shape = _shape(model)
+        memory = judging_memory(architecture(model), model, tokens, gpu.memory)
+        few = min(8, recipe.judging.max_new_tokens) if recipe.judging.method == "sampled" else 0
+        batch = batch_rows(model, shape, memory, tokens, tokens + few)
+        if batch:
+            hours = prefill_hours(shape, gpu, rows * tokens) / gpu.reached
+            hours += decode_hours(shape, gpu, model, rows, tokens, few, batch) / DECODE_SHARE
+            hours /= max(1, min(model.workers, processes))
+    return Stage(name, rows, round(rows * tokens), hours, memory)
 
 
 def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
@@ -592,7 +574,8 @@ def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
         memory = training_memory(
             config, recipe.model, settings, gpu.memory, recipe.pairs.max_tokens, processes
         )
-        kept = shape.kept_bytes(settings.method == "full") * shape.layers * settings.token_budget
+        kept = shape.kept_bytes(settings.method == "full") * shape.layers
+        kept *= microbatch(settings, recipe.pairs.max_tokens)
         twice = memory["activations"] * GIB < 0.999 * kept
         answers = pairs * 2 * rates.response * share * settings.epochs
         hours = training_hours(shape, gpu, settings, tokens, answers, twice)
@@ -617,7 +600,7 @@ def _problems(recipe, shape, gpu, processes, stages) -> list[str]:
     found = []
     for key, model in (("model", recipe.model), ("judge", recipe.judge)):
         if model is not None and model.engine != "api":
-            found += _misfits(key, model, recipe, gpu)
+            found += _misfits(key, model, recipe, gpu, processes)
     for label, wanted in (("Generating", "responses"), ("Judging", "verdicts")):
         found += _engine_memory(label, recipe, gpu, next(s for s in stages if s.name == wanted))
     if shape is not None:
@@ -625,9 +608,15 @@ def _problems(recipe, shape, gpu, processes, stages) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu) -> list[str]:
-    """What the GPU cannot compute, and contexts that are too short."""
+def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -> list[str]:
+    """Workers without a GPU, what the GPU cannot compute, and contexts that are too short."""
     found, old = [], gpu.capability < 8.0
+    if model.workers > processes:
+        fewer = processes if processes > 1 else 0
+        found.append(
+            f"Each of {model.workers} workers takes a GPU, and there is {processes}: "
+            f"{key}.workers={fewer}, or --gpus {model.workers}."
+        )
     if model.engine == "vllm" and old:
         found.append(
             f"vLLM does not promise to run on the {gpu.name} (compute capability {gpu.capability}): "
@@ -638,11 +627,14 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu) -> list[str]:
             f"The {gpu.name} (compute capability {gpu.capability}) has no bfloat16: {key}.dtype=auto "
             "computes in float16."
         )
-    if old and _shape(model).family.startswith("gemma"):
+    gemma = _shape(model).family.startswith("gemma")
+    if gemma and old:
         found.append(
             f"Gemma overflows in float16, and the {gpu.name} has nothing else of 16 bit: take another "
             f"{key}.path, such as Qwen/Qwen2.5-1.5B-Instruct."
         )
+    elif gemma and model.dtype == "float16":
+        found.append(f"Gemma overflows in float16: {key}.dtype=bfloat16.")
     if model.quantisation == "fp8" and gpu.capability < 7.5:
         found.append(f"fp8 weights need compute capability 7.5: {key}.quantisation=gptq.")
     context = _shape(model).context or math.inf
@@ -702,13 +694,10 @@ def _training_memory_problems(recipe, gpu, processes, stages) -> list[str]:
         return []
     advice = []
     if settings.method == "full":
-        config, number = architecture(recipe.model), processes
-        while number < 64:
-            number *= 2
-            parts = training_memory(
-                config, recipe.model, settings, gpu.memory, recipe.pairs.max_tokens, number
-            )
-            if sum(parts.values()) <= room:
+        config, longest = architecture(recipe.model), recipe.pairs.max_tokens
+        for number in (2, 4, 8, 16, 32, 64):
+            parts = training_memory(config, recipe.model, settings, gpu.memory, longest, number)
+            if number > processes and sum(parts.values()) <= room:
                 advice.append(f"{number} GPUs (--gpus {number}, see sao_utils/launch)")
                 break
         advice.append("training.method=lora with training.quantisation=nf4")
@@ -717,7 +706,11 @@ def _training_memory_problems(recipe, gpu, processes, stages) -> list[str]:
     if settings.gradient_checkpointing == "off":
         advice.append("training.gradient_checkpointing=on")
     elif stage.memory["activations"] + stage.memory["working"] > 0.3 * room:
-        advice.append(f"training.token_budget={settings.token_budget // 2}")
+        pair = PER_PROMPT * recipe.pairs.max_tokens  # goes alone if it is longer than the budget
+        if settings.token_budget > pair:
+            advice.append(f"training.token_budget={max(pair, settings.token_budget // 2)}")
+        else:
+            advice.append(f"pairs.max_tokens={recipe.pairs.max_tokens // 2}")
     told = ", or ".join(advice) or "a smaller model.path"
     return [f"Training needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: {told}."]
 
@@ -739,6 +732,27 @@ def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int
         disk["trained weights"] = 4 * each * trained / GIB
         disk["checkpoints, while it trains"] = 2 * 12 * each / GIB  # two, with Adam's moments
     return disk
+
+
+def _left_out(recipe: Recipe, counts: dict, disk: dict[str, float]) -> list[str]:
+    """What the plan does not hold, and a disk that is too small for it."""
+    notes = []
+    if counts["answers"] is None:
+        notes.append("The evaluation is not planned: its questions are not on this machine.")
+    more = {
+        f"evaluation.{key}": getattr(recipe.evaluation, key) for key in ("harness", "benchmarks")
+    }
+    more |= {"others": recipe.others, "judges": recipe.judges}
+    if named := [key for key, value in more.items() if value]:
+        notes.append(f"Not planned: what {', '.join(named)} add to the evaluation.")
+    folder = results_folder().absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / GIB
+    if sum(disk.values()) > free:
+        notes.append(
+            f"Of disk it takes {sum(disk.values()):.1f} GiB; here are {free:.1f} free. Set SAO_RESULTS "
+            "to a folder on a larger disk (and HF_HOME, for weights from the hub)."
+        )
+    return notes
 
 
 def _told(rates: Rates) -> str:
@@ -829,4 +843,4 @@ def _actual(stage: dict | None) -> list[str]:
 def actual(folder: Path) -> dict:
     """What the manifest in the folder of a run says of each stage; {} if nothing has run."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.is_file() else {}

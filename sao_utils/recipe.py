@@ -73,6 +73,8 @@ class Model(_Section):
             raise ValueError("price_in and price_out are of a server: they need engine=api")
         if self.engine == "api" and self.adapter:
             raise ValueError("a server cannot be handed an adapter: serve the tuned model itself")
+        if self.engine == "api" and self.workers:
+            raise ValueError("workers run a model here: a server takes concurrency, and workers=0")
         return self
 
     @property

@@ -278,6 +278,14 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
         ("colab-t4", "T4", {"model.batch_tokens": 500_000}, "model.batch_tokens="),
         ("gpu-24gb", "4090", {"model.max_context": 16_384}, "model.max_context=8192"),
         ("gpu-24gb", "4090", {"responses.max_new_tokens": 2048}, "responses.max_new_tokens=1"),
+        ("paper", "A100-80", {}, "model.workers=0, or --gpus 4"),
+        ("gpu-24gb", "4090", {"model.dtype": "float16"}, "model.dtype=bfloat16"),
+        (
+            "gpu-24gb",
+            "4090",
+            {"training.token_budget": 8192, "pairs.max_tokens": 16_384},
+            "pairs.max_tokens=8192",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_with_the_key_to_change(name, gpu, changes, told):
@@ -294,6 +302,8 @@ def test_the_advice_helps():
         ("gpu-24gb", "4090", {"responses.max_new_tokens": 2048}),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}),
         ("gpu-24gb", "4090", {"training.gradient_checkpointing": "off"}),
+        ("gpu-24gb", "4090", {"training.token_budget": 8192, "pairs.max_tokens": 16_384}),
+        ("gpu-24gb", "4090", {"model.dtype": "float16", "model.workers": 4}),
     ):
         changes, problems = dict(changes), None
         for _ in range(4):
@@ -303,6 +313,39 @@ def test_the_advice_helps():
             key, value = re.search(r"([a-z_]+\.[a-z_]+)=(\w+)", problems[0]).groups()
             changes[key] = value
         assert problems == [], (name, changes)
+
+
+def test_a_pair_longer_than_the_budget_goes_alone_and_sets_the_peak():
+    recipe = load_recipe("gpu-24gb")
+    config, peaks = planning.architecture(recipe.model), []
+    for budget, longest in ((4096, 2048), (512, 2048), (512, 256)):
+        changes = {"token_budget": budget, "gradient_checkpointing": "on"}
+        settings = recipe.training.model_copy(update=changes)
+        parts = planning.training_memory(config, recipe.model, settings, 23.5, longest)
+        peaks.append(sum(parts.values()))
+    assert peaks[0] == peaks[1] > peaks[2]
+
+
+def test_short_replies_make_short_ranking_prompts():
+    short = plan(load_recipe("gpu-24gb", {"responses.max_new_tokens": 75}), find_gpu("4090"))
+    tokens = {stage.name: stage.tokens / stage.rows for stage in short.stages}
+    assert tokens["responses"] == 75
+    assert tokens["verdicts"] == 930 - 2 * 300 and tokens["training self-0"] == 900 - 2 * 300
+
+
+def test_what_is_not_planned_is_named(monkeypatch):
+    changes = {"evaluation.harness": ["tiny"], "evaluation.benchmarks": ["tiny_alpaca"]}
+    told = render(plan(load_recipe("gpu-24gb", changes), find_gpu("4090")))
+    assert "Not planned: what evaluation.harness, evaluation.benchmarks add" in told
+    plain = load_recipe("gpu-24gb", {"evaluation.questions": "elsewhere.jsonl"})
+    assert "its questions are not on this machine" in render(plan(plain, find_gpu("4090")))
+
+
+def test_a_disk_that_is_too_small_is_told(monkeypatch):
+    usage = planning.shutil.disk_usage("/")
+    for free, told in ((1 * GIB, True), (10_000 * GIB, False)):
+        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=free))  # noqa: B023
+        assert ("Set SAO_RESULTS" in render(plan(load_recipe("gpu-24gb")))) == told
 
 
 def test_fp8_on_an_older_card_is_told_to_save_memory_only():
@@ -393,7 +436,7 @@ def driver(tmp_path, monkeypatch):
 
 
 def test_an_unknown_gpu_is_told_and_a_broken_driver_is_no_gpu(driver):
-    with pytest.raises(PlanError, match="'RTX 9' is not known. Known .--gpu.: T4, 3090"):
+    with pytest.raises(PlanError, match="'RTX 9' is not known; --gpu .*: T4, 3090"):
         find_gpu("RTX 9")
     driver("echo 'NVIDIA GeForce GT 1'")
     with pytest.raises(PlanError, match="GeForce GT 1"):

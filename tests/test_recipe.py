@@ -133,6 +133,10 @@ def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():
         ({"model.quantisation": "fp8"}, "quantisation"),
         ({"model.engine": "vllm", "model.quantisation": "nf4"}, "quantisation"),
         ({"model.price_in": 1.0}, "engine=api"),
+        (
+            {"judge.path": "x", "judge.engine": "api", "judge.url": "http://x", "judge.workers": 2},
+            "concurrency",
+        ),
         ({"model.adapter": "somewhere"}, "merge"),
         (
             {"others": {"x": {"path": "m", "engine": "api", "url": "http://x", "adapter": "a"}}},
