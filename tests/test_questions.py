@@ -16,10 +16,25 @@ def run_with(**changes):
 
 
 @pytest.mark.parametrize("name", sorted(questions.SETS))
-def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name):
-    asked = questions.questions(run_with(questions=name))
-    assert asked and asked == questions.questions(run_with(questions=name))
+def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name, tmp_path):
+    official = {  # made up, in the form of the published files
+        "alpaca_eval/alpaca_eval_gpt4_baseline.json": [[{"instruction": "A?"}]],
+        "arena-hard-v0.1/question.jsonl": [{"question_id": 1, "turns": [{"content": "B?"}]}],
+        "mt_bench/question.jsonl": [{"question_id": 1, "turns": ["C?", "And D?"]}],
+    }
+    for file, lines in official.items():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = questions.questions(run_with(questions=name, data=str(tmp_path)))
+    assert asked and asked == questions.questions(run_with(questions=name, data=str(tmp_path)))
     assert len({row["id"] for row in asked}) == len(asked)
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", "[1, 2]", '[{"prompt": "A?"}]'])
+def test_a_file_that_is_not_the_benchmarks_says_so(text, tmp_path):
+    (tmp_path / "alpaca_eval_gpt4_baseline.json").write_text(text)
+    with pytest.raises(RecipeError, match="alpaca_eval"):
+        questions.questions(run_with(questions="alpaca_eval", data=str(tmp_path)))
 
 
 def test_a_set_that_is_added_is_asked(monkeypatch):
