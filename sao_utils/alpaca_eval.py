@@ -35,6 +35,7 @@ from sao_utils.recipe import Evaluation, RecipeError
 
 REFERENCE = "gpt4_1106_preview"  # who wrote the reference answers
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+PROMPTS = 805
 JUDGES = ("gpt-4-1106-preview",)
 CHOICES = ("m", "M")
 LOW_MASS = 0.5  # probability on m and M below which a preference is counted as doubtful (ours)

@@ -27,6 +27,7 @@ from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Evaluation, RecipeError
 
 BASELINE = "gpt-4-0314"
+PROMPTS = 500
 JUDGES = ("gpt-4-1106-preview",)
 MAX_TOKENS = 4096  # of an answer and of a verdict, at temperature 0
 #: label -> (outcome for A, how many games it counts as)

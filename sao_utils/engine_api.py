@@ -87,7 +87,7 @@ class ApiEngine:
     def choose(self, chats: list[Chat], prefix: str, choices: tuple[str, ...]):
         def verdict(i: int) -> list[float]:
             chat, extra = chats[i], {}
-            if self._forces:
+            if self._forces and prefix:  # nothing to go on after: the turn would end at once
                 chat = [*chat, {"role": "assistant", "content": prefix}]
                 extra = {"add_generation_prompt": False, "continue_final_message": True}
             answer = self._ask(

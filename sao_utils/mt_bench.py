@@ -23,6 +23,7 @@ from sao_utils.intervals import Interval, clustered_mean
 from sao_utils.questions import official_questions, official_rows
 from sao_utils.recipe import Evaluation, RecipeError
 
+PROMPTS = 80
 JUDGES = ("gpt-4",)
 MAX_TOKENS = 1024  # of an answer
 VERDICT_TOKENS = 2048

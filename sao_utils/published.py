@@ -3,6 +3,8 @@
 `alpaca_eval`, `arena_hard` and `mt_bench` say how each is loaded, judged, scored and written down;
 here models answer, judges are asked, and everything comes together. A judge of the recipe is any
 model: the figures are comparable with published ones only where the note of a row is empty.
+The files that are left under benchmarks/ are those of the benchmarks' own programs: model_outputs.json
+of alpaca_eval, and data/<name>/model_answer and model_judgment of arena-hard-auto and FastChat.
 
 The counterparts (all of them ours, to see the machinery at work; no evidence about large models):
 
@@ -56,10 +58,12 @@ def load(settings: Evaluation, name: str) -> dict:
     loaded = _TINY[name]() if name in _TINY else PROTOCOLS[name].load(settings)
     if not loaded["items"]:
         raise RecipeError(f"{name}: its files hold no question with all it takes.")
-    limit = settings.benchmark_limit
-    if limit is not None and limit < len(loaded["items"]):
-        note = f"the first {limit} of {len(loaded['items'])} prompts"
-        loaded["items"], loaded["notes"] = loaded["items"][:limit], (*loaded["notes"], note)
+    limit, there = settings.benchmark_limit, len(loaded["items"])
+    if name not in _TINY and there != PROTOCOLS[name].PROMPTS:
+        loaded["notes"] += (f"{there} usable prompts, there {PROTOCOLS[name].PROMPTS}",)
+    if limit is not None and limit < there:
+        loaded["notes"] += (f"the first {limit} of {there} prompts",)
+        loaded["items"] = loaded["items"][:limit]
     return loaded
 
 

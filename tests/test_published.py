@@ -5,11 +5,13 @@ import importlib.util
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 
 from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows
+from sao_utils.engine_api import ApiEngine, read_verdict
 from sao_utils.intervals import Interval
 from sao_utils.recipe import RecipeError, load_recipe
 from sao_utils.tiny import counterparts, world
@@ -156,6 +158,21 @@ def test_a_judge_that_always_names_the_first_shows_in_the_first_rate_and_not_in_
     found = alpaca_eval.figures(annotations["model"])
     assert found["first_rate"].value == 1
     assert found["win_rate"].low < 0.5 < found["win_rate"].high
+
+
+def test_a_server_that_reports_tokens_is_read_as_naming_m_or_M():
+    said = [("m", {"m": -0.1, "M": -2.4, "The": -5.0})]
+    assert read_verdict(said, "", alpaca_eval.CHOICES) == pytest.approx([-0.1, -2.4])
+
+
+def test_a_server_that_forces_verdicts_gets_no_empty_turn_to_go_on_after():
+    engine = object.__new__(ApiEngine)
+    engine.model, engine._forces = types.SimpleNamespace(url="x", concurrency=1), True
+    asked = []
+    engine._ask = lambda chat, *_, **options: asked.append((chat, options["extra_body"]))
+    chat = [{"role": "user", "content": "m or M?"}]
+    assert list(engine.choose([chat], "", alpaca_eval.CHOICES)) == [[(0, [-math.inf] * 2)]]
+    assert asked == [(chat, {})]
 
 
 def test_without_a_valid_preference_there_is_no_win_rate():
@@ -389,6 +406,26 @@ def test_mean_grades_go_by_turn_and_category_and_leave_invalid_ones_out(mt_folde
     assert judgments["m"][3]["judge"] == ["judge", "single-math-v1-multi-turn"]
 
 
+def test_files_have_what_the_programs_of_arena_hard_and_fastchat_read(mt_folder):
+    judgments, _ = arena_hard.judge(saying(lambda _: "[[A=B]]"), arena(), {"m": ANSWER}, "judge")
+    written = arena_hard.files({"m": ANSWER}, arena(), judgments, "judge")
+    (answer, *_), (judged, *_) = (
+        written[f"{path}m.jsonl"] for path in ("model_answer/", "model_judgment/judge/")
+    )
+    assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert answer["choices"] == [{"index": 0, "turns": [{"content": "mine", "token_len": 1}]}]
+    assert set(judged) == {"question_id", "model", "judge", "games"}
+    assert [set(game) for game in judged["games"]] == [{"user_prompt", "judgment", "score"}] * 2
+
+    benchmark = mt_bench.load(settings(data=str(mt_folder)))
+    answers = {"m": {item["id"]: {"turns": ["x", "y"], "id": "i"} for item in benchmark["items"]}}
+    judgments, _ = mt_bench.judge(saying(lambda _: "[[5]]"), benchmark, answers, "judge")
+    written = mt_bench.files(answers, benchmark, judgments, "judge")
+    assert written["model_answer/m.jsonl"][0]["choices"] == [{"index": 0, "turns": ["x", "y"]}]
+    keys = "question_id model judge user_prompt judgment score turn tstamp".split()
+    assert set(keys) <= set(written["model_judgment/judge_single.jsonl"][0])
+
+
 # --------------------------------------------------------------- whole benchmarks, tiny model
 
 
@@ -425,7 +462,7 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     assert row["interval"].n == row["n"] == 6
     assert row["counts"]["repeated prompt"] == row["counts"]["empty prompt"] == 1
     assert row["counts"]["no reference answer"] == 1
-    for part in ("judged by tiny", "the first 6 of 198 prompts"):
+    for part in ("judged by tiny", "the first 6 of 198 prompts", "198 usable prompts, there 805"):
         assert part in row["note"]
     assert "own" not in row["note"]  # the template was given
     assert row["standard_error"] > 0
