@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
-from sao_utils.engines import NO_REPLY, load_tokenizer, unanswered
+from sao_utils.engines import NO_REPLY, disarm, load_tokenizer, unanswered
 from sao_utils.judging import judge
 from sao_utils.personas import write_prompts
 from sao_utils.recipe import Arm, Pairs
 from sao_utils.rows import Run, row_id
+
+AT_ONCE = 500  # pairs that are tokenised together: a token takes some 140 bytes until it is counted
 
 
 def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
@@ -27,9 +30,8 @@ def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
     """
     settings = run.recipe.pairs
     verdicts = [row for row in judge(run) if row["seed"] == seed]
-    template_tokens = _count_tokens(run, verdicts)
     rows = []
-    for verdict, tokens in zip(verdicts, template_tokens):
+    for verdict, tokens in zip(verdicts, _count_tokens(run, verdicts)):
         first_wins, discarded = _preference(verdict, arm, settings)
         if arm in ("random", "sft_random") and discarded is None:
             first_wins = random.Random(f"{verdict['id']} {arm} {seed}").random() < 0.5
@@ -65,10 +67,11 @@ def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | N
         return a > b, "tie" if a == b else None
     if verdict["outcome"] in ("invalid", "tie"):
         return True, {"invalid": "invalid verdict", "tie": "tie"}[verdict["outcome"]]
-    first_wins = verdict["margin"] > 0
-    if settings.require_consistent and verdict["outcome"] == "inconsistent":
+    margin, first_wins = verdict["margin"], verdict["margin"] > 0
+    # Sampled verdicts that disagree cancel to 0: they name no winner, whatever the filter.
+    if verdict["outcome"] == "inconsistent" and (settings.require_consistent or margin == 0):
         return first_wins, "orders disagree"
-    if abs(verdict["margin"]) < settings.min_margin or verdict["margin"] == 0:
+    if abs(margin) < settings.min_margin:
         return first_wins, "margin too small"
     return first_wins, None
 
@@ -84,19 +87,24 @@ def _unusable(verdict: dict, tokens: list[int], settings: Pairs) -> str | None:
     return None
 
 
-def _count_tokens(run: Run, verdicts: list[dict]) -> list[list[int]]:
-    """Tokens of prompt and response together, templated, for both responses of each verdict."""
+def _count_tokens(run: Run, verdicts: list[dict]) -> Iterator[list[int]]:
+    """Tokens of prompt and response together, as in training, for both responses of each verdict."""
     tokenizer = load_tokenizer(run.recipe.model)
-    chats = [
-        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
-        for row in verdicts
-        for text in row["responses"]
-    ]
-    if not chats:
-        return []
-    texts = tokenizer.apply_chat_template(chats, tokenize=False)
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    return [list(pair) for pair in zip(counts[0::2], counts[1::2])]
+    for start in range(0, len(verdicts), AT_ONCE):
+        chats = [
+            disarm(
+                [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": text},
+                ],
+                tokenizer,
+            )
+            for row in verdicts[start : start + AT_ONCE]
+            for text in row["responses"]
+        ]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        yield from map(list, zip(counts[0::2], counts[1::2]))
 
 
 def funnel(run: Run, arm: Arm = "self") -> list[tuple[str, int]]:

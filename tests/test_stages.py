@@ -8,9 +8,11 @@ import time
 import pytest
 
 from sao_utils import judging, pairs, personas, responses, rows, templates
+from sao_utils.engines import load_tokenizer
 from sao_utils.overlap import pieces, similarity_of, words
 from sao_utils.recipe import Pairs, RecipeError, load_recipe
 from sao_utils.tiny import world
+from sao_utils.training import encode
 
 QUESTION = "Can you explain the right tool and where to go for chess?"
 
@@ -373,6 +375,37 @@ def test_each_filter_names_its_reason(monkeypatch, small_run, changes, reason):
     )
     row = pairs.build_pairs(dataclasses.replace(small_run, recipe=strict), "self", 0)[0]
     assert row["discarded"] == reason
+
+
+def test_orders_that_cancel_name_no_winner_even_where_disagreement_is_allowed(
+    monkeypatch, small_run
+):
+    """The paper's recipe: sampled verdicts, no filter."""
+    settings = Pairs(require_consistent=False, min_margin=0.0, max_tokens=512)
+    lenient = small_run.recipe.model_copy(update={"pairs": settings})
+    reasons = []
+    for margin in (0.0, 0.5):
+        row = verdict(outcome="inconsistent", margin=margin)
+        monkeypatch.setattr(pairs, "judge", lambda run, row=row: [row])
+        made = pairs.build_pairs(dataclasses.replace(small_run, recipe=lenient), "self", 0)
+        reasons.append(made[0]["discarded"])
+    assert reasons == ["orders disagree", None]
+
+
+def test_the_length_of_a_pair_is_what_training_will_see(small_run):
+    """Also where a text holds an end token, which counts as text; and for more pairs than go at once."""
+    tokenizer = load_tokenizer(small_run.recipe.model)
+    spoken = f"A net. {tokenizer.eos_token} And a bow."
+    rows = [verdict(responses=["A net.", spoken if k % 3 else "No."]) for k in range(7)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "AT_ONCE", 2)
+        counted = list(pairs._count_tokens(small_run, rows))
+    for row, lengths in zip(rows, counted, strict=True):
+        message = {"prompt": [{"role": "user", "content": QUESTION}], "id": "p"}
+        for text, length in zip(row["responses"], lengths, strict=True):
+            ids, _ = encode(message | {"chosen": [{"role": "assistant", "content": text}]}, "chosen",
+                            tokenizer)  # fmt: skip
+            assert 0 <= length - len(ids) <= 1  # but for what a template puts after the end
 
 
 def test_chosen_is_the_preferred_answer_in_trls_conversational_form(monkeypatch, small_run):
