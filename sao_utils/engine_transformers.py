@@ -60,7 +60,7 @@ class TransformersEngine:
 
         self.model, self.tokenizer = loaded.eval(), tokenizer
         self.batch_tokens, self.name = batch_tokens, name
-        self.device = loaded.device.type
+        self.device, self.sound = loaded.device.type, False
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
         stops = self.model.generation_config.eos_token_id
@@ -103,6 +103,7 @@ class TransformersEngine:
                     use_cache=False,
                     logits_to_keep=1,
                 ).logits[:, -1]
+            self._see_numbers(None, logits)
             return list(zip(rows, logits.float().log_softmax(-1)[:, firsts].tolist()))
 
         yield from self.in_batches(prompts, too_long, score)
@@ -125,7 +126,9 @@ class TransformersEngine:
                 eos_token_id=self.stops,
                 return_dict_in_generate=True,
             )
-            draw = [_SeededDraw([seeds[i] for i in going], sampling, start)]
+            steps = [self._see_numbers]
+            if sampling.temperature:
+                steps.append(_SeededDraw([seeds[i] for i in going], sampling, start))
             halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
             with torch.inference_mode():
                 out = self.model.generate(
@@ -133,7 +136,7 @@ class TransformersEngine:
                     attention_mask=mask,
                     past_key_values=cache,
                     generation_config=config,
-                    logits_processor=LogitsProcessorList(draw if sampling.temperature else []),
+                    logits_processor=LogitsProcessorList(steps),
                     stopping_criteria=StoppingCriteriaList(halt),
                 )
             replies = out.sequences[:, start:].tolist()
@@ -146,6 +149,21 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
             cache = _rows_of(out.past_key_values, stay) if stay else None
         return [found[i] for i in range(len(prompts))]
+
+    def _see_numbers(self, _, logits):
+        """The logits [rows, vocabulary] as they are; raises EngineError if the very first are none.
+
+        A model that overflows in float16 would write, and judge, with NaN for hours.
+        """
+        if not self.sound:
+            self.sound = bool(logits.amax(-1).isfinite().any())
+            if not self.sound:
+                raise EngineError(
+                    f"The model computes NaN, no numbers, in {str(logits.dtype)[6:]}. Set "
+                    "model.dtype=bfloat16 on a GPU of compute capability 8.0 or more, else float32, "
+                    "or take another model; or its weights are damaged."
+                )
+        return logits
 
     def in_batches(
         self,

@@ -1,6 +1,7 @@
 """The transformers engine: precision, 4 bit, the context, memory that runs out, and sampling."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -277,6 +278,24 @@ def test_a_row_that_does_not_fit_alone_names_the_keys_and_keeps_the_rows_before(
     limit_rows(own_engine, 0)
     with pytest.raises(EngineError, match="model.quantisation=nf4.*max_new_tokens"):
         next(batches)
+
+
+@pytest.mark.parametrize("verb", ["generate", "choose"])
+def test_a_model_that_computes_no_numbers_is_told_before_a_row_is_made(own_engine, verb):
+    """As Gemma-2 does in float16."""
+    own_engine.model.lm_head.weight.data.fill_(math.nan)
+    work = {
+        "generate": own_engine.generate(CHATS, Sampling(0.0, 4), [0] * len(CHATS)),
+        "choose": own_engine.choose(CHATS, "ranking:", VERDICTS),
+    }
+    with pytest.raises(EngineError, match="computes NaN.*in float32.*model.dtype=bfloat16"):
+        next(work[verb])
+
+
+def test_a_row_without_numbers_does_not_end_the_others(own_engine):
+    for logits in ([[1.0, 2.0], [math.nan, 1.0]], [[math.nan, 2.0]]):
+        logits = torch.tensor(logits)
+        assert own_engine._see_numbers(None, logits) is logits
 
 
 def test_another_fault_than_memory_is_not_swallowed(own_engine):
