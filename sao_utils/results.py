@@ -42,8 +42,8 @@ NOT_COMPARABLE = (
     "Numbers of the recipe tiny are measured on a toy of 1.2 M parameters in a world of its own; "
     "they are not comparable with the paper's."
 )
-#: metrics of benchmarks that are kept with the other results; all are in `tables.benchmarks`.
-HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2")
+#: metrics of benchmarks that are kept with the other results; `benchmark_rows` has all.
+HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2", "kappa")
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 
 
@@ -414,8 +414,9 @@ def leakage_effect(run: Run) -> list[dict]:
     Returns:
         The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
         overlap)}. Of the run's own questions: `good_rate.gain` (tuned minus base, by the oracle) and
-        `win_rate` of tuned against base; of a benchmark the win rate, score or grade of each judge for
-        the tuned model. None for the second where fewer than FEWEST questions are left.
+        `win_rate` of tuned against base; of a benchmark the win rate, score or grade that each judge
+        gives the tuned model (of the first seed). None for the second where fewer than FEWEST
+        questions are left.
     """
     effects: dict = {}  # (set, left out) -> its results
     found = []
@@ -439,12 +440,12 @@ def _headline(run: Run, questions: str, left_out: frozenset[str]) -> dict[str, I
     if "self" not in run.recipe.arms:
         return {}
     if questions != settings.questions:
-        metrics = ("win_rate", "score")
+        metrics, tuned = ("win_rate", "score"), ("self", f"self-{run.recipe.seeds[0]}")
         rows = published(run, questions, names=("base", "self"), leave_out=left_out).values()
         return {
             f"{row['judge']}.{row['metric']}": row["interval"]
             for row in rows
-            if row["metric"] in metrics and row["model"] == "self"
+            if row["metric"] in metrics and row["model"] in tuned
         }
     rows = [r for r in contests.contest(run, "self", "base") if r["prompt"] not in left_out]
     quality = [oracle_quality(row["prompt"], *row["responses"]) for row in rows]

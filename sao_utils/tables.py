@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from sao_utils import contests, harness
 from sao_utils.intervals import Interval
 from sao_utils.pairs import funnel
-from sao_utils.results import NOT_COMPARABLE, benchmark_rows, unit
+from sao_utils.results import HEADLINES, NOT_COMPARABLE, benchmark_rows, unit
 from sao_utils.rows import Run, results_folder, write_whole
 
 DAGGER = "†"
@@ -40,7 +41,6 @@ JUDGES = {
     "arena_hard": ("gpt-4o-mini",),
     "mt_bench": ("gpt-4o-mini",),
 }
-METRICS = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2")
 MODELS = ("Gemma-2-9B-it", "Llama-3-8B-Instruct")  # those that the paper trains
 LEADERBOARD = {
     "arc_challenge": "ARC (25)",
@@ -50,7 +50,10 @@ LEADERBOARD = {
     "hellaswag": "HellaSwag (10)",
     "mmlu": "MMLU (5)",
 }
-OWN_BASE = "against its own base model (50 is no change), both orders, held-out questions"
+OWN_BASE = "against its own base model (50 is no change), both orders"
+OWN_DEFINITION = (
+    "repetition as defined here (personas.repetition_rate); the paper gives no definition"
+)
 COLUMNS = "table by benchmark model judge metric value low high unit n differs protocol".split()
 
 
@@ -87,7 +90,7 @@ def benchmarks(run: Run, found: dict[str, Interval]) -> list[dict]:
         for name in names:
             rows += _of_benchmark(run, table, name, measured)
         if table == "Table 2":
-            rows += _of_harness(run, table)
+            rows += _of_harness(run, table, found)
         if table.startswith("Figure 3"):
             rows += _of_ablation(run, table, found)
     return rows
@@ -103,89 +106,72 @@ def _is_shown(row: dict, table: str) -> bool:
 
 def _of_paper(row: dict) -> dict:
     graded = row["metric"] == "score"
-    return _row(
-        row["table"],
-        "paper",
-        row["benchmark"].removeprefix("Open LLM Leaderboard: "),
-        " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
-        row["judge"],
-        row["metric"],
-        Interval(float(row["value"]) / (1 if graded else 100), *[float("nan")] * 2, 0),
-        "of 10" if graded else "%",
-        "as reported",
-    )
+    value = float(row["value"]) / (1 if graded else 100)
+    return {
+        "table": row["table"],
+        "by": "paper",
+        "benchmark": row["benchmark"].removeprefix("Open LLM Leaderboard: "),
+        "model": " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
+        "judge": row["judge"],
+        "metric": row["metric"],
+        **_numbers(Interval(value, math.nan, math.nan, 0), "of 10" if graded else "%"),
+        "differs": False,
+        "protocol": "as reported",
+    }
 
 
-def _row(
-    table: str,
-    by: str,
-    benchmark: str,
-    model: str,
-    judge: str,
-    metric: str,
-    found: Interval | None,
-    counted_in: str,
-    protocol: str,
-    differs: bool = False,
-) -> dict:
+def _numbers(found: Interval, counted_in: str) -> dict:
+    """value, low and high in a unit, None for NaN; n, None where nobody gives it."""
     factor = 100 if counted_in in ("%", "points") else 1
-    numbers = [found.value, found.low, found.high] if found else [None] * 3
-    value, low, high = (x if x is None or x != x else round(factor * x, 4) for x in numbers)
-    known = lambda x: None if x is None or x != x else x  # noqa: E731
-    n = found.n if found and found.n else None
-    cells = (table, by, benchmark, model, judge, metric, known(value), known(low), known(high))
-    return dict(zip(COLUMNS, (*cells, counted_in, n, differs, protocol), strict=True))
+    parts = {"value": found.value, "low": found.low, "high": found.high}
+    known = {k: round(factor * x, 4) if math.isfinite(x) else None for k, x in parts.items()}
+    return {**known, "unit": counted_in, "n": found.n or None}
 
 
 def _missing(table: str, benchmark: str, what: str, how: str) -> dict:
-    return _row(table, "run", benchmark, what, "", "", None, "", how)
+    """A row for what was not measured; `how` says what to do for it."""
+    empty = {"judge": "", "metric": "", **dict.fromkeys(("value", "low", "high")), "unit": ""}
+    names = {"table": table, "by": "run", "benchmark": benchmark, "model": what}
+    return {**names, **empty, "n": None, "differs": False, "protocol": how}
 
 
 def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) -> list[dict]:
-    """Base and tuned model (and those to compare with) by every judge, without the controls."""
-    tiny = name.startswith("tiny_")
-    rows = [row for row in measured.values() if row["benchmark"] == name]
-    if not rows:
-        if tiny and run.recipe.model.path != "tiny":
-            return []
+    """Base, tuned model and the recipe's others by every judge, without the controls."""
+    there = [(key, row) for key, row in measured.items() if row["benchmark"] == name]
+    if not there and name.startswith("tiny_") and run.recipe.model.path != "tiny":
+        return []
+    if not there:
         return [_missing(table, name, "this run", f"add {name} to evaluation.benchmarks")]
-    found, controls = [], set(run.recipe.arms) - {"self"}
-    for row in rows:
-        if row["metric"] not in METRICS or row["model"].split("-")[0] in controls:
+    found, judges = [], contests.judge_models(run)
+    controls, theirs = set(run.recipe.arms) - {"self"}, JUDGES.get(name, ())
+    for key, row in there:
+        if row["metric"] not in HEADLINES or row["model"].split("-")[0] in controls:
             continue
-        notes = [row["note"]] if row["note"] else []
-        judge = contests.judge_models(run).get(row["judge"])
-        theirs = JUDGES.get(name, ())
+        notes, judge = [row["note"]] if row["note"] else [], judges.get(row["judge"])
         if judge and theirs and not any(part in judge.path.lower() for part in theirs):
             notes.append(f"the paper's judge is {' or '.join(theirs)}")
-        key = f"benchmark.{name}.{row['model']}.{row['judge']}.{row['metric']}"
-        words = {"self": "self-judged", "base": "base"}.get(row["model"], row["model"])
-        judged = _judge_in_words(row["judge"], judge)
-        note = "; ".join(notes) or "as published"
-        model = f"{run.recipe.model.path}, {words}"
         found.append(
-            _row(
-                table,
-                "run",
-                name,
-                model,
-                judged,
-                row["metric"],
-                row["interval"],
-                unit(key),
-                note,
-                bool(notes),
-            )
+            {
+                "table": table,
+                "by": "run",
+                "benchmark": name,
+                "model": _model(run, row["model"]),
+                "judge": f"{judge.path} ({row['judge']})" if judge else row["judge"],
+                "metric": row["metric"],
+                **_numbers(row["interval"], unit(f"benchmark.{key}")),
+                "differs": bool(notes),
+                "protocol": "; ".join(notes) or "as published",
+            }
         )
     return found
 
 
-def _judge_in_words(name: str, judge) -> str:
-    return name if judge is None else f"{judge.path} ({name})"
+def _model(run: Run, name: str) -> str:
+    return f"{run.recipe.model.path}, {'self-judged' if name == 'self' else name}"
 
 
-def _of_harness(run: Run, table: str) -> list[dict]:
-    """Base and tuned model on each exam; differences that are noise say so."""
+def _of_harness(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
+    """Base and tuned model on each exam, and whether the change is more than noise."""
     if not run.recipe.evaluation.harness:
         how = 'set evaluation.harness, to ["leaderboard"] say'
         return [_missing(table, "leaderboard", "this run", how)]
@@ -200,37 +186,27 @@ def _of_harness(run: Run, table: str) -> list[dict]:
         notes = [] if row["task"] in LEADERBOARD else ["a task of the tiny world, or one's own"]
         notes += [f"the first {row['limit']} items only"] if row["limit"] else []
         notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
-        differs, n = bool(notes), row["difference"].n
-        kind = "outside the noise" if row["outside"] else "inside the noise"
-        for words, value, error in (
-            ("base", row["base"], row["base_error"]),
-            ("self-judged", row["tuned"], row["tuned_error"]),
-        ):
-            interval = Interval(
-                value, max(0, value - 1.96 * error), min(1, value + 1.96 * error), n
-            )
-            told = "; ".join([*notes, f"change {kind}"] if words != "base" else notes)
-            model = f"{run.recipe.model.path}, {words}"
+        change = f"change {'outside' if row['outside'] else 'inside'} the noise"
+        for name, key in (("base", "base"), ("self", "tuned")):
+            told = notes if name == "base" else [*notes, change]
             rows.append(
-                _row(
-                    table,
-                    "run",
-                    task,
-                    model,
-                    "",
-                    row["metric"],
-                    interval,
-                    "%",
-                    told or "lm-eval's present prompts",
-                    differs,
-                )
+                {
+                    "table": table,
+                    "by": "run",
+                    "benchmark": task,
+                    "model": _model(run, name),
+                    "judge": "",
+                    "metric": row["metric"],
+                    **_numbers(found[f"harness.{row['task']}.{key}"], "%"),
+                    "differs": bool(notes),
+                    "protocol": "; ".join(told) or "prompts of the installed lm-eval",
+                }
             )
     return rows
 
 
 def _of_ablation(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
     """What a run says to the paper's ablations: its win rates against its own base model."""
-    algorithm = run.recipe.training.algorithm
     pairs = dict(funnel(run)).get("pairs", 0)
     lines = {
         "Figure 3a dataset size": [
@@ -239,7 +215,7 @@ def _of_ablation(run: Run, table: str, found: dict[str, Interval]) -> list[dict]
             ("other sizes", ""),
         ],
         "Figure 3d algorithm": [
-            (name, "self_win_rate" if name == algorithm else "")
+            (name, "self_win_rate" if name == run.recipe.training.algorithm else "")
             for name in ("simpo", "dpo", "orpo")
         ],
         "Figure 3e persona": [
@@ -256,15 +232,22 @@ def _of_ablation(run: Run, table: str, found: dict[str, Interval]) -> list[dict]
     rows = []
     for words, key in lines:
         if key not in found:
-            how = "a run of its own; see 'try next' in notebooks 01 and 04"
-            rows.append(_missing(table, "", words, how))
+            rows.append(_missing(table, "", words, "takes a run of its own, or another arm"))
             continue
-        judge = "" if key.startswith("prompts") else f"{run.recipe.judging_model.path} (self)"
-        note = "repetition as defined here; the paper gives no definition"
-        told = note if key.startswith("prompts") else OWN_BASE
-        model = f"{run.recipe.model.path}, {words}"
-        metric = key.removeprefix("prompts.").split(".")[0]
-        rows.append(_row(table, "run", "", model, judge, metric, found[key], unit(key), told, True))
+        of_prompts = key.startswith("prompts.")
+        rows.append(
+            {
+                "table": table,
+                "by": "run",
+                "benchmark": "prompt repetition" if of_prompts else "held-out questions",
+                "model": f"{run.recipe.model.path}, {words}",
+                "judge": "" if of_prompts else f"{run.recipe.judging_model.path} (self)",
+                "metric": key.removeprefix("prompts.").split(".")[0],
+                **_numbers(found[key], unit(key)),
+                "differs": True,
+                "protocol": OWN_DEFINITION if of_prompts else OWN_BASE,
+            }
+        )
     return rows
 
 
@@ -272,13 +255,11 @@ def shown(row: dict) -> str:
     """The value of a row in words: `71.2 [68.0, 74.1] % †`, `not measured`."""
     if row["value"] is None:
         return "not measured"
-    digits = 2 if row["unit"] == "of 10" or row["by"] == "paper" else 1
-    text = f"{row['value']:.{digits}f}".rstrip("0").rstrip(".") if row["by"] == "paper" else ""
-    if row["by"] == "run":
-        text = f"{row['value']:.{digits}f}"
-        if row["low"] is not None:
-            text += f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-    return f"{text} {row['unit']}" + (f" {DAGGER}" if row["differs"] else "")
+    digits = 2 if row["unit"] in ("of 10", "") else 1
+    text = f"{row['value']:g}" if row["by"] == "paper" else f"{row['value']:.{digits}f}"
+    if row["low"] is not None:
+        text += f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return " ".join(filter(None, (text, row["unit"], DAGGER if row["differs"] else "")))
 
 
 def frame(rows: list[dict], table: str):
