@@ -344,7 +344,7 @@ def _tiny_mt() -> dict:
         "items": counterparts.conversations(),
         "show": lambda item, texts: (_chat(item["turns"][: len(texts)], texts), "oracle"),
         "grade": counterparts.oracle_grade,
-        "notes": ("graded by the oracle",),
+        "notes": ("graded by the oracle: the tiny judge cannot grade",),
         "counts": Counter(),
     }
 

@@ -123,17 +123,27 @@ def test_the_published_fit_is_that_of_alpaca_evals_program(annotated, official, 
 @pytest.mark.skipif(
     not importlib.util.find_spec("alpaca_eval"), reason="extra alpaca not installed"
 )
-def test_alpaca_evals_program_reads_our_files_and_gives_our_figures(annotated, tmp_path):
+def test_alpaca_evals_program_reads_our_files_and_gives_our_figures(
+    annotated, official, tmp_path, monkeypatch
+):
     import pandas
-    from alpaca_eval.metrics import get_winrate
+    from alpaca_eval.metrics import get_winrate, glm_winrate
 
     benchmark, answers, annotations, _ = annotated
     given = alpaca_eval.files({"model": answers}, benchmark, {"model": annotations}, "made_up")
     path = next(p for p in given if p.endswith("annotations.json"))
-    theirs = get_winrate(pandas.read_json(write(tmp_path / "annotations.json", given[path])))
+    read = pandas.read_json(write(tmp_path / "annotations.json", given[path]))
+    theirs = get_winrate(read)
     ours = alpaca_eval.figures(annotations)
     assert theirs["win_rate"] == pytest.approx(100 * ours["win_rate"].value)
     assert theirs["discrete_win_rate"] == pytest.approx(100 * ours["discrete_win_rate"].value)
+    gamed = tmp_path / "df_gamed.csv"  # of the hub
+    gamed.write_text(fixture_script().gamed(200))
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(gamed))
+    controlled = glm_winrate.get_length_controlled_winrate(read, save_weights_dir=None)
+    assert controlled["length_controlled_winrate"] == pytest.approx(
+        official["length_controlled"]["published"], abs=1e-6
+    )
 
 
 def test_a_preference_goes_from_one_for_the_reference_to_two_for_the_model():
@@ -473,6 +483,31 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
 
 
+def test_prompts_beyond_the_context_give_empty_answers_and_invalid_verdicts_that_are_counted(
+    results, tmp_path
+):
+    prompts = ["What is a river?", "word " * 5000, "What is a stone?"]
+    row = {"dataset": "made up", "output": "It is one.", "generator": "reference"}
+    write(
+        tmp_path / "given" / "alpaca_eval_gpt4_baseline.json",
+        [{**row, "instruction": prompt} for prompt in prompts],
+    )
+    data = {"evaluation.data": str(tmp_path / "given"), "others": {}}
+    run = rows.open_run("tiny", "long", {**QUICK, **data})
+    row = published.published(run, "alpaca_eval")["alpaca_eval.base.self.win_rate"]
+    assert row["counts"]["empty answers"] == row["counts"]["invalid verdict"] == 1
+    assert row["n"] == 2 and "the judge's prompt is the kit's own" in row["note"]
+
+
+def test_models_of_several_seeds_stand_apart(results, monkeypatch):
+    run = rows.open_run("tiny", "seeds", {**QUICK, "seeds": [0, 1], "others": {}})
+    of_seed = [("self", seed, run.recipe.model) for seed in run.recipe.seeds]
+    both = lambda *_: [("base", None, run.recipe.model), *of_seed]  # noqa: E731
+    monkeypatch.setattr(published, "competitors", both)
+    found = published.published(run, "tiny_mt")
+    assert {row["model"] for row in found.values()} == {"base", "self-0", "self-1"}
+
+
 def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as_invalid(
     results, mt_folder
 ):
@@ -524,6 +559,14 @@ def test_two_judges_stand_side_by_side_with_their_agreement(results):
         assert value == 1 or math.isnan(value)  # the same judge twice; NaN if all labels are one
     scores = [found[f"tiny_alpaca.base.{judge}.win_rate"] for judge in ("self", "copy")]
     assert scores[0]["interval"] == scores[1]["interval"]
+
+
+def test_a_judge_with_one_grade_for_everything_is_told():
+    graded = [{"score": 1.0}, {"score": 1.0}]
+    assert published._about(mt_bench, "score", graded) == (
+        "the judge gave one and the same grade to all",
+    )
+    assert published._about(mt_bench, "score", [*graded, {"score": 2.0}]) == ()
 
 
 def test_labels_of_verdicts_leave_invalid_ones_empty():
