@@ -17,7 +17,7 @@ from sao_utils.engines import (
     unanswered,
 )
 from sao_utils.overlap import near_duplicates, shared_ngrams
-from sao_utils.questions import questions, read_column
+from sao_utils.questions import evaluated_prompts, read_column
 from sao_utils.recipe import RecipeError
 from sao_utils.rows import Run, complete, make_rows, read_rows, row_id, seed_of
 from sao_utils.tiny import world
@@ -54,7 +54,7 @@ def draw_personas(run: Run) -> list[dict]:
                 "are left out.",
                 stacklevel=2,
             )
-        texts = {seed: _pick(different, settings.count, seed, settings.source) for seed in seeds}
+        texts = {seed: _pick([*different], settings.count, seed, settings.source) for seed in seeds}
     return [
         {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
         for seed in seeds
@@ -68,12 +68,15 @@ def _tiny_personas(count: int, seed: int) -> list[str]:
 
 
 def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]:
+    """The first `count` of a list that is shuffled in place, by the seed."""
     if len(different) < count:
         raise RecipeError(
             f"{source} has {len(different)} different personas that are free, personas.count asks "
             f"for {count}. Lower the count."
         )
-    return random.Random(seed).sample(different, count)
+    # Not `sample`, which draws others for another count: a run whose count is raised goes on.
+    random.Random(seed).shuffle(different)
+    return different[:count]
 
 
 def _hub_personas(run: Run, seed: int) -> list[str]:
@@ -115,7 +118,8 @@ def _stream_from_hub(revision: str | None) -> Iterator[str]:
     from datasets import load_dataset
 
     stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision)
-    return (row["persona"].strip() for row in stream if row["persona"])
+    texts = ((row["persona"] or "").strip() for row in stream)
+    return (text for text in texts if text)
 
 
 def write_prompts(run: Run) -> list[dict]:
@@ -126,7 +130,8 @@ def write_prompts(run: Run) -> list[dict]:
         or says why the row goes no further: "malformed" (the reply does not begin as the template
         asks), "cut off" (at the token limit), `engines.NO_REPLY`, "evaluation question" (tiny
         world: it asks for a held-out combination, so training on it would leak), "in an evaluation
-        set" (it shares `personas.ngram` words in a row with an evaluation question), or
+        set" (it shares `personas.ngram` words in a row with one of the evaluation's prompts, see
+        `questions.evaluated_prompts`), or
         "near-duplicate" (of an earlier prompt of its seed, by `personas.max_similarity`). The last
         two depend on all prompts; the rows on disk do not have them.
     """
@@ -141,6 +146,7 @@ def write_prompts(run: Run) -> list[dict]:
         model_name(recipe.model),
     )
     jobs = [{**person, "id": row_id(*made_with, person["id"])} for person in draw_personas(run)]
+    asked = evaluated_prompts(run) if settings.ngram else []  # a file that is missing: said now
 
     def work(outstanding):
         chats = [
@@ -151,13 +157,12 @@ def write_prompts(run: Run) -> list[dict]:
         for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
             yield [_prompt_row(outstanding[i], reply) for i, reply in batch]
 
-    return _discard_overlaps(run, make_rows(run, "prompts", jobs, work))
+    return _discard_overlaps(run, make_rows(run, "prompts", jobs, work), asked)
 
 
-def _discard_overlaps(run: Run, rows: list[dict]) -> list[dict]:
+def _discard_overlaps(run: Run, rows: list[dict], asked: list[str]) -> list[dict]:
     settings = run.recipe.personas
     if settings.ngram is not None:
-        asked = [row["question"] for row in questions(run)]
         rows = _discard(rows, IN_EVALUATION, lambda p: shared_ngrams(p, asked, settings.ngram))
     if settings.max_similarity is not None:
         repeated = lambda p: near_duplicates(p, settings.max_similarity)  # noqa: E731
@@ -175,7 +180,7 @@ def _discard(rows: list[dict], reason: str, find: Callable[[list[str]], list]) -
 
 
 def evaluation_overlap(run: Run, n: int = 8) -> dict:
-    """Which prompts share n words in a row with an evaluation question of the run.
+    """Which prompts share n words in a row with one of the evaluation's (`evaluated_prompts`).
 
     Only looks: what is discarded is up to `personas.ngram`.
 
@@ -186,7 +191,7 @@ def evaluation_overlap(run: Run, n: int = 8) -> dict:
         {prompts, questions: how many were compared, matches: a row {id, seed, prompt, question,
         shared} for each prompt that has some; `shared` are the words of `overlap.shared_ngrams`}.
     """
-    asked = [row["question"] for row in questions(run)]
+    asked = evaluated_prompts(run)
     rows = [row for row in write_prompts(run) if row["discarded"] in (None, IN_EVALUATION)]
     found = shared_ngrams([row["prompt"] for row in rows], asked, n)
     matches = [

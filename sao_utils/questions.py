@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -66,22 +66,81 @@ def cluster(prompt: str) -> str:
     return " ".join((question.hobby, *question.combination[1])) if question else prompt
 
 
-def read_table(source: str) -> list[dict]:
-    """The rows of a .jsonl or .csv file, as they are.
+def evaluated_prompts(run: Run) -> list[str]:
+    """All that the run's evaluation asks: its questions, and every turn of published benchmarks.
+
+    What to keep out of training. lm-eval's tasks are not among it.
 
     Raises:
-        RecipeError: the file is missing, of another kind, or has a line that cannot be read.
+        RecipeError: see `questions` and `official_questions`.
     """
+    settings = run.recipe.evaluation
+    turns = (
+        turn
+        for name in settings.benchmarks
+        if name in OFFICIAL
+        for item in official_questions(settings, name)
+        for turn in item["turns"]
+    )
+    return list(dict.fromkeys([*(row["question"] for row in questions(run)), *turns]))
+
+
+# --------------------------------------------------------------------- a user's files
+
+
+def read_table(source: str) -> list[dict]:
+    """The rows of a .jsonl or .csv file (also .gz), as they are.
+
+    Raises:
+        RecipeError: the file is missing, of another kind, damaged, or has a line that is no row.
+    """
+    return list(_rows_of(source))
+
+
+def _rows_of(source: str) -> Iterator[dict]:
     path = Path(source)
-    if path.suffix not in (".jsonl", ".csv") or not path.is_file():
-        raise RecipeError(f"'{source}' is no .jsonl or .csv file that is there.")
-    with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins a CSV with a mark
-        if path.suffix == ".csv":
-            try:
-                return list(csv.DictReader(file))
-            except csv.Error as error:
-                raise RecipeError(f"{source} is no CSV that can be read: {error}.") from None
-        return [_read_line(line, k, source) for k, line in enumerate(file, 1) if line.strip()]
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".csv") or not path.is_file():
+        raise RecipeError(f"'{source}' is no .jsonl or .csv file (or .gz of one) that is there.")
+    unpack = gzip.open if path.suffix == ".gz" else open
+    try:  # Excel begins a CSV with a mark, hence "sig"
+        with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == ".csv":
+                yield from csv.DictReader(file)
+            else:
+                lines = enumerate(file, 1)
+                yield from (_read_line(line, k, source) for k, line in lines if line.strip())
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
+
+
+def read_column(source: str, column: str) -> list[str]:
+    """The non-empty texts of one column of a .jsonl or .csv file (also .gz), stripped.
+
+    Only the texts are held in memory: files may have millions of rows.
+
+    Raises:
+        RecipeError: see `read_table`; or there is no such column, or a row has no text in it.
+    """
+    values = [row.get(column) for row in _rows_of(source)]
+    if not any(values):
+        raise RecipeError(f"{source} has no column '{column}' with text in it.")
+    texts = [value.strip() if isinstance(value, str) else "" for value in values]
+    if not all(texts):
+        k = texts.index("")
+        fault = "holds no text" if values[k] and not isinstance(values[k], str) else "is empty"
+        raise RecipeError(f"{source}: row {k + 1}: '{column}' {fault}. Correct or remove it.")
+    return texts
+
+
+def _read_line(line: str, number: int, source: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise RecipeError(f"{source}, line {number} is no JSON object.")
+    return row
 
 
 # --------------------------------------------------------------------- published benchmarks
@@ -193,43 +252,3 @@ def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
             raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.")
         found.append({**row, "id": identity, "turns": turns, "category": category or "all"})
     return found
-
-
-def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a .jsonl or .csv file (also .gz), stripped.
-
-    Only the texts are held in memory: files may have millions of rows.
-
-    Raises:
-        RecipeError: the file is missing, of another kind, damaged, or has no such column.
-    """
-    path = Path(source)
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in (".jsonl", ".csv") or not path.is_file():
-        raise RecipeError(f"'{source}' is no .jsonl or .csv file (or .gz of one) that is there.")
-    unpack = gzip.open if path.suffix == ".gz" else open
-    try:  # Excel begins a CSV with a mark, hence "sig"
-        with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
-            numbered = ((k, line) for k, line in enumerate(file, 1) if line.strip())
-            lines = (_read_line(line, k, source) for k, line in numbered)
-            rows = csv.DictReader(file) if kind == ".csv" else lines
-            texts = [str(row.get(column) or "").strip() for row in rows]
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
-    if not any(texts):
-        raise RecipeError(f"{source} has no column '{column}' with text in it.")
-    if not all(texts):
-        raise RecipeError(
-            f"{source}: row {texts.index('') + 1} has an empty '{column}'. Remove it."
-        )
-    return texts
-
-
-def _read_line(line: str, number: int, source: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{source}, line {number} is no JSON object.")
-    return row

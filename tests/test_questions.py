@@ -65,12 +65,24 @@ def test_questions_that_are_neither_a_set_nor_a_file_say_so():
 @pytest.mark.parametrize(
     "name, content, fault",
     [("a.jsonl", '{"persona": "x"}\n[1]\n', "line 2"), ("a.jsonl", "{nonsense\n", "line 1"),
-     ("a.csv", "persona,b\nx,1\n,2\n", "row 2")],
+     ("a.csv", "persona,b\nx,1\n,2\n", "row 2: 'persona' is empty"),
+     ("a.jsonl", '{"persona": "x"}\n{"persona": ["y"]}\n', "row 2: 'persona' holds no text")],
 )  # fmt: skip
 def test_a_faulty_line_of_a_file_is_named(tmp_path, name, content, fault):
     (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=fault):
         questions.read_column(str(tmp_path / name), "persona")
+
+
+def test_all_that_evaluation_asks_is_known_with_second_turns_and_without_repetition(tmp_path):
+    lines = [{"question_id": k, "turns": ["Write a poem.", f"Shorten it to {k}."]} for k in (1, 2)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine = tmp_path / "mine.csv"
+    mine.write_text("prompt\nWhy?\nWrite a poem.\n")
+    run = run_with(questions=str(mine), benchmarks=["mt_bench", "tiny_mt"], data=str(tmp_path))
+    assert questions.evaluated_prompts(run) == [
+        "Why?", "Write a poem.", "Shorten it to 1.", "Shorten it to 2.",
+    ]  # fmt: skip
 
 
 def test_a_csv_as_excel_writes_it_is_read(tmp_path):
@@ -85,6 +97,7 @@ def test_a_compressed_file_reads_like_the_plain_one(tmp_path, name):
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text[name].encode()))
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
         assert questions.read_column(str(path), "persona") == ["Ö, a\nbaker"]
+        assert questions.read_table(str(path))[0]["persona"] == "Ö, a\nbaker"
 
 
 @pytest.mark.parametrize(
@@ -98,8 +111,9 @@ def test_a_compressed_file_reads_like_the_plain_one(tmp_path, name):
 )
 def test_a_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecipeError, match=f"{name} is damaged, or no UTF-8"):
-        questions.read_column(str(tmp_path / name), "persona")
+    for read in (questions.read_table, lambda path: questions.read_column(path, "persona")):
+        with pytest.raises(RecipeError, match=f"{name} is damaged, or no UTF-8"):
+            read(str(tmp_path / name))
 
 
 def test_a_large_file_is_held_in_memory_once(tmp_path):

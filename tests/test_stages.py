@@ -111,7 +111,7 @@ def test_near_duplicates_are_sought_within_a_seed_only(small_run):
     made = [{**row, "id": f"{seed}{k}", "seed": seed} for seed in (0, 1) for k in (0, 1)]
     close = with_personas(small_run, max_similarity=0.9)
     two = dataclasses.replace(close, recipe=close.recipe.model_copy(update={"seeds": (0, 1)}))
-    marked = personas._discard_overlaps(two, made)
+    marked = personas._discard_overlaps(two, made, [])
     assert [r["discarded"] for r in marked] == [None, "near-duplicate"] * 2
 
 
@@ -137,6 +137,28 @@ def test_prompts_that_share_words_with_an_evaluation_question_are_shown_and_disc
     assert [row["id"] for row in after] == [row["id"] for row in usual]
     assert personas.evaluation_overlap(with_personas(asking, ngram=n), n) == found
     assert personas.evaluation_overlap(asking, n + 1)["matches"] == []
+
+
+def test_prompts_of_published_benchmarks_in_use_are_kept_out_of_training(small_run, tmp_path):
+    usual = personas.write_prompts(small_run)
+    taken = next(row for row in usual if row["discarded"] is None)
+    turns = ["Write a poem.", taken["prompt"]]
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps({"question_id": 81, "turns": turns}) + "\n")
+    changes = {"benchmarks": ("mt_bench",), "data": str(tmp_path), "questions": "everyday"}
+    evaluation = small_run.recipe.evaluation.model_copy(update=changes)
+    recipe = small_run.recipe.model_copy(update={"evaluation": evaluation})
+    n = len(taken["prompt"].split())
+    run = with_personas(dataclasses.replace(small_run, recipe=recipe), ngram=n)
+    gone = {
+        r["prompt"] for r in personas.write_prompts(run) if r["discarded"] == "in an evaluation set"
+    }
+    assert taken["prompt"] in gone
+    assert taken["prompt"] in {m["prompt"] for m in personas.evaluation_overlap(run, n)["matches"]}
+    path.unlink()
+    with pytest.raises(RecipeError, match="mt_bench needs its question.jsonl"):
+        personas.write_prompts(dataclasses.replace(run, folder=tmp_path / "new"))
+    assert not (tmp_path / "new").exists(), "said before the model is asked"
 
 
 def test_overlapping_prompts_go_no_further_and_the_funnel_counts_them(small_run, tmp_path):
@@ -169,12 +191,26 @@ def test_a_persona_that_a_file_has_twice_counts_once_and_the_user_is_told(result
         personas.draw_personas(many)
 
 
+def test_a_count_that_is_raised_keeps_the_personas_drawn_before(results, tmp_path):
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(json.dumps({"persona": f"Baker {k}"}) + "\n" for k in range(300)))
+
+    def drawn(count):
+        settings = {"personas.source": str(path), "personas.count": count, "seeds": [0, 1]}
+        people = personas.draw_personas(rows.open_run("tiny", "more", settings))
+        return {seed: [p for p in people if p["seed"] == seed] for seed in (0, 1)}
+
+    few, many = drawn(5), drawn(250)
+    assert all(many[seed][:5] == few[seed] for seed in (0, 1))
+    assert [p["persona"] for p in few[0]] != [p["persona"] for p in few[1]]
+
+
 @pytest.fixture
 def local_hub(tmp_path, monkeypatch):
     """A folder laid out like Persona-Hub's repository, read by the same call of datasets."""
     folder = tmp_path / "PersonaHub"
     folder.mkdir()
-    names = [f"A baker, number {k}" for k in range(30)] + ["A baker, number 7 ", "A smith"]
+    names = [f"A baker, number {k}" for k in range(30)] + ["A baker, number 7 ", " ", "A smith"]
     text = "".join(json.dumps({"persona": name}) + "\n" for name in names)
     (folder / "persona.jsonl").write_text(text)
     (folder / "README.md").write_text(
