@@ -29,7 +29,7 @@ from sao_utils.asking import ask
 from sao_utils.contests import judge_models
 from sao_utils.engines import Sampling, load_tokenizer
 from sao_utils.evaluation import competitors
-from sao_utils.intervals import Interval
+from sao_utils.intervals import Interval, wilson
 from sao_utils.questions import OFFICIAL
 from sao_utils.ratings import kappa
 from sao_utils.recipe import Evaluation, Model, RecipeError
@@ -86,10 +86,10 @@ def published(
     Returns:
         "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
         note (how the protocol differs from the published one), counts}; `counts` is of the model
-        and judge, of the benchmark's files too. AlpacaEval's win_rate also has standard_error, its
-        lc_win_rate published_fit where the program's file df_gamed.csv is there. Rates are shares,
-        grades 1 to 10. A model of several seeds is "<arm>-<seed>". Two judges have a metric kappa,
-        "<one>~<other>" being the judge.
+        and judge, of the benchmark's files too. Rates are shares, grades 1 to 10; valid_rate is the
+        share of verdicts that count. AlpacaEval's win_rate also has standard_error, its lc_win_rate
+        published_fit where the program's file df_gamed.csv is there. A model of several seeds is
+        "<arm>-<seed>". Two judges have a metric kappa, "<one>~<other>" being the judge.
 
     Raises:
         RecipeError: no such benchmark, or its files are not there.
@@ -113,13 +113,17 @@ def published(
             _write_files(run, name, protocol.files(answers, benchmark, judgments, judge))
         notes = _notes(run, name, benchmark, model)
         for competitor, of in judgments.items():
-            labels.setdefault(competitor, {})[judge] = protocol.labels(of)
+            verdicts = labels.setdefault(competitor, {})[judge] = protocol.labels(of)
             tally = benchmark["counts"] + counts[competitor]
             tally["prompts"] = len(benchmark["items"])
             tally["empty answers"] = sum(
                 not text.strip() for a in answers[competitor].values() for text in a["turns"]
             )
-            for metric, interval in _figures(name, benchmark, answers, competitor, of).items():
+            figures = _figures(name, benchmark, answers, competitor, of)
+            if verdicts:  # also where no verdict is valid
+                valid = sum(verdict is not None for verdict in verdicts.values())
+                figures["valid_rate"] = wilson(valid, len(verdicts))
+            for metric, interval in figures.items():
                 row = {
                     "benchmark": name,
                     "model": competitor,

@@ -513,17 +513,14 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
 ):
     judge_prompts(mt_folder)
     run = rows.open_run("tiny", "mt", {**QUICK, "evaluation.data": str(mt_folder), "others": {}})
-    benchmark = published.load(run.recipe.evaluation, "mt_bench")
-    answers = published.write_answers(run, "mt_bench", benchmark)["base"]
-    asked = rows.read_rows(run.rows("benchmark_answers"))
-    assert len(asked) == 6 and all(len(a["turns"]) == 2 for a in answers.values())
+    found = published.published(run, "mt_bench")
     # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
-    judge = published._asker(run, run.recipe.model)
-    short = lambda requests: judge(  # noqa: E731
-        [{**r, "sampling": published.Sampling(0.0, 8)} for r in requests]
-    )
-    judgments, counts = mt_bench.judge(short, benchmark, {"base": answers}, "self")
-    assert counts["base"]["invalid grade"] == 6 and mt_bench.figures(judgments["base"]) == {}
+    assert list(found) == ["mt_bench.base.self.valid_rate"]
+    row = found["mt_bench.base.self.valid_rate"]
+    assert row["interval"].value == 0 and row["n"] == row["counts"]["invalid grade"] == 6
+    judged = run.folder / "benchmarks" / "mt_bench" / "model_judgment" / "self_single.jsonl"
+    assert [row["score"] for row in rows.read_rows(judged)] == [-1] * 6
+    assert rows.read_rows(judged)[0]["user_prompt"].startswith("Write. / ")
 
 
 def test_the_tiny_alpaca_has_a_win_rate_against_the_villagers_and_asks_nothing_twice(run):
