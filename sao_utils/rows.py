@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,7 +113,8 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
         if settings is None or getattr(settings, key) is None:
             continue
         path = Path(getattr(settings, key))
-        if path.exists() and getattr(settings, key) not in ("tiny", "hub", "test", "dev"):
+        there = path.is_file() if key in ("source", "gold", "questions") else path.exists()
+        if there and getattr(settings, key) not in ("tiny", "hub"):
             changes[section] = settings.model_copy(update={key: str(path.resolve())})
     settings = changes.get("evaluation", recipe.evaluation)
     harness = tuple(str(Path(t).resolve()) if is_task_file(t) else t for t in settings.harness)
@@ -292,6 +294,7 @@ def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
 
 
 PACKAGES = ("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+OPTIONAL = ("vllm", "bitsandbytes", "ray", "lm-eval")  # named where they are installed
 
 
 def versions() -> dict[str, str]:
@@ -302,6 +305,9 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    for package in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
 
 

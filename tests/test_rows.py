@@ -154,6 +154,31 @@ def test_local_files_are_kept_by_absolute_path_so_that_notebooks_find_them(
     assert rows.variant(run, "v", {"personas.count": 3}).recipe.personas.count == 3
 
 
+def test_a_folder_named_like_a_set_of_questions_is_not_taken_for_a_file(
+    results, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("everyday", "alpaca_eval", "hub", "tiny"):
+        (tmp_path / name).mkdir()
+    asked = {"evaluation.questions": "alpaca_eval", "evaluation.data": "alpaca_eval"}
+    run = rows.open_run("tiny", "m", asked)
+    assert run.recipe.evaluation.questions == "alpaca_eval" and run.recipe.model.path == "tiny"
+    assert run.recipe.evaluation.data == str(tmp_path / "alpaca_eval")
+    everyday = rows.variant(run, "v", {"evaluation.questions": "everyday"})
+    assert everyday.recipe.evaluation.questions == "everyday"
+
+
+def test_versions_name_the_engines_that_are_installed_beside_the_kits_own(monkeypatch):
+    def said(package):
+        if package in ("ray", "lm-eval"):
+            raise rows.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr(rows, "version", said)
+    found = rows.versions()
+    assert found["vllm"] == found["torch"] == "1.2" and "ray" not in found
+
+
 def test_ids_depend_on_content_not_on_the_order_of_keys():
     assert rows.row_id("a", {"x": 1, "y": 2}) == rows.row_id("a", {"y": 2, "x": 1})
     assert rows.row_id("a", 1) != rows.row_id("a", 2)
