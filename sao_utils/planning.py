@@ -601,8 +601,13 @@ def _problems(recipe, shape, gpu, processes, stages) -> list[str]:
     for key, model in (("model", recipe.model), ("judge", recipe.judge)):
         if model is not None and model.engine != "api":
             found += _misfits(key, model, recipe, gpu, processes)
-    for label, wanted in (("Generating", "responses"), ("Judging", "verdicts")):
-        found += _engine_memory(label, recipe, gpu, next(s for s in stages if s.name == wanted))
+    for label, of, model in (
+        ("Generating", ("prompts", "responses", "answers"), "model"),
+        ("Judging", ("verdicts", "duels"), "judge" if recipe.judge else "model"),
+    ):
+        memory = max((s.memory for s in stages if s.name in of), key=lambda m: sum(m.values()))
+        if memory:
+            found += _engine_memory(label, model, getattr(recipe, model), gpu, memory)
     if shape is not None:
         found += _training_memory_problems(recipe, gpu, processes, stages)
     return list(dict.fromkeys(found))
@@ -620,7 +625,8 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
     if model.engine == "vllm" and old:
         found.append(
             f"vLLM does not promise to run on the {gpu.name} (compute capability {gpu.capability}): "
-            f"{key}.engine=transformers."
+            f"{key}.engine=transformers"
+            + (f" with {key}.quantisation=nf4." if model.quantisation != "none" else ".")
         )
     if model.dtype == "bfloat16" and old:
         found.append(
@@ -654,31 +660,27 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
     return found
 
 
-def _engine_memory(label: str, recipe: Recipe, gpu: Gpu, stage: Stage) -> list[str]:
-    model = recipe.judging_model if label == "Judging" else recipe.model
-    key = "judge" if label == "Judging" and recipe.judge else "model"
-    need, room = sum(stage.memory.values()), gpu.memory - CONTEXT
-    if not stage.memory:
-        return []
-    fewer = {"transformers": ("nf4",), "vllm": ("fp8", "awq", "gptq")}[model.engine]
-    weights = stage.memory["weights"]
-    bits = "" if model.quantisation == "none" else f" in {model.quantisation}"
-    too_big = f"{model.path}{bits or f' in {_dtype(model)}'} ({weights:.1f} GiB of weights)"
-    smaller = f"{key}.quantisation={fewer[0]}" if not bits else f"a smaller {key}.path"
-    if model.engine == "vllm":
-        least = stage.memory["working"] + weights
-        least += (model.max_context or 2048) * _shape(model).kv_bytes(_dtype(model)) / GIB
-        if least > model.gpu_memory * gpu.memory:
+def _engine_memory(label: str, key: str, model: Model, gpu: Gpu, memory: dict) -> list[str]:
+    weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
+    bits = _dtype(model) if model.quantisation == "none" else model.quantisation
+    told = f"{label}: {model.path} in {bits} ({weights:.1f} GiB of weights)"
+    fewer = {"transformers": "nf4", "vllm": "fp8"}[model.engine]
+    smaller = f"{key}.quantisation={fewer}"
+    if model.quantisation != "none":
+        smaller = f"a smaller {key}.path"
+    if model.engine == "vllm":  # it wants room for one row of the whole context
+        shape, share = _shape(model), model.gpu_memory * gpu.memory
+        context = model.max_context or shape.context or VLLM_TOKENS
+        if memory["working"] + weights + context * shape.kv_bytes(_dtype(model)) / GIB > share:
             return [
-                f"{label}: {too_big} leaves no room for one context on the {gpu.name} "
-                f"({model.gpu_memory * gpu.memory:.1f} GiB): {smaller}, or a lower {key}.max_context."
+                f"{told} leaves no room for one context of {context} tokens on the {gpu.name} "
+                f"({share:.1f} GiB): {smaller}, or a lower {key}.max_context."
             ]
-        return []
-    if weights > 0.95 * room:
-        return [f"{label}: {too_big} does not fit the {gpu.name} ({room:.1f} GiB): {smaller}."]
-    if need > room:
-        share = (room - weights) / (need - weights)
-        fitting = max(1, int(model.batch_tokens * share) // 1024 * 1024)
+    elif weights > 0.95 * room:
+        return [f"{told} does not fit the {gpu.name} ({room:.1f} GiB): {smaller}."]
+    elif need > room:
+        part = (room - weights) / (need - weights)
+        fitting = max(1, int(model.batch_tokens * part) // 1024 * 1024)
         return [
             f"{label} needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: "
             f"{key}.batch_tokens={fitting}."
@@ -725,8 +727,12 @@ def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int
     size = sum(500 * s.rows + (0 if s.name in read else 5 * s.tokens) for s in written)
     disk = {"rows": size / GIB}
     if shape is not None:
-        if recipe.model.path != "tiny":
-            disk["weights from the hub"] = 2 * shape.parameters / GIB
+        from_hub = {
+            model.path: 2 * _shape(model).parameters / GIB
+            for model in (recipe.model, recipe.judging_model)
+            if model.engine != "api" and model.path != "tiny" and not Path(model.path).is_dir()
+        }
+        disk |= {"weights from the hub": sum(from_hub.values())} if from_hub else {}
         full = recipe.training.method == "full"
         each = shape.parameters if full else shape.adapter(recipe.training.lora_rank)
         disk["trained weights"] = 4 * each * trained / GIB

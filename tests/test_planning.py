@@ -254,7 +254,14 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
 @pytest.mark.parametrize(
     ("name", "gpu", "changes", "told"),
     [
-        ("gpu-24gb", "T4", {}, "model.engine=transformers"),
+        ("gpu-24gb", "T4", {}, "model.engine=transformers with model.quantisation=nf4"),
+        (
+            "gpu-24gb-llama",
+            "L4",
+            {"model.max_context": None, "model.gpu_memory": 0.75},
+            "no room for one context of 8192 tokens on the L4",
+        ),
+        ("colab-t4", "T4", {"model.batch_tokens": 320_000}, "Generating needs"),
         ("gpu-24gb", "T4", {}, "model.dtype=auto"),
         ("gpu-24gb", "T4", {}, "Gemma overflows in float16"),
         (
@@ -339,6 +346,16 @@ def test_what_is_not_planned_is_named(monkeypatch):
     assert "Not planned: what evaluation.harness, evaluation.benchmarks add" in told
     plain = load_recipe("gpu-24gb", {"evaluation.questions": "elsewhere.jsonl"})
     assert "its questions are not on this machine" in render(plan(plain, find_gpu("4090")))
+
+
+def test_the_disk_holds_each_model_of_the_hub_once(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(planning.architecture(Model(path=QWEN))))
+    found = {}
+    for judge in (QWEN, LLAMA, str(tmp_path)):
+        made = plan(load_recipe("colab-t4", {"judge.path": judge}), find_gpu("A100-80"))
+        found[judge] = made.disk["weights from the hub"] * GIB / 2
+    qwen, llama = shape(QWEN).parameters, shape(LLAMA).parameters
+    assert list(found.values()) == pytest.approx([qwen, qwen + llama, qwen])
 
 
 def test_a_disk_that_is_too_small_is_told(monkeypatch):
