@@ -209,9 +209,9 @@ def figures(
 
     Returns:
         win_rate; discrete_win_rate (a preference above 1.5 is a win); lc_win_rate (see
-        `intervals.length_controlled_win_rate`; lengths in characters); first_rate, the share of
-        undecided-free verdicts for the answer shown first; avg_length, characters of the model's
-        answers. Rates as shares. Without a valid preference avg_length alone.
+        `intervals.length_controlled_win_rate`; lengths in characters); first_rate, how
+        often the answer shown first was preferred; avg_length, characters of the model's answers.
+        Rates as shares. Without a valid preference avg_length alone.
     """
     outcomes = from_preferences([row["preference"] for row in annotations])
     index = [row["index"] for row in annotations]

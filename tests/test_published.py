@@ -8,12 +8,14 @@ import shutil
 import types
 from pathlib import Path
 
+import families
 import pytest
 
 from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows
 from sao_utils.engine_api import ApiEngine, read_verdict
+from sao_utils.engines import load_tokenizer, parting
 from sao_utils.intervals import Interval
-from sao_utils.recipe import RecipeError, load_recipe
+from sao_utils.recipe import Model, RecipeError, load_recipe
 from sao_utils.tiny import counterparts, world
 
 FIXTURE = Path(__file__).parent / "alpaca_eval_fixture"
@@ -183,6 +185,20 @@ def test_a_server_that_forces_verdicts_gets_no_empty_turn_to_go_on_after():
     chat = [{"role": "user", "content": "m or M?"}]
     assert list(engine.choose([chat], "", alpaca_eval.CHOICES)) == [[(0, [-math.inf] * 2)]]
     assert asked == [(chat, {})]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_m_and_M_are_told_apart_by_the_first_token_of_a_reply_and_gemma_gets_no_system_turn(
+    family, tmp_path
+):
+    families.make_tokenizer(family).save_pretrained(tmp_path)
+    model = Model(path=str(tmp_path))
+    assert published._knows_system(model) == (family != "gemma")
+    tokenizer = load_tokenizer(model)
+    shared, firsts = parting([{"role": "user", "content": "?"}], "", alpaca_eval.CHOICES, tokenizer)
+    assert shared == [] and [tokenizer.decode([token]) for token in firsts] == ["m", "M"]
+    chat = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "A or B?"}]
+    assert published._merged(chat) == [{"role": "user", "content": "Be fair.\n\nA or B?"}]
 
 
 def test_without_a_valid_preference_there_is_no_win_rate():
