@@ -150,11 +150,11 @@ def load_engine(model: Model, adapter: Path | None = None) -> Engine:
     model = model.model_copy(update={"adapter": None})  # the same base for every adapter
     # By name and not by path: an adapter trained anew in the same folder is another one.
     key = (model, adapter, model_name(model, adapter))
-    if key not in _loaded:
+    engine = _loaded.pop(key, None)
+    if engine is None:
         find(model)
-        _make_room(model)
-        _loaded[key] = _load(*key)
-    _loaded[key] = _loaded.pop(key)  # now the latest
+    _make_room(model)
+    _loaded[key] = engine or _load(*key)  # now the latest
     return _loaded[key]
 
 
@@ -174,11 +174,11 @@ def _load(model: Model, adapter: Path | None, name: str) -> Engine:
 
 
 def _make_room(coming: Model) -> None:
-    """Let go of the older engine, before another is loaded, and on a GPU of one that is in its way."""
+    """Let go of all loaded engines but the latest; of that, too, if it is in the way on a GPU."""
     for key in list(_loaded)[:-1]:
         del _loaded[key]
     for key in list(_loaded):
-        if _both_want_the_gpu(key[0], coming) and _on_gpu():
+        if _in_the_way(key[0], coming) and _on_gpu():
             import torch
 
             del _loaded[key]
@@ -186,11 +186,15 @@ def _make_room(coming: Model) -> None:
             torch.cuda.empty_cache()
 
 
-def _both_want_the_gpu(one: Model, other: Model) -> bool:
-    """In this process and vLLM's. Its process serves base and adapters alike, and ends by itself when
-    vLLM loads another model; Ray's workers hold nothing between two calls."""
-    here = [model.engine for model in (one, other) if model.engine != "api" and not model.workers]
-    return len(here) == 2 and "transformers" in here
+def _in_the_way(loaded: Model, coming: Model) -> bool:
+    """Whether a loaded model holds GPU memory that another one wants.
+
+    A vLLM process serves a base and its adapters alike, and ends by itself when vLLM loads another
+    model; Ray's workers hold nothing between two calls.
+    """
+    holds = loaded.engine != "api" and not loaded.workers
+    shared = loaded.engine == coming.engine == "vllm" and not coming.workers
+    return holds and coming.engine != "api" and not shared
 
 
 def _on_gpu() -> bool:

@@ -76,13 +76,6 @@ def test_two_workers_make_the_rows_of_one_process_also_when_one_is_killed(tmp_pa
     assert any(row["margin"] is not None for row in made[2][2])
 
 
-def test_a_worker_with_other_weights_is_refused():
-    """On a cluster, a machine may hold another model under the same path."""
-    model = TWO.model_dump(mode="json") | {"workers": 0}
-    with pytest.raises(EngineError, match="other files of tiny"):
-        engine_ray.Worker(model, None, "0123456789abcdef:float32", "generate", {})
-
-
 @pytest.mark.slow
 def test_no_work_asks_no_worker():
     engine, started = two(), time.time()
@@ -111,6 +104,13 @@ def test_ray_is_bounded_sends_nothing_home_and_ends_with_the_engines():
     assert processes("raylet")
     unload_engines()
     assert not ray.is_initialized() and not processes("raylet")
+
+
+def test_a_worker_with_other_weights_is_refused():
+    """On a cluster, a machine may hold another model under the same path."""
+    model = TWO.model_dump(mode="json") | {"workers": 0}
+    with pytest.raises(EngineError, match="other files of tiny"):
+        engine_ray.Worker(model, None, "0123456789abcdef:float32", "generate", {})
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch):

@@ -270,19 +270,26 @@ def test_base_and_tuned_model_stay_loaded_but_do_not_share_a_gpu(on_gpu, alive, 
     assert [held() is not None for held in before] == alive
 
 
+SERVER = {"engine": "api", "url": "http://localhost/v1"}
+
+
 @pytest.mark.parametrize(
-    ("one", "other", "both"),
+    ("loaded", "coming", "in_the_way"),
     [
         ({}, {}, True),
         ({}, {"engine": "vllm"}, True),
+        ({"engine": "vllm"}, {}, True),
         ({"engine": "vllm"}, {"engine": "vllm"}, False),
-        ({}, {"engine": "api", "url": "http://localhost/v1"}, False),
-        ({}, {"workers": 2}, False),
+        ({}, SERVER, False),
+        (SERVER, {}, False),
+        ({"workers": 2}, {}, False),
+        ({}, {"engine": "vllm", "workers": 2}, True),
+        ({"engine": "vllm"}, {"engine": "vllm", "workers": 2}, True),
     ],
 )
-def test_a_server_and_rays_workers_leave_the_gpu_to_others(one, other, both):
-    one, other = Model(path="tiny", **one), Model(path="tiny", **other)
-    assert engines._both_want_the_gpu(one, other) == engines._both_want_the_gpu(other, one) == both
+def test_what_holds_a_gpu_makes_way_for_what_wants_one(loaded, coming, in_the_way):
+    loaded, coming = Model(path="tiny", **loaded), Model(path="tiny", **coming)
+    assert engines._in_the_way(loaded, coming) == in_the_way
 
 
 def test_many_chats_are_encoded_as_few_are(engine, monkeypatch):
