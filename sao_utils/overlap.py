@@ -150,10 +150,10 @@ def nearest(texts: Sequence[str], against: Sequence[str]) -> list[tuple[int, flo
     mine, others = (
         csr_matrix(parts, shape=(len(parts[2]) - 1, max(1, len(column)))) for parts in matrices
     )
-    sizes, result = others.sum(1).A1, []
+    sizes, turned, result = others.sum(1).A1, others.T.tocsr(), []
     for start in range(0, len(texts), 64):  # a block of rows at a time: 64 times `against`
         block = mine[start : start + 64]
-        shared = (block @ others.T).toarray()
+        shared = (block @ turned).toarray()
         union = block.sum(1).A1[:, None] + sizes - shared
         alike = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
         best = alike.argmax(1)
