@@ -165,9 +165,13 @@ class ApiEngine:
         while True:
             limit = self._limit
             try:
-                return self._client.chat.completions.create(
+                answer = self._client.chat.completions.create(
                     model=self.model.path, messages=chat, **{limit: tokens}, **options
                 )
+                choices = getattr(answer, "choices", None)
+                if choices and choices[0].message:
+                    return answer
+                raise self._stop(ValueError(f"there is no reply in its answer: {answer}"))
             except openai.RateLimitError as error:  # the client has waited and tried already
                 waited = time.monotonic() - started
                 if error.code == "insufficient_quota" or waited > PATIENCE:
@@ -213,10 +217,10 @@ class ApiEngine:
             advice = "Is the server running, and is the url right (most end in /v1)?"
         else:
             advice = "The rows made so far are kept; run again to go on."
-        text = str(error)[:500]
+        text = str(error)
         if key := os.environ.get(self.model.key_variable):  # a server may repeat it
             text = text.replace(key, "***")
-        return EngineError(f"{self.model.url}: {text}\n{advice}")
+        return EngineError(f"{self.model.url}: {text[:500]}\n{advice}")
 
 
 _WITHOUT_LOGPROBS = (

@@ -210,6 +210,29 @@ def test_other_faults_stop_with_advice_and_keep_what_is_finished(server, status,
     assert KEY not in str(stopped.value) and stopped.value.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": f"all machines are busy, {KEY}"}},
+        "busy",
+        {"choices": [], "busy": KEY},
+        {"choices": [{"index": 0, "message": None, "finish_reason": "busy"}]},
+    ],
+    ids=["error", "text", "empty", "no message"],
+)
+def test_a_fault_that_is_sent_as_an_answer_is_told_as_a_fault(server, body):
+    """Servers that pass requests on to others do that, with status 200."""
+    server.answers["a"] = [(200, body, {})]
+    with pytest.raises(EngineError, match="no reply in its answer.*busy(.|\n)*run again") as told:
+        all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))
+    assert KEY not in str(told.value)
+
+
+def test_a_key_is_taken_out_before_a_long_message_is_cut(server):
+    told = engine_for(server)._stop(ValueError("y" * (500 - len(KEY) // 2) + KEY))
+    assert "***" in str(told) and KEY[:8] not in str(told)
+
+
 def test_a_server_that_is_gone_or_a_wrong_key_is_told_when_the_engine_is_loaded(server):
     server.models = failure(401, f"Incorrect API key provided: {KEY}")
     with pytest.raises(EngineError, match="SAO_TEST_KEY") as stopped:
