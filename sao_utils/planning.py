@@ -554,7 +554,9 @@ def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
     hours, memory = None, {}
     if gpu is not None and model.engine != "api":
         shape = _shape(model)
-        memory = judging_memory(architecture(model), model, tokens, gpu.memory)
+        limit = (recipe.responses if name == "verdicts" else recipe.evaluation).max_new_tokens
+        longest = min(_longest_ranking(limit), shape.context or math.inf)  # the first batch
+        memory = judging_memory(architecture(model), model, longest, gpu.memory)
         few = min(8, recipe.judging.max_new_tokens) if recipe.judging.method == "sampled" else 0
         batch = batch_rows(model, shape, memory, tokens, tokens + few)
         if batch:
@@ -562,6 +564,11 @@ def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
             hours += decode_hours(shape, gpu, model, rows, tokens, few, batch) / DECODE_SHARE
             hours /= max(1, min(model.workers, processes))
     return Stage(name, rows, round(rows * tokens), hours, memory)
+
+
+def _longest_ranking(max_new_tokens: int) -> float:
+    """Tokens of a ranking prompt with two responses at their limit."""
+    return Rates.verdict + PER_PROMPT * (max_new_tokens - Rates.response)
 
 
 def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
@@ -648,8 +655,7 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
         if model.max_context and model.max_context > context:
             found.append(f"{model.path} takes {context} tokens: {key}.max_context={context}.")
         context = min(context, model.max_context or math.inf)
-    shown = PER_PROMPT * recipe.responses.max_new_tokens + Rates.verdict
-    shown -= PER_PROMPT * Rates.response
+    shown = _longest_ranking(recipe.responses.max_new_tokens)
     if model is recipe.judging_model and shown > context:
         fitting = int((context - shown) // PER_PROMPT) + recipe.responses.max_new_tokens
         found.append(

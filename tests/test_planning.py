@@ -340,7 +340,19 @@ def test_short_replies_make_short_ranking_prompts():
     assert tokens["verdicts"] == 930 - 2 * 300 and tokens["training self-0"] == 900 - 2 * 300
 
 
-def test_what_is_not_planned_is_named(monkeypatch):
+def test_gemmas_judging_peaks_with_the_longest_answers_not_with_the_usual():
+    """Its attention scores grow with the square of a prompt; the longest are judged first."""
+    changes = {"model.engine": "transformers", "model.quantisation": "nf4"}
+    peaks = []
+    for limit in (375, 1024):
+        recipe = load_recipe("gpu-24gb", {**changes, "responses.max_new_tokens": limit})
+        made = {stage.name: stage.memory for stage in plan(recipe, find_gpu("A100-80")).stages}
+        peaks.append(made["verdicts"]["working"])
+    expected = planning.judging_memory(planning.architecture(recipe.model), recipe.model, 2228)
+    assert peaks[1] == expected["working"] > 1.5 * peaks[0]
+
+
+def test_what_is_not_planned_is_named():
     changes = {"evaluation.harness": ["tiny"], "evaluation.benchmarks": ["tiny_alpaca"]}
     told = render(plan(load_recipe("gpu-24gb", changes), find_gpu("4090")))
     assert "Not planned: what evaluation.harness, evaluation.benchmarks add" in told
