@@ -18,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean, variance
 
-from sao_utils.evaluation import answer
+from sao_utils.evaluation import answer, competitors
 from sao_utils.intervals import (
     Interval,
     clustered_difference,
@@ -60,7 +60,8 @@ def contest(
     Args:
         a, b: names as in `evaluation.competitors`. Trained models take part with every seed, against
             the same seed of the other, or against the other's one set of answers.
-        judge: a name of `judge_models`. It judges as `judging` of the recipe says.
+        judge: a name of `judge_models`, or "tuned": the arm "self" (of the first seed) as a judge. It
+            judges as `judging` of the recipe says.
         prompts: a set or file; by default `evaluation.questions`.
         temperature: of the answers; by default the recipe's first.
 
@@ -74,6 +75,8 @@ def contest(
         RecipeError: a name that is not there, or one competitor twice.
     """
     judges = judge_models(run)
+    if judge == "tuned" and judge not in judges and "self" in run.recipe.arms:
+        judges[judge] = competitors(run, ["self"])[0][2]
     if judge not in judges:
         raise RecipeError(
             f"There is no judge '{judge}'. Judges: {', '.join(judges)}. More: judges."

@@ -14,11 +14,12 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
-from sao_utils.intervals import Interval
+from sao_utils.intervals import Interval, length_curve, win_rate
 from sao_utils.rows import Run, results_folder, write_whole
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -77,6 +78,14 @@ MODELS = {
     "random": ("the same pairs, random labels", RED),
     "oracle": ("pairs with oracle labels", GREEN),
 }
+#: outcome of a duel in both orders -> its colour and pattern, from the best to the worst.
+OUTCOMES = (
+    ("wins in both orders", BLUE, ""),
+    ("the one shown first wins", "#BBBBBB", "//"),
+    ("tie, identical or invalid", "#E5E5E5", ""),
+    ("the one shown second wins", "#BBBBBB", "\\\\"),
+    ("loses in both orders", ORANGE, ""),
+)
 STYLE = {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
@@ -720,3 +729,81 @@ def differences(scores: dict[str, Interval], keys: dict[str, str]):
         _interval(axes, row, scores[key], BLUE if clear else GREY)
     _rows_down(axes, list(there.values()))
     return figure
+
+
+@_styled
+def length_control(rows: list[dict], groups: int = 8):
+    """Won against the difference in length, and the curve that length control reads at 0.
+
+    Args:
+        rows: of one call of `contests.contest`.
+        groups: so many points, of as many prompts each, in order of the difference.
+    """
+    figure, axes = _new(3.8)
+    x, y = "characters of the tuned answer - of the base's", "won by the tuned model (%)"
+    _titles(axes, "How much of the win rate is length?", x, y)
+    there = sorted(
+        (len(row["responses"][0]) - len(row["responses"][1]), row["win"], row["combination"])
+        for row in rows
+        if row["win"] is not None
+    )
+    if not there:
+        _nothing(axes, "no valid verdict")
+        return figure
+    size = math.ceil(len(there) / groups)
+    for start in range(0, len(there), size):
+        longer, wins, by = zip(*there[start : start + size])
+        rate = win_rate(wins, by).rate
+        value, low, high = (100 * part for part in (rate.value, rate.low, rate.high))
+        at, reach = sum(longer) / len(longer), [[value - low], [high - value]]
+        label = f"mean of {size} prompts, with 95 % interval" if not start else None
+        axes.errorbar([at], [value], reach, fmt="o", color=BLUE, capsize=3, label=label)
+    longer, wins, _ = zip(*there)
+    low, high = axes.get_xlim()
+    at = [low + (high - low) * k / 100 for k in range(101)]
+    fitted = length_curve(wins, longer, [0.0, *at])
+    if fitted:
+        label = f"fitted curve; at equal length: {100 * fitted[0]:.1f}"
+        axes.plot(at, [100 * p for p in fitted[1:]], color=ORANGE, lw=2, label=label)
+    raw = 100 * sum(wins) / len(wins)
+    axes.axhline(raw, color=GREY, ls="--", label=f"all, raw: {raw:.1f} (n = {len(wins)})")
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_ylim(-2, 102)
+    axes.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+@_styled
+def outcomes(rows: list[dict]):
+    """What both orders said of each model's contest with the base (rows of `contests.duel`)."""
+    counts: dict[str, Counter] = {}
+    for row in rows:
+        counts.setdefault(row["model"], Counter())[_outcome(row)] += 1
+    figure, axes = _new(0.5 * len(counts) + 1.6)
+    title = "Both orders: who wins, and where the place decides"
+    _titles(axes, title, "share of prompts (%)")
+    if not counts:
+        _nothing(axes, "no duels")
+        return figure
+    left = [0.0] * len(counts)
+    for kind, colour, hatch in OUTCOMES:
+        widths = [100 * of[kind] / of.total() for of in counts.values()]
+        looks = dict(color=colour, hatch=hatch, edgecolor="white", lw=0.5, label=kind)
+        axes.barh(range(len(counts)), widths, left=left, **looks)
+        for k, width in enumerate(widths):
+            if width >= 4:
+                axes.text(left[k] + width / 2, k, f"{width:.0f}", ha="center", va="center")
+        left = [a + b for a, b in zip(left, widths)]
+    names = (f"{MODELS.get(m, (m,))[0]} (n = {of.total()})" for m, of in counts.items())
+    _rows_down(axes, list(names))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def _outcome(row: dict) -> str:
+    if row["outcome"] == "consistent":
+        return "wins in both orders" if row["margin"] > 0 else "loses in both orders"
+    if row["outcome"] == "inconsistent":
+        place = "first" if row["first_wins"][0] else "second"
+        return f"the one shown {place} wins"
+    return "tie, identical or invalid"

@@ -361,6 +361,35 @@ def length_controlled_win_rate(
     return _on_log_odds(*_penalised_fit(y, design, at_zero, codes), Z, n)
 
 
+def length_curve(
+    wins: Sequence[float], length_difference: Sequence[float], at: Sequence[float]
+) -> list[float]:
+    """The chance to win by difference in length: the curve of `length_controlled_win_rate`.
+
+    Args:
+        wins, length_difference: [n] as there, without difficulties.
+        at: [m] differences.
+
+    Returns:
+        [m] sigmoid(a + b tanh(at / std(d))), whose value at 0 is the length-controlled win rate; []
+        where the fit has no finite answer, or nothing to tell length by.
+    """
+    import statsmodels.api as sm
+
+    y, d = _numbers(wins, "wins"), _numbers(length_difference, "length_difference")
+    spread = np.std(d, ddof=1) if len(d) > 2 else 0.0
+    if not spread > 0 or np.ptp(y) == 0 or _separated(y, np.tanh(d / spread)):
+        return []
+    design = np.column_stack([np.ones(len(y)), np.tanh(d / spread)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = sm.GLM(y, design, family=sm.families.Binomial()).fit(maxiter=200, tol=1e-12)
+    if not (fit.converged and np.abs(fit.params).max() < 30):
+        return []
+    a, b = fit.params
+    return _sigmoid(a + b * np.tanh(np.asarray(at, dtype=float) / spread)).tolist()
+
+
 def design_effect(values: Sequence[float], clusters: Sequence) -> float:
     """How many times wider clusters make the variance of a mean (Kish, 1965, "Survey sampling").
 

@@ -7,7 +7,7 @@ strictest to the widest. In a small world of few sentence forms the widest hits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 
@@ -77,8 +77,11 @@ def question_sets(run: Run) -> dict[str, list[str]]:
     }
 
 
-def leakage(run: Run) -> list[dict]:
+def leakage(run: Run, sets: Collection[str] | None = None) -> list[dict]:
     """What each set of questions has in common with the prompts that the run trained on.
+
+    Args:
+        sets: only these; by default all of `question_sets`.
 
     Returns:
         A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
@@ -87,6 +90,8 @@ def leakage(run: Run) -> list[dict]:
     """
     prompts, found = training_prompts(run), []
     for name, asked in question_sets(run).items():
+        if sets is not None and name not in sets:
+            continue
         for by, find in OVERLAPS.items():
             matches = [
                 {"question": text, "prompt": prompts[hit[0]], "shared": hit[1]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
@@ -35,7 +36,7 @@ from sao_utils.personas import near_duplicate_rate, repetition_rate, write_promp
 from sao_utils.published import published
 from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
-from sao_utils.rows import Run, note, results_folder, write_whole
+from sao_utils.rows import Run, note, write_whole
 from sao_utils.tiny import world
 
 NOT_COMPARABLE = (
@@ -67,11 +68,7 @@ def scores(run: Run) -> dict[str, Interval]:
         **win_rates(run),
         **answer_lengths(run),
         **contest_scores(run),
-        **{
-            f"benchmark.{key}": row["interval"]
-            for key, row in benchmark_rows(run).items()
-            if row["metric"] in HEADLINES
-        },
+        **benchmark_scores(run),
         **harness_scores(run),
         **leakage_scores(run),
     }
@@ -343,8 +340,7 @@ def contest_scores(run: Run) -> dict[str, Interval]:
     Of the arm "self" `contests.scoreboard`; by how much it beats each control (`contests.compared`);
     and on the pairs of answers of which the oracle knows the better one, the judge's `accuracy*` and
     `longer_*` as in `judge_quality`. The training pairs were one model's own answers; here two models'
-    meet, and the tuned one's were trained to please. Of each further judge of the recipe the win rate,
-    and how far each two agree (`contests.judges_agreement`). Of all arms their strength
+    meet, and the tuned one's were trained to please. Then `several_judges`; of all arms their strength
     (`contests.league`, each against the base). {} without the arm "self".
     """
     recipe = run.recipe
@@ -354,11 +350,20 @@ def contest_scores(run: Run) -> dict[str, Interval]:
     found = {**contests.scoreboard(run, rows), **judge_on_contest(run, rows)}
     for arm in recipe.arms:
         found |= contests.compared(run, "self", arm) if arm != "self" else {}
-    if recipe.judges:
-        found |= contests.judges_agreement(run, "self", "base")
+    found |= several_judges(run)
     if any(row["win"] is not None for row in rows):
         found |= contests.league(run, names=["base", *recipe.arms], star=True)
     return found
+
+
+def several_judges(run: Run) -> dict[str, Interval]:
+    """The tuned model's contest with the base by several judges (`contests.judges_agreement`).
+
+    The recipe's `judges` beside its own; where it names none, the tuned model, which costs no more
+    than a second look: did it learn to judge otherwise?
+    """
+    names = ["self", *(run.recipe.judges or ["tuned"])]
+    return contests.judges_agreement(run, "self", "base", names)
 
 
 def judge_on_contest(run: Run, rows: list[dict]) -> dict[str, Interval]:
@@ -380,8 +385,18 @@ def benchmark_rows(run: Run) -> dict[str, dict]:
     return {key: row for name in names for key, row in published(run, name).items()}
 
 
+def benchmark_scores(run: Run) -> dict[str, Interval]:
+    """`benchmark.<name>.<model>.<judge>.<metric>` of `HEADLINES`, without the controls."""
+    controls = set(run.recipe.arms) - {"self"}
+    return {
+        f"benchmark.{key}": row["interval"]
+        for key, row in benchmark_rows(run).items()
+        if row["metric"] in HEADLINES and row["model"].split("-")[0] not in controls
+    }
+
+
 def harness_scores(run: Run) -> dict[str, Interval]:
-    """The exams of `evaluation.harness`: `harness.<task>.base`, `.tuned`, `.gain`, `.<arm>_gain`, ...
+    """The exams of `evaluation.harness`: `harness.<task>.base`, `.tuned`, `.gain`, `.<arm>_gain`.
 
     Scores with 1.96 standard errors over items, gains as `harness.paired_difference` has them (not
     corrected for the number of tasks: `harness.before_after` says which are noise). What could not be
@@ -394,10 +409,10 @@ def harness_scores(run: Run) -> dict[str, Interval]:
         if row["problem"]:
             continue
         arm, n, task = row["model"], row["difference"].n, f"harness.{row['task']}"
-        name, gain = ("tuned", "gain") if arm == "self" else (arm, f"{arm}_gain")
         found[f"{task}.base"] = _share(row["base"], row["base_error"], n)
-        found[f"{task}.{name}"] = _share(row["tuned"], row["tuned_error"], n)
-        found[f"{task}.{gain}"] = row["difference"]
+        if arm == "self":
+            found[f"{task}.tuned"] = _share(row["tuned"], row["tuned_error"], n)
+        found[f"{task}.{'gain' if arm == 'self' else f'{arm}_gain'}"] = row["difference"]
     return found
 
 
@@ -408,8 +423,11 @@ def _share(value: float, error: float, n: int) -> Interval:
     return Interval(value, max(0.0, value - Z * error), min(1.0, value + Z * error), n)
 
 
-def leakage_effect(run: Run) -> list[dict]:
+def leakage_effect(run: Run, sets: Collection[str] | None = None) -> list[dict]:
     """What the evaluation shares with the training prompts, and what it says without that.
+
+    Args:
+        sets: only these sets of questions; by default all of `leakage.question_sets`.
 
     Returns:
         The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
@@ -420,7 +438,7 @@ def leakage_effect(run: Run) -> list[dict]:
     """
     effects: dict = {}  # (set, left out) -> its results
     found = []
-    for row in leakage(run):
+    for row in leakage(run, sets):
         both = []
         for left_out in (frozenset(), frozenset(match["question"] for match in row["matches"])):
             key = (row["set"], left_out)
@@ -473,12 +491,12 @@ def _where_known(rows: list[dict], quality: list) -> list[tuple]:
 
 
 def leakage_scores(run: Run) -> dict[str, Interval]:
-    """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` in flat keys.
+    """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` of the run's own questions.
 
     The share is of all questions of a set, no sample of them: no interval (NaN).
     """
     found = {}
-    for row in leakage_effect(run):
+    for row in leakage_effect(run, [run.recipe.evaluation.questions]):
         name = f"leakage.{_plain(Path(row['set']).stem)}.{_plain(row['by'])}"
         found[f"{name}.share"] = Interval(row["share"], math.nan, math.nan, row["items"])
         for key, (_, without) in row["effect"].items():
@@ -587,80 +605,6 @@ def markdown(found: dict[str, Interval]) -> str:
     head = "| result | value [95 % interval] | n |\n|---|---|---|\n"
     rows = [f"| {k} | {in_words(k, i)} {unit(k)} | {i.n} |" for k, i in found.items()]
     return head + "\n".join(rows) + f"\n\n{NOT_COMPARABLE}"
-
-
-def reported(paper: str = "sao"):
-    """The numbers that a paper reports ("sao", "synpo"), as a pandas data frame.
-
-    Raises:
-        FileNotFoundError: the kit was installed without its results/reported folder.
-    """
-    import pandas as pd
-
-    beside_package = Path(__file__).resolve().parents[1] / "results"
-    for folder in (results_folder(), beside_package):
-        if (folder / "reported" / f"{paper}.csv").exists():
-            return pd.read_csv(folder / "reported" / f"{paper}.csv", keep_default_na=False)
-    raise FileNotFoundError(
-        f"results/reported/{paper}.csv is missing: it comes with a checkout of the repository."
-    )
-
-
-def beside_reported(found: dict[str, Interval]):
-    """The paper's figures beside the run's, where both asked the same question.
-
-    The opponents differ: the paper's win rates are AlpacaEval's, against GPT-4-Turbo's answers; the
-    run's are against its own base model, so that 50 means no change. Returns a data frame.
-    """
-    import pandas as pd
-
-    paper = reported("sao")
-
-    def figure(**where) -> str:
-        rows = paper
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        return " / ".join(f"{v:g}" for v in rows["value"].astype(float)) or "not reported"
-
-    judge_table = {"table": "Figure 3f judge", "metric": "win_rate"}
-    lines = [
-        ("win rate of the base model", figure(table="Figure 3d algorithm", method="base"), None),
-        (
-            "win rate, self-judged SimPO",
-            figure(**judge_table, method="Self-Judge"),
-            "self_win_rate",
-        ),
-        ("length-controlled, self-judged", "see results/reported", "self_win_rate_lc"),
-        (
-            "win rate, random labels",
-            figure(**judge_table, method="Random-Judge"),
-            "self_win_rate.random",
-        ),
-        (
-            "win rate, better labels",
-            figure(**judge_table, method="ArmoRM-Judge"),
-            "self_win_rate.oracle",
-        ),
-        ("win rate, SFT on random own answers", "not reported", "self_win_rate.sft_random"),
-        ("accuracy of the self-judge", "not reported", "self_judge.accuracy"),
-        ("first position wins", "not reported", "self_judge.first_position_rate"),
-        (
-            "repetition of prompts, with persona",
-            figure(table="Figure 3e persona", metric="repetition_rate", method="with persona"),
-            "prompts.repetition_rate",
-        ),
-    ]
-    return pd.DataFrame(
-        {
-            "question": question,
-            "paper: 10k, against GPT-4-Turbo, judge Qwen2-72B": shown,
-            "this run: against its own base, judge itself": in_words(key, found[key])
-            if key in found
-            else "",
-            "n": found[key].n if key in found else "",
-        }
-        for question, shown, key in lines
-    )
 
 
 def judge_matrix(run: Run) -> tuple[list[list[int]], list[str]]:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from sao_utils import contests, harness
 from sao_utils.intervals import Interval
+from sao_utils.leakage import leakage
 from sao_utils.pairs import funnel
-from sao_utils.results import HEADLINES, NOT_COMPARABLE, benchmark_rows, unit
+from sao_utils.results import HEADLINES, NOT_COMPARABLE, benchmark_rows, in_words, unit
 from sao_utils.rows import Run, results_folder, write_whole
 
 DAGGER = "†"
+EXAMPLES = 5  # overlapping questions that are listed, of each set and definition
 #: table of the paper -> (what it shows, benchmarks that answer the same question)
 TABLES = {
     "Table 1": (
@@ -283,13 +285,21 @@ def frame(rows: list[dict], table: str):
 
 
 def write(run: Run, found: dict[str, Interval]) -> list[dict]:
-    """Write `tables/benchmarks.csv` (numbers) and `benchmarks.md` (in words); returns the rows."""
+    """Write benchmarks.csv (numbers), benchmarks.md (in words) and leakage.csv; returns the rows.
+
+    leakage.csv: of each set of questions and each definition of overlap how many overlap, and the
+    first EXAMPLES of them, with the words that they share with a training prompt.
+    """
     rows = benchmarks(run, found)
-    folder, text = run.folder / "tables", io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / "benchmarks.csv", text.getvalue())
+    folder = run.folder / "tables"
+    write_whole(folder / "benchmarks.csv", _as_csv(COLUMNS, rows))
+    leaks = [
+        {**row, "overlapping": len(row["matches"]), **match}
+        for row in leakage(run)
+        for match in row["matches"][:EXAMPLES] or [{}]
+    ]
+    columns = "set by prompts items overlapping question prompt shared".split()
+    write_whole(folder / "leakage.csv", _as_csv(columns, leaks))
     parts = [
         "# The paper's tables, and this run\n",
         f"{DAGGER}: measured in another way than the paper's figures; see the column protocol. The "
@@ -307,5 +317,34 @@ def write(run: Run, found: dict[str, Interval]) -> list[dict]:
     return rows
 
 
+def _as_csv(columns: list[str], rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def _cell(text: object) -> str:
     return " ".join(str(text).replace("|", "/").split())
+
+
+def leakage_frame(leaks: list[dict]):
+    """Rows of `results.leakage_effect` as a pandas data frame in words, a line for each result."""
+    import pandas as pd
+
+    lines = []
+    for row in leaks:
+        overlapping = f"{len(row['matches'])} of {row['items']} ({100 * row['share']:.1f} %)"
+        for key, (on_all, without) in (row["effect"] or {"": (None, None)}).items():
+            words = [_result(row["set"], key, found) for found in (on_all, without)]
+            lines.append([row["set"], row["by"], overlapping, key, *words])
+    columns = "questions|overlap by|overlapping|result|on all|without the overlapping"
+    return pd.DataFrame(lines, columns=columns.split("|"))
+
+
+def _result(name: str, key: str, found: Interval | None) -> str:
+    if found is None:
+        return "too few left" if key else ""
+    key = f"leakage.{name}.{key}"
+    return f"{in_words(key, found)} {unit(key)}, n = {found.n}"

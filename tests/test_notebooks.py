@@ -140,6 +140,8 @@ class Workplace:
             "training.batch_size": 8,
             "evaluation.questions": str(path),
             "evaluation.bootstrap": 200,
+            "evaluation.benchmark_limit": 12,
+            "evaluation.harness_limit": 8,
         }
         self.run = self.results / "small"
 
