@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from sao_utils.engines import Chat, Completion, EngineError, Sampling
 from sao_utils.recipe import Model
 
+OPENAI = "api.openai.com"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 ALTERNATIVES = 20  # the most that such servers report
 VERDICT_TOKENS = 16  # "ranking: 1 > 2" is six to ten
@@ -40,8 +41,9 @@ REFUSALS = (
 class ApiEngine:
     """Asks an OpenAI-compatible server, `model.concurrency` requests at a time.
 
-    The key comes from the environment variable `model.key_variable`; a server on this machine needs
-    none. It stays inside of the client: no row, message or manifest has it.
+    The key comes from the environment variable `model.key_variable`. Without that name no key is sent,
+    so that none goes to a stranger; OpenAI's own server gets OPENAI_API_KEY. It stays inside of the
+    client: no row, message or manifest has it.
     """
 
     tokenizer = None  # the server's business
@@ -56,10 +58,12 @@ class ApiEngine:
             import openai
         except ModuleNotFoundError:
             raise EngineError("model.engine=api needs: pip install -e '.[api]'") from None
-        key = os.environ.get(model.key_variable)
-        if not key and urlsplit(model.url).hostname not in LOCAL:
+        host = urlsplit(model.url).hostname
+        self._variable = model.key_variable or ("OPENAI_API_KEY" if host == OPENAI else None)
+        key = os.environ.get(self._variable) if self._variable else None
+        if self._variable and not key and host not in LOCAL:
             raise EngineError(
-                f"{model.url} wants a key: set the environment variable {model.key_variable} (another "
+                f"{model.url} wants a key: set the environment variable {self._variable} (another "
                 "name: model.key_variable). Never write a key into a recipe or a notebook."
             )
         self.model, self.name = model, name
@@ -208,7 +212,9 @@ class ApiEngine:
         import openai
 
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            advice = f"Check the key in the environment variable {self.model.key_variable}."
+            advice = "Set model.key_variable to the name of the environment variable with its key."
+            if self._variable:
+                advice = f"Check the key in the environment variable {self._variable}."
         elif isinstance(error, openai.NotFoundError):
             advice = f"Check the model's name, '{self.model.path}', and the url."
         elif isinstance(error, openai.RateLimitError):
@@ -218,7 +224,7 @@ class ApiEngine:
         else:
             advice = "The rows made so far are kept; run again to go on."
         text = str(error)
-        if key := os.environ.get(self.model.key_variable):  # a server may repeat it
+        if key := os.environ.get(self._variable or ""):  # a server may repeat it
             text = text.replace(key, "***")
         return EngineError(f"{self.model.url}: {text[:500]}\n{advice}")
 

@@ -43,8 +43,8 @@ class Model(_Section):
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory (vllm)")
     workers: int = Field(0, ge=0, description="Ray Data workers; 0: no Ray")
     url: str | None = Field(None, description="of the server, such as http://localhost:8000/v1")
-    key_variable: str = Field(
-        "OPENAI_API_KEY", description="environment variable with the server's key"
+    key_variable: str | None = Field(
+        None, description="environment variable with the server's key; for OpenAI OPENAI_API_KEY"
     )
     concurrency: int = Field(8, ge=1, description="requests to the server at a time")
     price_in: float | None = Field(
@@ -60,7 +60,9 @@ class Model(_Section):
             raise ValueError("engine=api and a url belong together: set both, or neither")
         if self.url and re.search(r"[@?]", self.url):  # "?": some servers take ?api-key=...
             raise ValueError("url holds a user name or key; keys come from key_variable only")
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):  # a key itself, most likely
+        if not re.fullmatch(
+            r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"
+        ):  # a key itself, most likely
             raise ValueError(
                 "key_variable is the NAME of an environment variable in capitals, such as "
                 "OPENAI_API_KEY; never write the key itself into a recipe"

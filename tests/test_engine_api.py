@@ -249,6 +249,17 @@ def test_a_far_server_without_a_key_says_which_variable_to_set(monkeypatch):
         load_engine(model)
 
 
+def test_openais_key_goes_to_openai_only(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    unnamed = settings(server).model_copy(update={"key_variable": None})
+    engine = ApiEngine(unnamed, None, "x")
+    assert engine._client.api_key == "none"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    openai = unnamed.model_copy(update={"url": "https://api.openai.com/v1"})
+    with pytest.raises(EngineError, match="environment variable OPENAI_API_KEY"):
+        ApiEngine(openai, None, "x")
+
+
 def test_an_adapter_cannot_go_to_a_server(server, tmp_path):
     with pytest.raises(EngineError, match="adapter"):
         ApiEngine(settings(server), tmp_path, "x")
