@@ -7,9 +7,10 @@ strictest to the widest. In a small world of few sentence forms the widest hits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from functools import partial
+from pathlib import Path
 
 from sao_utils.overlap import nearest, shared_ngrams, words
 from sao_utils.pairs import build_pairs
@@ -64,24 +65,30 @@ def training_prompts(run: Run) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-def question_sets(run: Run) -> dict[str, list[str]]:
+def own_set(run: Run) -> str:
+    """The name of the run's own questions: of a set, or of a file without its folder."""
+    return Path(run.recipe.evaluation.questions).stem
+
+
+def question_sets(run: Run, benchmarks: bool = True) -> dict[str, list[str]]:
     """The prompts of the run's evaluation, and of each benchmark that its recipe names, by name.
 
     Of several turns the first. lm-eval's tasks are not among them.
     """
     settings = run.recipe.evaluation
-    benchmarks = {name: load(settings, name)["items"] for name in settings.benchmarks}
+    names = settings.benchmarks if benchmarks else ()
+    official = {name: load(settings, name)["items"] for name in names}
     return {
-        settings.questions: [row["question"] for row in questions(run)],
-        **{name: [item["turns"][0] for item in items] for name, items in benchmarks.items()},
+        own_set(run): [row["question"] for row in questions(run)],
+        **{name: [item["turns"][0] for item in items] for name, items in official.items()},
     }
 
 
-def leakage(run: Run, sets: Collection[str] | None = None) -> list[dict]:
+def leakage(run: Run, benchmarks: bool = True) -> list[dict]:
     """What each set of questions has in common with the prompts that the run trained on.
 
     Args:
-        sets: only these; by default all of `question_sets`.
+        benchmarks: whether those of the recipe are looked at beside the run's own questions.
 
     Returns:
         A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
@@ -89,9 +96,7 @@ def leakage(run: Run, sets: Collection[str] | None = None) -> list[dict]:
         A question that occurs twice counts twice.
     """
     prompts, found = training_prompts(run), []
-    for name, asked in question_sets(run).items():
-        if sets is not None and name not in sets:
-            continue
+    for name, asked in question_sets(run, benchmarks).items():
         for by, find in OVERLAPS.items():
             matches = [
                 {"question": text, "prompt": prompts[hit[0]], "shared": hit[1]}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
 from dataclasses import asdict
 from itertools import compress
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +28,7 @@ from sao_utils.judging import (
     labelled_pairs,
     oracle_quality,
 )
-from sao_utils.leakage import leakage
+from sao_utils.leakage import leakage, own_set
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
 from sao_utils.published import published
@@ -423,11 +421,11 @@ def _share(value: float, error: float, n: int) -> Interval:
     return Interval(value, max(0.0, value - Z * error), min(1.0, value + Z * error), n)
 
 
-def leakage_effect(run: Run, sets: Collection[str] | None = None) -> list[dict]:
+def leakage_effect(run: Run, benchmarks: bool = True) -> list[dict]:
     """What the evaluation shares with the training prompts, and what it says without that.
 
     Args:
-        sets: only these sets of questions; by default all of `leakage.question_sets`.
+        benchmarks: whether those of the recipe are looked at beside the run's own questions.
 
     Returns:
         The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
@@ -438,7 +436,7 @@ def leakage_effect(run: Run, sets: Collection[str] | None = None) -> list[dict]:
     """
     effects: dict = {}  # (set, left out) -> its results
     found = []
-    for row in leakage(run, sets):
+    for row in leakage(run, benchmarks):
         both = []
         for left_out in (frozenset(), frozenset(match["question"] for match in row["matches"])):
             key = (row["set"], left_out)
@@ -457,7 +455,7 @@ def _headline(run: Run, questions: str, left_out: frozenset[str]) -> dict[str, I
     settings = run.recipe.evaluation
     if "self" not in run.recipe.arms:
         return {}
-    if questions != settings.questions:
+    if questions != own_set(run):
         metrics, tuned = ("win_rate", "score"), ("self", f"self-{run.recipe.seeds[0]}")
         rows = published(run, questions, names=("base", "self"), leave_out=left_out).values()
         return {
@@ -496,8 +494,8 @@ def leakage_scores(run: Run) -> dict[str, Interval]:
     The share is of all questions of a set, no sample of them: no interval (NaN).
     """
     found = {}
-    for row in leakage_effect(run, [run.recipe.evaluation.questions]):
-        name = f"leakage.{_plain(Path(row['set']).stem)}.{_plain(row['by'])}"
+    for row in leakage_effect(run, benchmarks=False):
+        name = f"leakage.{_plain(row['set'])}.{_plain(row['by'])}"
         found[f"{name}.share"] = Interval(row["share"], math.nan, math.nan, row["items"])
         for key, (_, without) in row["effect"].items():
             if without is not None:

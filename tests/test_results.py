@@ -57,7 +57,7 @@ def test_definitions_of_overlap_go_from_strict_to_wide(question, found):
 def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch):
     asked = leakage.question_sets(loop)["dev"]
     monkeypatch.setattr(leakage, "training_prompts", lambda run: ["What is this?", *asked[:30]])
-    of = {row["by"]: row for row in results.leakage_effect(loop, ["dev"])}
+    of = {row["by"]: row for row in results.leakage_effect(loop, benchmarks=False)}
     same = of["same words"]
     assert [match["question"] for match in same["matches"]] == asked[:30]
     assert same["items"] == len(asked) and same["share"] == 30 / len(asked)
@@ -65,7 +65,7 @@ def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch)
         assert on_all.n == len(asked) and without.n == len(asked) - 30
     assert tables.leakage_frame([same])["overlapping"][0].startswith(f"30 of {len(asked)} (")
     monkeypatch.setattr(leakage, "training_prompts", lambda run: asked[3:])
-    few = results.leakage_effect(loop, ["dev"])[0]
+    few = results.leakage_effect(loop, benchmarks=False)[0]
     assert few["effect"] and all(without is None for _, without in few["effect"].values())
     assert set(tables.leakage_frame([few])["without the overlapping"]) == {"too few left"}
 
