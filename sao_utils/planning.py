@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -25,7 +24,7 @@ from sao_utils.losses import CHUNK_BYTES
 from sao_utils.questions import QUESTION_SEED, SETS, read_column
 from sao_utils.recipe import Model, Recipe, RecipeError, Training
 from sao_utils.responses import PER_PROMPT
-from sao_utils.rows import results_folder
+from sao_utils.rows import gpu_name, results_folder
 from sao_utils.shapes import CHECKPOINT_ABOVE, WEIGHT_BYTES, Shape, shape_of
 
 GIB = 2**30
@@ -118,7 +117,7 @@ def find_gpu(name: str | None) -> Gpu | None:
     Raises:
         PlanError: a GPU that gpus.yaml does not know.
     """
-    known, own = gpus(), _own_gpu() if name is None else None
+    known, own = gpus(), gpu_name() if name is None else None
     if name is None and own is None:
         return None
     for gpu in known.values():
@@ -126,19 +125,6 @@ def find_gpu(name: str | None) -> Gpu | None:
             return gpu
     told = f"--gpu plans for one like it: {', '.join(known)}"
     raise PlanError(f"The GPU '{own or name}' is not known; {told}.")
-
-
-def _own_gpu() -> str | None:
-    """The name of this machine's first GPU, from the driver: torch would take seconds."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    names = told.stdout.splitlines() if told.returncode == 0 else []
-    return names[0].strip() if names else None
 
 
 def architecture(model: Model) -> dict:

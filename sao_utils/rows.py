@@ -12,11 +12,14 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -311,15 +314,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+def gpu_name() -> str | None:
+    """The name of this machine's first GPU, from the driver; None without one.
+
+    torch would take seconds, and memory of the GPU beside the process of an engine.
+    """
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = told.stdout.splitlines() if told.returncode == 0 else []
+    return names[0].strip() if names else None
+
+
+@cache
 def hardware() -> dict[str, str | int]:
     """The machine, in words that name no user, host or path."""
-    facts = {"machine": platform.machine(), "cpus": os.cpu_count() or 0, "gpu": "none"}
-    if "torch" in sys.modules:
-        import torch
-
-        if torch.cuda.is_available():
-            facts["gpu"] = torch.cuda.get_device_name(0)
-    return facts
+    gpu = gpu_name() or "none"
+    return {"machine": platform.machine(), "cpus": os.cpu_count() or 0, "gpu": gpu}
 
 
 def record(run: Run, stage: str, seconds: float, adds: bool = True, **counts: int) -> None:
