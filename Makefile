@@ -24,7 +24,7 @@ reference: $(STAMP)  ## the committed reference run again: the same with three s
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny --run reference --set 'seeds=[0, 1, 2]'
 
 test: $(STAMP)  ## run the tests
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (3 minutes)
 	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/test_engine_vllm.py

@@ -1,9 +1,14 @@
 """SAO reproduction kit: a language model aligns itself on data it makes itself.
 
 Floors, from the ground up; a module imports only from lower ones:
-recipe, rows, templates, intervals; engines and the tiny world; the stages (personas, responses,
-judging, pairs, training, evaluation); results, figures and the two commands of the tiny model
-(tiny_card, tiny_search); pipeline and cli.
+1. recipe, colab, rows, templates, intervals, ratings, shapes
+2. engines (one interface: engine_transformers, engine_vllm with vllm_child, engine_api, engine_ray),
+   losses, packing, questions, overlap, tiny (its world, model and exams)
+3. the stages: asking, personas, responses, judging, pairs, trainer, training, evaluation, contests,
+   published (alpaca_eval, arena_hard, mt_bench), harness
+4. results, leakage, tables, figures, viewer, publishing, planning, benchmarks, engine_benchmarks,
+   tiny_card, tiny_search
+5. pipeline, cli
 """
 
 import logging

@@ -286,7 +286,8 @@ def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
     """Pass batches on, with a progress bar that stays a few lines in a log file."""
     from tqdm import tqdm
 
-    in_notebook = "ipykernel" in sys.modules
+    ipython = sys.modules.get("IPython")
+    in_notebook = hasattr(ipython and ipython.get_ipython(), "kernel")
     watched = not os.environ.get("SAO_BATCH") and (in_notebook or sys.stderr.isatty())
     pause = 1.0 if watched else 30.0
     out = sys.stdout if in_notebook else sys.stderr  # notebooks show stderr as if it were trouble

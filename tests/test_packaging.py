@@ -1,5 +1,6 @@
 """The files that set up the environment agree with each other and with what is installed."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -123,7 +124,8 @@ def test_ci_run_runs_all_tests_and_nothing_else():
 
 def test_make_test_runs_all_tests_without_the_hub():
     (command,) = makefile_recipe("test")
-    assert command == "HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q"
+    run = "HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q"
+    assert command == f"{run} -n auto --maxprocesses 4 --dist loadfile"
 
 
 def test_make_reproduce_runs_the_tiny_recipe_without_the_hub():
@@ -155,3 +157,27 @@ def test_installed_versions_equal_the_pins(requirement):
         pytest.skip(f"{requirement.name} belongs to an extra that is not installed")
     # The public part only: a CPU build of torch calls itself 2.13.0+cpu.
     assert Version(installed).public == pins()[canonicalize_name(requirement.name)]
+
+
+def test_modules_import_from_lower_floors_only():
+    """The floors are listed in the package's docstring; a module of each is named there once."""
+    package = ROOT / "sao_utils"
+    lines = ast.get_docstring(ast.parse((package / "__init__.py").read_text())).splitlines()
+    floors: dict[str, int] = {}
+    for line in lines[lines.index("") + 1 :]:
+        number = re.match(r"(\d)\.", line)
+        floor = int(number[1]) if number else floor if floors else 0
+        names = {path.stem for path in package.glob("*.py")} | {"tiny"}
+        floors |= {word: floor for word in re.findall(r"\w+", line) if floor and word in names}
+    for path in package.rglob("*.py"):
+        name = "tiny" if "tiny" in path.parts else path.stem
+        if name.startswith("__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").split(".")[0] == "sao_utils"
+            ):
+                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                for imported in parts:
+                    assert floors.get(imported, 0) <= floors[name], f"{path.name} takes {imported}"
