@@ -737,7 +737,8 @@ def length_control(rows: list[dict], groups: int = 8):
 
     Args:
         rows: of one call of `contests.contest`.
-        groups: so many points, of as many prompts each, in order of the difference.
+        groups: so many points at most, of as many prompts each (20 or more), in order of the
+            difference.
     """
     figure, axes = _new(3.8)
     x, y = "characters of the tuned answer - of the base's", "won by the tuned model (%)"
@@ -750,7 +751,7 @@ def length_control(rows: list[dict], groups: int = 8):
     if not there:
         _nothing(axes, "no valid verdict")
         return figure
-    size = math.ceil(len(there) / groups)
+    size = math.ceil(len(there) / max(1, min(groups, len(there) // 20)))
     for start in range(0, len(there), size):
         longer, wins, by = zip(*there[start : start + size])
         rate = win_rate(wins, by).rate

@@ -143,7 +143,10 @@ def _edition(exam: Exam) -> str:
 
 
 def score(
-    run: Run, tasks: tuple[str, ...] | list[str] | None = None, limit: int | None = None
+    run: Run,
+    tasks: tuple[str, ...] | list[str] | None = None,
+    limit: int | None = None,
+    names: tuple[str, ...] | None = None,
 ) -> list[dict]:
     """Let the base and every tuned model sit the exams, each model and task once.
 
@@ -151,6 +154,7 @@ def score(
         tasks: names as `exams` takes them; by default the recipe's `evaluation.harness`.
         limit: the first so many items of each task (of each subject of MMLU), for a quick look; by
             default the recipe's `evaluation.harness_limit`.
+        names: only these models ("base" and arms); by default all.
 
     Returns:
         Rows {id, model, seed, weights, task, edition, shots, limit, metric, value, error, n,
@@ -168,6 +172,8 @@ def score(
     limit = settings.harness_limit if limit is None else limit
     model, adapters, jobs = _scorable(run.recipe.model), {}, []
     for name, seed, adapter in models(run):
+        if names is not None and name not in names:
+            continue
         weights = model_name(model, adapter)
         adapters[weights] = adapter
         for task, exam in chosen.items():
@@ -448,7 +454,10 @@ def _compare(base: dict, tuned: list[dict]) -> dict:
 
 
 def before_after(
-    run: Run, tasks: tuple[str, ...] | list[str] | None = None, limit: int | None = None
+    run: Run,
+    tasks: tuple[str, ...] | list[str] | None = None,
+    limit: int | None = None,
+    names: tuple[str, ...] | None = None,
 ):
     """What the tuned models know against what the base knew, as a pandas data frame in words.
 
@@ -459,7 +468,7 @@ def before_after(
     import pandas as pd
 
     lines = []
-    for found in differences(score(run, tasks, limit)):
+    for found in differences(score(run, tasks, limit, names)):
         line = {"task": found["task"], "model": found["model"]}
         if found["problem"]:
             lines.append({**line, "verdict": f"not measured: {found['problem']}"})

@@ -43,6 +43,7 @@ NOT_COMPARABLE = (
 )
 #: metrics of benchmarks that are kept with the other results; `benchmark_rows` has all.
 HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2", "kappa")
+EXAMINED = ("base", "self")  # who sits the exams: controls would double what they cost
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 
 
@@ -394,7 +395,7 @@ def benchmark_scores(run: Run) -> dict[str, Interval]:
 
 
 def harness_scores(run: Run) -> dict[str, Interval]:
-    """The exams of `evaluation.harness`: `harness.<task>.base`, `.tuned`, `.gain`, `.<arm>_gain`.
+    """The exams of `evaluation.harness`, without the controls: `harness.<task>.base`, `.tuned`, `.gain`.
 
     Scores with 1.96 standard errors over items, gains as `harness.paired_difference` has them (not
     corrected for the number of tasks: `harness.before_after` says which are noise). What could not be
@@ -403,14 +404,13 @@ def harness_scores(run: Run) -> dict[str, Interval]:
     if not run.recipe.evaluation.harness:
         return {}
     found = {}
-    for row in harness.differences(harness.score(run)):
+    for row in harness.differences(harness.score(run, names=EXAMINED)):
         if row["problem"]:
             continue
-        arm, n, task = row["model"], row["difference"].n, f"harness.{row['task']}"
+        n, task = row["difference"].n, f"harness.{row['task']}"
         found[f"{task}.base"] = _share(row["base"], row["base_error"], n)
-        if arm == "self":
-            found[f"{task}.tuned"] = _share(row["tuned"], row["tuned_error"], n)
-        found[f"{task}.{'gain' if arm == 'self' else f'{arm}_gain'}"] = row["difference"]
+        found[f"{task}.tuned"] = _share(row["tuned"], row["tuned_error"], n)
+        found[f"{task}.gain"] = row["difference"]
     return found
 
 
@@ -435,7 +435,7 @@ def leakage_effect(run: Run, benchmarks: bool = True) -> list[dict]:
         questions are left.
     """
     effects: dict = {}  # (set, left out) -> its results
-    found = []
+    found, met = [], contests.contest(run, "self", "base") if "self" in run.recipe.arms else []
     for row in leakage(run, benchmarks):
         both = []
         for left_out in (frozenset(), frozenset(match["question"] for match in row["matches"])):
@@ -443,15 +443,21 @@ def leakage_effect(run: Run, benchmarks: bool = True) -> list[dict]:
             if left_out and row["items"] - len(row["matches"]) < FEWEST:
                 effects[key] = {}
             if key not in effects:
-                effects[key] = _headline(run, *key)
+                effects[key] = _headline(run, met, *key)
             both.append(effects[key])
         effect = {key: (value, both[1].get(key)) for key, value in both[0].items()}
         found.append({**row, "effect": effect})
     return found
 
 
-def _headline(run: Run, questions: str, left_out: frozenset[str]) -> dict[str, Interval]:
-    """What the tuned model is judged by, on the questions of a set that are not left out."""
+def _headline(
+    run: Run, met: list[dict], questions: str, left_out: frozenset[str]
+) -> dict[str, Interval]:
+    """What the tuned model is judged by, on the questions of a set that are not left out.
+
+    Args:
+        met: the tuned model's contest with the base, on the run's own questions.
+    """
     settings = run.recipe.evaluation
     if "self" not in run.recipe.arms:
         return {}
@@ -463,7 +469,7 @@ def _headline(run: Run, questions: str, left_out: frozenset[str]) -> dict[str, I
             for row in rows
             if row["metric"] in metrics and row["model"] in tuned
         }
-    rows = [r for r in contests.contest(run, "self", "base") if r["prompt"] not in left_out]
+    rows = [row for row in met if row["prompt"] not in left_out]
     quality = [oracle_quality(row["prompt"], *row["responses"]) for row in rows]
     known = [(row, a == 0, b == 0) for row, (a, b) in _where_known(rows, quality)]
     found = {}

@@ -16,7 +16,7 @@ from sao_utils import contests, harness
 from sao_utils.intervals import Interval
 from sao_utils.leakage import leakage
 from sao_utils.pairs import funnel
-from sao_utils.results import HEADLINES, NOT_COMPARABLE, benchmark_rows, in_words, unit
+from sao_utils.results import EXAMINED, HEADLINES, NOT_COMPARABLE, benchmark_rows, in_words, unit
 from sao_utils.rows import Run, results_folder, write_whole
 
 DAGGER = "†"
@@ -178,9 +178,7 @@ def _of_harness(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
         how = 'set evaluation.harness, to ["leaderboard"] say'
         return [_missing(table, "leaderboard", "this run", how)]
     rows = []
-    for row in harness.differences(harness.score(run)):
-        if row["model"] != "self":
-            continue
+    for row in harness.differences(harness.score(run, names=EXAMINED)):
         task = LEADERBOARD.get(row["task"], row["task"])
         if row["problem"]:
             rows.append(_missing(table, task, "this run", row["problem"]))

@@ -31,6 +31,15 @@ VERDICTS = [
     verdict(0.2, -0.9, None),
     verdict(None, None, [0, 0]),
 ]
+DUELS = [
+    {"model": model, "combination": str(k), "responses": ["a" * (k + 1), "abc"], "win": win}
+    | {"outcome": outcome, "margin": 2 * win - 1 if outcome == "consistent" else None}
+    | {"first_wins": [True, True] if outcome == "inconsistent" else None}
+    for model in ("self", "another <model>")
+    for k, (outcome, win) in enumerate(
+        [("consistent", 1.0), ("consistent", 0.0), ("inconsistent", 0.5), ("identical", 0.5)] * 2
+    )
+]
 STEPS = {"learning_rate": 1e-3, "grad_norm": 1.0, "chosen_tokens": 9.0, "rejected_tokens": 8.0}
 SIMPO = [
     {"step": k, "loss": 3.0 / k, "rewards_chosen": -1.0, "rewards_rejected": -k, "margin": k - 1.0}
@@ -98,6 +107,8 @@ DRAWN = {
     "good_rates": lambda: figures.good_rates(SCORES),
     "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": "gain", "x": "y"}),
     "win_rates": lambda: figures.win_rates(SCORES),
+    "length_control": lambda: figures.length_control(DUELS),
+    "outcomes": lambda: figures.outcomes(DUELS),
 }
 EMPTY = {
     "funnel": lambda: figures.funnel([]),
@@ -116,6 +127,8 @@ EMPTY = {
     "good_rates": lambda: figures.good_rates({}),
     "differences": lambda: figures.differences(SCORES, {"x": "y"}),
     "win_rates": lambda: figures.win_rates({}),
+    "length_control": lambda: figures.length_control([{**DUELS[0], "win": None}]),
+    "outcomes": lambda: figures.outcomes([]),
 }
 HOSTILE_LABELS = {
     "funnel": lambda: figures.funnel([(HOSTILE, 9), (HOSTILE, -2)]),
@@ -219,6 +232,12 @@ def test_what_the_pictures_say():
     assert "20.0" not in good and "labels" not in good  # neither gains nor arms without a value
     wins = texts(DRAWN["win_rates"]())
     assert "raw" in wins and "at equal length" in wins and "(n = 7 to 8)" in wins
+    control = texts(DRAWN["length_control"]())
+    assert "all, raw: 50.0 (n = 16)" in control and "at equal length: " in control
+    sides = texts(DRAWN["outcomes"]())
+    assert (
+        "self-judged pairs (n = 8)" in sides and sides.split(" | ").count("25") == 8
+    )  # 4 kinds, 2 models
 
 
 def test_an_interval_that_is_not_finite_is_left_out(run):
