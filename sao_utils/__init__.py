@@ -1,12 +1,12 @@
 """SAO reproduction kit: a language model aligns itself on data it makes itself.
 
 Floors, from the ground up; a module imports only from lower ones:
-1. recipe, colab, rows, templates, intervals, ratings, shapes
+1. recipe, colab, rows, templates, intervals, wording, ratings, shapes
 2. engines (one interface: engine_transformers, engine_vllm with vllm_child, engine_api, engine_ray),
    losses, packing, questions, overlap, tiny (its world, model and exams)
 3. the stages: asking, personas, responses, judging, pairs, trainer, training, evaluation, contests,
-   published (alpaca_eval, arena_hard, mt_bench), harness
-4. results, leakage, tables, figures, viewer, publishing, planning, benchmarks, engine_benchmarks,
+   published (alpaca_eval, arena_hard, mt_bench), harness, publishing
+4. results, leakage, tables, figures, viewer, planning, benchmarks, engine_benchmarks,
    tiny_card, tiny_search
 5. pipeline, cli
 """

@@ -7,12 +7,13 @@ Exit codes: 0 done, 1 a run failed or has no results, 2 something was asked for 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+DETAILS = ("contest", "league", "benchmark", "harness", "leakage")  # kinds of result, for --all
 
 app = typer.Typer(
     help="Run the loop of Self-Alignment Optimization and look at what came out.",
@@ -68,7 +69,7 @@ def run(
         _fail("\nInterrupted. The same command goes on from here.", 130)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
-        typer.echo("\n" + render(_results(opened.folder)))
+        typer.echo("\n" + _headlines(_results(opened.folder), opened.folder.name))
 
 
 @app.command()
@@ -103,7 +104,10 @@ def plan(
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Name of a run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Contests, benchmarks, exams and leakage, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All results as JSON.")] = False,
 ) -> None:
     """Print the result table of a run."""
     folder = _folder(name)
@@ -116,7 +120,10 @@ def show(
     if made_with.is_file() and made_with.read_bytes() != (folder / "recipe.yaml").read_bytes():
         told = f"made with {made_with}; the run's recipe has changed since"
         typer.echo(f"These results were {told}.", err=True)
-    typer.echo(json.dumps(results, indent=2, ensure_ascii=False) if as_json else render(results))
+    if as_json:
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(render(results) if every else _headlines(results, name))
 
 
 @app.command()
@@ -284,19 +291,27 @@ def _command(folder: Path) -> str:
     return shlex.join(words)
 
 
+def _headlines(results: dict[str, dict], name: str) -> str:
+    """The results of the loop itself, and how many more there are."""
+    some = {key: v for key, v in results.items() if key.split(".")[0] not in DETAILS}
+    more = len(results) - len(some)
+    return render(some) + (f"\n\n{more} more: sao show {name} --all" if more else "")
+
+
 def render(results: dict[str, dict]) -> str:
     """Results (flat key -> {value, low, high, n}) as lines of text in columns."""
-    from sao_utils.results import is_share, unit
+    from sao_utils.wording import number, unit
 
     rows = [("", "value", "95 % interval", "n")]
     for key, result in results.items():
-        share, gain = is_share(key), unit(key) == "points"
-        value, low, high = (_words(result.get(k), share, gain) for k in ("value", "low", "high"))
-        if value and share:
-            value += f" {unit(key)}"
+        sign = "+" if unit(key) == "points" else ""
+        value, low, high = (
+            _signed(number(key, result.get(k)), sign) for k in ("value", "low", "high")
+        )
         interval = f"{low} to {high}" if low and high else ""
         n = result.get("n")
-        rows.append((key, value or "none", interval, "" if n is None else f"{n:,}"))
+        value = f"{value} {unit(key)}".rstrip() if value else "none"
+        rows.append((key, value, interval, "" if n is None else f"{n:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []
     for key, *cells in rows:
@@ -305,7 +320,7 @@ def render(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _words(value: float | None, share: bool, gain: bool) -> str:
-    if value is None or not math.isfinite(value):
+def _signed(shown: str, sign: str) -> str:
+    if shown == "nan":
         return ""
-    return f"{100 * value if share else value:{'+' if gain else ''},.1f}"
+    return shown if shown.startswith("-") else sign + shown

@@ -22,6 +22,7 @@ from sao_utils.pairs import build_pairs
 from sao_utils.personas import HUB_PERSONAS, write_prompts
 from sao_utils.recipe import Arm
 from sao_utils.rows import Run, versions, write_whole
+from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
 PAPER = "https://arxiv.org/abs/2510.06652"
 #: Files that may leave the machine, of an adapter and of a whole model. Logs, probes, rows and
@@ -261,8 +262,6 @@ def _training(training: dict, algorithm: str, facts: dict) -> str:
 
 def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> str:
     """The run's results that are about this model, if they belong to it: else that there are none."""
-    from sao_utils.results import NOT_COMPARABLE, in_words, unit  # which import training: a circle
-
     folder = run.folder / "tables"
     seeds = _evaluated_seeds(run, arm, seed, recipe)
     found = json.loads((folder / "results.json").read_text(encoding="utf-8")) if seeds else {}

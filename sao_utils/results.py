@@ -36,11 +36,8 @@ from sao_utils.publishing import write_card
 from sao_utils.questions import cluster
 from sao_utils.rows import Run, note, write_whole
 from sao_utils.tiny import world
+from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
-NOT_COMPARABLE = (
-    "Numbers of the recipe tiny are measured on a toy of 1.2 M parameters in a world of its own; "
-    "they are not comparable with the paper's."
-)
 #: metrics of benchmarks that are kept with the other results; `benchmark_rows` has all.
 HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2", "kappa")
 EXAMINED = ("base", "self")  # who sits the exams: controls would double what they cost
@@ -516,53 +513,6 @@ def check(statement: str, holds: bool, otherwise: str) -> bool:
 
 
 # ---------------------------------------------------------------------- tables
-
-
-#: metric of a contest, league or benchmark -> its unit, where it is no share
-UNITS = {
-    "length_difference": "characters",
-    "avg_length": "characters",
-    "avg_tokens": "tokens",
-    "prompts_needed": "prompts",
-    "elo": "Elo",
-}
-DECIMALS = {"": 2, "of 10": 2, "prompts": 0}  # of a unit; others have one
-GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
-
-
-def unit(key: str) -> str:
-    """What a value is counted in: shares in percent, their differences in points; "" for kappa."""
-    # The names of models, judges and tasks say nothing of the metric.
-    kind, *names = key.split(".")
-    metric = key
-    if kind in ("contest", "league", "harness", "leakage"):
-        metric = names[-1]
-    elif kind == "benchmark":
-        metric = names[3]
-    if names and names[0] in GRADED and metric.startswith("score"):
-        return "of 10"
-    if metric in UNITS:
-        return UNITS[metric]
-    if metric.startswith("kappa"):
-        return ""
-    if metric.startswith("answer_length"):
-        return "tokens"
-    return "points" if "gain" in metric or metric.endswith("bias") else "%"
-
-
-def is_share(key: str) -> bool:
-    """Whether a key's value is a share or a difference of shares (shown in percent)."""
-    return unit(key) in ("%", "points")
-
-
-def in_words(key: str, interval: Interval | dict) -> str:
-    """`71.2 [68.0, 74.1]`: shares in percent, kappa as `0.71 [0.68, 0.74]`."""
-    value = asdict(interval) if isinstance(interval, Interval) else interval
-    factor, digits = (100 if is_share(key) else 1), DECIMALS.get(unit(key), 1)
-    endless = math.inf if unit(key) == "prompts" else math.nan  # JSON has a null for both
-    numbers = [endless if value[k] is None else factor * value[k] for k in ("value", "low", "high")]
-    shown = ["no end" if math.isinf(x) else f"{x:.{digits}f}" for x in numbers]
-    return f"{shown[0]} (no interval)" if math.isnan(numbers[1]) else "{} [{}, {}]".format(*shown)
 
 
 def print_scores(found: dict[str, Interval]) -> None:

@@ -16,8 +16,9 @@ from sao_utils import contests, harness
 from sao_utils.intervals import Interval
 from sao_utils.leakage import leakage
 from sao_utils.pairs import funnel
-from sao_utils.results import EXAMINED, HEADLINES, NOT_COMPARABLE, benchmark_rows, in_words, unit
+from sao_utils.results import EXAMINED, HEADLINES, benchmark_rows
 from sao_utils.rows import Run, results_folder, write_whole
+from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
 DAGGER = "†"
 EXAMPLES = 5  # overlapping questions that are listed, of each set and definition

@@ -62,8 +62,19 @@ def test_show_prints_an_aligned_table_with_shares_in_percent(run):
         "oracle_good_rate_t0.6.gain    +10.6 points  +8.0 to +13.0    880\n"
         "oracle_good_rate.random_gain   -1.0 points   -2.0 to +0.5    880\n"
         "self_judge.longer_chosen            60.0 %                 1,234\n"
-        "answer_length.base                    43.2   40.0 to 46.5    880\n"
+        "answer_length.base             43.2 tokens   40.0 to 46.5    880\n"
         "self_judge.accuracy                   none                     0\n"
+    )
+
+
+def test_show_tells_of_the_loop_and_of_all_that_was_measured_when_asked(run):
+    table = run.folder / "tables" / "results.json"
+    kappa = {"value": 0.876, "low": 0.8, "high": 0.9, "n": 20}
+    table.write_text(json.dumps({**RESULTS, "contest.a_vs_b.x_and_y.kappa": kappa}))
+    short = sao("show", "mine")
+    assert "kappa" not in short and "1 more: sao show mine --all" in short
+    assert "contest.a_vs_b.x_and_y.kappa          0.88   0.80 to 0.90" in sao(
+        "show", "mine", "--all"
     )
 
 

@@ -160,24 +160,22 @@ def test_installed_versions_equal_the_pins(requirement):
 
 
 def test_modules_import_from_lower_floors_only():
-    """The floors are listed in the package's docstring; a module of each is named there once."""
+    """The floors are listed in the package's docstring, with every module."""
     package = ROOT / "sao_utils"
-    lines = ast.get_docstring(ast.parse((package / "__init__.py").read_text())).splitlines()
-    floors: dict[str, int] = {}
-    for line in lines[lines.index("") + 1 :]:
-        number = re.match(r"(\d)\.", line)
-        floor = int(number[1]) if number else floor if floors else 0
-        names = {path.stem for path in package.glob("*.py")} | {"tiny"}
-        floors |= {word: floor for word in re.findall(r"\w+", line) if floor and word in names}
-    for path in package.rglob("*.py"):
+    modules = {path.stem for path in package.glob("[!_]*.py")} | {"tiny"}
+    listed = re.split(
+        r"^\d\. ", ast.get_docstring(ast.parse((package / "__init__.py").read_text())), flags=re.M
+    )
+    floors = {
+        word: floor
+        for floor, text in enumerate(listed)
+        for word in re.findall(r"\w+", text)
+        if floor and word in modules
+    }
+    assert set(floors) == modules
+    for path in package.rglob("[!_]*.py"):
         name = "tiny" if "tiny" in path.parts else path.stem
-        if name.startswith("__"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.ImportFrom)
-                and (node.module or "").split(".")[0] == "sao_utils"
-            ):
-                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                for imported in parts:
-                    assert floors.get(imported, 0) <= floors[name], f"{path.name} takes {imported}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sao_utils"):
+                taken = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                assert all(floors.get(one, 0) <= floors[name] for one in taken), (path.name, taken)

@@ -304,8 +304,8 @@ def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):
     """NF4 + LoRA: packed and chunked against full logits of each sequence alone."""
     from transformers import BitsAndBytesConfig
 
-    from sao_utils.losses import simpo_loss
     from sao_utils.engines import guard_nf4_on_cpu
+    from sao_utils.losses import simpo_loss
 
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "base")
     nf4 = BitsAndBytesConfig(
