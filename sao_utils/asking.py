@@ -5,8 +5,8 @@ A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": 
 this, and so is its seed: equal requests are one request. What a server was paid for is also kept in
 `results/cache`, which all runs share, so that no reply is bought twice.
 
-Costs are ours: tokens read are counted by the tokenizer, or where a server has it, as characters / 4;
-tokens written are at most those allowed.
+Costs are ours: tokens read are counted by the tokenizer, or where a server has it, as bytes / 4 (a
+Chinese character has three bytes, and takes about one token); tokens written are at most those allowed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sao_utils.rows import (
     seed_of,
 )
 
-CHARACTERS = 4  # of a token, about, in English
+BYTES = 4  # of a token, about, in English
 PAUSE = 1.0  # seconds between looks whether another process is done
 WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
 
@@ -203,7 +203,7 @@ def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
         return 0, 0
     if model.engine == "api":
         texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
-        read = sum(math.ceil(sum(map(len, of)) / CHARACTERS) for of in texts)
+        read = sum(math.ceil(len("".join(of).encode(errors="replace")) / BYTES) for of in texts)
         choice = VERDICT_TOKENS
     else:
         read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))

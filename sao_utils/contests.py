@@ -28,7 +28,7 @@ from sao_utils.intervals import (
     prompts_needed,
     win_rate,
 )
-from sao_utils.judging import ORDERS, judges_agree, verdict_rows
+from sao_utils.judging import ORDERS, first_shown, judges_agree, verdict_rows
 from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.rows import Run, row_id
@@ -154,10 +154,12 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         rows: of one call of `contest`, at least one.
 
     Returns:
-        win_rate; win_rate_lc: at equal length in characters, as AlpacaEval counts it, since
-        models count tokens differently (see `intervals`).
+        win_rate: see `rate_of`; win_rate_lc: at equal length in characters, as AlpacaEval counts
+        it, since models count tokens differently (see `intervals`). Its interval is over prompts
+        only: of these trainings, where there are several, and too narrow for another.
         Shares of valid verdicts: decided (both orders agree), inconsistent, tie, identical; and
-        first_position, the share of verdicts, two a prompt, that prefer what is shown first.
+        first_position, the share of verdicts, two a prompt, that prefer what is shown first (half,
+        where a verdict's odds are even).
         Shares of all prompts: valid; empty_a, empty_b: answers without text.
         length_difference: a's characters minus b's.
         prompts_needed: to see a win rate that far from 50 % four times of five; low and high are
@@ -172,7 +174,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         return clustered_mean(values, by, resamples, runs=runs)
 
     valid = [row for row in rows if row["win"] is not None]
-    judged = [row for row in valid if row["first_wins"] is not None]
+    judged = [row for row in valid if row["margin"] is not None]
     empty = [[not text.strip() for text in row["responses"]] for row in rows]
     found = {
         "valid": mean([row["win"] is not None for row in rows], rows),
@@ -182,7 +184,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
     }
     if valid:
         wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
-        rate = _win_rate(valid, resamples)
+        rate = rate_of(valid, resamples)
         found = {
             "win_rate": rate,
             "win_rate_lc": length_controlled_win_rate(wins, _longer(valid), by),
@@ -194,7 +196,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
             "prompts_needed": _needed(rate, valid),
         }
     if judged:
-        first = [prefers for row in judged for prefers in row["first_wins"]]
+        first = [prefers for row in judged for prefers in first_shown(row)]
         found["first_position"] = mean(first, [row for row in judged for _ in ORDERS])
     return {f"{name_of(run, rows[0])}.{key}": value for key, value in found.items()}
 
@@ -203,11 +205,16 @@ def _longer(rows: list[dict]) -> list[int]:
     return [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
 
 
-def _win_rate(valid: list[dict], resamples: int) -> Interval:
-    """By scores for one training; by a bootstrap over trainings too where there are several."""
+def rate_of(valid: list[dict], resamples: int = 10_000) -> Interval:
+    """The win rate of contest rows with valid verdicts.
+
+    By scores for one training (`intervals.win_rate`); by a bootstrap over trainings too where there
+    are several (`intervals.clustered_mean`), unless all prompts fared alike: that leaves nothing to
+    resample, and is no certainty.
+    """
     wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
     runs = [row["seed"] for row in valid]
-    if len(set(runs)) > 1:
+    if len(set(runs)) > 1 and len(set(wins)) > 1:
         return clustered_mean(wins, by, resamples, runs=runs)
     return win_rate(wins, by).rate
 
@@ -242,7 +249,8 @@ def remarks(rows: list[dict]) -> list[str]:
     bad = sum(row["win"] is None for row in rows)
     if bad > n / 20:
         said.append(f"The judge '{judge}' gave no valid verdict on {bad} of {n} prompts.")
-    first = [prefers for row in rows for prefers in row["first_wins"] or ()]
+    judged = [row for row in rows if row["margin"] is not None]
+    first = [prefers for row in judged for prefers in first_shown(row)]
     share = sum(first) / len(first) if first else 0.5
     if not 0.2 <= share <= 0.8:
         where, share = ("first", share) if share > 0.5 else ("second", 1 - share)
@@ -351,7 +359,7 @@ def judges_agreement(
         rows[judge] = contest(run, a, b, judge, **options)
         valid = [row for row in rows[judge] if row["win"] is not None]
         if valid:
-            found[f"{name_of(run, valid[0])}.win_rate"] = _win_rate(valid, resamples)
+            found[f"{name_of(run, valid[0])}.win_rate"] = rate_of(valid, resamples)
     for one, other in combinations(rows, 2):
         name = name_of(run, {**rows[one][0], "judge": f"{one}_and_{other}"})
         for key, interval in judges_agree(rows[one], rows[other], resamples).items():

@@ -158,6 +158,12 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
     }
 
 
+def first_shown(row: dict) -> list[bool | float]:
+    """Whether a pair's two orders prefer what is shown first; 0.5 where an order's odds are even."""
+    odds = (row["margin_12"], -row["margin_21"])
+    return [0.5 if of == 0 else of > 0 for of in odds]
+
+
 def agreement(verdicts: list[dict]) -> dict[str, list]:
     """What is known of a judge's errors, as parallel lists over the pairs with a known better answer.
 

@@ -40,7 +40,7 @@ TEMPERATURES = {
 }
 WITH_REFERENCE = ("math", "reasoning", "coding")
 #: (with reference, turn 2) -> name of FastChat's judge prompt
-PROMPTS = {
+JUDGE_PROMPTS = {
     (False, False): "single-v1",
     (True, False): "single-math-v1",
     (False, True): "single-v1-multi-turn",
@@ -94,12 +94,12 @@ def _turns_of(row: dict) -> list[str] | None:
 
 def _official_chat(rows: list[dict]) -> Callable[[dict, list[str]], tuple[list[dict], str]]:
     prompts = {row.get("name"): row for row in rows}
-    missing = [name for name in PROMPTS.values() if name not in prompts]
+    missing = [name for name in JUDGE_PROMPTS.values() if name not in prompts]
     if missing:
         raise RecipeError(f"judge_prompts.jsonl of mt_bench has no prompt {', '.join(missing)}.")
 
     def chat(item: dict, texts: list[str]) -> tuple[list[dict], str]:
-        name = PROMPTS[item["reference"] is not None, len(texts) > 1]
+        name = JUDGE_PROMPTS[item["reference"] is not None, len(texts) > 1]
         values = _values(item, texts) | {"question": item["turns"][0], "answer": texts[0]}
         text = templates.fill(prompts[name]["prompt_template"], **values)
         system = {"role": "system", "content": prompts[name]["system_prompt"]}

@@ -29,7 +29,7 @@ from sao_utils.asking import ask
 from sao_utils.contests import judge_models
 from sao_utils.engines import Sampling, load_tokenizer
 from sao_utils.evaluation import competitors
-from sao_utils.intervals import Interval, wilson
+from sao_utils.intervals import Interval, win_rate
 from sao_utils.questions import OFFICIAL
 from sao_utils.ratings import kappa
 from sao_utils.recipe import Evaluation, Model, RecipeError
@@ -121,8 +121,8 @@ def published(
             )
             figures = _figures(name, benchmark, answers, competitor, of)
             if verdicts:  # also where no verdict is valid
-                valid = sum(verdict is not None for verdict in verdicts.values())
-                figures["valid_rate"] = wilson(valid, len(verdicts))
+                valid = [float(verdict is not None) for verdict in verdicts.values()]
+                figures["valid_rate"] = win_rate(valid, [key[0] for key in verdicts]).rate
             for metric, interval in figures.items():
                 row = {
                     "benchmark": name,
@@ -178,6 +178,8 @@ def write_answers(
     given: dict[str, dict] = {}
     for arm, seed, model in competitors(run, names):
         label = f"{arm}-{seed}" if several and seed is not None else arm
+        if label in given:
+            raise RecipeError(f"others: '{label}' is what a seed's model is called; rename it.")
         mine = {
             item["id"]: {"turns": [], "tokens": [], "finished": []} for item in benchmark["items"]
         }

@@ -142,7 +142,8 @@ def bradley_terry(
         the intervals are the fit's own, on the log-odds, with each prompt counting as one game of
         each pair: wide. The same is done in single resamples that come out so.
 
-        With one prompt the games count as independent, with a warning.
+        With one prompt the games count as independent, with a warning. One game alone gets the
+        made-up one and such an interval, too.
 
     Raises:
         ValueError: no games, a baseline without games, a model against itself, outcomes outside of
@@ -181,7 +182,7 @@ def bradley_terry(
             "has met the baseline, or leave them out"
         )
     groups = _groups(wins)
-    if groups.max() == 0:
+    if groups.max() == 0 and k > 1:
         points = _log_strengths(wins, zero)
         totals = resampled_sums(by_prompt.reshape(k, m * m), resamples, np.random.default_rng(seed))
         found = [
@@ -192,11 +193,12 @@ def bradley_terry(
         low, high = np.quantile(found, (tail, 1 - tail), axis=0)
     else:
         parted = [[name for name, g in zip(names, groups) if g == of] for of in set(groups)]
-        warnings.warn(
-            f"Between some of these groups of models one side won all games: {parted}. Their "
-            "strengths are drawn together by a made-up tie of each pair, with wide intervals.",
-            stacklevel=2,
-        )
+        if len(parted) > 1:
+            warnings.warn(
+                f"Between some of these groups of models one side won all games: {parted}. Their "
+                "strengths are drawn together by a made-up tie of each pair, with wide intervals.",
+                stacklevel=2,
+            )
         points = _log_strengths(wins + met / 2, zero)
         half = Z * _errors(wins + met / 2, points, zero, wins.sum() / (met.sum() / 2) / k)
         low, high = points - half, points + half

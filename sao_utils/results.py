@@ -23,6 +23,7 @@ from sao_utils.intervals import (
 from sao_utils.judging import (
     ORDERS,
     agreement,
+    first_shown,
     judge,
     judge_labelled,
     labelled_pairs,
@@ -127,11 +128,7 @@ def judge_quality(
     judged = [row for row in verdicts if row["outcome"] != "identical"]
     valid = [row for row in judged if row["outcome"] != "invalid"]
     uneven = [row for row in valid if len(set(row.get("lengths", "="))) == 2]
-    first_wins = [
-        0.5 if odds == 0 else odds > 0
-        for row in valid
-        for odds in (row["margin_12"], -row["margin_21"])
-    ]
+    first_wins = [prefers for row in valid for prefers in first_shown(row)]
     longer_wins = [
         0.5
         if row["margin"] == 0
@@ -290,7 +287,8 @@ def flaw_rates(run: Run) -> dict[str, Interval]:
 def win_rates(run: Run) -> dict[str, Interval]:
     """The self-judged win rate against the base, raw and at equal length, of every arm.
 
-    Invalid verdicts are left out of the win rates; `valid` is the share of the others.
+    Invalid verdicts are left out of the win rates; `valid` is the share of the others. The interval
+    at equal length is over combinations only: of these trainings, not of others.
     """
     found = {}
     duels = contests.duel(run)
@@ -306,8 +304,7 @@ def win_rates(run: Run) -> dict[str, Interval]:
         if rows:
             wins, by = [row["win"] for row in rows], [row["combination"] for row in rows]
             longer = [row["lengths"][0] - row["lengths"][1] for row in rows]
-            runs = [row["seed"] for row in rows]
-            found[f"self_win_rate{suffix}"] = clustered_mean(wins, by, resamples, runs=runs)
+            found[f"self_win_rate{suffix}"] = contests.rate_of(rows, resamples)
             found[f"self_win_rate_lc{suffix}"] = length_controlled_win_rate(wins, longer, by)
     return found
 
@@ -383,12 +380,17 @@ def benchmark_rows(run: Run) -> dict[str, dict]:
 
 def benchmark_scores(run: Run) -> dict[str, Interval]:
     """`benchmark.<name>.<model>.<judge>.<metric>` of `HEADLINES`, without the controls."""
-    controls = set(run.recipe.arms) - {"self"}
     return {
         f"benchmark.{key}": row["interval"]
         for key, row in benchmark_rows(run).items()
-        if row["metric"] in HEADLINES and row["model"].split("-")[0] not in controls
+        if row["metric"] in HEADLINES and not is_control(run, row["model"])
     }
+
+
+def is_control(run: Run, model: str) -> bool:
+    """Whether a model of a benchmark is a control: an arm but "self", with its seed or without."""
+    arm = model.split("-")[0]
+    return model not in run.recipe.others and arm in run.recipe.arms and arm != "self"
 
 
 def harness_scores(run: Run) -> dict[str, Interval]:
@@ -478,12 +480,7 @@ def _headline(
         )
     valid = [row for row in rows if row["win"] is not None]
     if valid:
-        found["win_rate"] = clustered_mean(
-            [row["win"] for row in valid],
-            [row["combination"] for row in valid],
-            settings.bootstrap,
-            runs=[row["seed"] for row in valid],
-        )
+        found["win_rate"] = contests.rate_of(valid, settings.bootstrap)
     return found
 
 

@@ -16,7 +16,7 @@ from sao_utils import contests, harness
 from sao_utils.intervals import Interval
 from sao_utils.leakage import leakage
 from sao_utils.pairs import funnel
-from sao_utils.results import EXAMINED, HEADLINES, benchmark_rows
+from sao_utils.results import EXAMINED, HEADLINES, benchmark_rows, is_control
 from sao_utils.rows import Run, results_folder, write_whole
 from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
@@ -146,9 +146,9 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
     if not there:
         return [_missing(table, name, "this run", f"add {name} to evaluation.benchmarks")]
     found, judges = [], contests.judge_models(run)
-    controls, theirs = set(run.recipe.arms) - {"self"}, JUDGES.get(name, ())
+    theirs = JUDGES.get(name, ())
     for key, row in there:
-        if row["metric"] not in HEADLINES or row["model"].split("-")[0] in controls:
+        if row["metric"] not in HEADLINES or is_control(run, row["model"]):
             continue
         notes, judge = [row["note"]] if row["note"] else [], judges.get(row["judge"])
         if judge and theirs and not any(part in judge.path.lower() for part in theirs):
@@ -170,6 +170,8 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
 
 
 def _model(run: Run, name: str) -> str:
+    if name in run.recipe.others:
+        return f"{run.recipe.others[name].path} ({name})"
     return f"{run.recipe.model.path}, {'self-judged' if name == 'self' else name}"
 
 

@@ -32,6 +32,8 @@ def unit(key: str) -> str:
         metric = names[-1]
     elif kind == "benchmark":
         metric = names[3]
+    elif kind == "self_judge" and "accuracy" in names:  # what follows names a subset
+        metric = "accuracy"
     if names and names[0] in GRADED and metric.startswith("score"):
         return "of 10"
     if metric in UNITS:

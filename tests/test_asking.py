@@ -137,6 +137,12 @@ def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server
     assert spent(run) == pytest.approx((10 * 2 + 8 * 10) / 1e6)
 
 
+def test_text_that_takes_more_tokens_a_character_is_estimated_by_its_bytes(results, server):  # noqa: F811
+    model = settings(server, **PRICES)
+    assert estimate(open_run(), model, write("tea " * 10)).tokens_in == 10
+    assert estimate(open_run(), model, write("茶" * 40)).tokens_in == 30
+
+
 def test_a_fault_keeps_what_was_bought_before(results, server):  # noqa: F811
     server.answers["bad"] = [failure(401, "no key")]
     model = settings(server, concurrency=1)

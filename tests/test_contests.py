@@ -253,8 +253,16 @@ def row(k, win, outcome="consistent", responses=("four", "five5"), first=(True, 
         "id": str(k), "model": "a", "opponent": "b", "judge": "j", "seed": seed, "prompts": "test",
         "temperature": 0.0, "prompt": f"P{k}", "combination": f"P{k}", "question_id": str(k),
         "responses": list(responses), "outcome": outcome, "win": win,
-        "first_wins": None if outcome in ("invalid", "identical") else list(first),
+        **dict(zip(("margin_12", "margin_21", "margin"), margins(outcome, *first))),
     }  # fmt: skip
+
+
+def margins(outcome, *first):
+    """Margins of both orders and of the pair, by whether each prefers what is shown first."""
+    if outcome in ("invalid", "identical"):
+        return None, None, None
+    by_order = [0 if outcome == "tie" else 1 if wins else -1 for wins in first]
+    return by_order[0], -by_order[1], (by_order[0] - by_order[1]) / 2
 
 
 def test_the_scoreboard_adds_up(results):
@@ -295,6 +303,22 @@ def test_several_trainings_widen_the_interval_of_a_win_rate(results):
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
+@pytest.mark.parametrize("win", [0.5, 1.0])
+def test_prompts_that_all_fared_alike_are_no_certainty_after_several_trainings_either(results, win):
+    run = rows.open_run("tiny", "numbers", {"evaluation.bootstrap": 500})
+    alike = [row(k, win, seed=seed) for seed in (0, 1, 2) for k in range(40)]
+    one, three = (board_of(run, found)["win_rate"] for found in (alike[:40], alike))
+    assert three.value == win and (three.low, three.high) == (one.low, one.high)
+    assert three.high - three.low > 0.08
+
+
+def test_even_odds_prefer_no_place(results):
+    run = rows.open_run("tiny", "numbers", {"evaluation.bootstrap": 500})
+    even = [row(k, 0.5, "tie") for k in range(20)]
+    assert board_of(run, even)["first_position"].value == 0.5
+    assert not [text for text in contests.remarks(even) if "shown" in text]
+
+
 def test_units_of_a_contests_results_do_not_depend_on_names():
     from sao_utils.results import in_words, unit
 
@@ -302,6 +326,8 @@ def test_units_of_a_contests_results_do_not_depend_on_names():
     assert unit("contest.a_over_b_vs_base.self.gain") == "points"
     assert unit("contest.a_vs_b.x_and_y.kappa") == ""
     assert unit("contest.a_vs_b.x.prompts_needed") == "prompts"
+    assert unit("self_judge.labelled.accuracy.against_bias") == "%"  # a subset of a user's file
+    assert unit("self_judge.labelled.length_bias") == "points"
     assert in_words("league.self.a.elo", {"value": 1012, "low": 1000, "high": 1024}) == (
         "1012.0 [1000.0, 1024.0]"
     )

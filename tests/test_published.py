@@ -403,6 +403,17 @@ def test_mt_bench_shows_references_where_they_belong_and_counts_those_that_lack(
     assert [mt_bench.temperature(item) for item in found["items"]] == [0.7, 0.0, 0.0]
 
 
+def test_the_whole_benchmark_has_no_note_on_its_size_and_a_part_of_it_has(tmp_path):
+    asked = [{"question_id": k, "category": "stem", "turns": [f"{k}?", "And?"]} for k in range(80)]
+    for name, count in (("whole", 80), ("part", 79)):
+        write(tmp_path / name / "mt_bench" / "question.jsonl", asked[:count])
+    notes = [
+        "; ".join(published.load(settings(data=str(tmp_path / name)), "mt_bench")["notes"])
+        for name in ("whole", "part")
+    ]
+    assert "usable prompts" not in notes[0] and "79 usable prompts, there 80" in notes[1]
+
+
 def test_the_kits_own_grading_prompt_is_marked_and_has_both_turns(mt_folder):
     found = mt_bench.load(settings(data=str(mt_folder)))
     assert "the judge's prompt is the kit's own" in found["notes"]
@@ -522,6 +533,10 @@ def test_models_of_several_seeds_stand_apart(results, monkeypatch):
     monkeypatch.setattr(published, "competitors", both)
     found = published.published(run, "tiny_mt")
     assert {row["model"] for row in found.values()} == {"base", "self-0", "self-1"}
+    clash = lambda *_: [*both(), ("self-1", None, run.recipe.model)]  # noqa: E731
+    monkeypatch.setattr(published, "competitors", clash)
+    with pytest.raises(RecipeError, match="others: 'self-1'"):
+        published.published(run, "tiny_mt")
 
 
 def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as_invalid(
@@ -534,6 +549,7 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
     assert list(found) == ["mt_bench.base.self.valid_rate"]
     row = found["mt_bench.base.self.valid_rate"]
     assert row["interval"].value == 0 and row["n"] == row["counts"]["invalid grade"] == 6
+    assert row["interval"].high > 0.5  # two grades of one question are one piece of evidence
     judged = run.folder / "benchmarks" / "mt_bench" / "model_judgment" / "self_single.jsonl"
     assert [row["score"] for row in rows.read_rows(judged)] == [-1] * 6
     assert rows.read_rows(judged)[0]["user_prompt"].startswith("Write. / ")

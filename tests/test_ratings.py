@@ -237,3 +237,8 @@ def test_one_prompt_warns():
 def test_games_that_give_no_strengths(games, message):
     with pytest.raises(ValueError, match=message):
         bradley_terry(games, "base")
+
+
+def test_one_game_that_was_a_tie_is_a_half_and_says_next_to_nothing():
+    found = bradley_terry([("a", "b", 0.5, 1, "p")], "b")["a"].win_rate
+    assert found.value == 0.5 and found.low < 0.2 and found.high > 0.8 and found.n == 1

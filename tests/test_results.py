@@ -197,3 +197,14 @@ def test_the_curve_of_length_control_passes_through_the_length_controlled_win_ra
     assert length_curve([1.0, 1.0, 1.0], [1, 2, 3], [0]) == []  # nothing but wins
     assert length_curve([0.0, 0.0, 1.0, 1.0], [1, 2, 3, 4], [0]) == []  # length alone decides
     assert length_curve([0.0, 1.0, 1.0], [2, 2, 2], [0]) == []  # all of one length
+
+
+def test_another_model_is_not_taken_for_a_control_or_for_the_runs_own(results):
+    others = {"oracle-large": {"path": "tiny"}}
+    run = rows.open_run("tiny", "names", {"others": others})
+    names = ("base", "self", "self-1", "oracle", "oracle-1", "sft_random", "oracle-large")
+    from sao_utils.results import is_control
+
+    assert [name for name in names if is_control(run, name)] == ["oracle", "oracle-1", "sft_random"]
+    assert tables._model(run, "oracle-large") == "tiny (oracle-large)"
+    assert tables._model(run, "self") == "tiny, self-judged"
