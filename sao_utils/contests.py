@@ -155,8 +155,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
 
     Returns:
         win_rate: see `rate_of`; win_rate_lc: at equal length in characters, as AlpacaEval counts
-        it, since models count tokens differently (see `intervals`). Its interval is over prompts
-        only: of these trainings, where there are several, and too narrow for another.
+        it, since models count tokens differently (see `intervals`).
         Shares of valid verdicts: decided (both orders agree), inconsistent, tie, identical; and
         first_position, the share of verdicts, two a prompt, that prefer what is shown first (half,
         where a verdict's odds are even).
@@ -187,7 +186,9 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         rate = rate_of(valid, resamples)
         found = {
             "win_rate": rate,
-            "win_rate_lc": length_controlled_win_rate(wins, _longer(valid), by),
+            "win_rate_lc": length_controlled_win_rate(
+                wins, _longer(valid), by, runs=[row["seed"] for row in valid]
+            ),
             **{
                 key: mean([row["outcome"] == outcome for row in valid], valid)
                 for key, outcome in OUTCOMES.items()

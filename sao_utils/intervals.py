@@ -142,7 +142,7 @@ def _score_interval(y: np.ndarray, codes: np.ndarray) -> Interval:
         variance = _variance_of_sums(y - value, codes) / n**2
         # Clusters that all have the same share show no variance: each is one trial then.
         trials = value * (1 - value) / variance if variance > 1e-24 else trials
-    t = _student(codes)
+    t = _quantile(int(codes.max()))
     centre = (value + t**2 / (2 * trials)) / (1 + t**2 / trials)
     half = (
         t / (1 + t**2 / trials) * math.sqrt(value * (1 - value) / trials + t**2 / (4 * trials**2))
@@ -283,6 +283,7 @@ def length_controlled_win_rate(
     length_difference: Sequence[float],
     clusters: Sequence,
     difficulty: Sequence[float] | None = None,
+    runs: Sequence | None = None,
 ) -> Interval:
     r"""The win rate that the tuned model would have if its answers were as long as the base's.
 
@@ -305,6 +306,10 @@ def length_controlled_win_rate(
         clusters: [n] the cluster of each comparison.
         difficulty: [n] the difficulty g of each prompt, known beforehand (AlpacaEval publishes
             one for each of its 805 prompts); None: without.
+        runs: [n] the training (seed) of each comparison; None: of one. With several, the variance of
+            the trainings' own log-odds over their number is added: what other seeds would have
+            changed. (The chance of single prompts counts twice in that, which errs towards
+            caution.) Student's quantile then has Welch and Satterthwaite's degrees of freedom.
 
     Returns:
         The length-controlled win rate and its interval. Where that fit has no finite answer:
@@ -353,12 +358,45 @@ def length_controlled_win_rate(
         bounds = wilson(y[0] * trials, trials)
         return Interval(float(y[0]), bounds.low, bounds.high, n)
     codes = without_single_cluster(codes)
-    if not (d.any() and _separated(y, x)):
+    log_odds, error, freedom = _length_fit(y, design, at_zero, codes)
+    if runs is not None:
+        of_run = cluster_codes(runs, n, "wins")
+        parts = [of_run == k for k in range(of_run.max() + 1)]
+        if len(parts) > 1:
+            own = [
+                _length_fit(y[part], design[part], at_zero[part], codes[part])[0] for part in parts
+            ]
+            error, freedom = _with_trainings(error, freedom, own)
+    return _on_log_odds(log_odds, error, _quantile(freedom), n)
+
+
+def _length_fit(
+    y: np.ndarray, design: np.ndarray, at_zero: np.ndarray, codes: np.ndarray
+) -> tuple[float, float, float]:
+    """(log-odds at equal length, standard error, degrees of freedom), by the fit that has an answer."""
+    codes = np.unique(codes, return_inverse=True)[1]
+    has_length = design.shape[1] > 1 and not at_zero[:, -1].any()
+    if np.ptp(y) > 0 and not (has_length and _separated(y, design[:, -1])):
         try:
-            return _on_log_odds(*_robust_fit(y, design, at_zero, codes), _student(codes), n)
+            return *_robust_fit(y, design, at_zero, codes), int(codes.max())
         except ArithmeticError:
             pass  # all but separated
-    return _on_log_odds(*_penalised_fit(y, design, at_zero, codes), Z, n)
+    return *_penalised_fit(y, design, at_zero, codes), math.inf
+
+
+def _with_trainings(error: float, freedom: float, own: list[float]) -> tuple[float, float]:
+    """A standard error with the scatter of several trainings' values in it, and its freedom."""
+    scatter = float(np.var(own, ddof=1)) / len(own)
+    total = error**2 + scatter
+    spread = error**4 / freedom + scatter**2 / (len(own) - 1)
+    return math.sqrt(total), total**2 / spread if spread else math.inf
+
+
+def _quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's distribution."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def length_curve(
@@ -564,14 +602,7 @@ def tail_of(codes: np.ndarray) -> float:
     k clusters understates the variance by (k - 1) / k and knows nothing of t.
     """
     k = int(codes.max()) + 1
-    return NormalDist().cdf(-math.sqrt(k / (k - 1)) * _student(codes))
-
-
-def _student(codes: np.ndarray) -> float:
-    """The 97.5 % quantile of Student's distribution for these clusters."""
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, int(codes.max())))
+    return NormalDist().cdf(-math.sqrt(k / (k - 1)) * _quantile(int(codes.max())))
 
 
 def _variance_of_sums(residuals: np.ndarray, codes: np.ndarray) -> float:

@@ -287,8 +287,7 @@ def flaw_rates(run: Run) -> dict[str, Interval]:
 def win_rates(run: Run) -> dict[str, Interval]:
     """The self-judged win rate against the base, raw and at equal length, of every arm.
 
-    Invalid verdicts are left out of the win rates; `valid` is the share of the others. The interval
-    at equal length is over combinations only: of these trainings, not of others.
+    Invalid verdicts are left out of the win rates; `valid` is the share of the others.
     """
     found = {}
     duels = contests.duel(run)
@@ -300,12 +299,15 @@ def win_rates(run: Run) -> dict[str, Interval]:
         if every:
             valid = [row["win"] is not None for row in every]
             by = [row["combination"] for row in every]
-            found[f"self_win_rate_valid{suffix}"] = clustered_mean(valid, by, resamples)
+            runs = [row["seed"] for row in every]
+            found[f"self_win_rate_valid{suffix}"] = clustered_mean(valid, by, resamples, runs=runs)
         if rows:
             wins, by = [row["win"] for row in rows], [row["combination"] for row in rows]
             longer = [row["lengths"][0] - row["lengths"][1] for row in rows]
             found[f"self_win_rate{suffix}"] = contests.rate_of(rows, resamples)
-            found[f"self_win_rate_lc{suffix}"] = length_controlled_win_rate(wins, longer, by)
+            found[f"self_win_rate_lc{suffix}"] = length_controlled_win_rate(
+                wins, longer, by, runs=[row["seed"] for row in rows]
+            )
     return found
 
 

@@ -148,6 +148,7 @@ def test_two_models_are_compared_by_their_games_with_a_third(opened):
 
 
 def test_an_adapter_competes_and_seeds_are_paired(opened, tmp_path, monkeypatch):
+    import torch
     from peft import LoraConfig, get_peft_model
 
     from sao_utils.engines import load_model
@@ -158,6 +159,7 @@ def test_an_adapter_competes_and_seeds_are_paired(opened, tmp_path, monkeypatch)
         base = load_model(Model(path="tiny", dtype="float32"))
         config = LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2)
         folders[seed] = tmp_path / f"adapter-{seed}"
+        torch.manual_seed(seed)  # some adapters make a judge's verdict invalid
         get_peft_model(base, config).save_pretrained(folders[seed])
     run = opened()
     random = {"path": "tiny", "dtype": "float32", "adapter": str(folders[0])}

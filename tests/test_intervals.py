@@ -853,3 +853,25 @@ def test_differences_without_an_error_or_with_none():
         outside_the_noise([1, 2], [1])
     with pytest.raises(ValueError, match="negative"):
         outside_the_noise([1], [-1])
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.3])
+def test_a_length_controlled_interval_covers_other_trainings_too(scatter):
+    """Three trainings whose own log-odds scatter: without `runs` the interval is of these three."""
+    rng, held, narrow = np.random.default_rng(21), [], []
+    for _ in range(100):
+        parts = []
+        for training in range(3):
+            odds = 0.4 + rng.normal(0, scatter)
+            wins, longer, names = duels(rng, 1 / (1 + math.exp(-odds)), 1.0, 100)
+            parts.append((wins, longer, names, [training] * len(wins)))
+        wins, longer, names, runs = (np.concatenate(part) for part in zip(*parts))
+        truth = 1 / (1 + math.exp(-0.4))
+        for found, kept in (
+            (length_controlled_win_rate(wins, longer, names, runs=runs), held),
+            (length_controlled_win_rate(wins, longer, names), narrow),
+        ):
+            kept.append(found.low <= truth <= found.high)
+    assert np.mean(held) >= 0.9
+    if scatter:
+        assert np.mean(narrow) < 0.85
