@@ -62,13 +62,17 @@ def run(
     except (RecipeError, PipelineError) as error:
         _fail(error, 2)
     except NotebookFailed as error:
-        _fail(f"\n{error}\nThe same command goes on from this notebook.", 1)
+        _fail(
+            f"\n{error}\nWhat was made is kept: once the cause is gone, the same command goes on here.",
+            1,
+        )
     except OSError as error:
         _fail(f"\nThe run stopped: {error}", 1)
     except KeyboardInterrupt:
         _fail("\nInterrupted. The same command goes on from here.", 130)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
+        _say_if_stale(opened.folder)
         typer.echo("\n" + _headlines(_results(opened.folder), opened.folder.name))
 
 
@@ -116,10 +120,7 @@ def show(
         command = _command(folder) + (" --only 06" if skipped else "")
         _fail(f"The run '{name}' has no results yet. Make them with\n  {command}", 1)
     results = _results(folder)
-    made_with = folder / "tables" / "recipe.yaml"
-    if made_with.is_file() and made_with.read_bytes() != (folder / "recipe.yaml").read_bytes():
-        told = f"made with {made_with}; the run's recipe has changed since"
-        typer.echo(f"These results were {told}.", err=True)
+    _say_if_stale(folder)
     if as_json:
         typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
     else:
@@ -289,6 +290,13 @@ def _command(folder: Path) -> str:
     for key, value in told["overrides"].items():
         words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
+
+
+def _say_if_stale(folder: Path) -> None:
+    made_with = folder / "tables" / "recipe.yaml"
+    if made_with.is_file() and made_with.read_bytes() != (folder / "recipe.yaml").read_bytes():
+        told = f"made with {made_with}; the run's recipe has changed since"
+        typer.echo(f"These results were {told}.", err=True)
 
 
 def _headlines(results: dict[str, dict], name: str) -> str:

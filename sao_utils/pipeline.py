@@ -19,7 +19,9 @@ from typing import Any
 from sao_utils.asking import dollars
 from sao_utils.engine_api import VERDICT_TOKENS
 from sao_utils.engines import EngineError, find, model_name
+from sao_utils.judging import labelled_pairs
 from sao_utils.planning import Rates, plan
+from sao_utils.questions import questions
 from sao_utils.recipe import (
     Model,
     Recipe,
@@ -129,6 +131,10 @@ def run_notebooks(
                 find(model)
     except EngineError as error:
         raise PipelineError(str(error)) from None
+    if new:  # so does a file of the user's
+        questions(run)
+        if run.recipe.judging.gold:
+            labelled_pairs(run.recipe.judging.gold)
     told = parameters(run)
     for path in chosen:
         _check_parameters(path, told)

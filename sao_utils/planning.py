@@ -814,7 +814,7 @@ def render(made: Plan, actual: dict | None = None) -> str:
         lines += ["", "What does not fit, and the key to change:"]
         lines += [f"- {problem}" for problem in made.problems]
     elif peak:
-        lines += ["", "It fits."]
+        lines += ["", "It fits the GPU."]
     return "\n".join([*lines, "", *made.notes])
 
 

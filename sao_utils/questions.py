@@ -53,6 +53,9 @@ def questions(run: Run, source: str | None = None) -> list[dict]:
     """
     settings = run.recipe.evaluation
     source = source or settings.questions
+    if source not in SETS and not Path(source).is_file():
+        there = ", ".join(SETS)
+        raise RecipeError(f"'{source}' is no file that is there, and no set of questions: {there}.")
     texts = SETS[source](settings) if source in SETS else read_column(source, "prompt")
     return [
         {"id": row_id("question", k, text), "question": text, "combination": cluster(text)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -340,7 +341,9 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     keys = valid_keys()
     for key, value in (overrides or {}).items():
         if key not in keys:
-            raise RecipeError(f"There is no key '{key}'. Keys: {', '.join(keys)}.")
+            near = get_close_matches(key, keys, 3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
+            raise RecipeError(f"There is no key '{key}'. {hint}")
         section, _, leaf = key.rpartition(".")
         if section and not isinstance(data.get(section), dict):
             if value is None:  # a key of a section that is not there

@@ -31,7 +31,7 @@ from sao_utils.engines import (
     unload_engines,
 )
 from sao_utils.losses import TrainingFailed
-from sao_utils.pairs import build_pairs
+from sao_utils.pairs import build_pairs, funnel
 from sao_utils.recipe import Arm, Model, Training
 from sao_utils.rows import Run, read_rows, record, row_id, write_whole
 from sao_utils.shapes import CHECKPOINT_ABOVE, shape_of
@@ -77,6 +77,13 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     from sao_utils.publishing import write_card
 
     pairs = [row for row in build_pairs(run, arm, seed) if row["discarded"] is None]
+    if not pairs:
+        lost = ", ".join(f"{-count} {reason}" for reason, count in funnel(run, arm) if count < 0)
+        raise ValueError(
+            f"There are no pairs to train on. Discarded, over all seeds: {lost or 'none'}. If most are "
+            "malformed, the model does not follow the template; the tiny one knows personas of its own "
+            "world only (notebook 01 shows some). Else raise personas.count, or lower pairs.min_margin."
+        )
     model, settings = run.recipe.model, run.recipe.training
     algorithm = "sft" if arm == "sft_random" else settings.algorithm
     folder = run.folder / "adapters" / f"{arm}-{seed}"
@@ -118,10 +125,7 @@ def fit(
         TrainingFailed: the loss or the gradient is no number any more, or the disk is full.
     """
     if not pairs:
-        raise ValueError(
-            "There are no pairs to train on. See the funnel for why they were discarded; more "
-            "personas (personas.count) or milder filters (pairs.*) leave more."
-        )
+        raise ValueError("There are no pairs to train on.")
     fingerprint = _fingerprint(model, pairs, settings, algorithm, seed)
     if (_read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder

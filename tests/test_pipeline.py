@@ -15,7 +15,7 @@ import yaml
 
 from sao_utils import pipeline
 from sao_utils.pipeline import NotebookFailed, PipelineError, run_notebooks
-from sao_utils.recipe import load_recipe
+from sao_utils.recipe import RecipeError, load_recipe
 from sao_utils.rows import open_run
 
 PARAMETERS = "recipe = 'tiny'  # name or file\nrun = None\noverrides = {}"
@@ -116,6 +116,15 @@ def test_a_notebook_without_a_parameter_is_refused_before_any_runs(folder):
     write(folder, "02_second", parameters="recipe = 'tiny'\nruns = None")
     with pytest.raises(PipelineError, match="02_second.*run, overrides.*recipe, runs"):
         go(folder)
+    assert seen(folder) == []
+
+
+@pytest.mark.parametrize("key", ["evaluation.questions", "judging.gold"])
+def test_a_new_run_with_a_file_that_cannot_be_read_stops_before_any_notebook(folder, key):
+    write(folder, "01_first")
+    run = open_run("tiny", "lost", {key: "nonsense.csv"})
+    with pytest.raises(RecipeError, match="nonsense.csv"):
+        run_notebooks(run, folder=folder, say=Log())
     assert seen(folder) == []
 
 

@@ -248,7 +248,7 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
     assert all(stage.hours > 0 and stage.memory for stage in made.stages)
     peak = max(sum(stage.memory.values()) for stage in made.stages)
     assert 0.1 * find_gpu(gpu).memory < peak < find_gpu(gpu).memory
-    assert "It fits." in render(made)
+    assert "It fits the GPU." in render(made)
 
 
 @pytest.mark.parametrize(

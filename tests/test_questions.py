@@ -55,7 +55,7 @@ def test_a_users_file_is_asked_in_its_order_and_repeated_questions_keep_apart(tm
 
 
 def test_questions_that_are_neither_a_set_nor_a_file_say_so():
-    with pytest.raises(RecipeError, match="'tset' is no .jsonl or .csv file"):
+    with pytest.raises(RecipeError, match="'tset' is no file .* no set of questions: test, dev"):
         questions.questions(run_with(questions="tset"))
 
 

@@ -696,3 +696,10 @@ def test_the_probe_sees_repetition_emptiness_and_breaking_off(tokenizer, base, p
     assert len(rows) == 2 and rows[0] == rows[1]
     assert rows[0]["prompt"] == "What do I need, and when?"
     assert rows[0]["finished"] == (rows[0]["tokens"] < training.PROBE_TOKENS)
+
+
+def test_a_run_without_pairs_says_why_none_are_left(monkeypatch, small_run):
+    monkeypatch.setattr(training, "build_pairs", lambda run, arm, seed: [])
+    monkeypatch.setattr(training, "funnel", lambda run, arm: [("personas", 3), ("malformed", -3)])
+    with pytest.raises(ValueError, match="no pairs to train on. Discarded, .*: 3 malformed"):
+        training.train(small_run, "self", 0)
