@@ -125,7 +125,7 @@ def fit(
         TrainingFailed: the loss or the gradient is no number any more, or the disk is full.
     """
     if not pairs:
-        raise ValueError("There are no pairs to train on.")
+        raise ValueError("There are no pairs to train on. The funnel tells why none are left.")
     fingerprint = _fingerprint(model, pairs, settings, algorithm, seed)
     if (_read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder
