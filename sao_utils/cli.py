@@ -15,6 +15,14 @@ import typer
 
 DETAILS = ("contest", "league", "benchmark", "harness", "leakage")  # kinds of result, for --all
 
+# Options of more than one command.
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
+ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
+Seed = Annotated[int, typer.Option(help="Of which seed.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
+]
+
 app = typer.Typer(
     help="Run the loop of Self-Alignment Optimization and look at what came out.",
     no_args_is_help=True,
@@ -42,9 +50,7 @@ def _tell(text: str, end: str = "\n", flush: bool = True) -> None:
 def run(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a .yaml file.")],
     run: Annotated[str | None, typer.Option(help="Name of the run; else the recipe's.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
-    ] = None,
+    set_: Settings = None,
     only: Annotated[
         str | None, typer.Option(help="Just the notebook of this number, even if it is done: 05.")
     ] = None,
@@ -86,9 +92,7 @@ def plan(
         str | None, typer.Option(help="T4, 4090, ...; else that of this machine.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them train together.")] = 1,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
-    ] = None,
+    set_: Settings = None,
 ) -> None:
     """Tell what a recipe will take before it runs: rows, tokens, hours, memory, what does not fit."""
     from sao_utils import planning
@@ -129,10 +133,10 @@ def show(
 
 @app.command()
 def publish(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")],
+    name: RunName,
     to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository on the hub.")],
-    arm: Annotated[str, typer.Option(help="Which model of the run.")] = "self",
-    seed: Annotated[int, typer.Option(help="Of which seed.")] = 0,
+    arm: ArmName = "self",
+    seed: Seed = 0,
     public: Annotated[
         bool, typer.Option("--public", help="For everyone; else only you see it.")
     ] = False,
@@ -163,10 +167,10 @@ def publish(
 
 @app.command()
 def merge(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")],
+    name: RunName,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the model.")],
-    arm: Annotated[str, typer.Option(help="Which model of the run.")] = "self",
-    seed: Annotated[int, typer.Option(help="Of which seed.")] = 0,
+    arm: ArmName = "self",
+    seed: Seed = 0,
 ) -> None:
     """Merge an adapter into its base model, in 16 bit, as a model of its own."""
     opened = _trained(name, arm, seed)
