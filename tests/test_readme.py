@@ -2,12 +2,18 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
+from sao_utils.recipe import load_recipe, recipe_names, valid_keys
 from sao_utils.results import in_words, unit
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def test_each_figure_in_the_readmes_table_is_that_of_the_reference_run():
@@ -20,9 +26,37 @@ def test_each_figure_in_the_readmes_table_is_that_of_the_reference_run():
         assert int(n.replace(",", "")) == stored[key]["n"]
 
 
-def test_links_to_files_of_the_repository_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@a_page
+def test_links_to_files_of_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@a_page
+def test_each_key_that_a_page_names_is_one_of_the_recipes(page):
+    sections = {key.split(".")[0] for key in valid_keys() if "." in key}
+    named = re.findall(r"`(?:--set )?([a-z]+\.[a-z_]+)(?:[=:][^`]*)?`", page.read_text("utf-8"))
+    for key in named:
+        if key.split(".")[0] in sections and not key.endswith((".md", ".yaml")):
+            assert key in valid_keys(), key
+
+
+@a_page
+def test_each_recipe_and_setting_in_a_pages_commands_loads(page, tmp_path):
+    text = page.read_text("utf-8")
+    for number, block in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        load_recipe(str(tmp_path / f"{number}.yaml"))
+    for line in re.findall(r"^\.venv/bin/sao (.*)$", text, re.MULTILINE):
+        words = shlex.split(line)
+        settings = [words[k + 1] for k, word in enumerate(words) if word == "--set"]
+        for k, word in enumerate(words):
+            if word == "--recipe" and words[k + 1] in recipe_names():
+                load_recipe(words[k + 1], dict(setting.split("=", 1) for setting in settings))
+            elif word == "--recipe":
+                assert words[k + 1].endswith(".yaml")
 
 
 def test_the_reference_run_keeps_tables_and_figures_only_and_no_large_file():
