@@ -1,7 +1,8 @@
 """SAO reproduction kit: a language model aligns itself on data it makes itself.
 
 Floors, from the ground up; a module imports only from lower ones:
-1. recipe, colab, rows, templates, intervals, wording, ratings, shapes
+1. recipe, colab, rows, templates, intervals, length_control, wording,
+   ratings, shapes
 2. engines (one interface: engine_transformers, engine_vllm with vllm_child, engine_api, engine_ray),
    losses, packing, questions, overlap, tiny (its world, model and exams)
 3. the stages: asking, personas, responses, judging, pairs, trainer, training, evaluation, contests,

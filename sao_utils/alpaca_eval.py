@@ -27,9 +27,9 @@ from sao_utils.intervals import (
     Interval,
     clustered_mean,
     from_preferences,
-    length_controlled_win_rate,
     win_rate,
 )
+from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.questions import official_file, official_questions
 from sao_utils.recipe import Evaluation, RecipeError
 
@@ -209,7 +209,7 @@ def figures(
 
     Returns:
         win_rate; discrete_win_rate (a preference above 1.5 is a win); lc_win_rate (see
-        `intervals.length_controlled_win_rate`; lengths in characters); first_rate, how
+        `length_control.length_controlled_win_rate`; lengths in characters); first_rate, how
         often the answer shown first was preferred; avg_length, characters of the model's answers.
         Rates as shares. Without a valid preference avg_length alone.
     """
@@ -260,7 +260,7 @@ def labels(annotations: list[dict]) -> dict[tuple, int | None]:
 def published_fit(annotations: list[dict], gamed: Path) -> float | None:
     r"""The length-controlled win rate as alpaca_eval's program fits it: a share, without interval.
 
-    The model of `intervals.length_controlled_win_rate` with difficulties, fitted together with
+    The model of `length_control.length_controlled_win_rate` with difficulties, fitted together with
     annotations of two gamed baselines that have no intercept and a weight of 0.1 each, with an L1
     penalty; its strength is chosen among ten by five-fold cross-validation (`length_controlled_v1`;
     Dubois and others, 2024, section 3.2).

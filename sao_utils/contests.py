@@ -24,11 +24,11 @@ from sao_utils.intervals import (
     clustered_difference,
     clustered_mean,
     design_effect,
-    length_controlled_win_rate,
     prompts_needed,
     win_rate,
 )
 from sao_utils.judging import ORDERS, first_shown, judges_agree, verdict_rows
+from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.rows import Run, row_id

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
-from sao_utils.intervals import Interval, length_curve, win_rate
+from sao_utils.intervals import Interval, win_rate
+from sao_utils.length_control import length_curve
 from sao_utils.rows import Run, results_folder, write_whole
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"

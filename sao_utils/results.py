@@ -17,7 +17,6 @@ from sao_utils.intervals import (
     Z,
     clustered_difference,
     clustered_mean,
-    length_controlled_win_rate,
     wilson,
 )
 from sao_utils.judging import (
@@ -30,6 +29,7 @@ from sao_utils.judging import (
     oracle_quality,
 )
 from sao_utils.leakage import leakage, own_set
+from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
 from sao_utils.published import published

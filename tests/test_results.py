@@ -7,7 +7,8 @@ import math
 import pytest
 
 from sao_utils import leakage, overlap, results, rows, tables
-from sao_utils.intervals import Interval, length_controlled_win_rate, length_curve
+from sao_utils.intervals import Interval
+from sao_utils.length_control import length_controlled_win_rate, length_curve
 
 QUICK = {
     "personas.count": 60,
