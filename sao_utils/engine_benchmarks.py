@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sao_utils import benchmarks
-from sao_utils.benchmarks import GIB, failure, interleaved, measure
+from sao_utils.contenders import LONGEST, SHAPES, random_base
+from sao_utils.measuring import GIB, about, as_csv, bar, failure, interleaved, measure
 from sao_utils.rows import results_folder, write_whole
 
 COLUMNS = (
@@ -138,7 +139,7 @@ def batching(rows: int = 2000, budget: int = 32_768, fixed: int = 32) -> list[di
     from sao_utils.engines import load_model, load_tokenizer
     from sao_utils.recipe import Model
 
-    longest = benchmarks.LONGEST - 1  # what the tiny context takes
+    longest = LONGEST - 1  # what the tiny context takes
     sizes = [min(longest, prompt + chosen) for prompt, chosen, _ in benchmarks.lengths(rows)]
     tiny = Model(path="tiny", dtype="float32")
     engine = TransformersEngine.of(load_model(tiny), load_tokenizer(tiny), budget)
@@ -178,7 +179,7 @@ def of_shape(
 
     base = {"shapes": shape, "weights": "nf4" if nf4 else "16 bit"}
     try:
-        model, base["weights"] = benchmarks.random_base(shape, device, nf4)
+        model, base["weights"] = random_base(shape, device, nf4)
         model.config.use_cache = True
         engine = TransformersEngine.of(model, load_tokenizer(Model(path="tiny")), 1)
         engine.stops = []
@@ -272,18 +273,18 @@ def on_gpu(shapes, device: str, quick: bool) -> Iterator[list[dict]]:
 
 def keep(folder: Path, name: str, rows: list[dict]) -> dict:
     """Write name.csv and name.json; returns what the JSON holds."""
-    found = benchmarks.about(rows, "cuda" if "cuda" in name else "cpu")
+    found = about(rows, "cuda" if "cuda" in name else "cpu")
     stage = next((row for row in rows if row.get("contender") == STAGE), {})
     found["bars"] = [
-        {"bar": bar, "limit": f"at least {BAR}", "value": stage[key], "met": stage[key] >= BAR}
-        for key, bar in (
+        bar(promise, stage[key], BAR, most=False)
+        for key, promise in (
             ("ratio", "throughput of the stage over a raw call, wall time"),
             ("cpu_ratio", "the same, CPU time"),
             ("engine_share", "share of the stage's time inside of the engine's call"),
         )
         if stage.get(key) is not None
     ]
-    write_whole(folder / f"{name}.csv", benchmarks.as_csv(rows, COLUMNS))
+    write_whole(folder / f"{name}.csv", as_csv(rows, COLUMNS))
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
     return found
 
@@ -321,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     ask = argparse.ArgumentParser(prog="python -m sao_utils.engine_benchmarks", description=__doc__)
     ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     ask.add_argument("--quick", action="store_true", help="a trial of the program in seconds")
-    ask.add_argument("--shapes", nargs="*", choices=benchmarks.SHAPES, help="of the models")
+    ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
     ask.add_argument("--repeats", type=int, default=3)
     ask.add_argument("--folder", type=Path, help="of the results")
     options = ask.parse_args(arguments)

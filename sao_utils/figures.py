@@ -169,15 +169,19 @@ def _counts(intervals) -> str:
 
 
 @_styled
+def as_svg(figure) -> str:
+    """The same text for the same figure."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
 def save(run: Run, name: str, figure):
     """Write a figure to the run's `figures/<name>.svg`: the same bytes for the same data.
 
     Returns the figure, so that a notebook shows it.
     """
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-    write_whole(run.folder / "figures" / f"{name}.svg", "\n".join(lines) + "\n")
+    write_whole(run.folder / "figures" / f"{name}.svg", as_svg(figure))
     return figure
 
 

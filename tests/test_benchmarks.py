@@ -6,11 +6,12 @@ import json
 import sys
 import time
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
-from sao_utils import benchmarks
-from sao_utils.benchmarks import CPO, FUSED, LIGER, PACKED, SHARED, STAND_IN
+from sao_utils import benchmarks, contenders, measuring
+from sao_utils.contenders import CPO, FUSED, LIGER, PACKED, SHARED, STAND_IN
 
 
 def row(measurement, contender, status="ok", **more):
@@ -65,7 +66,7 @@ def test_a_failure_is_a_status_and_the_rest_goes_on():
         raise ValueError("no\nsecond line")
 
     work = {"a": absent, "b": full, "c": wrong, "d": lambda: {"loss": 1.0}}
-    found = benchmarks.interleaved(work, "cpu", repeats=3)
+    found = measuring.interleaved(work, "cpu", repeats=3)
     assert found["a"]["status"] == "not available: liger_kernel"
     assert found["b"]["status"] == "out of memory"
     assert found["c"]["status"] == "failed: ValueError: no" and len(tries) == 1
@@ -81,9 +82,9 @@ def test_the_peak_is_what_was_held_at_once_and_no_longer_is():
         time.sleep(0.01)
         return {}
 
-    peaks = [benchmarks.measure(work, "cpu")["peak_bytes"] for _ in range(2)]
+    peaks = [measuring.measure(work, "cpu")["peak_bytes"] for _ in range(2)]
     assert all(55e6 < peak < 75e6 for peak in peaks)
-    assert benchmarks.measure(dict, "cpu")["peak_bytes"] < 5e6
+    assert measuring.measure(dict, "cpu")["peak_bytes"] < 5e6
 
 
 def test_full_logits_that_would_not_fit_are_not_tried():
@@ -91,8 +92,8 @@ def test_full_logits_that_would_not_fit_are_not_tried():
 
     torch.manual_seed(0)
     with pytest.raises(MemoryError, match="not run: needs about"):
-        benchmarks._need(10**7, 256_000, "cpu")
-    assert benchmarks.failure(MemoryError("not run: needs about 9 GiB")).startswith("not run")
+        contenders.need(10**7, 256_000, "cpu")
+    assert measuring.failure(MemoryError("not run: needs about 9 GiB")).startswith("not run")
 
 
 def test_a_contender_that_is_not_installed_is_a_row(monkeypatch):
@@ -229,13 +230,13 @@ def test_a_small_run_is_kept(small):
 
 
 def test_the_paths_for_machines_without_trl_give_the_same_loss():
-    policy, weights = benchmarks.random_policy("trial-gemma2", "cpu")
-    pairs = benchmarks.random_pairs([(5, 9, 7), (5, 3, 12), (5, 8, 8)], 2000)
-    stand_in = benchmarks._by_hand(policy, pairs, 3, "cpu", liger=False)()
+    policy, weights = contenders.random_policy("trial-gemma2", "cpu")
+    pairs = contenders.random_pairs([(5, 9, 7), (5, 3, 12), (5, 8, 8)], 2000)
+    stand_in = contenders.by_hand(policy, pairs, 3, "cpu", liger=False)()
     gradients = []
     for step in (
-        benchmarks._ours_by_hand(policy, pairs, True, 40, "cpu"),
-        benchmarks._stock(policy, pairs, 3, "cpu", "unused", fused=False),
+        contenders.ours_by_hand(policy, pairs, True, 40, "cpu"),
+        contenders.stock(policy, pairs, 3, "cpu", Path("unused"), fused=False),
     ):
         policy.zero_grad(set_to_none=True)
         assert step()["loss"] == pytest.approx(stand_in["loss"], rel=1e-5)
@@ -248,10 +249,10 @@ def test_the_paths_for_machines_without_trl_give_the_same_loss():
 
 
 def test_without_trl_the_program_says_so_and_goes_on(monkeypatch):
-    monkeypatch.setattr(benchmarks, "_has", lambda package: False)
+    monkeypatch.setattr(contenders, "installed", lambda package: False)
     for package in ("trl", "trl.experimental.cpo", "trl.kernels", "trl.trainer.utils"):
         monkeypatch.setitem(sys.modules, package, None)
-    policy, _ = benchmarks.random_policy("trial-gemma2", "cpu")
+    policy, _ = contenders.random_policy("trial-gemma2", "cpu")
     found = benchmarks.whole_step("step", policy, [(5, 9, 7)] * 2, "cpu", 1, 64, (1,))
     status = {r["contender"]: r["status"] for r in found}
     assert status[CPO].startswith("not available: trl") and status[FUSED] == status[CPO]

@@ -66,7 +66,7 @@ def test_a_shape_that_does_not_fit_is_a_row_and_ends_only_its_own_batches(monkey
     monkeypatch.setattr(TransformersEngine, "_pad", full)
     verbs = list(of_shape("trial-gemma2", False, (2, 4), "cpu", (12, 4, 20)))
     assert len(verbs) == 2 and all("not hold even one row" in row["status"] for (row,) in verbs)
-    monkeypatch.setattr(benchmarks, "random_base", full)
+    monkeypatch.setattr(engine_benchmarks, "random_base", full)
     ((row,),) = of_shape("trial-gemma2", False, (2,), "cpu", (12, 4, 20))
     assert row["status"] == "out of memory"
 
