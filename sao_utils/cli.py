@@ -1,16 +1,20 @@
 """The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
 
 Exit codes: 0 done, 1 a run failed or has no results, 2 something was asked for that there is not,
-130 interrupted.
+130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import psutil  # comes with ipykernel
 import typer
 
 DETAILS = ("contest", "league", "benchmark", "harness", "leakage")  # kinds of result, for --all
@@ -34,7 +38,26 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command `sao`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for `sao ... &`
+            signal.signal(number, _interrupted)
     app(prog_name="sao")
+
+
+def _interrupted(number: int, _) -> NoReturn:
+    """End this process and all that it started, at once and wherever it is.
+
+    Not by an exception: the event loop that talks to a kernel swallows some, and prints others. Rows
+    and files survive a kill at any moment, so nothing is lost by it.
+    """
+    started = psutil.Process().children(recursive=True)  # kernels, and what runs in theirs
+    for process in started:
+        with suppress(psutil.Error):  # it has ended already
+            process.kill()
+    psutil.wait_procs(started, timeout=5)
+    told = "\nInterrupted. The rows made so far are kept; the same command goes on from here.\n"
+    os.write(2, told.encode())  # `print` cannot be called again from inside of itself
+    os._exit(128 + number)
 
 
 def _fail(message: object, code: int) -> NoReturn:
@@ -74,8 +97,6 @@ def run(
         )
     except OSError as error:
         _fail(f"\nThe run stopped: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("\nInterrupted. The same command goes on from here.", 130)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
         _say_if_stale(opened.folder)

@@ -1,9 +1,14 @@
 """The command `sao`, through typer's test runner; the notebooks it runs are real."""
 
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from test_pipeline import folder, seen, write  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
@@ -11,7 +16,7 @@ from typer.testing import CliRunner
 from sao_utils import pipeline, publishing, training
 from sao_utils.cli import app
 from sao_utils.recipe import load_recipe
-from sao_utils.rows import open_run
+from sao_utils.rows import open_run, read_rows
 
 RESULTS = {
     "oracle_good_rate.base": {"value": 0.4512, "low": 0.412, "high": 0.4875, "n": 880},
@@ -137,6 +142,65 @@ def test_run_executes_and_shows_and_a_failure_is_told_in_plain_words(folder, mon
     assert "[1/2] 01_first: finished before, skipped" in said
     assert "RuntimeError: no pairs are left" in said
     assert str(folder.parent / "results/mine/notebooks/02_second.failed.ipynb") in said
+
+
+#: Makes rows, beside a process with a session of its own, as vLLM's is.
+MAKE_ROWS = """
+import subprocess, sys, time
+from sao_utils.rows import complete
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+helper = subprocess.Popen(sleep, start_new_session=True)
+def work(outstanding):
+    for job in outstanding:
+        time.sleep(pause)
+        yield [job]
+made = Path(os.environ["SAO_RESULTS"], "made.jsonl")
+complete(made, [dict(id=str(k)) for k in range(200)], work, "rows")
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_alone_ends_all_of_it_with_one_line_and_keeps_the_rows(
+    folder,  # noqa: F811
+    monkeypatch,
+    number,
+    code,
+):
+    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    write(folder, "01_first", "pause = 0.05", MAKE_ROWS)
+    made = folder.parent / "results" / "made.jsonl"
+    start = "from sao_utils import cli, pipeline; from pathlib import Path; "
+    start += f"pipeline.FOLDER = Path({str(folder)!r}); cli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "run", "--recipe", "tiny", "--run", "mine"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (made.exists() and made.stat().st_size):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        time.sleep(random.Random(number).uniform(0, 0.5))
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        said = process.communicate(timeout=10)[1]
+    finally:
+        process.kill()
+    assert process.returncode == code and len(below) >= 2  # the kernel, and its helper
+    assert said.strip().splitlines() == [
+        "Interrupted. The rows made so far are kept; the same command goes on from here."
+    ]
+    assert not psutil.wait_procs(below, timeout=0)[1]
+    before = read_rows(made)
+    assert 0 < len(before) < 200
+    write(folder, "01_first", "pause = 0", MAKE_ROWS)
+    sao("run", "--recipe", "tiny", "--run", "mine")
+    assert read_rows(made)[: len(before)] == before
+    assert sorted(int(row["id"]) for row in read_rows(made)) == [*range(200)]
 
 
 # ---------------------------------------------------------------------- what was trained
