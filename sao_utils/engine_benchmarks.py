@@ -1,6 +1,7 @@
 """Benchmarks of generation and judging: `python -m sao_utils.engine_benchmarks`.
 
-On a CPU: what the kit costs over one raw call of its engine on the embedded tiny model, interleaved.
+On a CPU: what the kit costs over one raw call of its engine on the embedded tiny model, interleaved
+(`--engine vllm`: of vLLM, in the Python that $SAO_VLLM_PYTHON names).
 On a GPU (`--device cuda`): replies and verdicts a second and peak memory, with random weights in
 the true shapes of models; only shapes matter for time and memory. Everywhere: how much batches by
 tokens pad, as counts, which have no noise. Written to results/benchmarks/engines-<device>.csv, with
@@ -13,11 +14,13 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sao_utils import benchmarks
@@ -35,27 +38,50 @@ BATCHES = (8, 32, 128)
 ON_GPU = ("qwen2.5-1.5b", "gemma-2-9b")
 STAGE, RAW = "stage write_responses", "one raw engine call"
 BAR = 0.98  # of a raw call's throughput, at 2,000 rows
+#: What vLLM's build for CPUs needs: one thread, nothing compiled, the engine inside of its process.
+CPU_BUILD = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 # ---------------------------------------------------------------------------- the kit's overhead
 
 
-def overhead(personas: int, repeats: int) -> list[dict]:
+def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[dict]:
     """The stage that answers prompts beside a raw call with the same rows, on the tiny model.
 
-    The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest.
+    The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest. Beside
+    transformers the raw call is that of the kit's own engine. Beside vLLM it is `vllm.LLM.generate` in
+    a process of its own, with the same arguments: it gets token ids and gives token ids, so there the
+    stage also makes the ids from the chats and the texts from the replies. Both have made the same
+    rows once before, so what is in a prefix cache is there for both.
+
+    Args:
+        kind: the engine, "transformers" or "vllm".
 
     Returns:
         A row each. Of the stage: ratio, its throughput over the raw call's in wall time (which tells
-        of other programs, too), cpu_ratio, the same in CPU time, and engine_share, the share of its
-        own wall time that it spends inside of the engine's call, which no other program moves much.
+        of other programs, too), cpu_ratio, the same in CPU time, that of vLLM's process included, and
+        engine_share, the share of its own wall time that it spends inside of the engine's call, which
+        no other program moves much.
+
+    Raises:
+        EngineError: there is no vLLM.
     """
-    from sao_utils.engines import Sampling, load_engine
+    from sao_utils.engines import Sampling, load_engine, unload_engines
     from sao_utils.responses import write_responses
     from sao_utils.rows import open_run, seed_of
 
-    with tempfile.TemporaryDirectory() as place, _environment("SAO_RESULTS", place):
-        run = open_run("tiny", "overhead", {"personas.count": personas})
+    vllm = kind == "vllm"
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(_environment({"SAO_RESULTS": place} | (_for_vllm() if vllm else {})))
+        # vLLM is there twice; both must fit on a GPU.
+        model = {"model.engine": kind, "model.gpu_memory": 0.4}
+        run = open_run("tiny", "overhead", {"personas.count": personas, **model})
         made = write_responses(run)  # writes the prompts, too, and warms everything up
         chats = [[{"role": "user", "content": row["prompt"]}] for row in made]
         seeds = [seed_of(row["id"]) for row in made]
@@ -64,27 +90,39 @@ def overhead(personas: int, repeats: int) -> list[dict]:
         engine = load_engine(run.recipe.model)
         texts, call, shares = [row["text"] for row in made], engine.generate, []
 
-        def stage():
+        def stage() -> tuple[list[str], dict]:
             run.rows("responses").unlink()
-            inside, started = [0.0], time.perf_counter()
+            inside, started, before = [0.0], time.perf_counter(), _cpu_seconds(child)
             engine.generate = lambda *told: clocked(call(*told), inside)
-            done = write_responses(run)
+            try:
+                done = write_responses(run)
+            finally:
+                engine.generate = call
             shares.append(inside[0] / (time.perf_counter() - started))
-            return check([row["text"] for row in done])
+            told = {"cpu_seconds": _cpu_seconds(child) - before}
+            return [row["text"] for row in done], told | ({"peak_bytes": None} if vllm else {})
 
-        def raw():
+        def own_call() -> tuple[list[str], dict]:
             found = dict(pair for batch in call(chats, sampling, seeds) for pair in batch)
-            return check([found[i].text for i in range(len(chats))])
+            return [found[i].text for i in range(len(chats))], {}
 
-        def check(found: list[str]) -> dict:
-            if found != texts:
-                raise RuntimeError("the two do not say the same")
-            return {}
+        def checked(work: Callable) -> Callable:
+            def once() -> dict:
+                found, told = work()
+                if found != texts:
+                    raise RuntimeError("the two do not say the same")
+                return told
 
-        try:
-            found = interleaved({STAGE: stage, RAW: raw}, engine.device, repeats)
-        finally:
-            engine.generate = call
+            return once
+
+        if vllm:
+            stack.callback(unload_engines)
+            child = engine.child.process.pid
+            raw = stack.enter_context(_raw_vllm(engine, chats, sampling, seeds))
+        else:
+            child, raw = None, own_call
+        contenders = {STAGE: checked(stage), RAW: checked(raw)}
+        found = interleaved(contenders, "cpu" if vllm else engine.device, repeats)
     base = {"measurement": "overhead", "shapes": "tiny", "weights": "float32"}
     base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
     rows = [with_speed({**base, "contender": name, **one}) for name, one in found.items()]
@@ -94,6 +132,73 @@ def overhead(personas: int, repeats: int) -> list[dict]:
         ours["cpu_ratio"] = other["cpu_seconds"] / ours["cpu_seconds"]
         ours["engine_share"] = statistics.median(shares)
     return rows
+
+
+def _for_vllm() -> dict[str, str]:
+    import torch
+
+    return {} if torch.cuda.is_available() else CPU_BUILD
+
+
+def _cpu_seconds(child: int | None) -> float:
+    """CPU time of this process so far, and of a child with all that it started."""
+    return time.process_time() + (_cpu_seconds_of(child) if child else 0.0)
+
+
+def _cpu_seconds_of(process: int) -> float:
+    import psutil  # comes with ipykernel
+
+    leader = psutil.Process(process)
+    times = [one.cpu_times() for one in (leader, *leader.children(recursive=True))]
+    return sum(spent.user + spent.system for spent in times)
+
+
+@contextlib.contextmanager
+def _raw_vllm(engine, chats, sampling, seeds) -> Iterator[Callable[[], tuple[list[str], dict]]]:
+    """`vllm.LLM.generate` on these rows, as a function that returns texts, and what it took.
+
+    Args:
+        engine: a VllmEngine; its process stays as it is beside the one that this starts.
+    """
+    from sao_utils.engine_vllm import vllm_environment, vllm_python
+    from sao_utils.engines import encode
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [vllm_python(), "-P", str(Path(__file__).with_name("vllm_raw.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=vllm_environment(),
+            start_new_session=True,  # a group to end as a whole
+            encoding="utf-8",
+        )
+
+        def ask(*messages: object):
+            for message in messages:
+                process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            if answer := process.stdout.readline():
+                return json.loads(answer)
+            log.seek(0)
+            raise RuntimeError(f"vllm.LLM ended. The end of its log:\n{log.read()[-2000:]}")
+
+        def generate() -> tuple[list[str], dict]:
+            before = _cpu_seconds_of(process.pid)
+            seconds = ask("generate")
+            spent = _cpu_seconds_of(process.pid) - before
+            told = {"seconds": seconds, "cpu_seconds": spent, "peak_bytes": None}
+            texts = [engine.completion(*reply).text for reply in ask("replies")]
+            return texts, told | {"note": f"vLLM {version}"}
+
+        try:
+            version = ask(engine.child.ready["arguments"])["version"]
+            work = {"sampling": engine.asked(sampling), "seeds": list(seeds)}
+            ask({**work, "prompts": encode(chats, engine.tokenizer)}, "generate")
+            yield generate
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def clocked(batches: Iterator, inside: list[float]) -> Iterator:
@@ -108,15 +213,16 @@ def clocked(batches: Iterator, inside: list[float]) -> Iterator:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.pop(name, None) for name in changes}
+    os.environ |= changes
     try:
         yield
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def with_speed(row: dict) -> dict:
@@ -322,17 +428,27 @@ def main(arguments: list[str] | None = None) -> None:
     ask = argparse.ArgumentParser(prog="python -m sao_utils.engine_benchmarks", description=__doc__)
     ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     ask.add_argument("--quick", action="store_true", help="a trial of the program in seconds")
+    ask.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="of the overhead"
+    )
     ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
     ask.add_argument("--repeats", type=int, default=3)
     ask.add_argument("--folder", type=Path, help="of the results")
     options = ask.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     folder = options.folder or results_folder() / "benchmarks"
-    name = f"engines-{options.device}" + ("-quick" if options.quick else "")
-    rows = batching()
     import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
+    vllm = options.engine == "vllm"
+    device = options.device
+    if vllm:  # it takes what there is
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"engines-{device}" + ("-vllm" if vllm else "") + ("-quick" if options.quick else "")
+    rows = [] if vllm else batching()
+    size = (40, 1) if options.quick else (1500, options.repeats)
+    if vllm:
+        groups = iter([overhead(*size, "vllm")])
+    elif options.device == "cuda" and not torch.cuda.is_available():
         there = folder / f"{name}.json"
         if there.exists() and json.loads(there.read_text("utf-8"))["status"] == "measured":
             sys.exit(f"There is no GPU here; {name}.csv of another machine is kept.")
@@ -340,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.shapes or options.device == "cuda":
         groups = on_gpu(options.shapes or ON_GPU, options.device, options.quick)
     else:
-        groups = iter([overhead(*((40, 1) if options.quick else (1500, options.repeats)))])
+        groups = iter([overhead(*size)])
     for group in groups:
         rows += group
         keep(folder, name, rows)  # at once: a kill leaves what there is

@@ -29,6 +29,7 @@ from pathlib import Path
 from sao_utils.engines import (
     Completion,
     EngineError,
+    Sampling,
     encode,
     load_tokenizer,
     model_folder,
@@ -57,18 +58,21 @@ class VllmEngine:
     def generate(self, chats, sampling, seeds):
         prompts = encode(chats, self.tokenizer)
         child = self._child()
-        stops = {*child.ready["stops"], self.tokenizer.eos_token_id}.difference([None])
-        asked = {
+        for batch in self._rows(child, self.asked(sampling), prompts, seeds, None):
+            yield [
+                (i, self.completion(*reply) if reply else Completion("", 0, False))
+                for i, *reply in batch
+            ]
+
+    def asked(self, sampling: Sampling) -> dict:
+        """The arguments of vLLM's `SamplingParams`, but for the seed."""
+        stops = {*self.child.ready["stops"], self.tokenizer.eos_token_id}.difference([None])
+        return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sorted(stops),
         }
-        for batch in self._rows(child, asked, prompts, seeds, None):
-            yield [
-                (i, self._completion(*reply) if reply else Completion("", 0, False))
-                for i, *reply in batch
-            ]
 
     def choose(self, chats, prefix, choices):
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
@@ -79,7 +83,8 @@ class VllmEngine:
         for batch in self._rows(self._child(), asked, prompts, seeds, nothing):
             yield [(i, odds) for i, odds in batch]
 
-    def _completion(self, reply: list[int], ended: bool) -> Completion:
+    def completion(self, reply: list[int], ended: bool) -> Completion:
+        """A reply from its token ids, of which the last ended it if it did so by itself."""
         kept = reply[:-1] if ended else reply
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Completion(text, len(kept), ended)
@@ -109,6 +114,17 @@ class VllmEngine:
             _current = weakref.ref(child)
         self.child = child  # the engines that use it keep it alive, and nobody else
         return child
+
+
+def vllm_python() -> str:
+    """The Python that has vLLM."""
+    return os.environ.get("SAO_VLLM_PYTHON") or sys.executable
+
+
+def vllm_environment() -> dict[str, str]:
+    """The environment of a process with vLLM."""
+    ours = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    return {**os.environ, **ours}
 
 
 def engine_arguments(model: Model, adapter: Path | None) -> tuple[dict, dict | None]:
@@ -161,19 +177,11 @@ class _Child:
             self.log = Path(log.name)
             self.process = subprocess.Popen(
                 # -P: the modules beside the child's file must not hide those of vLLM
-                [
-                    os.environ.get("SAO_VLLM_PYTHON") or sys.executable,
-                    "-P",
-                    str(Path(__file__).with_name("vllm_child.py")),
-                ],
+                [vllm_python(), "-P", str(Path(__file__).with_name("vllm_child.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={
-                    **os.environ,
-                    "VLLM_NO_USAGE_STATS": "1",
-                    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-                },
+                env=vllm_environment(),
                 start_new_session=True,  # a group to end as a whole; no Ctrl-C of the terminal's
                 encoding="utf-8",
             )
