@@ -1,10 +1,15 @@
 """Evaluation questions, and the files that they and personas are read from."""
 
 import gzip
+import hashlib
+import http.server
 import json
+import re
+import threading
 import tracemalloc
 
 import pytest
+from huggingface_hub import constants
 
 from sao_utils import questions, rows
 from sao_utils.recipe import RecipeError, load_recipe
@@ -126,3 +131,87 @@ def test_a_large_file_is_held_in_memory_once(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found) == count and peak < path.stat().st_size / 2
+
+
+# ---------------------------------------------------------------------- published benchmarks
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves one small file, by way of a redirection as the hub does."""
+
+    BODY = '{"question_id": 1, "turns": ["Ö?\u2028", "And?"]}\n'.encode()
+    asked: list
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        status = {"/moved": 302, "/file": 200}.get(self.path, 404)
+        body = self.BODY if status == 200 else b""
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/file")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Serves MT-Bench's questions from this machine, as if there were a network."""
+    handler = type("Handler", (Files,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def pin(path="moved", content=Files.BODY):
+        place = f"http://127.0.0.1:{server.server_port}/{path}"
+        pinned = (place, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(questions.PINNED, ("mt_bench", "question.jsonl"), pinned)
+        return handler.asked
+
+    yield pin
+    server.shutdown()
+    server.server_close()
+
+
+def asked_of_the_hub():
+    return questions.questions(run_with(questions="mt_bench", data="hub"))
+
+
+def test_a_benchmarks_file_is_downloaded_once_and_without_a_token(serve, monkeypatch):
+    requests = serve()
+    assert [row["question"] for row in asked_of_the_hub()] == ["Ö?\u2028"]
+    assert requests == [("/moved", None), ("/file", None)]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert [row["question"] for row in asked_of_the_hub()] == ["Ö?\u2028"]
+    assert len(requests) == 2
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused_and_not_kept(serve, tmp_path):
+    requests = serve(content=b"what it was")
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="is not the file of mt_bench that is pinned"):
+            asked_of_the_hub()
+    assert len(requests) == 4 and not [p for p in (tmp_path / "assets").rglob("*") if p.is_file()]
+
+
+def test_a_file_that_cannot_be_had_names_its_address_and_what_to_do(serve, monkeypatch):
+    requests = serve("gone")
+    with pytest.raises(RecipeError, match="HTTPError.*127.0.0.1.*/gone .*data to a folder"):
+        asked_of_the_hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        RecipeError, match="Offline.*data to a folder with question.jsonl, ref.* in it"
+    ):
+        asked_of_the_hub()
+    assert len(requests) == 1
+
+
+def test_every_file_of_a_published_protocol_is_pinned_to_a_commit_and_a_hash():
+    assert {benchmark for benchmark, _ in questions.PINNED} == set(questions.OFFICIAL)
+    for address, pinned in questions.PINNED.values():
+        assert re.search(r"/[0-9a-f]{40}/", address) and re.fullmatch("[0-9a-f]{64}", pinned)
