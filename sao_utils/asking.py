@@ -15,21 +15,25 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sao_utils.engine_api import VERDICT_TOKENS
-from sao_utils.engines import encode, load_engine, load_tokenizer, model_name
+from sao_utils.engines import encode, limit_met, load_engine, load_tokenizer, model_name
 from sao_utils.recipe import Model
 from sao_utils.rows import (
     Busy,
     Run,
     complete,
+    lock,
     make_rows,
     read_rows,
     results_folder,
     row_id,
     seed_of,
+    standing,
 )
 
 BYTES = 4  # of a token, about, in English
@@ -68,7 +72,8 @@ def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
     Returns:
         {id, text, tokens, finished} for a request with `sampling`; {id, logps} for one with
         `choices`: a log-probability in nats for each, None where there is none (`Engine.choose`). What was
-        bought has {tokens_in, tokens_out, dollars, run} too. Equal requests share a reply.
+        bought has {tokens_in, tokens_out, dollars, run} too; what failed for its length {max_context},
+        and is asked again under another limit. Equal requests share a reply.
 
     Raises:
         CostError: the estimate, or what the run has spent, goes beyond `evaluation.max_cost`. What was
@@ -84,7 +89,8 @@ def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
         else:
             yield from _replies(model, outstanding)
 
-    rows = {row["id"]: row for row in make_rows(run, stage, list(jobs.values()), work)}
+    made = make_rows(run, stage, list(jobs.values()), work, model.max_context)
+    rows = {row["id"]: row for row in made}
     return [rows[i] for i in ids]
 
 
@@ -95,9 +101,9 @@ def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = N
         stage: replies that this stage of the run has are not new; nor are those bought before.
     """
     ids = _ids(model, requests)
-    kept = {row["id"] for row in read_rows(run.rows(stage))} if stage else set()
+    kept = {*standing(run.rows(stage), model.max_context)} if stage else set()
     if model.engine == "api":
-        kept |= {row["id"] for row in read_rows(_cache(model))}
+        kept |= {*standing(_cache(model), model.max_context)}
     new = {i: request for i, request in zip(ids, requests) if i not in kept}
     tokens_in, tokens_out = _tokens(model, list(new.values()))
     return Cost(len(ids), len(new), tokens_in, tokens_out, dollars(model, tokens_in, tokens_out))
@@ -138,11 +144,17 @@ def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
         for batch in batches:
             rows = []
             for k, reply in batch:
+                used = getattr(engine, "usage", {}).get(k)
                 if verb == "generate":
                     row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+                    row |= limit_met(model, reply, group[k]["sampling"])
                 else:
                     row = {"logps": [p if math.isfinite(p) else None for p in reply]}
-                if used := getattr(engine, "usage", {}).get(k):
+                    refused = (
+                        used == (0, 0) if model.engine == "api" else set(row["logps"]) == {None}
+                    )
+                    row |= {"max_context": model.max_context} if refused else {}
+                if used:
                     row |= {"tokens_in": used[0], "tokens_out": used[1]}
                 rows.append({"id": group[k]["id"], **row})
             yield rows
@@ -156,7 +168,8 @@ def _through_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list
     told = False
     while True:
         try:
-            return complete(_cache(model), jobs, lambda new: _bought(run, model, new), label)
+            buy = partial(_bought, run, model)
+            return complete(_cache(model), jobs, buy, label, model.max_context)
         except Busy:
             if not told:
                 print(f"{label}: another run is asking this model; waiting for it.", flush=True)
@@ -168,27 +181,39 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
     """Rows from a server, with what each cost. Stops before the cap is passed, as far as is known."""
     by_id = {job["id"]: job for job in jobs}
     cap = run.recipe.evaluation.max_cost if model.priced else None
-    so_far = 0.0 if cap is None else spent(run)
     if model.priced:
         read, written = _tokens(model, jobs)
         cost = Cost(len(jobs), len(jobs), read, written, dollars(model, read, written))
         print(f"{model.path}: {cost}", flush=True)
-        _check(so_far, cost.dollars, cap)
+        _check(run, cost.dollars, cap)
     size = len(jobs) if cap is None else WAVES * model.concurrency
     for start in range(0, len(jobs), size):
         wave = jobs[start : start + size]
-        _check(so_far, dollars(model, *_tokens(model, wave)), cap)
-        for batch in _replies(model, wave):
-            for row in batch:
-                if "tokens_in" not in row:
-                    row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
-                row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
-                row["run"] = _label(run)
-                so_far += row["dollars"] or 0
-            yield batch
+        with nullcontext() if cap is None else _turn(run):
+            _check(run, dollars(model, *_tokens(model, wave)), cap)
+            for batch in _replies(model, wave):
+                for row in batch:
+                    if "tokens_in" not in row:
+                        row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
+                    row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
+                    row["run"] = _label(run)
+                yield batch  # on disk when we go on
 
 
-def _check(so_far: float, more: float | None, cap: float | None) -> None:
+@contextmanager
+def _turn(run: Run) -> Iterator[None]:
+    """Only one process of a run spends at a time, whichever server it buys from.
+
+    So nothing is paid between the look at what was spent and the rows that tell of what comes next.
+    """
+    path = _folder() / f".{_label(run).replace('/', '.')}.lock"
+    with open(path, "ab") as file:
+        lock(file, path, wait=True)
+        yield
+
+
+def _check(run: Run, more: float | None, cap: float | None) -> None:
+    so_far = 0.0 if cap is None else spent(run)
     if cap is not None and so_far + more > cap:
         raise CostError(
             f"This may cost US$ {more:,.4f}; the run has spent US$ {so_far:,.4f}, and "

@@ -47,6 +47,7 @@ class TransformersEngine:
             if dtype == "float32" and model.quantisation == "none":
                 loaded = loaded.merge_and_unload()
         self._hold(loaded, tokenizer, model.batch_tokens, name)
+        self.limit = min(self.limit, model.max_context or math.inf)
 
     @classmethod
     def of(cls, loaded, tokenizer, batch_tokens: int, name: str = "loaded") -> TransformersEngine:
@@ -61,6 +62,7 @@ class TransformersEngine:
         self.model, self.tokenizer = loaded.eval(), tokenizer
         self.batch_tokens, self.name = batch_tokens, name
         self.device, self.sound = loaded.device.type, False
+        self.limit = context_limit(loaded.config)  # tokens of prompt and reply
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
         stops = self.model.generation_config.eos_token_id
@@ -73,7 +75,7 @@ class TransformersEngine:
 
     def generate(self, chats, sampling, seeds):
         prompts = encode(chats, self.tokenizer)
-        too_long = over_long(prompts, context_limit(self.model.config))
+        too_long = over_long(prompts, self.limit)
         if too_long:  # one over-long text must not end the run
             yield [(i, Completion("", 0, False)) for i in too_long]
 
@@ -88,7 +90,7 @@ class TransformersEngine:
 
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
-        too_long = over_long(prompts, context_limit(self.model.config))
+        too_long = over_long(prompts, self.limit)
         if too_long:
             yield [(i, [-math.inf] * len(choices)) for i in too_long]
 
@@ -180,7 +182,7 @@ class TransformersEngine:
         Raises:
             EngineError: one row alone is too much.
         """
-        limit = context_limit(self.model.config)
+        limit = self.limit
         # Rows near the end of the context get fewer tokens. They do not share a batch with others:
         # what a row says must not depend on them.
         room = [min(new_tokens, limit - len(prompt)) for prompt in prompts]

@@ -57,6 +57,18 @@ def unanswered(tokens: int, finished: bool) -> bool:
     return tokens == 0 and not finished
 
 
+def limit_met(model: Model, reply: Completion, sampling: Sampling) -> dict[str, int | None]:
+    """What a row notes of a reply that the context ended, or that a server refused; else {}.
+
+    It is {"max_context": the limit of the time}: `rows.complete` makes such a row again under another
+    one. What a server cut short says nothing of its context, and was paid for: only a refusal counts.
+    """
+    short = not reply.finished and reply.tokens < sampling.max_new_tokens
+    if model.engine == "api":
+        short = unanswered(reply.tokens, reply.finished)
+    return {"max_context": model.max_context} if short else {}
+
+
 class Engine(Protocol):
     """What a stage asks of an engine."""
 
@@ -371,8 +383,9 @@ def over_long(prompts: list[list[int]], limit: float) -> list[int]:
     found = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
     if found:
         print(
-            f"{len(found)} of {len(prompts)} prompts are longer than the model's context of "
-            f"{limit} tokens; they get no reply and count as discarded.",
+            f"{len(found)} of {len(prompts)} prompts are longer than the context of {limit} tokens; "
+            "they get no reply and count as discarded. If the model takes more, a larger max_context "
+            "of it asks them again.",
             flush=True,
         )
     return found

@@ -47,7 +47,7 @@ def judge(run: Run) -> list[dict]:
     """
     pairs = [
         {
-            "id": row_id("pair", a["id"], b["id"]),
+            "id": row_id("pair", a["id"], b["id"], *_limits(a, b)),
             "seed": a["seed"],
             "prompt_id": a["prompt_id"],
             "prompt": a["prompt"],
@@ -59,6 +59,11 @@ def judge(run: Run) -> list[dict]:
         for a, b in response_pairs(run)
     ]
     return verdict_rows(run, "verdicts", pairs)
+
+
+def _limits(*rows: dict) -> list[int | None]:
+    """The limits that ended responses: once they are made again, they are another pair."""
+    return [row["max_context"] for row in rows if "max_context" in row]
 
 
 def oracle_quality(prompt: str, *answers: str) -> list[int] | None:

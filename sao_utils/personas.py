@@ -12,6 +12,7 @@ from sao_utils.engines import (
     NO_REPLY,
     Completion,
     Sampling,
+    limit_met,
     load_engine,
     model_name,
     unanswered,
@@ -155,9 +156,13 @@ def write_prompts(run: Run) -> list[dict]:
         ]
         seeds = [seed_of(job["id"]) for job in outstanding]
         for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
-            yield [_prompt_row(outstanding[i], reply) for i, reply in batch]
+            yield [
+                _prompt_row(outstanding[i], reply) | limit_met(recipe.model, reply, sampling)
+                for i, reply in batch
+            ]
 
-    return _discard_overlaps(run, make_rows(run, "prompts", jobs, work), asked)
+    rows = make_rows(run, "prompts", jobs, work, recipe.model.max_context)
+    return _discard_overlaps(run, rows, asked)
 
 
 def _discard_overlaps(run: Run, rows: list[dict], asked: list[str]) -> list[dict]:

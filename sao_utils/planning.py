@@ -9,53 +9,34 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
-from statistics import NormalDist
 
-import yaml
-
-from sao_utils.engine_transformers import FEW
-from sao_utils.losses import CHUNK_BYTES
+from sao_utils.costs import (
+    CONTEXT,
+    DECODE_SHARE,
+    GIB,
+    VLLM_TOKENS,
+    Gpu,
+    PlanError,
+    architecture,
+    dtype_of,
+    find_gpu,
+    generation_memory,
+    judging_memory,
+    microbatch,
+    model_shape,
+    reading_hours,
+    training_hours,
+    training_memory,
+    writing_hours,
+)
 from sao_utils.questions import QUESTION_SEED, SETS, read_column
-from sao_utils.recipe import Model, Recipe, RecipeError, Training
+from sao_utils.recipe import Model, Recipe, RecipeError
 from sao_utils.responses import PER_PROMPT
-from sao_utils.rows import gpu_name, results_folder
-from sao_utils.shapes import CHECKPOINT_ABOVE, WEIGHT_BYTES, Shape, shape_of
-
-GIB = 2**30
-
-#: Share of a data sheet's speed that decoding reaches; for all else see `Gpu.reached`.
-DECODE_SHARE = 0.3
-#: Seconds to start the kernels of a layer, one decoding step of transformers; assumed.
-LAUNCH_SECONDS = 8e-4
-#: Unpacking NF4 adds so much to training time, at 4,096 tokens a microbatch; computed.
-NF4_SLOWER = 1.046
-#: GiB that the CUDA context and its libraries take before the first tensor; assumed.
-CONTEXT = 0.6
-#: vLLM's defaults: sequences at a time, and tokens of one forward pass.
-VLLM_ROWS, VLLM_TOKENS = 256, 8192
-
-
-class PlanError(ValueError):
-    """Something cannot be planned; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """See gpus.yaml for the units."""
-
-    name: str
-    memory: float
-    bandwidth: float
-    compute: float
-    capability: float
-    named: str
-    reached: float = 0.5
+from sao_utils.rows import results_folder
+from sao_utils.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -68,6 +49,7 @@ class Rates:
     response: float = 375
     spread: float = 0.7  # of response lengths: standard deviation over mean, lognormal
     verdict: float = 930  # the ranking prompt with both responses
+    head: float = 96  # of it: what stands before the first response, in vLLM's blocks of 16
     pair: float = 900  # trained on: prompt and response twice
     prompts_kept: float = 0.95
     judged: float = 1.0  # of the prompts: those whose two answers differ
@@ -102,286 +84,6 @@ class Plan:
     notes: list[str]
 
 
-# ---------------------------------------------------------------------------- what is there
-
-
-def gpus() -> dict[str, Gpu]:
-    """The GPUs that are known, by the name that `--gpu` takes."""
-    text = (files("sao_utils") / "gpus.yaml").read_text(encoding="utf-8")
-    return {str(name): Gpu(str(name), **values) for name, values in yaml.safe_load(text).items()}
-
-
-def find_gpu(name: str | None) -> Gpu | None:
-    """The GPU of that name; without a name the one of this machine, None if it has none.
-
-    Raises:
-        PlanError: a GPU that gpus.yaml does not know.
-    """
-    known, own = gpus(), gpu_name() if name is None else None
-    if name is None and own is None:
-        return None
-    for gpu in known.values():
-        if re.search(gpu.named, own) if own else gpu.name.lower() == name.lower():
-            return gpu
-    told = f"--gpu plans for one like it: {', '.join(known)}"
-    raise PlanError(f"The GPU '{own or name}' is not known; {told}.")
-
-
-def architecture(model: Model) -> dict:
-    """The config.json of a model: from its folder, from the hub's cache, or from architectures.yaml.
-
-    Raises:
-        PlanError: it is in none of these.
-    """
-    from sao_utils.engines import model_folder
-
-    folder = Path(model_folder(model.path))
-    if (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    known = _architectures()
-    if model.path in known:
-        return known[model.path]
-    if model.path.count("/") == 1 and not model.path.startswith((".", "/", "~")):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        if isinstance(cached, str):
-            return json.loads(Path(cached).read_text(encoding="utf-8"))
-    raise PlanError(
-        f"The shape of '{model.path}' is not known here. Download its config.json "
-        f"(`hf download {model.path} config.json`), give a folder, or one of: {', '.join(known)}."
-    )
-
-
-@lru_cache(maxsize=1)
-def _architectures() -> dict[str, dict]:
-    return yaml.safe_load((files("sao_utils") / "architectures.yaml").read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-def _dtype(model: Model) -> str:
-    return "float32" if model.dtype == "float32" else "bfloat16"
-
-
-def _pass_bytes(
-    shape: Shape, model: Model, tokens: float, rows: float = 0, each: float = 0
-) -> float:
-    """Bytes that a forward pass without gradients needs at a time: inside of the gated layer, or of
-    the attention, whose scores stand in memory as a whole if they have a softcap (twice, and their
-    softmax in float32). `rows` sequences of `each` tokens."""
-    size, held = WEIGHT_BYTES[_dtype(model)], 3 * shape.width  # embeddings, residual, normed
-    gated = size * tokens * (held + 3 * shape.inner)
-    attention = size * tokens * (held + 4 * shape.heads * shape.head)
-    squares = rows * each * each
-    masks = squares
-    if shape.softcap:  # two kinds of masks, in numbers
-        masks = 2 * size * squares
-        attention += (2 * size + 4) * shape.heads * squares
-    unpacked = size * shape.width * shape.inner if model.quantisation == "nf4" else 0
-    return max(gated, attention) + masks + unpacked
-
-
-def generation_memory(
-    config,
-    model: Model,
-    prompt_tokens: float = Rates.instruction,
-    new_tokens: int = 1024,
-    total: float | None = None,
-) -> dict[str, float]:
-    """GiB by part that generating needs at most; without the CUDA context.
-
-    Args:
-        config: a config.json as a dict, or transformers' config.
-        prompt_tokens, new_tokens: of the longest row.
-        total: memory of the GPU; vLLM takes its share (`model.gpu_memory`) of it in any case.
-    """
-    shape = shape_of(config)
-    dtype = _dtype(model)
-    weights = shape.weight_bytes(dtype, model.quantisation)
-    if model.engine == "vllm":
-        working = _pass_bytes(shape, model, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
-        parts = {"weights": weights / GIB, "working": working / GIB}
-        if total:  # the rest of its share, whatever is needed
-            left = model.gpu_memory * total - sum(parts.values())
-            parts["KV cache"] = max(0.0, left)
-        return parts
-    rows = static_rows(model, prompt_tokens + new_tokens)
-    cache = rows * (prompt_tokens + new_tokens) * shape.kv_bytes(dtype)
-    # A drawn token: logits in 16 bit and float32, probabilities, sorted, and summed in float64.
-    draw = rows * shape.vocabulary * 44
-    # One layer's keys and values, repeated for the heads that share them.
-    repeated = cache / shape.layers * (shape.heads // shape.kv_heads)
-    reading = _pass_bytes(shape, model, rows * prompt_tokens, rows, prompt_tokens)
-    later = cache * new_tokens / (prompt_tokens + new_tokens)  # not there yet when prompts are read
-    working = max(reading - later, draw, repeated)
-    parts = {"weights": weights, "KV cache": cache, "working": working}
-    return {name: size / GIB for name, size in parts.items()}
-
-
-def judging_memory(
-    config, model: Model, tokens: float = Rates.verdict, total: float | None = None
-) -> dict[str, float]:
-    """GiB by part that judging needs at most: one pass over prompts of so many tokens, no cache."""
-    if model.engine == "vllm":
-        return generation_memory(config, model, total=total)
-    shape = shape_of(config)
-    rows = static_rows(model, tokens)
-    working = _pass_bytes(shape, model, rows * tokens, rows, tokens)
-    working += rows * shape.vocabulary * 10
-    weights = shape.weight_bytes(_dtype(model), model.quantisation)
-    return {"weights": weights / GIB, "working": working / GIB}
-
-
-def static_rows(model: Model, tokens: float) -> int:
-    """Rows of a batch of the transformers engine, if each has so many tokens."""
-    return max(1, int(model.batch_tokens // tokens))
-
-
-def training_memory(
-    config,
-    model: Model,
-    training: Training,
-    total: float | None = None,
-    longest: int | None = None,
-    processes: int = 1,
-) -> dict[str, float]:
-    """GiB by part that training needs at most on each GPU; without the CUDA context.
-
-    Frozen weights as they are stored, in 16 bit or NF4; a trained one is float32 with its gradient,
-    Adam's two moments (8 bytes, in 8 bit 2) and a 16-bit copy to compute with. Several processes
-    share what is trained with method=full (FSDP, ZeRO-3). Activations: `Shape.kept_bytes`, with
-    gradient checkpointing a layer's input only. "working" is the larger of a layer's backward pass
-    and the chunked loss.
-
-    Args:
-        total: memory of the GPU, for gradient_checkpointing=auto; None takes it to be short.
-        longest: tokens of the longest sequence; by default half of the budget.
-    """
-    shape = shape_of(config)
-    full = training.method == "full"
-    longest = longest or training.token_budget // 2
-    tokens = microbatch(training, longest)
-    trained = shape.parameters if full else shape.adapter(training.lora_rank)
-    adam = 2 if training.optimiser == "paged_adamw_8bit" else 8
-    states = trained * (4 + 4 + adam + 2)
-    frozen = 0.0
-    if not full:
-        frozen = shape.weight_bytes(_dtype(model), training.quantisation)
-    else:
-        states /= processes
-    each = shape.kept_bytes(full)
-    kept = each * shape.layers * tokens
-    left = None if total is None else (total - CONTEXT) * GIB - frozen - states
-    if checkpoints(training, kept, left):
-        inputs = (4 if full else 2) * shape.width * shape.layers * tokens
-        layer = each * tokens
-    else:
-        inputs, layer = kept, 0
-    layer += 2 * tokens * (3 * shape.inner + 2 * shape.width)  # gradients inside of a layer
-    if training.quantisation == "nf4" or full:  # one matrix unpacked, or in 16 bit
-        layer += 2 * shape.width * shape.inner
-    if shape.softcap:  # scores are computed again, with their gradients
-        layer += 16 * shape.heads * longest * longest
-    head = shape.vocabulary * shape.width
-    loss = CHUNK_BYTES["cuda"] * (3.5 if shape.softcap else 2.5) + 2 * tokens * shape.width
-    if full:  # its gradient is summed in float32, and the head stands there in 16 bit
-        loss += 6 * head
-    parts = {"weights": frozen, "trained": states, "activations": inputs}
-    return {name: size / GIB for name, size in {**parts, "working": max(layer, loss)}.items()}
-
-
-def microbatch(training: Training, longest: int) -> int:
-    """Tokens of the largest microbatch: a pair that is longer than the budget goes alone."""
-    return max(training.token_budget, PER_PROMPT * longest)
-
-
-def checkpoints(training: Training, kept: float, left: float | None) -> bool:
-    """Whether activations are computed twice, as training.needs_checkpointing will decide.
-
-    Args:
-        kept: bytes of activations. left: bytes of free memory, None if not known.
-    """
-    if training.gradient_checkpointing != "auto":
-        return training.gradient_checkpointing == "on"
-    return left is None or kept > CHECKPOINT_ABOVE * max(0.0, left)
-
-
-# ---------------------------------------------------------------------------- time
-
-
-def prefill_hours(shape: Shape, gpu: Gpu, tokens: float) -> float:
-    """Floor of reading prompts: two operations a weight of the linear layers and a token."""
-    return 2 * shape.linear * tokens / (gpu.compute * 1e12) / 3600
-
-
-def decode_hours(
-    shape: Shape,
-    gpu: Gpu,
-    model: Model,
-    replies: float,
-    prompt: float,
-    new: float,
-    batch: float,
-    steps: float | None = None,
-) -> float:
-    """Floor of writing replies: every step reads all weights and the batch's KV cache once, or, if
-    that takes longer, computes two operations a weight and row.
-
-    Args:
-        replies, prompt, new: how many, of how many tokens, after prompts of how many.
-        batch: rows at a time. steps: of one batch, by default `new` (places are filled again at once).
-    """
-    dtype = _dtype(model)
-    head = shape.vocabulary * shape.width
-    weights = shape.linear * WEIGHT_BYTES[
-        dtype if model.quantisation == "none" else model.quantisation
-    ] + (head * WEIGHT_BYTES[dtype])
-    cache = batch * shape.kv_bytes(dtype) * (prompt + new / 2)
-    reading = (weights + cache) / (gpu.bandwidth * 1e9)
-    computing = 2 * (shape.linear + head) * batch / (gpu.compute * 1e12)
-    count = replies / batch * (steps or new)
-    return count * max(reading, computing) / 3600
-
-
-def training_hours(
-    shape: Shape, gpu: Gpu, training: Training, tokens: float, answers: float, twice: bool
-) -> float:
-    """Floor of training on so many tokens, of which so many stand in answers.
-
-    A weight costs 2 operations forward and 2 for the gradient of its input; 2 more if it is
-    trained, and 2 more if activations are computed twice. So 4 or 6 with frozen weights, 6 or 8 with
-    trained ones. The output head sees the answers only: 4 frozen, 8 trained (its logits come twice).
-    """
-    full = training.method == "full"
-    each = 4 + 2 * full + 2 * twice
-    work = each * shape.linear * tokens
-    work += (8 if full else 4) * shape.vocabulary * shape.width * answers
-    if training.quantisation == "nf4":
-        work *= NF4_SLOWER
-    return work / (gpu.compute * 1e12) / 3600
-
-
-def shrinking(rows: int, mean: float, spread: float, most: int) -> list[tuple[int, float]]:
-    """(rows, steps) of a batch of the transformers engine, for lognormal lengths of at most `most`.
-
-    Whenever half of its rows have ended the batch shrinks; the last few wait for the longest.
-    """
-    found, done, left = [], 0.0, rows
-    while left >= FEW:
-        length = length_at(1 - left / 2 / rows, mean, spread, most)
-        found.append((left, length - done))
-        done, left = length, left // 2
-    return [*found, (left, length_at(rows / (rows + 1), mean, spread, most) - done)]
-
-
-def length_at(share: float, mean: float, spread: float, most: int) -> float:
-    """The length below which such a share of lognormal lengths lies, at most `most`."""
-    sigma = math.sqrt(math.log(1 + spread**2))
-    return min(most, mean * math.exp(sigma * NormalDist().inv_cdf(share) - sigma**2 / 2))
-
-
 # ---------------------------------------------------------------------------- the plan
 
 
@@ -397,7 +99,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         PlanError: the model's shape is not known.
     """
     rates, measured = _rates(recipe)
-    shape = None if recipe.model.engine == "api" else _shape(recipe.model)
+    shape = None if recipe.model.engine == "api" else model_shape(recipe.model)
     problems, notes = [], [_told(rates)]
     counts = _counts(recipe, rates)
     stages = []
@@ -425,15 +127,6 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
     disk = _disk(recipe, shape, stages, len(recipe.arms) * len(recipe.seeds))
     notes += _left_out(recipe, counts, disk)
     return Plan(recipe.name, recipe.model.path, machine, stages, disk, problems, notes)
-
-
-def _shape(model: Model) -> Shape:
-    try:
-        shape = shape_of(architecture(model))
-        shape.parameters  # noqa: B018 - raises where the family is not known
-        return shape
-    except ValueError as error:
-        raise PlanError(str(error)) from None
 
 
 def _rates(recipe: Recipe) -> tuple[Rates, dict]:
@@ -491,17 +184,6 @@ def _questions(recipe: Recipe) -> int | None:
         return None
 
 
-def batch_rows(model: Model, shape: Shape, parts: dict, mean: float, most: float) -> int:
-    """Rows that are decoded at a time, of so many tokens in the mean and at most.
-
-    vLLM: as many as its KV cache holds (0: not even one). transformers: by `model.batch_tokens`.
-    """
-    if model.engine == "vllm":
-        held = parts["KV cache"] * GIB / (shape.kv_bytes(_dtype(model)) * mean)
-        return min(VLLM_ROWS, int(held))
-    return static_rows(model, most)
-
-
 def _written(recipe, gpu, rates, name, rows, processes) -> Stage:
     """A stage in which the model writes replies."""
     model = recipe.model
@@ -514,21 +196,10 @@ def _written(recipe, gpu, rates, name, rows, processes) -> Stage:
     new = min(length, most)
     hours, memory = None, {}
     if gpu is not None and model.engine != "api":
-        shape = _shape(model)
         memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
-        batch = batch_rows(model, shape, memory, prompt + new / 2, prompt + most)
-        if model.engine == "vllm":
-            going = [(batch, new)]
-        else:
-            batch = min(batch, rows)
-            going = shrinking(batch, new, rates.spread, most)
-        if batch:
-            hours = prefill_hours(shape, gpu, rows * prompt) / DECODE_SHARE
-            for left, steps in going:
-                count, rounds = left * rows / batch, rows / batch
-                writing = decode_hours(shape, gpu, model, count, prompt, new, left, steps)
-                launching = LAUNCH_SECONDS * shape.layers * steps * rounds / 3600
-                hours += max(writing / DECODE_SHARE, 0 if model.engine == "vllm" else launching)
+        shared = prompt / 2 if name == "responses" else 0
+        hours = writing_hours(model, gpu, memory, rows, prompt, new, most, rates.spread, shared)
+        if hours is not None:
             hours /= max(1, min(model.workers, processes))
     return Stage(name, rows, round(rows * new), hours, memory)
 
@@ -539,15 +210,13 @@ def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
     model, tokens = recipe.judging_model, rates.verdict
     hours, memory = None, {}
     if gpu is not None and model.engine != "api":
-        shape = _shape(model)
+        shape = model_shape(model)
         limit = (recipe.responses if name == "verdicts" else recipe.evaluation).max_new_tokens
         longest = min(_longest_ranking(limit), shape.context or math.inf)  # the first batch
         memory = judging_memory(architecture(model), model, longest, gpu.memory)
         few = min(8, recipe.judging.max_new_tokens) if recipe.judging.method == "sampled" else 0
-        batch = batch_rows(model, shape, memory, tokens, tokens + few)
-        if batch:
-            hours = prefill_hours(shape, gpu, rows * tokens) / gpu.reached
-            hours += decode_hours(shape, gpu, model, rows, tokens, few, batch) / DECODE_SHARE
+        hours = reading_hours(model, gpu, memory, rows, tokens, few, rates.head / 2)
+        if hours is not None:
             hours /= max(1, min(model.workers, processes))
     return Stage(name, rows, round(rows * tokens), hours, memory)
 
@@ -626,7 +295,7 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
             f"The {gpu.name} (compute capability {gpu.capability}) has no bfloat16: {key}.dtype=auto "
             "computes in float16."
         )
-    gemma = _shape(model).family.startswith("gemma")
+    gemma = model_shape(model).family.startswith("gemma")
     if gemma and old:
         found.append(
             f"Gemma overflows in float16, and the {gpu.name} has nothing else of 16 bit: take another "
@@ -636,11 +305,11 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
         found.append(f"Gemma overflows in float16: {key}.dtype=bfloat16.")
     if model.quantisation == "fp8" and gpu.capability < 7.5:
         found.append(f"fp8 weights need compute capability 7.5: {key}.quantisation=gptq.")
-    context = _shape(model).context or math.inf
+    context = model_shape(model).context or math.inf
     if model.engine == "vllm":
         if model.max_context and model.max_context > context:
             found.append(f"{model.path} takes {context} tokens: {key}.max_context={context}.")
-        context = min(context, model.max_context or math.inf)
+    context = min(context, model.max_context or math.inf)
     shown = _longest_ranking(recipe.responses.max_new_tokens)
     if model is recipe.judging_model and shown > context:
         fitting = int((context - shown) // PER_PROMPT) + recipe.responses.max_new_tokens
@@ -654,16 +323,16 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
 
 def _engine_memory(label: str, key: str, model: Model, gpu: Gpu, memory: dict) -> list[str]:
     weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
-    bits = _dtype(model) if model.quantisation == "none" else model.quantisation
+    bits = dtype_of(model) if model.quantisation == "none" else model.quantisation
     told = f"{label}: {model.path} in {bits} ({weights:.1f} GiB of weights)"
     fewer = {"transformers": "nf4", "vllm": "fp8"}[model.engine]
     smaller = f"{key}.quantisation={fewer}"
     if model.quantisation != "none":
         smaller = f"a smaller {key}.path"
     if model.engine == "vllm":  # it wants room for one row of the whole context
-        shape, share = _shape(model), model.gpu_memory * gpu.memory
+        shape, share = model_shape(model), model.gpu_memory * gpu.memory
         context = model.max_context or shape.context or VLLM_TOKENS
-        if memory["working"] + weights + context * shape.kv_bytes(_dtype(model)) / GIB > share:
+        if memory["working"] + weights + context * shape.kv_bytes(dtype_of(model)) / GIB > share:
             return [
                 f"{told} leaves no room for one context of {context} tokens on the {gpu.name} "
                 f"({share:.1f} GiB): {smaller}, or a lower {key}.max_context."
@@ -720,7 +389,7 @@ def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int
     disk = {"rows": size / GIB}
     if shape is not None:
         from_hub = {
-            model.path: 2 * _shape(model).parameters / GIB
+            model.path: 2 * model_shape(model).parameters / GIB
             for model in (recipe.model, recipe.judging_model)
             if model.engine != "api" and model.path != "tiny" and not Path(model.path).is_dir()
         }

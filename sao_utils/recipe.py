@@ -40,7 +40,9 @@ class Model(_Section):
     batch_tokens: int = Field(
         32_768, ge=1, description="tokens, prompts and replies, of a batch (transformers)"
     )
-    max_context: int | None = Field(None, ge=1, description="tokens of prompt and reply (vllm)")
+    max_context: int | None = Field(
+        None, ge=1, description="tokens of prompt and reply; null: what the model takes"
+    )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory (vllm)")
     workers: int = Field(0, ge=0, description="Ray Data workers; 0: no Ray")
     url: str | None = Field(None, description="of the server, such as http://localhost:8000/v1")

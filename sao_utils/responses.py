@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sao_utils.engines import Sampling, load_engine, model_name
+from sao_utils.engines import Sampling, limit_met, load_engine, model_name
 from sao_utils.personas import write_prompts
 from sao_utils.rows import Run, make_rows, row_id, seed_of
 
@@ -39,10 +39,11 @@ def write_responses(run: Run) -> list[dict]:
         for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
             yield [
                 {**outstanding[i], "text": c.text, "tokens": c.tokens, "finished": c.finished}
+                | limit_met(recipe.model, c, sampling)
                 for i, c in batch
             ]
 
-    return make_rows(run, "responses", jobs, work)
+    return make_rows(run, "responses", jobs, work, recipe.model.max_context)
 
 
 def response_pairs(run: Run) -> list[tuple[dict, dict]]:

@@ -183,14 +183,18 @@ class Busy(RuntimeError):
     """Another process is making the same rows."""
 
 
-def _lock(file, path: Path) -> None:
-    """Keep a second process from writing the same rows. Freed by closing, also by a kill."""
+def lock(file, path: Path, wait: bool = False) -> None:
+    """Keep a second process from writing the same file. Freed by closing, also by a kill.
+
+    Raises:
+        Busy: another process has it, and we do not `wait` for that.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: no lock
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise Busy(
             f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
@@ -211,11 +215,24 @@ def _drop_torn_line(path: Path) -> None:
                 file.truncate(whole)
 
 
+def standing(path: Path, max_context: int | None = None) -> dict[str, dict]:
+    """The rows of a file by id, the latest of each; without those to be made again.
+
+    These have a key "max_context" (see `engines.limit_met`): the context ended them, and it was
+    another one than `max_context`.
+    """
+    latest = {row["id"]: row for row in read_rows(path)}
+    return {
+        i: row for i, row in latest.items() if row.get("max_context", max_context) == max_context
+    }
+
+
 def complete(
     path: Path,
     jobs: list[dict],
     work: Callable[[list[dict]], Iterator[list[dict]]],
     label: str,
+    max_context: int | None = None,
 ) -> list[dict]:
     """Make the rows that are missing, keep them at once, and return those of all jobs in order.
 
@@ -224,6 +241,8 @@ def complete(
         jobs: one dict with an "id" for each row wanted.
         work: gets all outstanding jobs at once and yields finished rows a batch at a time.
         label: what the rows are, for the progress line.
+        max_context: the limit of this time; what failed under another one is made again, and the file
+            then has both rows, of which the later one counts.
 
     Raises:
         Busy: another process is making rows of this file.
@@ -231,14 +250,14 @@ def complete(
     """
     if len({job["id"] for job in jobs}) != len(jobs):
         raise ValueError(f"{label}: two jobs have the same id")
-    done = {row["id"]: row for row in read_rows(path)}
+    done = standing(path, max_context)
     outstanding = [job for job in jobs if job["id"] not in done]
     if outstanding:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
-            _lock(file, path)
+            lock(file, path)
             _drop_torn_line(path)
-            done = {row["id"]: row for row in read_rows(path)}  # now nobody else adds to it
+            done = standing(path, max_context)  # now nobody else adds to it
             outstanding = [job for job in jobs if job["id"] not in done]
             for batch in progress(work(outstanding), len(outstanding), label):
                 # One write a batch: a kill leaves whole batches, so the rest is batched as before.
@@ -262,23 +281,31 @@ def complete(
 
 
 def make_rows(
-    run: Run, stage: str, jobs: list[dict], work: Callable[[list[dict]], Iterator[list[dict]]]
+    run: Run,
+    stage: str,
+    jobs: list[dict],
+    work: Callable[[list[dict]], Iterator[list[dict]]],
+    max_context: int | None = None,
 ) -> list[dict]:
-    """`complete` a stage's file of a run, and note rows, tokens and seconds in the manifest."""
+    """`complete` a stage's file of a run, and note rows, tokens and seconds in the manifest.
+
+    A row that is made again counts once, its tokens each time.
+    """
     started, made, tokens = time.time(), 0, 0
     adds = run.rows(stage).exists()  # without rows from before, a note from before is void
 
     def counted(outstanding: list[dict]) -> Iterator[list[dict]]:
         nonlocal made, tokens
+        before = {row["id"] for row in read_rows(run.rows(stage))}
         for batch in work(outstanding):
-            made += len(batch)
+            made += sum(row["id"] not in before for row in batch)
             tokens += sum(row.get("tokens", 0) for row in batch)
             yield batch
 
     try:
-        return complete(run.rows(stage), jobs, counted, stage)
+        return complete(run.rows(stage), jobs, counted, stage, max_context)
     finally:  # also when it was stopped: the next call adds its part
-        if made or not (run.folder / "manifest.json").exists():
+        if made or tokens or not (run.folder / "manifest.json").exists():
             record(run, stage, time.time() - started, adds, made=made, tokens=tokens)
 
 

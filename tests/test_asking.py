@@ -4,10 +4,13 @@ The server is a real one on loopback (test_engine_api.py), standing in for one t
 """
 
 import json
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
-from test_engine_api import failure, reply, server, settings, steps  # noqa: F401 (a fixture)
+from test_engine_api import Server, failure, reply, server, settings, steps  # noqa: F401 (a fixture)
 
 from sao_utils import asking, rows
 from sao_utils.asking import CostError, ask, estimate, spent
@@ -160,6 +163,72 @@ def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, se
     assert row["logps"] == [None, None] and row["dollars"] == 0
     for path in results.rglob("*.jsonl"):
         assert "Infinity" not in path.read_text()
+
+
+@pytest.mark.parametrize("kind", [write, choose])
+def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results, server, kind):  # noqa: F811
+    sure = reply("ranking: 1", steps(("ranking:", {}), (" 1", {" 1": -0.1, " 2": -3.0})))
+    server.answers = {"short": [(200, sure, {})]}
+    server.answers["long"] = [failure(400, "maximum context length is 512 tokens")]
+    small, requests = settings(server, **PRICES), kind("long", "short")
+    ask(open_run(), "s", small, requests)
+    refused, _ = ask(open_run(), "s", small, requests)
+    assert refused["max_context"] is None and len(server.requests) == 2  # once under one limit
+    server.answers["long"] = server.answers["short"]
+    large = small.model_copy(update={"max_context": 4096})
+    assert estimate(open_run(), large, requests, "s").new == 1
+    (first, _), (second, _) = (ask(open_run(), "s", large, requests) for _ in range(2))
+    assert first == second and "max_context" not in first and first["id"] == refused["id"]
+    assert len(server.requests) == 3
+    manifest = json.loads((open_run().folder / "manifest.json").read_text())
+    assert manifest["stages"]["s"]["made"] == 2
+    assert spent(open_run()) == pytest.approx(2 * (5 * 2 + 3 * 10) / 1e6)
+
+
+BUYER = """
+import sys, time
+from pathlib import Path
+from sao_utils import asking, rows
+from sao_utils.engines import Sampling
+from sao_utils.recipe import Model
+import openai
+url, stage, folder = sys.argv[1:]
+run = rows.open_run("tiny", "asked", {"evaluation.max_cost": 22})
+model = Model(path="m", engine="api", url=url, price_in=1e6, concurrency=1)
+asked = [dict(chat=[dict(role="user", content=str(k))], sampling=Sampling(0.6, 8)) for k in range(20)]
+Path(folder, stage).touch()
+while not Path(folder, "go").exists():
+    time.sleep(0.01)
+asking.ask(run, stage, model, asked)
+"""
+
+
+def test_two_processes_that_buy_from_two_servers_keep_under_the_cap_together(
+    results,
+    server,  # noqa: F811
+    tmp_path,
+):
+    other = Server()
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    for each in (server, other):
+        each.answers = {str(k): [(200, reply("yes"), {"slow": "0.3"})] for k in range(20)}
+    urls = {"one": server.url, "two": other.url}
+    buyers = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUYER, url, stage, tmp_path], stderr=subprocess.PIPE, text=True
+        )
+        for stage, url in urls.items()
+    ]
+    while not all((tmp_path / stage).exists() for stage in urls):
+        assert all(buyer.poll() is None for buyer in buyers)
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    said = [buyer.communicate(timeout=60)[1] for buyer in buyers]
+    other.shutdown()
+    other.server_close()
+    assert all("CostError" in text and "has spent US$ 20" in text for text in said)
+    assert len(server.requests) + len(other.requests) == asking.WAVES
+    assert spent(open_run()) == 20
 
 
 def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
