@@ -23,7 +23,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from sao_utils.engines import (
@@ -39,6 +40,7 @@ from sao_utils.engines import (
 )
 from sao_utils.recipe import Model
 
+ENCODED = 256  # chats at a time: vLLM takes these in while the next are encoded
 #: Seconds without a message or a new line in the log after which the child counts as hung.
 PATIENCE = 1200.0
 
@@ -56,9 +58,8 @@ class VllmEngine:
         self._child()
 
     def generate(self, chats, sampling, seeds):
-        prompts = encode(chats, self.tokenizer)
         child = self._child()
-        for batch in self._rows(child, self.asked(sampling), prompts, seeds, None):
+        for batch in self._rows(child, self.asked(sampling), chats, [], seeds, None):
             yield [
                 (i, self.completion(*reply) if reply else Completion("", 0, False))
                 for i, *reply in batch
@@ -76,11 +77,10 @@ class VllmEngine:
 
     def choose(self, chats, prefix, choices):
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
-        prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
         asked = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": firsts}
-        seeds = [0] * len(prompts)
+        seeds = [0] * len(chats)
         nothing = [-math.inf] * len(choices)
-        for batch in self._rows(self._child(), asked, prompts, seeds, nothing):
+        for batch in self._rows(self._child(), asked, chats, shared, seeds, nothing):
             yield [(i, odds) for i, odds in batch]
 
     def completion(self, reply: list[int], ended: bool) -> Completion:
@@ -89,15 +89,29 @@ class VllmEngine:
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Completion(text, len(kept), ended)
 
-    def _rows(self, child: _Child, asked: dict, prompts: list, seeds: list, nothing) -> Iterator:
-        """Batches of the child's replies; those that do not fit into the context first."""
-        too_long = over_long(prompts, child.ready["max_context"])
-        if too_long:  # one such prompt would end all of them
+    def _rows(
+        self, child: _Child, asked: dict, chats: list, shared: list[int], seeds: list, nothing
+    ) -> Iterator[list]:
+        """Batches of the child's replies to chats that go on with the ids `shared`.
+
+        Those that do not fit into the context come last.
+        """
+        too_long: list[int] = []
+
+        def rows() -> Iterator[tuple]:
+            prompts: list[list[int]] = []
+            for start in range(0, len(chats), ENCODED):
+                for ids in encode(chats[start : start + ENCODED], self.tokenizer):
+                    prompts.append(ids + shared)
+                    # One that is too long would end all of them.
+                    if len(prompts[-1]) < child.ready["max_context"]:
+                        i = len(prompts) - 1
+                        yield i, prompts[-1], seeds[i]
+            too_long.extend(over_long(prompts, child.ready["max_context"]))
+
+        yield from child.call({"sampling": asked, "adapter": self.adapter}, rows())
+        if too_long:
             yield [(i,) if nothing is None else (i, nothing) for i in too_long]
-        left = sorted(set(range(len(prompts))).difference(too_long))
-        rows = [(i, prompts[i], seeds[i]) for i in left]
-        if rows:
-            yield from child.call({"sampling": asked, "adapter": self.adapter}, rows)
 
     def _child(self) -> _Child:
         """The process that has this model, started if there is none; the only one there is.
@@ -192,7 +206,7 @@ class _Child:
         ).start()
         lora = {"enable_lora": True, "max_lora_rank": lora_rank(rank)} if rank else {}
         try:
-            self._say({**arguments, **lora})
+            self._say([{**arguments, **lora}])
             self._notice(self._hear())
             self.ready = self._hear()["ready"]
             wanted = model.quantisation
@@ -208,11 +222,11 @@ class _Child:
     def alive(self) -> bool:
         return self.end.alive and self.process.poll() is None
 
-    def call(self, call: dict, rows: list[tuple]) -> Iterator[list]:
-        """Send all rows, and pass the replies on as they come."""
+    def call(self, call: dict, rows: Iterable[tuple]) -> Iterator[list]:
+        """Send all rows as they come, and pass the replies on as they come."""
         done = False
         try:
-            self._say(call, *rows, None)
+            self._say(chain([call], rows, [None]))
             while (batch := self._hear()) is not None:
                 if batch:
                     yield batch
@@ -221,7 +235,7 @@ class _Child:
             if not done:  # it is still at work on rows that nobody waits for
                 self.end()
 
-    def _say(self, *messages: object) -> None:
+    def _say(self, messages: Iterable[object]) -> None:
         try:
             for message in messages:
                 self.process.stdin.write(json.dumps(message) + "\n")

@@ -276,10 +276,16 @@ def parting(
     return full[0][len(start) : shared], firsts
 
 
-def special_tokens(tokenizer) -> set[str]:
+def special_tokens(tokenizer) -> frozenset[str]:
     """All tokens of a tokenizer that open or close something, with or without a role name."""
+    return _special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer, size: int) -> frozenset[str]:
+    """Of a table of this size: with 256 such tokens it takes 0.1 ms, and every chat asks for it."""
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return special.union(tokenizer.all_special_tokens)
+    return frozenset(special.union(tokenizer.all_special_tokens))
 
 
 def load_tokenizer(model: Model):
