@@ -116,7 +116,7 @@ def plan(
     set_: Settings = None,
 ) -> None:
     """Tell what a recipe will take before it runs: rows, tokens, hours, memory, what does not fit."""
-    from sao_utils import planning
+    from sao_utils import costs, planning
     from sao_utils.recipe import RecipeError, load_recipe
 
     if (recipe is None) == (run is None):
@@ -124,8 +124,8 @@ def plan(
     folder = _folder(run) if run else None
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
-        made = planning.plan(loaded, planning.find_gpu(gpu), gpus)
-    except (RecipeError, planning.PlanError) as error:
+        made = planning.plan(loaded, costs.find_gpu(gpu), gpus)
+    except (RecipeError, costs.PlanError) as error:
         _fail(error, 2)
     typer.echo(planning.render(made, planning.actual(folder) if folder else None))
 
@@ -218,8 +218,8 @@ def recipes() -> None:
 def _agree_to_pay(run, yes: bool) -> None:
     """Tell what servers with a price are expected to cost, and ask, unless `yes`."""
     from sao_utils.asking import spent
+    from sao_utils.costs import PlanError
     from sao_utils.pipeline import bill
-    from sao_utils.planning import PlanError
 
     try:
         owed = bill(run.recipe)

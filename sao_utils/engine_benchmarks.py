@@ -329,7 +329,7 @@ def of_shape(
 
 def _planned(config, weights: str, verb: str, batch: int, tokens) -> float:
     """What `sao plan` predicts for the peak of a batch, bytes."""
-    from sao_utils import planning
+    from sao_utils import costs
     from sao_utils.recipe import Model
 
     prompt, reply, judged = tokens
@@ -341,9 +341,9 @@ def _planned(config, weights: str, verb: str, batch: int, tokens) -> float:
         batch_tokens=batch * (judged if verb == "judge" else prompt + reply),
     )
     if verb == "judge":
-        parts = planning.judging_memory(config, model, judged)
+        parts = costs.judging_memory(config, model, judged)
     else:
-        parts = planning.generation_memory(config, model, prompt, reply)
+        parts = costs.generation_memory(config, model, prompt, reply)
     return GIB * sum(parts.values())
 
 

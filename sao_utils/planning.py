@@ -19,10 +19,8 @@ from sao_utils.costs import (
     GIB,
     VLLM_TOKENS,
     Gpu,
-    PlanError,
     architecture,
     dtype_of,
-    find_gpu,
     generation_memory,
     judging_memory,
     microbatch,
@@ -49,7 +47,9 @@ class Rates:
     response: float = 375
     spread: float = 0.7  # of response lengths: standard deviation over mean, lognormal
     verdict: float = 930  # the ranking prompt with both responses
-    head: float = 96  # of it: what stands before the first response, in vLLM's blocks of 16
+    # Of it, in the mean of both orders: what vLLM's prefix cache holds, in blocks of 16 tokens. The
+    # first order begins like all others (16), the second like the first up to its response 1 (96).
+    shared: float = 56
     pair: float = 900  # trained on: prompt and response twice
     prompts_kept: float = 0.95
     judged: float = 1.0  # of the prompts: those whose two answers differ
@@ -215,7 +215,7 @@ def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
         longest = min(_longest_ranking(limit), shape.context or math.inf)  # the first batch
         memory = judging_memory(architecture(model), model, longest, gpu.memory)
         few = min(8, recipe.judging.max_new_tokens) if recipe.judging.method == "sampled" else 0
-        hours = reading_hours(model, gpu, memory, rows, tokens, few, rates.head / 2)
+        hours = reading_hours(model, gpu, memory, rows, tokens, few, rates.shared)
         if hours is not None:
             hours /= max(1, min(model.workers, processes))
     return Stage(name, rows, round(rows * tokens), hours, memory)

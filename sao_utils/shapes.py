@@ -105,7 +105,7 @@ class Shape:
         query, repeated key and value and their copies behind a shared prompt (6, with a softcap 5);
         the gated layer three. Training all weights (`full`) keeps the residual stream in float32.
         Masks and the adapter's inner values are left out. Checked against what autograd keeps, on a
-        CPU, in tests/test_planning.py.
+        CPU, in tests/test_costs.py.
         """
         norms = FAMILIES.get(self.family, (2,))[0]
         wide = norms * (4 if full else 2) + 5

@@ -1,232 +1,27 @@
-"""The plan: its arithmetic against known numbers and autograd, and what it says does not fit."""
+"""The plan: what a run takes, what does not fit, and what is told beside a run."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import families
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from sao_utils import cli, planning, rows
-from sao_utils.planning import PlanError, find_gpu, plan, render
-from sao_utils.recipe import Model, Training, load_recipe
-from sao_utils.shapes import WEIGHT_BYTES, shape_of
+from sao_utils import cli, costs, planning, rows
+from sao_utils.costs import PlanError, find_gpu
+from sao_utils.planning import plan, render
+from sao_utils.recipe import Model, load_recipe
+from sao_utils.shapes import shape_of
 
 GIB = 2**30
+GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
+QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def shape(name):
-    return shape_of(planning.architecture(Model(path=name)))
-
-
-GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
-QWEN, QWEN_3B = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct"
-
-
-# ---------------------------------------------------------------------------- shapes
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "kv"),
-    [
-        (GEMMA, 9_241_705_984, 336),
-        (LLAMA, 8_030_261_248, 128),
-        (QWEN, 1_543_714_304, 28),
-        (QWEN_3B, 3_085_938_688, 36),
-        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 56),
-    ],
-)
-def test_known_models_have_the_parameters_that_their_cards_tell(name, parameters, kv):
-    assert shape(name).parameters == parameters
-    assert shape(name).kv_bytes() == kv * 1024
-
-
-def test_the_tiny_model_weighs_what_its_file_weighs():
-    from sao_utils.engines import model_folder
-
-    found = shape("tiny").weight_bytes("bfloat16")
-    file = os.path.getsize(f"{model_folder('tiny')}/model.safetensors")
-    assert found == pytest.approx(file, rel=0.01)
-
-
-def test_nf4_weighs_what_bitsandbytes_makes_of_it():
-    from bitsandbytes.functional import quantize_4bit
-
-    weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
-    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    bytes_ = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert bytes_ / weight.numel() == pytest.approx(WEIGHT_BYTES["nf4"], rel=1e-3)
-
-
-def test_an_adapter_has_the_parameters_that_peft_gives_it():
-    from sao_utils.training import add_adapter
-
-    tokenizer = families.make_tokenizer("gemma")
-    model = families.random_model("gemma", tokenizer)
-    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
-    adapted = add_adapter(model, Training(**rate, lora_rank=4))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert shape_of(model.config).adapter(4) == trained
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_activations_are_what_autograd_keeps(family, method, tmp_path):
-    """In bfloat16 as on a GPU: bytes saved for the backward pass, a layer and token.
-
-    What does not grow with the width (masks, an adapter's inner values) is left out of the estimate;
-    at this width it is a few percent.
-    """
-    kept, tokens = {}, 0
-    for layers in (1, 3):
-        saved, tokens, config = _saved_bytes(family, method, layers, tmp_path)
-        kept[layers] = saved
-    found = (kept[3] - kept[1]) / 2 / tokens
-    assert shape_of(config).kept_bytes(method == "full") == pytest.approx(found, rel=0.07)
-
-
-def _saved_bytes(family, method, layers, folder):
-    from sao_utils import packing
-    from sao_utils.training import add_adapter, pair_trainer
-
-    sizes = dict(num_hidden_layers=layers, hidden_size=384, intermediate_size=1152)
-    torch.manual_seed(0)
-    model = families.random_model(family, families.make_tokenizer(family), **sizes)
-    if family == "gemma":
-        model.set_attn_implementation("eager")
-    rate = dict(
-        learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, method=method, lora_rank=1
-    )
-    settings, policy = Training(**rate, gradient_checkpointing="off"), model
-    if method == "lora":
-        policy = add_adapter(model.to(torch.bfloat16), settings)
-    pair = {"id": "a", "prompt_ids": [5] * 60, "chosen_ids": [7] * 375, "rejected_ids": [8] * 375}
-    trainer = pair_trainer(policy, None, [pair], settings, "simpo", 0, folder)
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    sizes = {p.numel() for p in policy.parameters()}
-    seen, alive = {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        # 16-bit copies of weights do not grow with the tokens.
-        if storage.data_ptr() not in weights and storage.nbytes() // 2 not in sizes:
-            seen[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    ((microbatch, group),) = trainer._microbatches([pair])
-    with packing.packed(model), torch.autocast("cpu", torch.bfloat16):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trainer._loss(policy, microbatch, group)
-    return sum(seen.values()), microbatch.fed, model.config
-
-
-@pytest.mark.parametrize("verb", ["generate", "judge"])
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_the_engines_peak_is_what_was_planned(family, verb):
-    """Every tensor that is made and freed, as torch's profiler counts them on a CPU."""
-    from sao_utils.engine_transformers import TransformersEngine
-    from sao_utils.engines import Sampling, encode
-
-    tokenizer = families.make_tokenizer(family)
-    tokenizer.padding_side, tokenizer.pad_token = "left", families.FAMILIES[family]["special"][0]
-    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
-    model = families.random_model(family, tokenizer, **sizes)
-    if family == "gemma":
-        model.set_attn_implementation("eager")
-    engine = TransformersEngine.of(model, tokenizer, 100_000)
-    engine.stops = []
-    words, new, count = {"generate": (30, 60, 16), "judge": (150, 0, 8)}[verb]
-    chats = [[{"role": "user", "content": "1 " * words}]] * count
-    length = len(encode(chats[:1], tokenizer)[0])
-    settings = Model(path="tiny", dtype="float32", batch_tokens=count * (length + new))
-    if verb == "generate":
-        parts = planning.generation_memory(model.config, settings, length, new)
-        work = engine.generate(chats, Sampling(0.6, new), list(range(count)))
-    else:
-        parts = planning.judging_memory(model.config, settings, length)
-        work = engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1"))
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
-        list(work)
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.12)
-
-
-# ---------------------------------------------------------------------------- hours
-
-#: facts of a hand computation: GPU, model, weights, rows at a time -> hours of generating, judging
-#: and training on 10,000 prompts at the data sheet's speed, and the planned total.
-TABLE = [
-    ("4090", GEMMA, "fp8", 134, 0.45, 0.44, 0.88, 4.2),
-    ("4090", LLAMA, "none", 187, 0.32, 0.37, 0.72, 3.3),
-    ("4090", QWEN_3B, "none", 256, 0.11, 0.15, 0.30, 1.3),
-    ("4090", QWEN, "none", 256, 0.06, 0.07, 0.15, 0.6),
-    ("T4", LLAMA, "bitsandbytes", 227, 0.70, 0.93, 1.84, 9.8),
-    ("T4", QWEN, "none", 256, 0.17, 0.17, 0.38, 2.1),
-]
-
-
-@pytest.mark.parametrize(
-    ("gpu", "name", "bits", "batch", "write", "judge", "train", "total"), TABLE
-)
-def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, batch, write, judge, train, total):
-    card, form = find_gpu(gpu), shape(name)
-    model = Model(path=name, engine="vllm", quantisation=bits, dtype="bfloat16")
-    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, quantisation="nf4")
-    writing = planning.decode_hours(form, card, model, 10_000, 90, 60, batch)
-    writing += planning.decode_hours(form, card, model, 20_000, 60, 375, batch)
-    writing += planning.prefill_hours(form, card, 10_000 * 90 + 20_000 * 60)
-    judging = planning.prefill_hours(form, card, 20_000 * 930)
-    training = planning.training_hours(form, card, Training(**rate), 9e6, 7.5e6, True)
-    assert writing == pytest.approx(write, rel=0.15)
-    # The table lets the two orders share what stands before the first response; not so here.
-    assert judging == pytest.approx(judge, rel=0.25)
-    assert training == pytest.approx(train, rel=0.15)
-    planned = writing / planning.DECODE_SHARE + (judging + training) / card.reached
-    assert planned == pytest.approx(total, rel=0.15)
-
-
-def test_a_batch_shrinks_as_its_replies_end():
-    """Row-steps and steps against draws of the same lengths."""
-    generator = torch.Generator().manual_seed(0)
-    sigma = (torch.tensor(1 + 0.7**2).log()).sqrt()
-    draws = torch.exp(torch.randn(4000, 32, generator=generator) * sigma - sigma**2 / 2) * 375
-    lengths = draws.clamp(max=1024).sort(1).values
-    steps = rows_fed = done = 0
-    left = 32
-    while left >= planning.FEW:  # as the engine does it
-        length = lengths[:, 32 - left // 2 - 1]
-        rows_fed, steps, done = rows_fed + left * (length - done), steps + length - done, length
-        left //= 2
-    rows_fed, steps = rows_fed + left * (lengths[:, -1] - done), steps + lengths[:, -1] - done
-    found = planning.shrinking(32, 375, 0.7, 1024)
-    assert sum(n for _, n in found) == pytest.approx(steps.mean().item(), rel=0.1)
-    assert sum(r * n for r, n in found) == pytest.approx(rows_fed.mean().item(), rel=0.1)
-    assert planning.shrinking(2000, 375, 0.7, 1024)[-1][1] == 0  # some reach the limit before
-
-
-def test_training_all_weights_costs_more_and_computing_twice_too():
-    form, gpu = shape(LLAMA), find_gpu("A100-80")
-    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
-    hours = {
-        (method, twice): planning.training_hours(
-            form, gpu, Training(**rate, method=method), 1e6, 0, twice
-        )
-        for method in ("lora", "full")
-        for twice in (False, True)
-    }
-    unit = hours["lora", False] / 4
-    assert [hours[k] / unit for k in hours] == pytest.approx([4, 6, 6, 8])
+    return shape_of(costs.architecture(Model(path=name)))
 
 
 # ---------------------------------------------------------------------------- what fits
@@ -324,11 +119,11 @@ def test_the_advice_helps():
 
 def test_a_pair_longer_than_the_budget_goes_alone_and_sets_the_peak():
     recipe = load_recipe("gpu-24gb")
-    config, peaks = planning.architecture(recipe.model), []
+    config, peaks = costs.architecture(recipe.model), []
     for budget, longest in ((4096, 2048), (512, 2048), (512, 256)):
         changes = {"token_budget": budget, "gradient_checkpointing": "on"}
         settings = recipe.training.model_copy(update=changes)
-        parts = planning.training_memory(config, recipe.model, settings, 23.5, longest)
+        parts = costs.training_memory(config, recipe.model, settings, 23.5, longest)
         peaks.append(sum(parts.values()))
     assert peaks[0] == peaks[1] > peaks[2]
 
@@ -348,7 +143,7 @@ def test_gemmas_judging_peaks_with_the_longest_answers_not_with_the_usual():
         recipe = load_recipe("gpu-24gb", {**changes, "responses.max_new_tokens": limit})
         made = {stage.name: stage.memory for stage in plan(recipe, find_gpu("A100-80")).stages}
         peaks.append(made["verdicts"]["working"])
-    expected = planning.judging_memory(planning.architecture(recipe.model), recipe.model, 2228)
+    expected = costs.judging_memory(costs.architecture(recipe.model), recipe.model, 2228)
     assert peaks[1] == expected["working"] > 1.5 * peaks[0]
 
 
@@ -361,7 +156,7 @@ def test_what_is_not_planned_is_named():
 
 
 def test_the_disk_holds_each_model_of_the_hub_once(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(planning.architecture(Model(path=QWEN))))
+    (tmp_path / "config.json").write_text(json.dumps(costs.architecture(Model(path=QWEN))))
     found = {}
     for judge in (QWEN, LLAMA, str(tmp_path)):
         made = plan(load_recipe("colab-t4", {"judge.path": judge}), find_gpu("A100-80"))
@@ -397,11 +192,11 @@ def test_the_plan_checkpoints_where_training_will():
     from sao_utils.training import needs_checkpointing
 
     recipe = load_recipe("gpu-24gb")
-    config = planning.architecture(recipe.model)
+    config = costs.architecture(recipe.model)
     form, settings = shape_of(config), recipe.training
     for memory in (15.0, 24.0, 45.0, 80.0, 141.0):
-        parts = planning.training_memory(config, recipe.model, settings, memory)
-        free = (memory - planning.CONTEXT - parts["weights"] - parts["trained"]) * GIB
+        parts = costs.training_memory(config, recipe.model, settings, memory)
+        free = (memory - costs.CONTEXT - parts["weights"] - parts["trained"]) * GIB
         twice, _ = needs_checkpointing(_as_object(config), settings.token_budget, int(free))
         kept = form.kept_bytes() * form.layers * settings.token_budget / GIB
         assert (parts["activations"] < 0.9 * kept) == twice
@@ -415,9 +210,9 @@ def _as_object(config):
 
 def test_more_processes_share_the_states_of_full_fine_tuning():
     recipe = load_recipe("paper")
-    config = planning.architecture(recipe.model)
+    config = costs.architecture(recipe.model)
     one, four = (
-        planning.training_memory(config, recipe.model, recipe.training, 80.0, processes=n)
+        costs.training_memory(config, recipe.model, recipe.training, 80.0, processes=n)
         for n in (1, 4)
     )
     assert one["trained"] == pytest.approx(18 * shape(GEMMA).parameters / GIB)
@@ -425,77 +220,8 @@ def test_more_processes_share_the_states_of_full_fine_tuning():
     assert four["working"] == one["working"]
 
 
-# ---------------------------------------------------------------------------- the machine
-
-
-def test_the_gpus_are_sane():
-    for gpu in planning.gpus().values():
-        assert 10 < gpu.memory < 200 and 7 <= gpu.capability <= 12
-        assert 50 < gpu.compute * 1000 / gpu.bandwidth < 450  # operations a byte
-
-
-@pytest.mark.parametrize(
-    ("named", "found"),
-    [
-        ("Tesla T4", "T4"),
-        ("NVIDIA GeForce RTX 3090", "3090"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA L4", "L4"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H200", "H200"),
-    ],
-)
-def test_the_machines_own_gpu_is_known_by_its_drivers_name(named, found, driver):
-    driver(f"echo '{named}'")
-    assert find_gpu(None).name == found
-
-
-@pytest.fixture
-def driver(tmp_path, monkeypatch):
-    """A program in the place of the driver's."""
-
-    def put(script):
-        program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-
-    return put
-
-
-def test_an_unknown_gpu_is_told_and_a_broken_driver_is_no_gpu(driver):
-    with pytest.raises(PlanError, match="'RTX 9' is not known; --gpu .*: T4, 3090"):
-        find_gpu("RTX 9")
-    driver("echo 'NVIDIA GeForce GT 1'")
-    with pytest.raises(PlanError, match="GeForce GT 1"):
-        find_gpu(None)
-    driver("echo failed; exit 9")
-    assert find_gpu(None) is None
-
-
-def test_a_shape_comes_from_a_folder_or_the_hubs_cache_or_a_message_says_where(
-    tmp_path, monkeypatch
-):
-    import huggingface_hub.constants
-
-    config = {**planning.architecture(Model(path=QWEN)), "num_hidden_layers": 3}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert planning.architecture(Model(path=str(tmp_path))) == config
-    with pytest.raises(PlanError, match="hf download some/model config.json"):
-        planning.architecture(Model(path="some/model"))
-    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1234"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps(config))
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("1234")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert planning.architecture(Model(path="some/model")) == config
-
-
 def test_an_architecture_that_is_not_known_is_told(tmp_path):
-    config = {**planning.architecture(Model(path=QWEN)), "model_type": "mamba"}
+    config = {**costs.architecture(Model(path=QWEN)), "model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load_recipe("colab-t4", {"model.path": str(tmp_path), "model.revision": None})
     with pytest.raises(PlanError, match="'mamba' is not known here"):
@@ -511,10 +237,8 @@ def test_a_server_that_generates_and_judges_is_not_planned():
 
 
 def test_planning_needs_neither_torch_nor_the_network():
-    code = (
-        "import sys; from sao_utils import planning as p; from sao_utils.recipe import load_recipe"
-    )
-    code += "; print(p.render(p.plan(load_recipe('paper'), p.find_gpu('H100'), 4)))"
+    code = "import sys; from sao_utils import costs, planning as p; from sao_utils.recipe import load_recipe"
+    code += "; print(p.render(p.plan(load_recipe('paper'), costs.find_gpu('H100'), 4)))"
     code += "; assert not {'torch', 'transformers', 'requests'} & sys.modules.keys()"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "training self-0" in told.stdout
