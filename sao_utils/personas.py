@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from sao_utils.rows import Run, complete, make_rows, read_rows, row_id, seed_of
 from sao_utils.tiny import world
 
 HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
+TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
 IN_EVALUATION = "in an evaluation set"
 
 
@@ -115,12 +117,42 @@ def _hub_revision() -> str | None:
 
 
 def _stream_from_hub(revision: str | None) -> Iterator[str]:
-    """Every persona of Persona-Hub's list (200,000 lines), read as a stream."""
+    """Every persona of Persona-Hub's list (200,000 lines), read as a stream.
+
+    Where a read fails, `datasets` tries it again for some two minutes. A connection that is lost for
+    longer is opened anew, and goes on behind the last row (what lies before it in its file is
+    fetched again, but not given twice).
+
+    Raises:
+        RecipeError: after so many `TRIES`.
+    """
     from datasets import load_dataset
 
-    stream = load_dataset(HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision)
-    texts = ((row["persona"] or "").strip() for row in stream)
-    return (text for text in texts if text)
+    stream, read = None, 0
+    for left in reversed(range(TRIES)):
+        try:
+            if stream is None:
+                stream = load_dataset(
+                    HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision
+                )
+            for row in stream:
+                read += 1
+                if text := (row["persona"] or "").strip():
+                    yield text
+            return
+        except Exception as error:  # of no common kind: the HTTP library has changed before
+            said = (
+                f"Reading Persona-Hub stopped after {read:,} rows ({type(error).__name__}: {error})"
+            )
+            if not left:
+                raise RecipeError(
+                    f"{said}, {TRIES} times. Run again once the connection is better; or give a .jsonl "
+                    'or .csv file with a column "persona" as personas.source.'
+                ) from error
+            print(f"{said}; going on in {PAUSE:.0f} s.", flush=True)
+            time.sleep(PAUSE)
+            if stream is not None:
+                stream.load_state_dict(stream.state_dict())
 
 
 def write_prompts(run: Run) -> list[dict]:

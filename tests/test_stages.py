@@ -3,7 +3,10 @@
 import dataclasses
 import gzip
 import json
+import threading
 import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -240,6 +243,87 @@ def test_hub_personas_are_fetched_once_and_kept(results, local_hub):
     people = personas.draw_personas(hub_run("hub"))
     (local_hub / "persona.jsonl").unlink()
     assert personas.draw_personas(hub_run("hub")) == people
+
+
+class LosesConnections(ThreadingHTTPServer):
+    """Serves a file in parts; hangs up in the middle of the first `losses` parts behind its half."""
+
+    daemon_threads = True
+
+    def __init__(self, data, losses):
+        self.data, self.losses = data, losses
+        super().__init__(("127.0.0.1", 0), Parts)
+
+
+class Parts(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        data, asked = self.server.data, self.headers.get("Range")
+        start, end = asked.removeprefix("bytes=").split("-") if asked else (0, len(data))
+        part = data[int(start) : int(end) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        self.end_headers()
+        lost = asked and int(start) > len(data) // 2 and self.server.losses > 0
+        self.server.losses -= bool(lost)
+        with suppress(OSError):  # the client looks at the beginning only
+            self.wfile.write((part[: len(part) // 2] if lost else part) if body else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def lossy_hub(local_hub, monkeypatch):
+    """`lossy_hub(n)`: the same list from a server that loses the connection n times."""
+    import datasets
+    import fsspec
+
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setitem(
+        fsspec.config.conf, "http", {"block_size": 2000, "skip_instance_cache": True}
+    )
+    monkeypatch.setattr(personas, "PAUSE", 0.0)
+    names = [f"A baker, number {k}" for k in range(500)]
+    text = "".join(json.dumps({"persona": name}) + "\n" for name in names)
+    servers = []
+
+    def lose(times):
+        servers.append(server := LosesConnections(text.encode(), times))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (local_hub / "README.md").write_text(
+            "---\nconfigs:\n- config_name: persona\n  chunksize: 1000\n"
+            f"  data_files: http://127.0.0.1:{server.server_port}/persona.jsonl\n---\n"
+        )
+        return names
+
+    yield lose
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_connection_that_is_lost_in_the_middle_is_opened_anew_behind_the_last_row(
+    results, lossy_hub, capsys
+):
+    names = lossy_hub(2)
+    assert list(personas._stream_from_hub(None)) == names
+    told = capsys.readouterr().out
+    assert told.count("Reading Persona-Hub stopped after") == 2 and "after 0 rows" not in told
+
+
+def test_a_connection_that_stays_lost_is_told_with_what_to_do(results, lossy_hub):
+    lossy_hub(100)
+    with pytest.raises(RecipeError, match="stopped after .* 3 times. Run again.*personas.source"):
+        personas.draw_personas(hub_run("hub"))
+    lossy_hub(0)
+    assert len(personas.draw_personas(hub_run("hub"))) == 15
 
 
 def test_a_hub_with_too_few_personas_left_says_so(results, local_hub):
