@@ -5,7 +5,9 @@ The protocol is that of github.com/lmarena/arena-hard-auto at v0.1 (Li and other
 temperature 0 and ends with a label. All labels that it writes must be one and the same, else the
 game does not count; without any label it is asked once to go on. A>>B and B>>A count as three
 games. The score is the win rate against the baseline that the Bradley-Terry fit expects; its
-interval is ours (`ratings.bradley_terry`: whole prompts are resampled, there single games).
+interval is ours (`ratings.bradley_terry`): whole prompts are resampled, there single games, and a
+strong verdict as if it were three of them, which makes theirs too narrow (by a third where all
+labels are as frequent).
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
 judge's prompt (judge_config.yaml) are other people's: `questions.official_file` finds them.
