@@ -37,6 +37,7 @@ PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as facts assumed of real models
 BATCHES = (8, 32, 128)
 ON_GPU = ("qwen2.5-1.5b", "gemma-2-9b")
 STAGE, RAW = "stage write_responses", "one raw engine call"
+RAW_CHAT = "one raw call, chats to texts"
 BAR = 0.98  # of a raw call's throughput, at 2,000 rows
 #: What vLLM's build for CPUs needs: one thread, nothing compiled, the engine inside of its process.
 CPU_BUILD = {
@@ -55,18 +56,20 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
 
     The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest. Beside
     transformers the raw call is that of the kit's own engine. Beside vLLM it is `vllm.LLM.generate` in
-    a process of its own, with the same arguments: it gets token ids and gives token ids, so there the
-    stage also makes the ids from the chats and the texts from the replies. Both have made the same
-    rows once before, so what is in a prefix cache is there for both.
+    a process of its own, with the same arguments and seeds. That one gets and gives token ids, so
+    there the stage also makes the ids of the chats and the texts of the replies; a third contender,
+    `vllm.LLM.chat`, does so, too. All have made the same rows once before: what a prefix cache holds is
+    there for all.
 
     Args:
         kind: the engine, "transformers" or "vllm".
 
     Returns:
-        A row each. Of the stage: ratio, its throughput over the raw call's in wall time (which tells
-        of other programs, too), cpu_ratio, the same in CPU time, that of vLLM's process included, and
-        engine_share, the share of its own wall time that it spends inside of the engine's call, which
-        no other program moves much.
+        A row each. Times of vLLM have its processes' CPU time in them. Of the stage: ratio, its
+        throughput over the raw call's in wall time (which tells of other programs, too), and cpu_ratio,
+        the same in CPU time; the third contender has those of the stage over itself. Beside
+        transformers also engine_share, the share of the stage's wall time inside of the engine's call,
+        which no other program moves much (vLLM goes on while the stage writes).
 
     Raises:
         EngineError: there is no vLLM.
@@ -117,19 +120,21 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
 
         if vllm:
             stack.callback(unload_engines)
-            child = engine.child.process.pid
-            raw = stack.enter_context(_raw_vllm(engine, chats, sampling, seeds))
+            child, device = engine.child.process.pid, "cpu"
+            others = stack.enter_context(_raw_vllm(engine, chats, sampling, seeds))
         else:
-            child, raw = None, own_call
-        contenders = {STAGE: checked(stage), RAW: checked(raw)}
-        found = interleaved(contenders, "cpu" if vllm else engine.device, repeats)
+            child, device, others = None, engine.device, {RAW: own_call}
+        works = {STAGE: stage, **others}
+        found = interleaved({name: checked(w) for name, w in works.items()}, device, repeats)
     base = {"measurement": "overhead", "shapes": "tiny", "weights": "float32"}
     base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
     rows = [with_speed({**base, "contender": name, **one}) for name, one in found.items()]
-    ours, other = rows
-    if ours["status"] == other["status"] == "ok":
-        ours["ratio"] = other["seconds"] / ours["seconds"]
-        ours["cpu_ratio"] = other["cpu_seconds"] / ours["cpu_seconds"]
+    ours = rows[0]
+    for row, other in zip((ours, *rows[2:]), rows[1:]):
+        if ours["status"] == other["status"] == "ok":
+            row["ratio"] = other["seconds"] / ours["seconds"]
+            row["cpu_ratio"] = other["cpu_seconds"] / ours["cpu_seconds"]
+    if shares and not vllm:
         ours["engine_share"] = statistics.median(shares)
     return rows
 
@@ -154,8 +159,8 @@ def _cpu_seconds_of(process: int) -> float:
 
 
 @contextlib.contextmanager
-def _raw_vllm(engine, chats, sampling, seeds) -> Iterator[Callable[[], tuple[list[str], dict]]]:
-    """`vllm.LLM.generate` on these rows, as a function that returns texts, and what it took.
+def _raw_vllm(engine, chats, sampling, seeds) -> Iterator[dict[str, Callable]]:
+    """`vllm.LLM` on these rows: contender -> a function that returns texts, and what they took.
 
     Args:
         engine: a VllmEngine; its process stays as it is beside the one that this starts.
@@ -183,19 +188,28 @@ def _raw_vllm(engine, chats, sampling, seeds) -> Iterator[Callable[[], tuple[lis
             log.seek(0)
             raise RuntimeError(f"vllm.LLM ended. The end of its log:\n{log.read()[-2000:]}")
 
-        def generate() -> tuple[list[str], dict]:
+        def timed(verb: str) -> dict:
             before = _cpu_seconds_of(process.pid)
-            seconds = ask("generate")
+            seconds = ask(verb)
             spent = _cpu_seconds_of(process.pid) - before
             told = {"seconds": seconds, "cpu_seconds": spent, "peak_bytes": None}
-            texts = [engine.completion(*reply).text for reply in ask("replies")]
-            return texts, told | {"note": f"vLLM {version}"}
+            return told | {"note": f"vLLM {version}"}
+
+        def generate() -> tuple[list[str], dict]:
+            told = timed("generate")
+            return [engine.completion(*reply).text for reply in ask("replies")], told
+
+        def chat() -> tuple[list[str], dict]:
+            told = timed("chat")
+            return [text.strip() for text in ask("replies")], told
 
         try:
-            version = ask(engine.child.ready["arguments"])["version"]
-            work = {"sampling": engine.asked(sampling), "seeds": list(seeds)}
-            ask({**work, "prompts": encode(chats, engine.tokenizer)}, "generate")
-            yield generate
+            arguments = {**engine.child.ready["arguments"], "skip_tokenizer_init": False}
+            version = ask(arguments)["version"]
+            work = {"sampling": engine.asked(sampling), "seeds": list(seeds), "chats": chats}
+            ask({**work, "prompts": encode(chats, engine.tokenizer)}, "chat")
+            ask("generate")
+            yield {RAW: generate, RAW_CHAT: chat}
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -380,15 +394,17 @@ def on_gpu(shapes, device: str, quick: bool) -> Iterator[list[dict]]:
 def keep(folder: Path, name: str, rows: list[dict]) -> dict:
     """Write name.csv and name.json; returns what the JSON holds."""
     found = about(rows, "cuda" if "cuda" in name else "cpu")
-    stage = next((row for row in rows if row.get("contender") == STAGE), {})
     found["bars"] = [
-        bar(promise, stage[key], BAR, most=False)
+        bar(promise.format(raw), row[key], BAR, most=False)
+        for contender, raw in ((STAGE, "a raw call"), (RAW_CHAT, "a raw call, chats to texts"))
+        for row in rows
+        if row.get("contender") == contender
         for key, promise in (
-            ("ratio", "throughput of the stage over a raw call, wall time"),
-            ("cpu_ratio", "the same, CPU time"),
+            ("ratio", "throughput of the stage over {}, wall time"),
+            ("cpu_ratio", "throughput of the stage over {}, CPU time"),
             ("engine_share", "share of the stage's time inside of the engine's call"),
         )
-        if stage.get(key) is not None
+        if row.get(key) is not None
     ]
     write_whole(folder / f"{name}.csv", as_csv(rows, COLUMNS))
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
@@ -439,27 +455,31 @@ def main(arguments: list[str] | None = None) -> None:
     folder = options.folder or results_folder() / "benchmarks"
     import torch
 
-    vllm = options.engine == "vllm"
-    device = options.device
-    if vllm:  # it takes what there is
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from sao_utils.engines import EngineError
+
+    gpu, vllm = torch.cuda.is_available(), options.engine == "vllm"
+    device = options.device if not vllm else "cuda" if gpu else "cpu"  # vLLM takes what there is
     name = f"engines-{device}" + ("-vllm" if vllm else "") + ("-quick" if options.quick else "")
-    rows = [] if vllm else batching()
-    size = (40, 1) if options.quick else (1500, options.repeats)
-    if vllm:
-        groups = iter([overhead(*size, "vllm")])
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        there = folder / f"{name}.json"
-        if there.exists() and json.loads(there.read_text("utf-8"))["status"] == "measured":
+    there = folder / f"{name}.json"
+    if device == "cuda" and not gpu and there.exists():
+        if json.loads(there.read_text("utf-8"))["status"] == "measured":
             sys.exit(f"There is no GPU here; {name}.csv of another machine is kept.")
-        groups = iter([not_measured(options.shapes or ON_GPU)])
-    elif options.shapes or options.device == "cuda":
-        groups = on_gpu(options.shapes or ON_GPU, options.device, options.quick)
-    else:
-        groups = iter([overhead(*size)])
-    for group in groups:
-        rows += group
-        keep(folder, name, rows)  # at once: a kill leaves what there is
+
+    def groups() -> Iterator[list[dict]]:
+        if device == "cuda" and not gpu:
+            yield not_measured(options.shapes or ON_GPU)
+        elif not vllm and (options.shapes or device == "cuda"):
+            yield from on_gpu(options.shapes or ON_GPU, device, options.quick)
+        else:
+            yield overhead(*((40, 1) if options.quick else (1500, options.repeats)), options.engine)
+
+    rows = [] if vllm else batching()
+    try:
+        for group in groups():
+            rows += group
+            keep(folder, name, rows)  # at once: a kill leaves what there is
+    except EngineError as error:
+        sys.exit(str(error))
     print(table(rows))
 
 

@@ -1,10 +1,11 @@
 """vLLM without the kit, for `engine_benchmarks`, which starts it by the path of this file.
 
-One call of `vllm.LLM.generate`, as vLLM's own manual has it, as often as it is asked for. It needs
-vLLM and nothing of the kit. One line of JSON is one message. Into standard input come the arguments
-of `vllm.LLM`, then {"sampling": {...}, "prompts": [token ids], "seeds": [...]}, then any number of
-lines "generate", and "replies". To standard output go {"version": ...}; for each "generate" the
-seconds of the call; and for "replies" what the last call said, lists of [token ids, ended by itself].
+One call of `vllm.LLM`, as vLLM's own manual has it, as often as it is asked for. It needs vLLM and
+nothing of the kit. One line of JSON is one message. Into standard input come the arguments of
+`vllm.LLM`, then {"sampling": {...}, "seeds": [...], "prompts": [token ids], "chats": [messages]}, then
+any number of "generate" (ids to ids), "chat" (chats to texts) and "replies". To standard output go
+{"version": ...}; for each call its seconds; and for "replies" what the last call said, texts or
+lists of [token ids, ended by itself].
 """
 
 import json
@@ -30,18 +31,22 @@ def main() -> None:
     work = next(lines)
     final = RequestOutputKind.FINAL_ONLY
     prompts = [{"prompt_token_ids": ids} for ids in work["prompts"]]
-    done = []
+    chat, done = False, []
     for line in lines:
         if line == "replies":
             replies = [request.outputs[0] for request in done]
-            say([[list(reply.token_ids), reply.finish_reason == "stop"] for reply in replies])
+            if chat:
+                say([reply.text for reply in replies])
+            else:
+                say([[list(reply.token_ids), reply.finish_reason == "stop"] for reply in replies])
             continue
-        started = time.perf_counter()
-        params = [
-            vllm.SamplingParams(**work["sampling"], seed=s, detokenize=False, output_kind=final)
-            for s in work["seeds"]
-        ]
-        done = llm.generate(prompts, params, use_tqdm=False)
+        chat, started = line == "chat", time.perf_counter()
+        same = {**work["sampling"], "detokenize": chat, "output_kind": final}
+        params = [vllm.SamplingParams(**same, seed=seed) for seed in work["seeds"]]
+        if chat:
+            done = llm.chat(work["chats"], params, use_tqdm=False)
+        else:
+            done = llm.generate(prompts, params, use_tqdm=False)
         say(time.perf_counter() - started)
 
 

@@ -1,13 +1,16 @@
 """The benchmarks of generation and judging run, and their counts and ratios are what they say."""
 
 import csv
+import importlib.util
 import json
+import os
 
+import psutil
 import pytest
 import torch
 
 from sao_utils import benchmarks, engine_benchmarks
-from sao_utils.engine_benchmarks import RAW, STAGE, batching, main, of_shape
+from sao_utils.engine_benchmarks import RAW, RAW_CHAT, STAGE, batching, main, of_shape
 
 
 def read(folder, name):
@@ -39,6 +42,42 @@ def test_the_overhead_is_measured_on_the_same_replies(tmp_path):
     assert found["bars"][0]["value"] == pytest.approx(ratio, rel=1e-3)
     assert 0.3 < float(stage["engine_share"]) < 1
     assert found["versions"]["torch"] and found["hardware"]["cpus"]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(
+    not os.environ.get("SAO_VLLM_PYTHON"),
+    reason="SAO_VLLM_PYTHON names no Python with vLLM (make test-vllm)",
+)
+def test_the_overhead_over_vllm_is_measured_on_the_same_replies(tmp_path):
+    before = dict(os.environ)
+    main(["--engine", "vllm", "--quick", "--folder", str(tmp_path)])
+    assert os.environ == before | {"HF_HUB_OFFLINE": os.environ["HF_HUB_OFFLINE"]}
+    below = [word for child in psutil.Process().children() for word in child.cmdline()]
+    assert not any(word.endswith(("vllm_child.py", "vllm_raw.py")) for word in below)
+    stage, raw, chat = read(tmp_path, "engines-cpu-vllm-quick")
+    assert [row["contender"] for row in (stage, raw, chat)] == [STAGE, RAW, RAW_CHAT]
+    assert {row["status"] for row in (stage, raw, chat)} == {"ok"}
+    assert stage["rows"] == raw["rows"] == chat["rows"] and int(stage["tokens"]) > 100
+    assert raw["note"].startswith("vLLM 0.")
+    for ratio, clock in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        for row, other in ((stage, raw), (chat, chat)):
+            seconds = float(other[clock]) / float(stage[clock])
+            assert float(row[ratio]) == pytest.approx(seconds, rel=1e-3)
+    # What vLLM does counts as the stage's, though another process does it.
+    assert float(stage["cpu_seconds"]) > 0.5 * float(raw["cpu_seconds"]) > 0
+    bars = json.loads((tmp_path / "engines-cpu-vllm-quick.json").read_text())["bars"]
+    values = [float(row[key]) for row in (stage, chat) for key in ("ratio", "cpu_ratio")]
+    assert [bar["value"] for bar in bars] == pytest.approx(values, rel=1e-3)
+    assert [bar["met"] for bar in bars] == [value >= 0.98 for value in values]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_overhead_over_it_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("SAO_VLLM_PYTHON", raising=False)
+    with pytest.raises(SystemExit, match="vLLM is not installed: pip install"):
+        main(["--engine", "vllm", "--quick", "--folder", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_shapes_of_real_models_are_measured_by_batch_with_plain_and_4_bit_weights(tmp_path):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from sao_utils import engine_vllm, judging, pipeline, rows
+from sao_utils.engine_benchmarks import CPU_BUILD
 from sao_utils.engine_vllm import explain
 from sao_utils.engines import (
     EngineError,
@@ -44,15 +45,6 @@ QUESTIONS = [
     "For a weekend of baking, describe the best place and what can go wrong.",
 ]
 CHATS = [[{"role": "user", "content": text}] for text in QUESTIONS]
-
-# What the build for CPUs needs. One thread; nothing compiled; the engine inside of the child.
-CPU_BUILD = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def all_of(batches):
@@ -142,7 +134,7 @@ def vllm_test(test):
 @pytest.fixture(scope="module")
 def cpu_build():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in CPU_BUILD.items():
+        for name, value in {**CPU_BUILD, "VLLM_NO_USAGE_STATS": "1"}.items():
             patch.setenv(name, value)
         yield
     unload_engines()
