@@ -7,8 +7,8 @@ Floors, from the ground up; a module imports only from lower ones:
    losses, packing, questions, overlap, tiny (its world, model and exams)
 3. the stages: asking, personas, responses, judging, pairs, trainer, training, evaluation, contests,
    published (alpaca_eval, arena_hard, mt_bench), harness, publishing
-4. results, leakage, tables, figures, viewer, costs, planning, tiny_card, tiny_search; measuring,
-   contenders, benchmarks, engine_benchmarks with vllm_raw
+4. results, leakage, tables, figures, viewer, costs, workload, planning,
+   tiny_card, tiny_search; measuring, contenders, benchmarks, engine_benchmarks with vllm_raw
 5. pipeline, cli
 """
 

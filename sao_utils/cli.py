@@ -1,7 +1,7 @@
 """The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
 
-Exit codes: 0 done, 1 a run failed or has no results, 2 something was asked for that there is not,
-130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
+Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit the GPU, 2 something was
+asked for that there is not, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -115,8 +115,11 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many of them train together.")] = 1,
     set_: Settings = None,
 ) -> None:
-    """Tell what a recipe will take before it runs: rows, tokens, hours, memory, what does not fit."""
-    from sao_utils import costs, planning
+    """Tell what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
+
+    Ends with exit code 1 if something does not fit the GPU, after saying which key to change.
+    """
+    from sao_utils import costs, planning, workload
     from sao_utils.recipe import RecipeError, load_recipe
 
     if (recipe is None) == (run is None):
@@ -127,7 +130,9 @@ def plan(
         made = planning.plan(loaded, costs.find_gpu(gpu), gpus)
     except (RecipeError, costs.PlanError) as error:
         _fail(error, 2)
-    typer.echo(planning.render(made, planning.actual(folder) if folder else None))
+    typer.echo(planning.render(made, workload.actual(folder) if folder else None))
+    if made.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -216,24 +221,15 @@ def recipes() -> None:
 
 
 def _agree_to_pay(run, yes: bool) -> None:
-    """Tell what servers with a price are expected to cost, and ask, unless `yes`."""
+    """Tell what servers with a price may get for a run, and ask, unless `yes`."""
     from sao_utils.asking import spent
-    from sao_utils.costs import PlanError
-    from sao_utils.pipeline import bill
+    from sao_utils.planning import told_bill
+    from sao_utils.workload import workload
 
-    try:
-        owed = bill(run.recipe)
-    except PlanError as error:
-        owed, total = {}, f"an amount that cannot be told ({error})"
-    else:
-        total = f"about US$ {sum(owed.values()):,.2f} (assumed lengths)"
-        if not owed:
-            return
-    typer.echo(f"A whole run of this recipe pays servers {total}:")
-    for who, amount in owed.items():
-        typer.echo(f"  {who:<30} US$ {amount:>10,.2f}")
-    if run.recipe.evaluation.benchmarks:
-        typer.echo("  evaluation.benchmarks come on top: their price is told before they are sent")
+    load = workload(run.recipe)
+    if not load.bill:
+        return
+    typer.echo("\n".join([*told_bill(load.bill), *load.notes]))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")

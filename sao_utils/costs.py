@@ -37,6 +37,8 @@ NF4_SLOWER = 1.046
 CONTEXT = 0.6
 #: vLLM's defaults: sequences at a time, and tokens of one forward pass.
 VLLM_ROWS, VLLM_TOKENS = 256, 8192
+#: lm-eval's: rows of a batch at most, and the context of a model that does not say its own.
+EXAM_ROWS, EXAM_CONTEXT = 64, 2048
 
 
 class PlanError(ValueError):
@@ -429,3 +431,32 @@ def reading_hours(
     read = rows * (prompt - (shared if model.engine == "vllm" else 0))
     hours = prefill_hours(shape, gpu, read) / gpu.reached
     return hours + decode_hours(shape, gpu, model, rows, prompt, few, batch) / DECODE_SHARE
+
+
+def exam_hours(
+    model: Model,
+    gpu: Gpu,
+    parts: dict[str, float],
+    requests: float,
+    read: float,
+    written: float = 0,
+) -> float:
+    """Hours of so many requests of lm-eval, which computes the logits of every token that it reads.
+
+    Args:
+        parts: `exam_memory`. read, written: tokens of a request and of its answer, in the mean.
+    """
+    shape = model_shape(model)
+    head = shape.vocabulary * shape.width
+    hours = prefill_hours(shape, gpu, requests * read) * (1 + head / shape.linear) / gpu.reached
+    if written:
+        # As many rows as fit with the longest prompt that the model takes: so its batch is found.
+        longest = shape.context or EXAM_CONTEXT
+        each = exam_memory(architecture(model), model, longest)["working"]
+        rows = int((gpu.memory - CONTEXT - parts["weights"]) // each)
+        rows = max(1, min(EXAM_ROWS, rows))
+        steps = written if rows == 1 else 2 * written  # a batch waits for its longest; ours
+        decode = decode_hours(shape, gpu, model, requests, read, written, rows, steps)
+        launching = LAUNCH_SECONDS * shape.layers * steps * requests / rows / 3600
+        hours += max(decode / DECODE_SHARE, launching)
+    return hours

@@ -16,11 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sao_utils.asking import dollars
-from sao_utils.engine_api import VERDICT_TOKENS
 from sao_utils.engines import EngineError, find, model_name
 from sao_utils.judging import labelled_pairs
-from sao_utils.planning import Rates, plan
 from sao_utils.questions import questions
 from sao_utils.recipe import (
     Model,
@@ -169,43 +166,6 @@ def run_notebooks(
 def _models(recipe: Recipe) -> list[Model]:
     """Every model that a recipe names."""
     return [recipe.model, recipe.judging_model, *recipe.others.values(), *recipe.judges.values()]
-
-
-def bill(recipe: Recipe) -> dict[str, float]:
-    """US$ that a whole run is expected to pay, by the recipe's key of who is paid.
-
-    Only models with a price; {} if there is none. Counts and lengths are those of `planning.plan`
-    (ours: assumed, but for the tiny model); more contests than base against tuned cost more.
-
-    Raises:
-        PlanError: the shape of the recipe's own model is not known.
-    """
-    if not any(model.priced for model in _models(recipe)):
-        return {}
-    stages = {stage.name: stage for stage in plan(recipe).stages}
-    tuned = len(recipe.arms) * len(recipe.seeds)
-    written = (
-        VERDICT_TOKENS if recipe.judging.method == "logprob" else recipe.judging.max_new_tokens
-    )
-    owed: dict[str, float] = {}
-
-    def add(who: str, model: Model, name: str, read: float = 0, part: float = 1) -> None:
-        if model.priced and name in stages:
-            rows, tokens = stages[name].rows * part, stages[name].tokens * part
-            judged = name in ("verdicts", "duels")  # their tokens are read, not written
-            both = (tokens, rows * written) if judged else (rows * read, tokens)
-            owed[who] = owed.get(who, 0.0) + dollars(model, *both)
-
-    add("model", recipe.model, "prompts", Rates.instruction)
-    for name in ("responses", "answers"):
-        add("model", recipe.model, name, Rates.prompt)
-    for name in ("verdicts", "duels"):
-        add("judge" if recipe.judge else "model", recipe.judging_model, name)
-    for name, model in recipe.others.items():
-        add(f"others.{name}", model, "answers", Rates.prompt, 1 / (1 + tuned))
-    for name, model in recipe.judges.items():
-        add(f"judges.{name}", model, "duels", part=1 + len(recipe.others) / max(1, tuned))
-    return owed
 
 
 def _number(path: Path) -> str:

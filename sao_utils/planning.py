@@ -1,16 +1,14 @@
-"""What a recipe will cost, before anything runs: rows, tokens, hours, GPU memory, disk.
+"""What a recipe will take, before anything runs: rows, tokens, hours, GPU memory, disk, money.
 
-Arithmetic on the shape of the model and the data sheet of the GPU; needs neither torch nor network
-nor weights. What training keeps for its backward pass and the peaks of the transformers engine are
-checked on a CPU; nothing has been compared with a real GPU yet. Sizes are GiB, times hours.
+What is asked of which model is counted by `workload`, what that costs on a GPU by `costs`; here
+both come together: the stages, what does not fit and which key to change, and the plan as text.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sao_utils.costs import (
@@ -21,6 +19,8 @@ from sao_utils.costs import (
     Gpu,
     architecture,
     dtype_of,
+    exam_hours,
+    exam_memory,
     generation_memory,
     judging_memory,
     microbatch,
@@ -30,38 +30,23 @@ from sao_utils.costs import (
     training_memory,
     writing_hours,
 )
-from sao_utils.questions import QUESTION_SEED, SETS, read_column
-from sao_utils.recipe import Model, Recipe, RecipeError
+from sao_utils.recipe import Model, Recipe
 from sao_utils.responses import PER_PROMPT
 from sao_utils.rows import results_folder
 from sao_utils.shapes import Shape
+from sao_utils.workload import Rates, Work, longest_ranking, workload
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What is assumed of lengths (tokens) and of what the filters keep (shares)."""
-
-    source: str
-    instruction: float = 90  # the persona template with its persona
-    prompt: float = 60
-    response: float = 375
-    spread: float = 0.7  # of response lengths: standard deviation over mean, lognormal
-    verdict: float = 930  # the ranking prompt with both responses
-    # Of it, in the mean of both orders: what vLLM's prefix cache holds, in blocks of 16 tokens. The
-    # first order begins like all others (16), the second like the first up to its response 1 (96).
-    shared: float = 56
-    pair: float = 900  # trained on: prompt and response twice
-    prompts_kept: float = 0.95
-    judged: float = 1.0  # of the prompts: those whose two answers differ
-    pairs_kept: float = 0.6
+#: Stages that come after the training.
+AFTER = ("answers", "duels", "harness", "benchmark_answers", "benchmark_verdicts")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, named as in a run's manifest.
+    """One stage, named as in a run's manifest, or `part` of one.
 
-    tokens: written by the model, or with `verdicts` and `duels` read, or trained on.
-    hours: None where it cannot be told. memory: GiB by part; empty without a GPU.
+    tokens: written by the model; in stages of `workload.READ` read, in training trained on. hours: None
+    where it cannot be told. memory: GiB by part; empty without a GPU. dollars: what a server gets for
+    it, at the assumed lengths and at most; None without a price.
     """
 
     name: str
@@ -69,11 +54,14 @@ class Stage:
     tokens: int
     hours: float | None
     memory: dict[str, float]
+    part: str = ""
+    dollars: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """problems: what does not fit, each with the key to change. notes: assumptions, and the rest."""
+    """problems: what does not fit, each with the key to change. notes: assumptions, and the rest. bill:
+    key of the recipe -> US$ that a server gets, at the assumed lengths and at most."""
 
     recipe: str
     model: str
@@ -82,6 +70,7 @@ class Plan:
     disk: dict[str, float]
     problems: list[str]
     notes: list[str]
+    bill: dict[str, tuple[float, float]]
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -96,134 +85,57 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         processes: GPUs that train together, and that generate if model.workers says so.
 
     Raises:
-        PlanError: the model's shape is not known.
+        PlanError: a model's shape is not known.
     """
-    rates, measured = _rates(recipe)
+    load = workload(recipe)
     shape = None if recipe.model.engine == "api" else model_shape(recipe.model)
-    problems, notes = [], [_told(rates)]
-    counts = _counts(recipe, rates)
-    stages = []
-    for name, rows in counts.items():
-        if name == "training":
-            stages += [
-                _trained(recipe, shape, gpu, rates, rows, arm, seed, processes)
-                for arm in recipe.arms
-                for seed in recipe.seeds
-            ]
-        elif rows is not None:
-            work = _judged if name in ("verdicts", "duels") else _written
-            stages.append(work(recipe, gpu, rates, name, rows, processes))
+    problems, notes = [], [_told(load.rates)]
+    trained = [
+        _trained(recipe, shape, gpu, load.rates, load.pairs, arm, seed, processes)
+        for arm in recipe.arms
+        for seed in recipe.seeds
+    ]
+    asked = [_asked(work, gpu, load.rates, processes) for work in load.works]
+    # Beside the stages of notebooks 01 to 03 and before those of notebook 05.
+    place = next((k for k, work in enumerate(load.works) if work.stage in AFTER), len(asked))
+    stages = [*asked[:place], *trained, *asked[place:]]
     if gpu is None:
-        stages = [_as_measured(stage, measured) for stage in stages]
-        if not measured:
+        stages = [_as_measured(stage, load.measured) for stage in stages]
+        if not load.measured:
             notes.append(
                 "Without a GPU only the recipe tiny has times, and those come from "
                 "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
             )
     else:
-        problems = _problems(recipe, shape, gpu, processes, stages)
-        notes += _assumptions(recipe, gpu, processes)
+        problems = _problems(recipe, shape, gpu, processes, trained, list(zip(load.works, asked)))
+        notes += _assumptions(recipe, gpu, processes, load.works)
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    disk = _disk(recipe, shape, stages, len(recipe.arms) * len(recipe.seeds))
-    notes += _left_out(recipe, counts, disk)
-    return Plan(recipe.name, recipe.model.path, machine, stages, disk, problems, notes)
+    disk = _disk(recipe, shape, load.works, len(recipe.arms) * len(recipe.seeds))
+    notes += [*load.notes, *_too_little_disk(disk)]
+    return Plan(recipe.name, recipe.model.path, machine, stages, disk, problems, notes, load.bill)
 
 
-def _rates(recipe: Recipe) -> tuple[Rates, dict]:
-    """Assumed rates, or for the tiny model those of the reference run, with its manifest's stages."""
-    kept = 0.6 if recipe.pairs.require_consistent else 0.9
-    cut = PER_PROMPT * max(0, Rates.response - recipe.responses.max_new_tokens)
-    assumed = Rates("assumed", verdict=Rates.verdict - cut, pair=Rates.pair - cut, pairs_kept=kept)
-    stages = actual(results_folder() / "reference") if recipe.model.path == "tiny" else {}
-    trained = [stages[name] for name in stages if name.startswith("training self")]
-    if not trained or not {"prompts", "responses", "verdicts"} <= stages.keys():
-        return assumed, {}
-    prompts, responses, verdicts = (stages[k] for k in ("prompts", "responses", "verdicts"))
-    asked = responses["made"] / PER_PROMPT
-    pairs = sum(stage["pairs"] for stage in trained)
-    prompt = prompts["tokens"] / prompts["made"]
-    response = responses["tokens"] / responses["made"]
-    return Rates(
-        "of the reference run",
-        prompt=prompt,
-        response=response,
-        verdict=Rates.verdict + (prompt - Rates.prompt) + PER_PROMPT * (response - Rates.response),
-        pair=sum(stage["tokens"] for stage in trained) / pairs,
-        prompts_kept=asked / prompts["made"],
-        judged=verdicts["made"] / 2 / asked,
-        pairs_kept=pairs / asked,
-    ), stages
-
-
-def _counts(recipe: Recipe, rates: Rates) -> dict[str, int | None]:
-    """Rows of each stage, None where that cannot be told; of "training", pairs of one seed."""
-    prompts = recipe.personas.count * len(recipe.seeds)
-    kept = prompts * rates.prompts_kept
-    asked = _questions(recipe)
-    tuned = len(recipe.arms) * len(recipe.seeds)
-    return {
-        "prompts": prompts,
-        "responses": round(PER_PROMPT * kept),
-        "verdicts": round(2 * kept * rates.judged),
-        "training": round(kept / len(recipe.seeds) * rates.pairs_kept),
-        "answers": asked and asked * len(recipe.evaluation.temperatures) * (1 + tuned),
-        "duels": asked and asked * tuned * 2,
-    }
-
-
-def _questions(recipe: Recipe) -> int | None:
-    """How many evaluation questions there are, if that can be told without a network."""
-    settings = recipe.evaluation
-    if settings.questions in (*QUESTION_SEED, "everyday"):
-        return len(SETS[settings.questions](settings))
-    if not Path(settings.questions).is_file():
-        return None
-    try:
-        return len(read_column(settings.questions, "prompt"))
-    except RecipeError:
-        return None
-
-
-def _written(recipe, gpu, rates, name, rows, processes) -> Stage:
-    """A stage in which the model writes replies."""
-    model = recipe.model
-    prompt, length, section = {
-        "prompts": (rates.instruction, rates.prompt, recipe.personas),
-        "responses": (rates.prompt, rates.response, recipe.responses),
-        "answers": (rates.prompt, rates.response, recipe.evaluation),
-    }[name]
-    most = section.max_new_tokens
-    new = min(length, most)
-    hours, memory = None, {}
+def _asked(work: Work, gpu: Gpu | None, rates: Rates, processes: int) -> Stage:
+    """The stage, or part of one, in which a model is asked."""
+    model, hours, memory = work.model, None, {}
     if gpu is not None and model.engine != "api":
-        memory = generation_memory(architecture(model), model, prompt, most, gpu.memory)
-        shared = prompt / 2 if name == "responses" else 0
-        hours = writing_hours(model, gpu, memory, rows, prompt, new, most, rates.spread, shared)
+        config, context = architecture(model), model_shape(model).context or math.inf
+        longest = min(work.longest, context, model.max_context or math.inf)
+        if work.verb == "write":
+            most = work.most_written
+            memory = generation_memory(config, model, longest, most, gpu.memory)
+            told = (work.rows, work.read, work.written, most, rates.spread, work.shared)
+            hours = writing_hours(model, gpu, memory, *told)
+        elif work.verb == "judge":
+            memory = judging_memory(config, model, longest, gpu.memory)
+            told = (work.rows, work.read, work.written, work.shared)
+            hours = reading_hours(model, gpu, memory, *told)
+        else:
+            memory = exam_memory(config, model, longest)
+            hours = exam_hours(model, gpu, memory, work.requests, work.read, work.written)
         if hours is not None:
             hours /= max(1, min(model.workers, processes))
-    return Stage(name, rows, round(rows * new), hours, memory)
-
-
-def _judged(recipe, gpu, rates, name, rows, processes) -> Stage:
-    """A stage in which the judge reads two replies, and with judging.method=sampled writes a few
-    tokens: "ranking: 1 > 2" and its end are about eight."""
-    model, tokens = recipe.judging_model, rates.verdict
-    hours, memory = None, {}
-    if gpu is not None and model.engine != "api":
-        shape = model_shape(model)
-        limit = (recipe.responses if name == "verdicts" else recipe.evaluation).max_new_tokens
-        longest = min(_longest_ranking(limit), shape.context or math.inf)  # the first batch
-        memory = judging_memory(architecture(model), model, longest, gpu.memory)
-        few = min(8, recipe.judging.max_new_tokens) if recipe.judging.method == "sampled" else 0
-        hours = reading_hours(model, gpu, memory, rows, tokens, few, rates.shared)
-        if hours is not None:
-            hours /= max(1, min(model.workers, processes))
-    return Stage(name, rows, round(rows * tokens), hours, memory)
-
-
-def _longest_ranking(max_new_tokens: int) -> float:
-    """Tokens of a ranking prompt with two responses at their limit."""
-    return Rates.verdict + PER_PROMPT * (max_new_tokens - Rates.response)
+    return Stage(work.stage, work.rows, work.tokens, hours, memory, work.part, work.dollars)
 
 
 def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
@@ -252,26 +164,33 @@ def _as_measured(stage: Stage, measured: dict) -> Stage:
         return stage
     key, amount = ("tokens", stage.tokens) if "training" in stage.name else ("made", stage.rows)
     seconds = sum(s["seconds"] for s in alike) / sum(s[key] for s in alike) * amount
-    return Stage(stage.name, stage.rows, stage.tokens, seconds / 3600, {})
+    return replace(stage, hours=seconds / 3600)
 
 
 # ---------------------------------------------------------------------------- what does not fit
 
+#: What a model of each key does, as problems are told, by `Work.verb`.
+DOES = {"write": "Generating", "judge": "Judging", "exam": "lm-eval's tasks"}
 
-def _problems(recipe, shape, gpu, processes, stages) -> list[str]:
+
+def _problems(recipe, shape, gpu, processes, trained, asked) -> list[str]:
+    """Args: asked: each `Work` with its `Stage`."""
     found = []
-    for key, model in (("model", recipe.model), ("judge", recipe.judge)):
-        if model is not None and model.engine != "api":
-            found += _misfits(key, model, recipe, gpu, processes)
-    for label, of, model in (
-        ("Generating", ("prompts", "responses", "answers"), "model"),
-        ("Judging", ("verdicts", "duels"), "judge" if recipe.judge else "model"),
-    ):
-        memory = max((s.memory for s in stages if s.name in of), key=lambda m: sum(m.values()))
-        if memory:
-            found += _engine_memory(label, model, getattr(recipe, model), gpu, memory)
-    if shape is not None:
-        found += _training_memory_problems(recipe, gpu, processes, stages)
+    here = {work.who: work.model for work, _ in asked if work.model.engine != "api"}
+    for who, model in {**here, "model": recipe.model}.items():
+        if model.engine != "api":
+            found += _misfits(who, model, recipe, gpu, processes)
+    most: dict[tuple[str, str], tuple[Work, dict]] = {}
+    for work, stage in asked:
+        if not stage.memory:
+            continue
+        key = (work.who, work.verb)
+        if key not in most or sum(stage.memory.values()) > sum(most[key][1].values()):
+            most[key] = work, stage.memory
+    for (who, verb), (work, memory) in most.items():
+        found += _engine_memory(DOES[verb], who, work.model, gpu, memory, verb == "exam")
+    if shape is not None and trained:
+        found += _training_memory_problems(recipe, gpu, processes, trained)
     return list(dict.fromkeys(found))
 
 
@@ -310,23 +229,33 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
         if model.max_context and model.max_context > context:
             found.append(f"{model.path} takes {context} tokens: {key}.max_context={context}.")
     context = min(context, model.max_context or math.inf)
-    shown = _longest_ranking(recipe.responses.max_new_tokens)
-    if model is recipe.judging_model and shown > context:
-        fitting = int((context - shown) // PER_PROMPT) + recipe.responses.max_new_tokens
+    section = "evaluation" if key.startswith("judges.") else "responses"
+    limit = getattr(recipe, section).max_new_tokens
+    shown = longest_ranking(limit)
+    if (model is recipe.judging_model or section == "evaluation") and shown > context:
+        fitting = int((context - shown) // PER_PROMPT) + limit
         found.append(
             f"Two responses at their limit and the ranking prompt are about {shown:,.0f} tokens, the "
-            f"judge takes {context:,}: such pairs get no verdict. responses.max_new_tokens={fitting} "
+            f"judge takes {context:,}: such pairs get no verdict. {section}.max_new_tokens={fitting} "
             "or less."
         )
     return found
 
 
-def _engine_memory(label: str, key: str, model: Model, gpu: Gpu, memory: dict) -> list[str]:
+def _engine_memory(
+    label: str, key: str, model: Model, gpu: Gpu, memory: dict, exam: bool = False
+) -> list[str]:
     weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
     bits = dtype_of(model) if model.quantisation == "none" else model.quantisation
     told = f"{label}: {model.path} in {bits} ({weights:.1f} GiB of weights)"
     fewer = {"transformers": "nf4", "vllm": "fp8"}[model.engine]
     smaller = f"{key}.quantisation={fewer}"
+    if exam:  # it takes 16-bit weights of what vLLM runs, and batches of any size
+        if need > room:
+            return [
+                f"{told} takes {need:.1f} GiB of the {gpu.name} ({room:.1f}): evaluation.harness=[]."
+            ]
+        return []
     if model.quantisation != "none":
         smaller = f"a smaller {key}.path"
     if model.engine == "vllm":  # it wants room for one row of the whole context
@@ -349,9 +278,9 @@ def _engine_memory(label: str, key: str, model: Model, gpu: Gpu, memory: dict) -
     return []
 
 
-def _training_memory_problems(recipe, gpu, processes, stages) -> list[str]:
+def _training_memory_problems(recipe, gpu, processes, trained) -> list[str]:
     settings, room = recipe.training, gpu.memory - CONTEXT
-    stage = next(s for s in stages if s.name.startswith("training"))
+    stage = trained[0]
     need = sum(stage.memory.values())
     if need <= room:
         return []
@@ -381,19 +310,18 @@ def _training_memory_problems(recipe, gpu, processes, stages) -> list[str]:
 # ---------------------------------------------------------------------------- disk and words
 
 
-def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int) -> dict:
-    """GiB by kind; rows at five bytes a token and 500 a row."""
-    written = [s for s in stages if not s.name.startswith("training")]
-    read = ("verdicts", "duels")  # their rows hold numbers only
-    size = sum(500 * s.rows + (0 if s.name in read else 5 * s.tokens) for s in written)
+def _disk(recipe: Recipe, shape: Shape | None, works: list[Work], trained: int) -> dict:
+    """GiB by kind; rows at five bytes a token that was written, and 500 a row."""
+    size = sum(work.rows * (500 + 5 * work.written) for work in works)
     disk = {"rows": size / GIB}
-    if shape is not None:
-        from_hub = {
-            model.path: 2 * model_shape(model).parameters / GIB
-            for model in (recipe.model, recipe.judging_model)
-            if model.engine != "api" and model.path != "tiny" and not Path(model.path).is_dir()
-        }
-        disk |= {"weights from the hub": sum(from_hub.values())} if from_hub else {}
+    models = {work.model.path: work.model for work in works if work.model.engine != "api"}
+    from_hub = {
+        path: 2 * model_shape(model).parameters / GIB
+        for path, model in models.items()
+        if path != "tiny" and not Path(path).is_dir()
+    }
+    disk |= {"weights from the hub": sum(from_hub.values())} if from_hub else {}
+    if shape is not None and trained:
         full = recipe.training.method == "full"
         each = shape.parameters if full else shape.adapter(recipe.training.lora_rank)
         disk["trained weights"] = 4 * each * trained / GIB
@@ -401,25 +329,15 @@ def _disk(recipe: Recipe, shape: Shape | None, stages: list[Stage], trained: int
     return disk
 
 
-def _left_out(recipe: Recipe, counts: dict, disk: dict[str, float]) -> list[str]:
-    """What the plan does not hold, and a disk that is too small for it."""
-    notes = []
-    if counts["answers"] is None:
-        notes.append("The evaluation is not planned: its questions are not on this machine.")
-    more = {
-        f"evaluation.{key}": getattr(recipe.evaluation, key) for key in ("harness", "benchmarks")
-    }
-    more |= {"others": recipe.others, "judges": recipe.judges}
-    if named := [key for key, value in more.items() if value]:
-        notes.append(f"Not planned: what {', '.join(named)} add to the evaluation.")
+def _too_little_disk(disk: dict[str, float]) -> list[str]:
     folder = results_folder().absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / GIB
-    if sum(disk.values()) > free:
-        notes.append(
-            f"Of disk it takes {sum(disk.values()):.1f} GiB; here are {free:.1f} free. Set SAO_RESULTS "
-            "to a folder on a larger disk (and HF_HOME, for weights from the hub)."
-        )
-    return notes
+    if sum(disk.values()) <= free:
+        return []
+    return [
+        f"Of disk it takes {sum(disk.values()):.1f} GiB; here are {free:.1f} free. Set SAO_RESULTS "
+        "to a folder on a larger disk (and HF_HOME, for weights from the hub)."
+    ]
 
 
 def _told(rates: Rates) -> str:
@@ -430,14 +348,14 @@ def _told(rates: Rates) -> str:
     )
 
 
-def _assumptions(recipe: Recipe, gpu: Gpu, processes: int) -> list[str]:
+def _assumptions(recipe: Recipe, gpu: Gpu, processes: int, works: list[Work]) -> list[str]:
     notes = [
         f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s and "
         f"{gpu.compute} TFLOP/s allow, all else at {gpu.reached:.0%}; loading is not counted. Not "
         "yet compared with a real GPU."
     ]
     model = recipe.model
-    if "fp8" in (model.quantisation, recipe.judging_model.quantisation) and gpu.capability < 8.9:
+    if "fp8" in {work.model.quantisation for work in works} and gpu.capability < 8.9:
         notes.append(
             f"fp8 on the {gpu.name} (compute capability {gpu.capability}; 8.9 computes in 8 bit) only "
             "stores the weights in 8 bit: the memory is as planned, computing is not faster."
@@ -453,25 +371,25 @@ def render(made: Plan, actual: dict | None = None) -> str:
     """A plan as lines of text; beside it what a run's manifest says, if one is given.
 
     Args:
-        actual: the manifest's "stages": name -> {seconds, made or pairs, tokens}.
+        actual: the stages of a run (`workload.actual`): name -> {seconds, made or pairs, tokens}.
     """
-    head = ["", "rows", "tokens", "time", "GPU memory"]
-    table = [head + (["rows made", "tokens", "time taken"] if actual is not None else [])]
+    columns = ["rows", "tokens", "time", "GPU memory", "US$ about"]
+    took = ["rows made", "tokens", "time taken"] if actual is not None else []
+    table = [["", *columns, *took]]
+    by_name: dict[str, list[Stage]] = {}
     for stage in made.stages:
-        memory = f"{sum(stage.memory.values()):.1f} GiB" if stage.memory else ""
-        row = [stage.name, f"{stage.rows:,}", f"{stage.tokens:,}", _time(stage.hours), memory]
-        if actual is not None:
-            row += _actual(actual.get(stage.name))
-        table.append(row)
-    hours = [stage.hours for stage in made.stages]
-    total = None if None in hours else sum(hours)
-    peak = max((sum(s.memory.values()) for s in made.stages), default=0)
-    row = ["all", "", "", _time(total), f"{peak:.1f} GiB" if peak else ""]
-    if actual is not None:
-        row += ["", "", _time(sum(s["seconds"] for s in actual.values()) / 3600)]
-    table.append(row)
-    if not peak:
-        table = [row[:4] + row[5:] for row in table]
+        by_name.setdefault(stage.name, []).append(stage)
+    for name, parts in by_name.items():
+        beside = _actual((actual or {}).get(name)) if took else []
+        table.append([name, *_cells(parts), *beside])
+        if len(parts) > 1 or parts[0].part:
+            own = "the run's own"
+            table += [[f"  {p.part or own}", *_cells([p]), *[""] * len(took)] for p in parts]
+    every = _cells(made.stages)
+    total = [_time(sum(s["seconds"] for s in actual.values()) / 3600)] if took else []
+    table.append(["all", "", "", *every[2:], *(["", "", *total] if took else [])])
+    shown = [k for k in range(len(table[0])) if k < 4 or k > 5 or any(row[k] for row in table[1:])]
+    table = [[row[k] for k in shown] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = [f"{made.recipe}: {made.model} on {made.machine}", ""]
     for first, *cells in table:
@@ -479,24 +397,57 @@ def render(made: Plan, actual: dict | None = None) -> str:
         lines.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
     disk = [f"{name} {_size(size)}" for name, size in made.disk.items()]
     lines += ["", f"Disk: {'; '.join(disk)}."]
+    if made.bill:
+        lines += ["", *told_bill(made.bill)]
     if made.problems:
         lines += ["", "What does not fit, and the key to change:"]
         lines += [f"- {problem}" for problem in made.problems]
-    elif peak:
+    elif any(stage.memory for stage in made.stages):
         lines += ["", "It fits the GPU."]
     return "\n".join([*lines, "", *made.notes])
+
+
+def told_bill(bill: dict[str, tuple[float, float]]) -> list[str]:
+    """Who is paid how much, as lines of text; the most that a run can cost first."""
+    about, most = (sum(amounts) for amounts in zip(*bill.values()))
+    return [
+        f"A whole run pays servers at most US$ {most:,.2f}, with every reply as long as it may be; "
+        f"about US$ {about:,.2f} at the assumed lengths:",
+        *(
+            f"  {who:<30} at most US$ {most:>10,.2f}, about {about:>10,.2f}"
+            for who, (about, most) in bill.items()
+        ),
+    ]
+
+
+def _cells(stages: list[Stage]) -> list[str]:
+    """Rows, tokens, time, memory and price of stages together."""
+    hours = [stage.hours for stage in stages]
+    known = [time for time in hours if time is not None]
+    peak = max((sum(stage.memory.values()) for stage in stages), default=0)
+    paid = [stage.dollars[0] for stage in stages if stage.dollars]
+    return [
+        f"{sum(stage.rows for stage in stages):,}",
+        f"{sum(stage.tokens for stage in stages):,}",
+        _time(sum(known), len(known) < len(hours)) if known else _time(None),
+        f"{peak:.1f} GiB" if peak else "",
+        f"{sum(paid):,.2f}" if paid else "",
+    ]
 
 
 def _size(size: float) -> str:
     return f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
 
 
-def _time(hours: float | None) -> str:
+def _time(hours: float | None, more: bool = False) -> str:
+    """more: something that takes time is left out, such as a server's."""
     if hours is None:
         return "not planned"
     if hours < 1 / 60:
-        return f"{3600 * hours:.0f} s"
-    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"
+        told = f"{3600 * hours:.0f} s"
+    else:
+        told = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    return f"> {told}" if more else told
 
 
 def _actual(stage: dict | None) -> list[str]:
@@ -505,9 +456,3 @@ def _actual(stage: dict | None) -> list[str]:
     rows = stage.get("made", stage.get("pairs", 0))
     tokens = f"{stage['tokens']:,}" if stage.get("tokens") else ""
     return [f"{rows:,}", tokens, _time(stage["seconds"] / 3600)]
-
-
-def actual(folder: Path) -> dict:
-    """What the manifest in the folder of a run says of each stage; {} if nothing has run."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.is_file() else {}

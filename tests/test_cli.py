@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from sao_utils import pipeline, publishing, training
 from sao_utils.cli import app
-from sao_utils.recipe import load_recipe
 from sao_utils.rows import open_run, read_rows
 
 RESULTS = {
@@ -334,19 +333,3 @@ def test_yes_answers_beforehand_and_a_free_run_asks_nothing(folder, monkeypatch)
     said = paid_run(folder, "--yes")
     assert said.exit_code == 0 and "no cap" in said.output and "Go on?" not in said.output
     assert "pays" not in sao("run", "--recipe", "tiny", "--run", "free")
-
-
-def test_the_bill_names_who_is_paid_for_what():
-    def owed(judge=None, **named):
-        keys = {f"judge.{key}": value for key, value in (judge or {}).items()}
-        return pipeline.bill(load_recipe("tiny", keys | named))
-
-    paid = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
-    assert owed() == {} == owed(judge={**paid, "price_in": None})
-    judge = owed(judge=paid)
-    assert set(judge) == {"judge"}
-    assert owed(judge=paid, judges={"x": paid})["judge"] == judge["judge"]
-    dear = owed(judge={**paid, "price_in": 2.0})
-    assert dear["judge"] == pytest.approx(2 * judge["judge"])
-    # 880 questions at two temperatures, of about 60 tokens: what is read by one more model.
-    assert owed(others={"x": paid}) == {"others.x": pytest.approx(2 * 880 * 60 / 1e6)}

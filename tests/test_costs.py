@@ -9,9 +9,9 @@ import torch
 
 from sao_utils import costs
 from sao_utils.costs import PlanError, find_gpu
-from sao_utils.planning import Rates
 from sao_utils.recipe import Model, Training
 from sao_utils.shapes import WEIGHT_BYTES, shape_of
+from sao_utils.workload import Rates
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ import families
 import pytest
 from typer.testing import CliRunner
 
-from sao_utils import cli, costs, planning, rows
+from sao_utils import cli, costs, planning, workload
 from sao_utils.costs import PlanError, find_gpu
 from sao_utils.planning import plan, render
 from sao_utils.recipe import Model, load_recipe
@@ -147,12 +147,65 @@ def test_gemmas_judging_peaks_with_the_longest_answers_not_with_the_usual():
     assert peaks[1] == expected["working"] > 1.5 * peaks[0]
 
 
-def test_what_is_not_planned_is_named():
-    changes = {"evaluation.harness": ["tiny"], "evaluation.benchmarks": ["tiny_alpaca"]}
+def test_what_cannot_be_counted_is_named():
+    changes = {"evaluation.questions": "elsewhere.jsonl", "evaluation.harness": ["triviaqa"]}
     told = render(plan(load_recipe("gpu-24gb", changes), find_gpu("4090")))
-    assert "Not planned: what evaluation.harness, evaluation.benchmarks add" in told
-    plain = load_recipe("gpu-24gb", {"evaluation.questions": "elsewhere.jsonl"})
-    assert "its questions are not on this machine" in render(plan(plain, find_gpu("4090")))
+    assert "its questions are not on this machine" in told
+    assert "Not planned: the tasks triviaqa, whose size is not known here" in told
+
+
+EVERYTHING = {
+    "evaluation.harness": ["leaderboard"],
+    "evaluation.benchmarks": ["alpaca_eval", "arena_hard", "mt_bench"],
+    "others": {"rival": {"path": LLAMA, "engine": "vllm", "dtype": "bfloat16"}},
+    "judges": {"small": {"path": QWEN, "engine": "vllm", "dtype": "bfloat16"}},
+}
+
+
+def test_the_whole_evaluation_is_planned_with_hours_memory_and_disk():
+    made = plan(load_recipe("gpu-24gb", EVERYTHING), find_gpu("4090"))
+    assert made.problems == [] and made.bill == {}
+    stages = {(stage.name, stage.part): stage for stage in made.stages}
+    assert all(stage.hours > 0 and stage.memory for stage in stages.values())
+    assert stages["benchmark_answers", "alpaca_eval, others.rival"].rows == 805
+    small, own = (
+        stages["benchmark_verdicts", f"arena_hard{part}"] for part in (", judges.small", "")
+    )
+    assert small.rows == own.rows == 2 * 500 * 3 and small.hours < own.hours / 3
+    assert made.disk["weights from the hub"] * GIB / 2 == pytest.approx(
+        sum(shape(name).parameters for name in (GEMMA, LLAMA, QWEN))
+    )
+    text = render(made)
+    assert "mmlu: 56,168 requests" in text and "It fits the GPU" in text and "US$" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"others": {"rival": {"path": GEMMA}}}, "others.rival.quantisation=nf4"),
+        ({"judges": {"second": {"path": GEMMA, "engine": "vllm"}}}, "judges.second.engine="),
+        ({"judges": {"second": {"path": QWEN, "dtype": "bfloat16"}}}, "judges.second.dtype=auto"),
+        (
+            {"model.path": "Qwen/Qwen2.5-7B-Instruct", "evaluation.harness": ["leaderboard"]}
+            | {"model.engine": "vllm", "model.quantisation": "awq", "model.max_context": 2048},
+            "lm-eval's tasks: Qwen/Qwen2.5-7B-Instruct in bfloat16",
+        ),
+    ],
+)
+def test_other_models_and_judges_and_exams_must_fit_too(changes, told):
+    made = plan(load_recipe("colab-t4", {"model.revision": None, **changes}), find_gpu("T4"))
+    assert told in "\n".join(made.problems)
+
+
+def test_what_a_server_does_takes_no_hours_here_and_its_price_is_told():
+    judge = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
+    made = plan(load_recipe("gpu-24gb", {"judges": {"far": judge}}), find_gpu("4090"))
+    text = render(made).splitlines()
+    (line,) = [line for line in text if line.startswith("  judges.far ") and "most" not in line]
+    assert "not planned" in line and line.endswith("0.07")
+    (total,) = [line for line in text if line.startswith("all ")]
+    assert "> 3." in total and total.endswith("0.07")
+    assert any("at most US$ 0.18" in line for line in text)
 
 
 def test_the_disk_holds_each_model_of_the_hub_once(tmp_path):
@@ -250,10 +303,9 @@ def test_planning_needs_neither_torch_nor_the_network():
 def test_a_small_run_is_planned_beside_what_it_took(small_run, monkeypatch):
     from sao_utils.pairs import build_pairs
 
-    monkeypatch.setattr(planning, "results_folder", rows.results_folder)
     build_pairs(small_run, "self", 0)
     made = plan(small_run.recipe)
-    took = planning.actual(small_run.folder)
+    took = workload.actual(small_run.folder)
     planned = {stage.name: stage for stage in made.stages}
     assert planned["prompts"].rows == took["prompts"]["made"] == 40
     # The rates of the reference run hold here too, but for 40 prompts only roughly.
@@ -266,12 +318,12 @@ def test_a_small_run_is_planned_beside_what_it_took(small_run, monkeypatch):
 
 
 def test_without_the_reference_run_a_cpus_hours_are_not_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(workload, "results_folder", lambda: tmp_path)
     made = plan(load_recipe("tiny"))
     assert {stage.hours for stage in made.stages} == {None}
     assert "hours are not planned" in render(made)
     monkeypatch.undo()
-    assert all(stage.hours for stage in plan(load_recipe("tiny")).stages)
+    assert all(stage.hours is not None for stage in plan(load_recipe("tiny")).stages)
 
 
 def sao(*words, code=0):
@@ -285,6 +337,8 @@ def test_the_command_plans_a_recipe_and_a_run(small_run, monkeypatch):
     told = sao("plan", "--recipe", "gpu-24gb", "--gpu", "4090", "--set", "personas.count=500")
     assert "on 4090" in told and "500" in told
     assert "time taken" in sao("plan", "--run", "small")
+    assert "does not fit" in sao("plan", "--recipe", "paper", "--gpu", "L4", code=1)
+    assert "exit code 1" in sao("plan", "--help")
     assert "either --recipe or --run" in sao("plan", code=2)
     assert "is not known" in sao("plan", "--recipe", "tiny", "--gpu", "abacus", code=2)
     assert "There is no run" in sao("plan", "--run", "none", code=2)
