@@ -183,7 +183,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
     }
     if valid:
         wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
-        rate = rate_of(valid, resamples)
+        rate = rate_of(valid)
         found = {
             "win_rate": rate,
             "win_rate_lc": length_controlled_win_rate(
@@ -206,18 +206,10 @@ def _longer(rows: list[dict]) -> list[int]:
     return [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
 
 
-def rate_of(valid: list[dict], resamples: int = 10_000) -> Interval:
-    """The win rate of contest rows with valid verdicts.
-
-    By scores for one training (`intervals.win_rate`); by a bootstrap over trainings too where there
-    are several (`intervals.clustered_mean`), unless all prompts fared alike: that leaves nothing to
-    resample, and is no certainty.
-    """
+def rate_of(valid: list[dict]) -> Interval:
+    """The win rate of contest rows with valid verdicts (`intervals.win_rate`)."""
     wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
-    runs = [row["seed"] for row in valid]
-    if len(set(runs)) > 1 and len(set(wins)) > 1:
-        return clustered_mean(wins, by, resamples, runs=runs)
-    return win_rate(wins, by).rate
+    return win_rate(wins, by, [row["seed"] for row in valid]).rate
 
 
 def _needed(rate: Interval, valid: list[dict]) -> Interval:
@@ -327,12 +319,14 @@ def league(
     if not star:
         pairs = list(combinations(names, 2))
     rows = [row for a, b in pairs for row in contest(run, a, b, judge, **options)]
-    games = [
-        (row["model"], row["opponent"], row["win"], 1.0, row["combination"])
-        for row in rows
-        if row["win"] is not None
-    ]
-    strengths = bradley_terry(games, "base", min(1000, recipe.evaluation.bootstrap))
+    valid = [row for row in rows if row["win"] is not None]
+    games = [(row["model"], row["opponent"], row["win"], 1.0, row["combination"]) for row in valid]
+    strengths = bradley_terry(
+        games,
+        "base",
+        min(1000, recipe.evaluation.bootstrap),
+        runs=[row["seed"] for row in valid],
+    )
     start = f"league.{judge}{_elsewhere(run, rows[0])}"
     found = {}
     for name, strength in strengths.items():
@@ -360,7 +354,7 @@ def judges_agreement(
         rows[judge] = contest(run, a, b, judge, **options)
         valid = [row for row in rows[judge] if row["win"] is not None]
         if valid:
-            found[f"{name_of(run, valid[0])}.win_rate"] = rate_of(valid, resamples)
+            found[f"{name_of(run, valid[0])}.win_rate"] = rate_of(valid)
     for one, other in combinations(rows, 2):
         name = name_of(run, {**rows[one][0], "judge": f"{one}_and_{other}"})
         for key, interval in judges_agree(rows[one], rows[other], resamples).items():

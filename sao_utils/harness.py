@@ -31,7 +31,7 @@ import yaml
 
 from sao_utils.engines import load_engine, model_name
 from sao_utils.evaluation import models
-from sao_utils.intervals import Interval, outside_the_noise
+from sao_utils.intervals import Interval, add_trainings, outside_the_noise, students_t
 from sao_utils.recipe import Model, is_task_file
 from sao_utils.rows import Run, make_rows, read_rows, row_id
 
@@ -357,10 +357,8 @@ def paired_difference(
 ) -> tuple[Interval, float, float]:
     """Tuned minus base, item by item, with its interval.
 
-    With several trainings (seeds) each item counts with its mean over them, and the variance of the
-    trainings' differences over their number is added: what another seed would have changed. (That
-    counts the chance of single items twice, which errs towards caution.) The t distribution has
-    Welch and Satterthwaite's degrees of freedom, so that two or three seeds widen the interval.
+    With several trainings (seeds) each item counts with its mean over them, and the variance between
+    trainings is added: what another seed would have changed (`intervals.add_trainings`).
 
     Args:
         base: subject -> [n] scores.
@@ -370,24 +368,21 @@ def paired_difference(
         The mean difference (as `mean` weighs subjects) with its 95 % interval, its standard error,
         and the degrees of freedom. NaN where one item leaves nothing to estimate an error from.
     """
-    from scipy import stats
-
     gaps = {s: np.asarray([t[s] for t in tuned], float) - base[s] for s in base}  # [seeds, n]
     value, error = mean({s: list(gap.mean(0)) for s, gap in gaps.items()})
     n = sum(gap.shape[1] for gap in gaps.values())
-    variances, freedoms = [error**2], [n - len(gaps)]
-    if len(tuned) > 1:
+    freedom = float(n - len(gaps))
+    if len(tuned) > 1 and not math.isnan(error):
         by_training = np.mean([gap.mean(1) for gap in gaps.values()], axis=0)
-        variances.append(float(by_training.var(ddof=1)) / len(tuned))
-        freedoms.append(len(tuned) - 1)
-    total = sum(variances)
-    if total == 0:  # every item moved alike, as a rule not at all
+        between = float(by_training.var(ddof=1)) / len(tuned)
+        shared = mean({s: gap.ravel() for s, gap in gaps.items()})[1] ** 2
+        error, freedom = add_trainings(error**2, freedom, between, len(tuned), shared)
+    if error == 0:  # every item moved alike, as a rule not at all
         return Interval(value, value, value, n), 0.0, math.inf
-    if math.isnan(total):
+    if math.isnan(error):
         return Interval(value, math.nan, math.nan, n), math.nan, math.nan
-    freedom = total**2 / sum(v**2 / f for v, f in zip(variances, freedoms))
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total)
-    return Interval(value, value - half, value + half, n), math.sqrt(total), freedom
+    half = students_t(freedom) * error
+    return Interval(value, value - half, value + half, n), error, freedom
 
 
 def differences(rows: list[dict]) -> list[dict]:

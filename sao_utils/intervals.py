@@ -13,7 +13,7 @@ Questions about the same hobby and aspects are alike, and so are the answers to 
 several seeds: what counts is the number of *clusters*, not of values. A cluster is named by
 anything that can be compared for equality (a string, a number, a tuple or list of those).
 Values of several seeds are concatenated, each with the cluster of its question and the seed as
-its `runs`.
+its `runs`. An interval then also holds what other seeds would have changed (`add_trainings`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ class WinRate:
     invalid: int
 
 
-def win_rate(outcomes: Sequence[float | None], clusters: Sequence | None = None) -> WinRate:
+def win_rate(
+    outcomes: Sequence[float | None],
+    clusters: Sequence | None = None,
+    runs: Sequence | None = None,
+) -> WinRate:
     r"""The raw win rate of a model, a tie counting half, with a score interval.
 
     The interval holds all rates p with (p' - p)^2 <= t^2 p (1 - p) / m: Wilson's interval, with
@@ -74,6 +78,8 @@ def win_rate(outcomes: Sequence[float | None], clusters: Sequence | None = None)
             `wins`, below as a loss.
         clusters: [n] the cluster of each comparison (the prompt, where it occurs several times);
             None: comparisons are independent.
+        runs: [n] the training (seed) of each comparison; None: of one. With several, v also has
+            the variance between trainings, and t its degrees of freedom (`add_trainings`).
 
     Returns:
         The win rate, its interval and the counts; `rate.n` is the number of valid comparisons.
@@ -96,9 +102,10 @@ def win_rate(outcomes: Sequence[float | None], clusters: Sequence | None = None)
     codes = np.arange(len(every))
     if clusters is not None:
         codes = cluster_codes(clusters, len(every), "outcomes")
-    codes = np.unique(codes[valid], return_inverse=True)[1]
+    of_run = np.zeros_like(codes) if runs is None else cluster_codes(runs, len(every), "outcomes")
+    codes, of_run = (np.unique(of[valid], return_inverse=True)[1] for of in (codes, of_run))
     return WinRate(
-        rate=_score_interval(y, codes),
+        rate=_score_interval(y, codes, of_run),
         wins=int((y > 0.5).sum()),
         ties=int((y == 0.5).sum()),
         losses=int((y < 0.5).sum()),
@@ -131,18 +138,19 @@ def from_preferences(preferences: Sequence[float | None]) -> list[float | None]:
     return found
 
 
-def _score_interval(y: np.ndarray, codes: np.ndarray) -> Interval:
-    """The interval of `win_rate` from [n] outcomes and their clusters, numbered 0, 1, ..."""
+def _score_interval(y: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> Interval:
+    """The interval of `win_rate` from [n] outcomes, and clusters and trainings numbered 0, 1, ..."""
     n, value = len(y), float(y.mean())
     if n == 1:
         return Interval(value, 0.0, 1.0, 1)
     trials = float(codes.max() + 1)
     codes = without_single_cluster(codes)
+    freedom = float(codes.max())
     if np.ptp(y) > 0:
-        variance = variance_of_sums(y - value, codes) / n**2
+        error, freedom = two_way_error((y - value) / n, codes, of_run)
         # Clusters that all have the same share show no variance: each is one trial then.
-        trials = value * (1 - value) / variance if variance > 1e-24 else trials
-    t = students_t(int(codes.max()))
+        trials = value * (1 - value) / error**2 if error > 1e-12 else trials
+    t = students_t(freedom)
     centre = (value + t**2 / (2 * trials)) / (1 + t**2 / trials)
     half = (
         t / (1 + t**2 / trials) * math.sqrt(value * (1 - value) / trials + t**2 / (4 * trials**2))
@@ -167,10 +175,13 @@ def clustered_mean(
     values over the number of their values. The percentiles lie a little outside of 2.5 and 97.5:
     with few clusters a bootstrap interval is too narrow, and this gives it the width of Student's
     (Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician
-    69: the expanded percentile interval). Where the values come from several trainings (`runs`),
-    these are drawn with replacement as well, independently of the clusters: the interval then also
-    holds what another seed would have changed. With three seeds that is a rough guess: look at each
-    seed's own figure too.
+    69: the expanded percentile interval).
+
+    Where the values come from several trainings (`runs`), the variance between trainings is added
+    (`add_trainings`), in squares, to what lies between the mean and each bound (Zou and Donner,
+    2008, Statistics in Medicine 27). Drawing trainings with replacement as well would not do: of
+    1,000 intervals from three trainings 900 would hold the truth where trainings differ much, and
+    990 where they do not.
 
     Args:
         values: [n] numbers or booleans.
@@ -220,9 +231,16 @@ def clustered_mean(
         bounds = _bca(numbers, codes, tail, resamples, seed)
         if bounds is not None:
             return Interval(value, *bounds, n)
-    means = _resampled_means(numbers, codes, of_run, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(value, float(low), float(high), n)
+    # Sorted first: the sums are then the same to the last digit in whatever order the rows come.
+    order = np.lexsort((numbers, codes))
+    sums = np.column_stack([np.bincount(codes[order], numbers[order]), np.bincount(codes)])
+    totals, sizes = resampled_sums(sums, resamples, np.random.default_rng(seed)).T
+    low, high = np.quantile(totals / sizes, (tail, 1 - tail))
+    moves = ((numbers - value) / n)[order]
+    low, high = widened(value, float(low), float(high), moves, codes[order], of_run[order])
+    if is_share:
+        low, high = max(0.0, low), min(1.0, high)
+    return Interval(value, low, high, n)
 
 
 def clustered_difference(
@@ -455,12 +473,68 @@ def tail_of(codes: np.ndarray) -> float:
     return NormalDist().cdf(-math.sqrt(k / (k - 1)) * students_t(int(codes.max())))
 
 
-def with_trainings(error: float, freedom: float, own: list[float]) -> tuple[float, float]:
-    """A standard error with the scatter of several trainings' values in it, and its freedom."""
-    scatter = float(np.var(own, ddof=1)) / len(own)
-    total = error**2 + scatter
-    spread = error**4 / freedom + scatter**2 / (len(own) - 1)
-    return math.sqrt(total), total**2 / spread if spread else math.inf
+def add_trainings(
+    variance: float, freedom: float, between: float, trainings: int, shared: float
+) -> tuple[float, float]:
+    """A standard error that also holds what other trainings (seeds) would have changed.
+
+    The variance between clusters of questions, plus that between trainings, minus the chance of
+    single answers, which is in both: V = V_clusters + max(0, V_trainings - V_both) (Cameron,
+    Gelbach and Miller, 2011, "Robust inference with multiway clustering", Journal of Business and
+    Economic Statistics 29). Student's quantile has Welch and Satterthwaite's degrees of freedom
+    for V_clusters and V_trainings: three trainings alone would have two, and a quantile of 4.3.
+
+    Of 1,000 simulated win rates, strengths and means of three trainings the intervals hold the
+    truth in 939 (trainings scatter by 0.4 in log-odds) to 987 (they do not, and prompts are alike);
+    of two trainings in 918 to 982. Clusters alone: 641 to 961.
+
+    Args:
+        variance, freedom: of the estimate, between clusters.
+        between: its variance between `trainings` trainings, at least two.
+        shared: its variance when each cluster of each training counts on its own.
+
+    Returns:
+        The standard error, and its degrees of freedom.
+    """
+    total = variance + max(0.0, between - shared)
+    spread = variance**2 / freedom + between**2 / (trainings - 1)
+    return math.sqrt(total), total**2 / spread if spread else freedom
+
+
+def two_way_error(moves: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> tuple[float, float]:
+    """The standard error of an estimate over clusters and trainings, and its degrees of freedom.
+
+    Args:
+        moves: [n] by how much each value moves the estimate: for a mean, (value - mean) / n.
+        codes, of_run: [n] its cluster and its training, both numbered 0, 1, ...; -1 for a value
+            that comes of no training.
+    """
+    variance, freedom = variance_of_sums(moves, codes), float(codes.max())
+    trained = of_run >= 0
+    trainings = len(np.unique(of_run[trained]))
+    if trainings < 2:
+        return math.sqrt(variance), freedom
+    moves, codes, of_run = moves[trained], codes[trained], of_run[trained]
+    cells = np.unique(codes * (of_run.max() + 1) + of_run, return_inverse=True)[1]
+    shared, between = variance_of_sums(moves, cells), variance_of_sums(moves, of_run)
+    return add_trainings(variance, freedom, between, trainings, shared)
+
+
+def widened(
+    value: float,
+    low: float,
+    high: float,
+    moves: np.ndarray,
+    codes: np.ndarray,
+    of_run: np.ndarray,
+) -> tuple[float, float]:
+    """Bounds that know of clusters only, moved apart by what trainings add (`two_way_error`)."""
+    error, freedom = two_way_error(moves, codes, of_run)
+    known = students_t(int(codes.max())) ** 2 * variance_of_sums(moves, codes)
+    more = math.sqrt(max(0.0, (students_t(freedom) * error) ** 2 - known))
+    if not more:
+        return low, high
+    return value - math.hypot(value - low, more), value + math.hypot(high - value, more)
 
 
 def students_t(freedom: float) -> float:
@@ -540,34 +614,3 @@ def without_single_cluster(codes: np.ndarray) -> np.ndarray:
         stacklevel=3,
     )
     return np.arange(len(codes))
-
-
-def _resampled_means(
-    numbers: np.ndarray,
-    codes: np.ndarray,
-    of_run: np.ndarray,
-    resamples: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """[resamples] means; a few million draws at a time, so that memory stays small."""
-    runs, k = int(of_run.max()) + 1, int(codes.max()) + 1
-    cells = of_run * k + codes
-    # Sorted first: the sums are then the same to the last digit in whatever order the rows come.
-    order = np.lexsort((numbers, cells))
-    sums = np.bincount(cells[order], numbers[order], minlength=runs * k).reshape(runs, k)
-    counts = np.bincount(cells, minlength=runs * k).astype(float).reshape(runs, k)
-    if runs == 1:
-        totals, sizes = resampled_sums(np.stack([sums[0], counts[0]], 1), resamples, rng).T
-        return totals / sizes
-    step = max(1, _CHUNK // k)
-    means = []
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        drawn = rng.integers(k, size=(size, k))
-        # One fewer than there are: drawing all of few runs would understate how they scatter by
-        # (runs - 1) / runs, a third for three seeds (Rao and Wu's rescaling).
-        times = rng.multinomial(runs - 1, np.full(runs, 1 / runs), size=size)
-        rows = np.arange(size)[:, None]
-        totals, sizes = ((times @ of)[rows, drawn].sum(1) for of in (sums, counts))
-        means.append(totals / np.maximum(sizes, 1))
-    return np.concatenate(means)

@@ -13,9 +13,8 @@ from sao_utils.intervals import (
     checked,
     cluster_codes,
     students_t,
-    variance_of_sums,
+    two_way_error,
     wilson,
-    with_trainings,
     without_single_cluster,
 )
 
@@ -43,15 +42,14 @@ def length_controlled_win_rate(
 
     Args:
         wins: [n] 1 the tuned model wins, 0 it loses, 0.5 a tie, or a judge's probability.
-        length_difference: [n] length of the tuned answer minus that of the base's: tokens, or
-            characters as AlpacaEval has it.
+        length_difference: [n] length of the tuned answer minus that of the base's; the kit counts
+            characters everywhere, see `contests.scoreboard`.
         clusters: [n] the cluster of each comparison.
         difficulty: [n] the difficulty g of each prompt, known beforehand (AlpacaEval publishes
             one for each of its 805 prompts); None: without.
-        runs: [n] the training (seed) of each comparison; None: of one. With several, the variance of
-            the trainings' own log-odds over their number is added: what other seeds would have
-            changed. (The chance of single prompts counts twice in that, which errs towards
-            caution.) Student's quantile then has Welch and Satterthwaite's degrees of freedom.
+        runs: [n] the training (seed) of each comparison; None: of one. With several, the variance
+            between trainings is added: what other seeds would have changed, see
+            `intervals.add_trainings`.
 
     Returns:
         The length-controlled win rate and its interval. Where that fit has no finite answer:
@@ -100,30 +98,17 @@ def length_controlled_win_rate(
         bounds = wilson(y[0] * trials, trials)
         return Interval(float(y[0]), bounds.low, bounds.high, n)
     codes = without_single_cluster(codes)
-    log_odds, error, freedom = _length_fit(y, design, at_zero, codes)
-    if runs is not None:
-        of_run = cluster_codes(runs, n, "wins")
-        parts = [of_run == k for k in range(of_run.max() + 1)]
-        if len(parts) > 1:
-            own = [
-                _length_fit(y[part], design[part], at_zero[part], codes[part])[0] for part in parts
-            ]
-            error, freedom = with_trainings(error, freedom, own)
-    return _on_log_odds(log_odds, error, students_t(freedom), n)
-
-
-def _length_fit(
-    y: np.ndarray, design: np.ndarray, at_zero: np.ndarray, codes: np.ndarray
-) -> tuple[float, float, float]:
-    """(log-odds at equal length, standard error, degrees of freedom), by the fit that has an answer."""
-    codes = np.unique(codes, return_inverse=True)[1]
+    of_run = np.zeros_like(codes) if runs is None else cluster_codes(runs, n, "wins")
     has_length = design.shape[1] > 1 and not at_zero[:, -1].any()
-    if np.ptp(y) > 0 and not (has_length and _separated(y, design[:, -1])):
+    log_odds, error, freedom = None, 0.0, math.inf
+    if not (has_length and _separated(y, design[:, -1])):
         try:
-            return *_robust_fit(y, design, at_zero, codes), int(codes.max())
+            log_odds, error, freedom = _robust_fit(y, design, at_zero, codes, of_run)
         except ArithmeticError:
             pass  # all but separated
-    return *_penalised_fit(y, design, at_zero, codes), math.inf
+    if log_odds is None:
+        log_odds, error = _penalised_fit(y, design, at_zero, codes)
+    return _on_log_odds(log_odds, error, students_t(freedom), n)
 
 
 def length_curve(
@@ -165,13 +150,13 @@ def _separated(y: np.ndarray, x: np.ndarray) -> bool:
 
 
 def _robust_fit(
-    y: np.ndarray, design: np.ndarray, at_zero: np.ndarray, codes: np.ndarray
-) -> tuple[float, float]:
-    """(log-odds of the mean prediction at equal length, standard error), robust to clustering.
+    y: np.ndarray, design: np.ndarray, at_zero: np.ndarray, codes: np.ndarray, of_run: np.ndarray
+) -> tuple[float, float, float]:
+    """(log-odds of the mean prediction at equal length, standard error, degrees of freedom).
 
     Each comparison moves the result by what it does to the coefficients and, where difficulties
     differ, by its own prediction being one of those averaged. The first alone is Liang and
-    Zeger's covariance.
+    Zeger's covariance, robust to clustering.
 
     Args:
         design, at_zero: [n, m] the comparisons as they are, and with length set to equal.
@@ -196,10 +181,11 @@ def _robust_fit(
     if np.ptp(at_zero, axis=0).any():
         predicted = _sigmoid(at_zero @ fit.params)
         moves += (predicted / predicted.mean() - 1) / (1 - predicted).mean() / n
-    error = math.sqrt(variance_of_sums(moves, codes) * (n - 1) / (n - parameters))
+    error, freedom = two_way_error(moves, codes, of_run)
+    error *= math.sqrt((n - 1) / (n - parameters))
     if not math.isfinite(error):
         raise ArithmeticError("the length-controlled fit has no finite error")
-    return log_odds, error
+    return log_odds, error, freedom
 
 
 def _penalised_fit(

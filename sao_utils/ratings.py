@@ -19,6 +19,7 @@ from sao_utils.intervals import (
     cluster_codes,
     resampled_sums,
     tail_of,
+    widened,
     wilson,
     without_single_cluster,
 )
@@ -116,6 +117,7 @@ def bradley_terry(
     baseline: str,
     resamples: int = 1000,
     seed: int = 0,
+    runs: Sequence | None = None,
 ) -> dict[str, Strength]:
     r"""The strengths of models from games of two, with a bootstrap over prompts.
 
@@ -133,6 +135,10 @@ def bradley_terry(
         baseline: the model that has 1000 points.
         resamples: how many resamples (Arena-Hard takes 100).
         seed: the same seed and games give the same intervals.
+        runs: the training (seed) of the models in each game, None where none of both was trained.
+            With several, the intervals also hold what other trainings would have changed: the
+            variance between them is added on the log-odds (`intervals.add_trainings`), from how much
+            each game moves the fit. None for all: of one training.
 
     Returns:
         Each model's strength, the strongest first. The baseline has 1000 and 0.5 without width.
@@ -168,7 +174,12 @@ def bradley_terry(
         raise ValueError("weights must be above 0: leave out games that do not count")
     codes = cluster_codes([row[4] for row in rows], len(rows), "games")
     codes = without_single_cluster(codes) if len(rows) > 1 else codes
+    of_run = np.zeros_like(codes)
+    if runs is not None:
+        trained = np.array([run is not None for run in runs])
+        of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
     m, k, zero = len(names), int(codes.max()) + 1, number[baseline]
+    others = np.arange(m) != zero
     by_prompt = np.zeros((k, m, m))  # [i, a, b]: a's wins over b on prompt i
     np.add.at(by_prompt, (codes, first, second), outcome * weight)
     np.add.at(by_prompt, (codes, second, first), (1 - outcome) * weight)
@@ -183,12 +194,10 @@ def bradley_terry(
         )
     groups = _groups(wins)
     if groups.max() == 0 and k > 1:
+        counted = wins
         points = _log_strengths(wins, zero)
         totals = resampled_sums(by_prompt.reshape(k, m * m), resamples, np.random.default_rng(seed))
-        found = [
-            _log_strengths(of if _groups(of).max() == 0 else of + met / 2, zero)
-            for of in totals.reshape(-1, m, m)
-        ]
+        found = _resampled_strengths(totals.reshape(-1, m, m), met, zero)
         tail = tail_of(codes)
         low, high = np.quantile(found, (tail, 1 - tail), axis=0)
     else:
@@ -199,9 +208,18 @@ def bradley_terry(
                 "strengths are drawn together by a made-up tie of each pair, with wide intervals.",
                 stacklevel=2,
             )
-        points = _log_strengths(wins + met / 2, zero)
-        half = Z * _errors(wins + met / 2, points, zero, wins.sum() / (met.sum() / 2) / k)
+        counted = wins + met / 2
+        points = _log_strengths(counted, zero)
+        information = _information(counted, points, zero) / (wins.sum() / (met.sum() / 2) / k)
+        half = np.zeros(m)
+        half[others] = Z * np.sqrt(np.diag(np.linalg.inv(information)))
         low, high = points - half, points + half
+    if len(set(of_run[of_run >= 0])) > 1:
+        expected = 1 / (1 + np.exp(points[second] - points[first]))
+        away = (np.eye(m)[first] - np.eye(m)[second]) * (weight * (outcome - expected))[:, None]
+        moves = away[:, others] @ np.linalg.inv(_information(counted, points, zero))
+        for i, of in zip(np.flatnonzero(others), moves.T):
+            low[i], high[i] = widened(points[i], low[i], high[i], of, codes, of_run)
     played = np.bincount(first, minlength=m) + np.bincount(second, minlength=m)
 
     def strength(i: int) -> Strength:
@@ -222,6 +240,21 @@ def _groups(wins: np.ndarray) -> np.ndarray:
     return connected_components(wins > 0, directed=True, connection="strong")[1]
 
 
+def _resampled_strengths(totals: np.ndarray, met: np.ndarray, zero: int) -> np.ndarray:
+    """[r, m] log-strengths of each of r resamples; where no finite ones fit, with made-up ties."""
+    others = np.arange(len(met)) != zero
+    if met[np.ix_(others, others)].any():
+        return np.array(
+            [_log_strengths(of if _groups(of).max() == 0 else of + met / 2, zero) for of in totals]
+        )
+    # All met the model `zero` only: the odds are the games won by the games lost.
+    won, lost = totals[:, others, zero], totals[:, zero, others]
+    tie = np.where(((won > 0) & (lost > 0)).all(1), 0.0, 0.5)[:, None]
+    logs = np.zeros(totals.shape[:2])
+    logs[:, others] = np.log((won + tie) / (lost + tie))
+    return logs
+
+
 def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray:
     """[m] maximum likelihood, with 0 for the model `zero`; wins [m, m] of one group."""
     import evalica
@@ -239,16 +272,9 @@ def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray:
     return logs - logs[zero]
 
 
-def _errors(wins: np.ndarray, points: np.ndarray, zero: int, per_game: float) -> np.ndarray:
-    """[m] standard errors of log-strengths from the information, 0 for the model `zero`.
-
-    Args:
-        per_game: how many wins count as one piece of evidence.
-    """
+def _information(wins: np.ndarray, points: np.ndarray, zero: int) -> np.ndarray:
+    """[m - 1, m - 1] what the games tell of the log-strengths of all models but `zero`."""
     p = 1 / (1 + np.exp(points[None, :] - points[:, None]))
-    between = (wins + wins.T) * p * p.T / per_game
-    information = np.diag(between.sum(1)) - between
+    between = (wins + wins.T) * p * p.T
     others = np.arange(len(points)) != zero
-    errors = np.zeros(len(points))
-    errors[others] = np.sqrt(np.diag(np.linalg.inv(information[np.ix_(others, others)])))
-    return errors
+    return (np.diag(between.sum(1)) - between)[np.ix_(others, others)]

@@ -304,7 +304,7 @@ def win_rates(run: Run) -> dict[str, Interval]:
         if rows:
             wins, by = [row["win"] for row in rows], [row["combination"] for row in rows]
             longer = [row["lengths"][0] - row["lengths"][1] for row in rows]
-            found[f"self_win_rate{suffix}"] = contests.rate_of(rows, resamples)
+            found[f"self_win_rate{suffix}"] = contests.rate_of(rows)
             found[f"self_win_rate_lc{suffix}"] = length_controlled_win_rate(
                 wins, longer, by, runs=[row["seed"] for row in rows]
             )
@@ -482,7 +482,7 @@ def _headline(
         )
     valid = [row for row in rows if row["win"] is not None]
     if valid:
-        found["win_rate"] = contests.rate_of(valid, settings.bootstrap)
+        found["win_rate"] = contests.rate_of(valid)
     return found
 
 

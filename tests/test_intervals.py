@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
+from statsmodels import api as sm
 from statsmodels.stats.proportion import proportion_confint
 
 from sao_utils.intervals import (
@@ -21,10 +22,12 @@ from sao_utils.intervals import (
     outside_the_noise,
     prompts_needed,
     smallest_difference,
+    two_way_error,
     wilson,
     win_rate,
 )
 from sao_utils.length_control import length_controlled_win_rate
+from sao_utils.ratings import bradley_terry
 
 
 def within(interval):
@@ -480,17 +483,60 @@ def test_trainings_that_differ_widen_the_interval_and_equal_ones_do_not():
     assert clustered_mean(apart, clusters, runs=runs).value == pytest.approx(np.mean(apart))
 
 
-def test_the_crossed_bootstrap_agrees_with_resampling_spelt_out():
+def test_the_error_over_clusters_and_trainings_is_that_of_statsmodels():
     rng = np.random.default_rng(6)
-    values = rng.normal(size=(3, 40)) + np.array([[0.0], [0.5], [1.0]])
-    runs, clusters = np.repeat(np.arange(3), 40), np.tile(np.arange(40), 3)
-    got = clustered_mean(values.ravel(), clusters, runs=runs)
-    means = [
-        values[np.ix_(rng.integers(3, size=2), rng.integers(40, size=40))].mean()
-        for _ in range(4000)
-    ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    assert (got.low, got.high) == pytest.approx((low, high), abs=0.04)
+    runs, clusters = np.repeat(np.arange(3), 80), np.tile(np.arange(40), 6)
+    values = rng.normal(size=240) + np.array([0.0, 0.5, 1.0])[runs] + rng.normal(size=40)[clusters]
+    groups = np.column_stack([clusters, runs])
+    theirs = sm.OLS(values, np.ones(240)).fit(cov_type="cluster", cov_kwds={"groups": groups})
+    error, freedom = two_way_error((values - values.mean()) / 240, clusters, runs)
+    assert error == pytest.approx(theirs.bse[0], rel=1e-9)
+    assert 2 < freedom < 39  # between those of three trainings and of 40 clusters
+    alone, of_clusters = two_way_error((values - values.mean()) / 240, clusters, 0 * runs)
+    assert of_clusters == 39 and alone < error
+    untrained = np.where(runs == 0, -1, runs)  # two of three parts come of trainings
+    assert two_way_error((values - values.mean()) / 240, clusters, untrained)[0] < error
+
+
+def test_a_share_stays_a_share_and_a_mean_of_trainings_is_widened_on_both_sides():
+    values = [True] * 58 + [False] * 2
+    runs = [0] * 20 + [1] * 20 + [2] * 20
+    found = clustered_mean(values, list(range(20)) * 3, runs=runs)
+    assert found.low < found.value < found.high <= 1.0
+    one = clustered_mean(values, list(range(20)) * 3)
+    assert found.low < one.low and found.high >= one.high
+
+
+def trained(rng, scatter, prompts, theta=0.4, trainings=3):
+    """Games of a method's trainings, each with an own strength, on the same 100 prompts."""
+    names, runs = np.tile(np.arange(100), trainings), np.repeat(np.arange(trainings), 100)
+    chance = special.expit(
+        theta + rng.normal(0, scatter, trainings)[runs] + rng.normal(0, prompts, 100)[names]
+    )
+    return (rng.random(len(runs)) < chance).astype(float), names, runs.tolist()
+
+
+@pytest.mark.parametrize(("scatter", "prompts"), [(0.1, 1.5), (0.4, 0.5)])
+def test_95_of_100_intervals_of_three_trainings_hold_the_truth_over_1000_evaluations(
+    scatter, prompts
+):
+    """The truth is that of all trainings: without `runs` an interval speaks of these three."""
+    rng, covered = np.random.default_rng(30), []
+    at, weights = np.polynomial.hermite_e.hermegauss(60)
+    truth = weights @ special.expit(0.4 + math.hypot(scatter, prompts) * at) / weights.sum()
+    for i in range(1000):
+        wins, names, runs = trained(rng, scatter, prompts)
+        games = [("new", "base", won, 1, name) for won, name in zip(wins, names)]
+        found = (
+            win_rate(wins, names, runs).rate,
+            clustered_mean(wins, names, 300, i, runs),
+            bradley_terry(games, "base", 200, i, runs)["new"].win_rate,
+            win_rate(wins, names).rate,
+        )
+        covered.append([interval.low <= truth <= interval.high for interval in found])
+    *shares, without = np.mean(covered, axis=0)
+    assert all(0.93 <= share <= 0.97 for share in shares), shares
+    assert without < min(shares) - 0.02
 
 
 # ---------------------------------------------------------------------- how many prompts

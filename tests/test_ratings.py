@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize, special
 from statsmodels.stats.inter_rater import cohens_kappa
 
+from sao_utils import ratings
 from sao_utils.intervals import wilson
 from sao_utils.ratings import bradley_terry, kappa
 
@@ -183,6 +184,42 @@ def test_the_interval_of_a_strength_covers_the_truth():
             rate = found[name].win_rate
             covered.append(rate.low <= truth <= rate.high)
     assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_games_with_the_baseline_only_need_no_iteration():
+    """The closed form of a resample is what the iteration finds, also where a tie is made up."""
+    rng = np.random.default_rng(8)
+    totals = np.zeros((6, 4, 4))
+    totals[:, 1:, 0], totals[:, 0, 1:] = rng.integers(1, 30, (2, 6, 3))
+    totals[5, 2, 0] = 0.0  # never won in this resample
+    met = (totals[0] + totals[0].T > 0).astype(float)
+    found = ratings._resampled_strengths(totals, met, 0)
+    for of, logs in zip(totals, found):
+        of = of + met / 2 if (of[1:, 0] == 0).any() else of
+        assert logs == pytest.approx(ratings._log_strengths(of, 0), abs=1e-6)
+
+
+def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
+    def league(chances):
+        """Three trainings of "new", each with a share of won games, beside an old model."""
+        rows = [
+            ("new", "base", float(k % 10 < 10 * chance), 1, k)
+            for chance in chances
+            for k in range(100)
+        ]
+        rows += [("old", "base", float(k % 10 < 3), 1, k) for k in range(100)]
+        return rows, [0] * 100 + [1] * 100 + [2] * 100 + [None] * 100
+
+    def width(strength):
+        return strength.elo.high - strength.elo.low
+
+    for chances, least, most in (((0.6, 0.6, 0.6), 0.99, 1.01), ((0.4, 0.6, 0.8), 2, 9)):
+        games, runs = league(chances)
+        one, three = bradley_terry(games, "base"), bradley_terry(games, "base", runs=runs)
+        assert least <= width(three["new"]) / width(one["new"]) <= most
+        assert three["new"].elo.value == one["new"].elo.value
+        assert three["old"] == one["old"]  # nobody trained it
+        assert width(three["base"]) == 0
 
 
 def test_games_repeated_within_prompts_add_no_certainty():
