@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,13 @@ from sao_utils.rows import (
     Busy,
     Run,
     complete,
-    lock,
     make_rows,
     read_rows,
     results_folder,
     row_id,
     seed_of,
     standing,
+    turn,
 )
 
 BYTES = 4  # of a token, about, in English
@@ -189,7 +189,7 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
     size = len(jobs) if cap is None else WAVES * model.concurrency
     for start in range(0, len(jobs), size):
         wave = jobs[start : start + size]
-        with nullcontext() if cap is None else _turn(run):
+        with nullcontext() if cap is None else turn(_purse(run)):
             _check(run, dollars(model, *_tokens(model, wave)), cap)
             for batch in _replies(model, wave):
                 for row in batch:
@@ -200,16 +200,12 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
                 yield batch  # on disk when we go on
 
 
-@contextmanager
-def _turn(run: Run) -> Iterator[None]:
-    """Only one process of a run spends at a time, whichever server it buys from.
+def _purse(run: Run) -> Path:
+    """A lock that lets one process of a run spend at a time, whichever server it buys from.
 
     So nothing is paid between the look at what was spent and the rows that tell of what comes next.
     """
-    path = _folder() / f".{_label(run).replace('/', '.')}.lock"
-    with open(path, "ab") as file:
-        lock(file, path, wait=True)
-        yield
+    return _folder() / f".{_label(run).replace('/', '.')}.lock"
 
 
 def _check(run: Run, more: float | None, cap: float | None) -> None:

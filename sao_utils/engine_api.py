@@ -27,6 +27,7 @@ ALTERNATIVES = 20  # the most that such servers report
 VERDICT_TOKENS = 16  # "ranking: 1 > 2" is six to ten
 RETRIES = 5  # of the client, after 0.5 s, 1 s, ... or what the server asks for
 PATIENCE = 900.0  # seconds to wait altogether while the server limits the rate
+TOO_LARGE = 413  # said by what stands before a server, whatever its context is
 # What servers say of a row that they will not answer, in the body of a 400 or 422.
 REFUSALS = (
     "context",
@@ -192,6 +193,8 @@ class ApiEngine:
                 else:
                     raise self._stop(error) from None
             except openai.OpenAIError as error:
+                if getattr(error, "status_code", None) == TOO_LARGE:
+                    return None
                 raise self._stop(error) from None
 
     def _wait(self, error, waited: float) -> None:
@@ -236,7 +239,9 @@ _WITHOUT_LOGPROBS = (
 
 def _completion(answer) -> Completion:
     choice = answer.choices[0]
-    text = (choice.message.content or "").strip()
+    # A server that cuts inside of a character may send half of one, which no file takes.
+    halves = (choice.message.content or "").encode("utf-16", "surrogatepass")
+    text = halves.decode("utf-16", "replace").strip()
     if choice.finish_reason == "content_filter":
         return Completion("", 0, False)
     tokens = answer.usage.completion_tokens if answer.usage else len(text.split())

@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -144,6 +145,10 @@ def _read_line(line: str, number: int, source: str) -> dict:
         row = None
     if not isinstance(row, dict):
         raise RecipeError(f"{source}, line {number} is no JSON object.")
+    if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise RecipeError(
+            f"{source}, line {number} holds half of a character (\\ud800 to \\udfff)."
+        )
     return row
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -138,11 +138,22 @@ def _with_whole_path(model: Model) -> Model:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed."""
+    """Write a file so that it is there whole or not at all, whenever the process is killed.
+
+    Raises:
+        OSError: it could not be written, and is as it was before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        told = f"{error.strerror}. What was made so far is kept; free some disk and run again"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise OSError(error.errno, told if full else error.strerror, str(path)) from error
 
 
 def row_id(*parts: object) -> str:
@@ -204,6 +215,15 @@ def lock(file, path: Path, wait: bool = False) -> None:
         if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
             raise
         # A mounted Drive, and some network disks, have no locks; then there is none.
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """One process at a time, the others wait; `path` is an empty file for that, made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        lock(file, path, wait=True)
+        yield
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -302,11 +322,18 @@ def make_rows(
             tokens += sum(row.get("tokens", 0) for row in batch)
             yield batch
 
-    try:
-        return complete(run.rows(stage), jobs, counted, stage, max_context)
-    finally:  # also when it was stopped: the next call adds its part
+    def noted() -> None:
         if made or tokens or not (run.folder / "manifest.json").exists():
             record(run, stage, time.time() - started, adds, made=made, tokens=tokens)
+
+    try:
+        rows = complete(run.rows(stage), jobs, counted, stage, max_context)
+    except BaseException:  # the next call adds its part
+        with suppress(OSError):  # a full disk has been told of
+            noted()
+        raise
+    noted()
+    return rows
 
 
 def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
@@ -372,33 +399,37 @@ def record(run: Run, stage: str, seconds: float, adds: bool = True, **counts: in
         adds: whether seconds and counts add to those of earlier calls (rows do), or replace them (an
             adapter that is trained anew).
     """
-    stages = _manifest(run).get("stages", {})
-    before = stages.get(stage, {}) if adds else {}
-    new = {"seconds": round(seconds, 1), **counts}
-    stages[stage] = {
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **{key: round(before.get(key, 0) + value, 1) for key, value in new.items()},
-    }
-    note(run, stages=stages)
+    with _manifest(run) as manifest:
+        stages = manifest.setdefault("stages", {})
+        before = stages.get(stage, {}) if adds else {}
+        new = {"seconds": round(seconds, 1), **counts}
+        stages[stage] = {
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **{key: round(before.get(key, 0) + value, 1) for key, value in new.items()},
+        }
 
 
 def note(run: Run, **facts: object) -> None:
     """Put facts into the run's manifest, beside recipe, seeds, versions, hardware and inputs."""
-    manifest = {
-        **_manifest(run),
-        "recipe": run.recipe.model_dump(mode="json"),
-        "seeds": run.recipe.seeds,
-        "versions": versions(),
-        "hardware": hardware(),
-        "inputs": _input_hashes(run.recipe),
-        **facts,
-    }
-    write_whole(run.folder / "manifest.json", json.dumps(manifest, indent=1))
+    with _manifest(run) as manifest:
+        manifest |= facts
 
 
-def _manifest(run: Run) -> dict:
+@contextmanager
+def _manifest(run: Run) -> Iterator[dict]:
+    """The manifest, to be changed; then written. Two processes of a run do not undo each other's."""
     path = run.folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with turn(run.rows("manifest").with_name(".manifest.lock")):
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        manifest |= {
+            "recipe": run.recipe.model_dump(mode="json"),
+            "seeds": run.recipe.seeds,
+            "versions": versions(),
+            "hardware": hardware(),
+            "inputs": _input_hashes(run.recipe),
+        }
+        yield manifest
+        write_whole(path, json.dumps(manifest, indent=1))
 
 
 def _input_hashes(recipe: Recipe) -> dict[str, str]:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sao_utils import engine_api, judging, rows
+from sao_utils import asking, engine_api, judging, rows
 from sao_utils.engine_api import ApiEngine, read_verdict
 from sao_utils.engines import Completion, EngineError, Sampling, load_engine, model_name
 from sao_utils.recipe import Model
@@ -186,6 +186,22 @@ def test_a_row_that_the_server_refuses_is_empty_and_the_others_go_on(server):
     assert found[1] == found[2] == Completion("", 0, False) and found[0].finished
     verdicts = all_of(engine_for(server).choose(chats("long"), "ranking:", CHOICES))
     assert verdicts[0] == [-math.inf, -math.inf]
+
+
+def test_a_row_that_is_too_large_for_what_stands_before_a_server_does_not_end_the_others(server):
+    server.answers["huge"] = [failure(413, "Request Entity Too Large")]
+    engine = engine_for(server)
+    made = all_of(engine.generate(chats("huge", "b"), Sampling(0.6, 7), [1, 2]))
+    assert made == {0: Completion("", 0, False), 1: Completion("You said b", 3, True)}
+
+
+def test_half_a_character_at_the_end_of_a_cut_reply_can_be_kept(server, results):
+    server.answers["a"] = [(200, reply("Hello \ud83d\ude00 \ud83d", finish="length"), {})]
+    run, model = rows.open_run("tiny", "halves"), settings(server)
+    request = {"chat": [{"role": "user", "content": "a"}], "sampling": Sampling(0.0, 3)}
+    (row,) = asking.ask(run, "s", model, [request])
+    assert row["text"] == "Hello \U0001f600 \ufffd"
+    assert rows.read_rows(run.rows("s")) == [row]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_questions_that_are_neither_a_set_nor_a_file_say_so():
     "name, content, fault",
     [("a.jsonl", '{"persona": "x"}\n[1]\n', "line 2"), ("a.jsonl", "{nonsense\n", "line 1"),
      ("a.csv", "persona,b\nx,1\n,2\n", "row 2: 'persona' is empty"),
-     ("a.jsonl", '{"persona": "x"}\n{"persona": ["y"]}\n', "row 2: 'persona' holds no text")],
+     ("a.jsonl", '{"persona": "x"}\n{"persona": ["y"]}\n', "row 2: 'persona' holds no text"),
+     ("a.jsonl", '{"persona": "x"}\n{"persona": "\\ud83d"}\n', "line 2 holds half of a character")],
 )  # fmt: skip
 def test_a_faulty_line_of_a_file_is_named(tmp_path, name, content, fault):
     (tmp_path / name).write_text(content)

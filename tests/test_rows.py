@@ -124,6 +124,65 @@ def test_a_full_disk_gives_a_clear_message_and_keeps_the_rows(tmp_path):
     assert path.read_bytes().endswith(b"\n")
 
 
+FULL_DISK_OF_A_RUN = """
+import resource, signal, sys
+from sao_utils import rows
+run = rows.open_run("tiny", "m")
+rows.note(run, before=True)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # less than the manifest takes
+def work(outstanding):
+    for job in outstanding:
+        yield [{**job, "text": "x" * 400}]
+if sys.argv[1] == "rows":
+    rows.make_rows(run, "prompts", [{"id": f"{k:016x}"} for k in range(50)], work)
+rows.note(run, after=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "told"), [("rows", "prompts: could not write"), ("manifest", "manifest.json")]
+)
+def test_a_disk_that_is_too_full_for_the_manifest_too_is_told_last_of_all(results, what, told):
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK_OF_A_RUN, what], capture_output=True, text=True
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert told in last and "free some disk and run again" in last
+    manifest = json.loads((results / "m" / "manifest.json").read_text())
+    assert manifest["before"] and "after" not in manifest
+    assert len(rows.read_rows(results / "m/rows/prompts.jsonl")) == (3 if what == "rows" else 0)
+    assert not [path for path in (results / "m").iterdir() if path.name.startswith(".")]
+
+
+RECORDER = """
+import sys
+from pathlib import Path
+from sao_utils import rows
+run, name, go = rows.open_run("tiny", "m"), sys.argv[1], Path(sys.argv[2])
+rows.hardware(), rows.versions()
+go.with_name(name).touch()
+while not go.exists():
+    pass
+for k in range(30):
+    rows.record(run, name, 1.0, made=1)
+    rows.record(run, f"{name}{k}", 1.0, made=1)
+"""
+
+
+def test_two_processes_of_a_run_do_not_undo_each_others_notes(results, tmp_path):
+    pytest.importorskip("fcntl")
+    go = tmp_path / "go"
+    children = [subprocess.Popen([sys.executable, "-c", RECORDER, name, go]) for name in "ab"]
+    while not all(go.with_name(name).exists() for name in "ab"):
+        assert all(child.poll() is None for child in children)
+        time.sleep(0.01)
+    go.touch()
+    assert [child.wait() for child in children] == [0, 0]
+    stages = json.loads((results / "m" / "manifest.json").read_text())["stages"]
+    assert len(stages) == 62 and stages["a"]["made"] == stages["b"]["made"] == 30
+
+
 def test_two_processes_cannot_write_the_same_rows_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     child = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, path], stderr=subprocess.DEVNULL)
