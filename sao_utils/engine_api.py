@@ -106,12 +106,14 @@ class ApiEngine:
             self._note(i, answer)
             if answer is None:
                 return [-math.inf] * len(choices)
-            found = answer.choices[0].logprobs
-            if found is None or not found.content:
+            reply = answer.choices[0]
+            steps = reply.logprobs.content if reply.logprobs else None
+            if not steps and not reply.message.content:  # it says nothing, so it names no choice
+                return [-math.inf] * len(choices)
+            if not steps or steps[0].top_logprobs is None:
                 raise EngineError(_WITHOUT_LOGPROBS.format(self.model.url))
             tokens = [
-                (step.token, {a.token: a.logprob for a in step.top_logprobs})
-                for step in found.content
+                (step.token, {a.token: a.logprob for a in step.top_logprobs}) for step in steps
             ]
             return read_verdict(tokens, "" if self._forces else prefix, choices)
 
@@ -159,8 +161,8 @@ class ApiEngine:
         """What the server says that a row took; a refused row took nothing."""
         if answer is None:
             self.usage[row] = (0, 0)
-        elif answer.usage:
-            self.usage[row] = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        elif used := _used(answer):
+            self.usage[row] = used
 
     def _ask(self, chat: Chat, tokens: int, **options):
         """One chat completion; None when the server refuses this row."""
@@ -237,6 +239,12 @@ _WITHOUT_LOGPROBS = (
 )
 
 
+def _used(answer) -> tuple[int, int] | None:
+    """Tokens read and written, if the server says both."""
+    told = [getattr(answer.usage, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
+    return tuple(told) if all(isinstance(count, int) for count in told) else None
+
+
 def _completion(answer) -> Completion:
     choice = answer.choices[0]
     # A server that cuts inside of a character may send half of one, which no file takes.
@@ -244,8 +252,8 @@ def _completion(answer) -> Completion:
     text = halves.decode("utf-16", "replace").strip()
     if choice.finish_reason == "content_filter":
         return Completion("", 0, False)
-    tokens = answer.usage.completion_tokens if answer.usage else len(text.split())
-    return Completion(text, tokens, choice.finish_reason == "stop")
+    used = _used(answer)
+    return Completion(text, used[1] if used else len(text.split()), choice.finish_reason == "stop")
 
 
 def read_verdict(

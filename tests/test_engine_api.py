@@ -195,6 +195,21 @@ def test_a_row_that_is_too_large_for_what_stands_before_a_server_does_not_end_th
     assert made == {0: Completion("", 0, False), 1: Completion("You said b", 3, True)}
 
 
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": None, "completion_tokens": None}])
+def test_a_server_that_counts_no_tokens_is_counted_by_words(server, usage):
+    server.answers["a"] = [(200, {**reply("two words"), "usage": usage}, {})]
+    engine = engine_for(server)
+    made = all_of(engine.generate(chats("a"), Sampling(0.6, 7), [1]))
+    assert made == {0: Completion("two words", 2, True)} and engine.usage == {}
+
+
+def test_a_judge_that_says_nothing_of_a_row_does_not_end_the_others(server):
+    server.answers["a"] = [(200, reply("", {"content": []}), {})]
+    server.answers["b"] = [(200, reply("ranking: 1", steps(("ranking:", {}), (" 1", LIKELY))), {})]
+    made = all_of(engine_for(server).choose(chats("a", "b"), "ranking:", CHOICES))
+    assert made[0] == [-math.inf, -math.inf] and made[1][0] > made[1][1] > -math.inf
+
+
 def test_half_a_character_at_the_end_of_a_cut_reply_can_be_kept(server, results):
     server.answers["a"] = [(200, reply("Hello \ud83d\ude00 \ud83d", finish="length"), {})]
     run, model = rows.open_run("tiny", "halves"), settings(server)
