@@ -68,7 +68,8 @@ class Work:
     in a few words; sit an "exam" of lm-eval. Of a request in the mean: tokens `read` and `written`, and
     at most (`most_read`, `most_written`); `longest`, the tokens of the longest prompt. `shared`: those,
     in the mean, that vLLM has read for an earlier row. `requests` of an exam, whose rows are models.
-    `asked_on`: a reply may be followed by one more request, which holds it.
+    `asked_on`: a reply may be followed by one more request, which holds it. `most_rows`, if nothing is
+    dropped on the way; 0: `rows`.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class Work:
     part: str = ""
     shared: float = 0
     asked_on: bool = False
+    most_rows: int = 0
     requests: int = 0
 
     @property
@@ -102,7 +104,8 @@ class Work:
         read, written = self.most_read + AROUND, self.most_written
         if self.asked_on:
             read, written = 2 * read + written, 2 * written
-        return usual, max(usual, dollars(self.model, self.rows * read, self.rows * written))
+        rows = max(self.rows, self.most_rows)
+        return usual, max(usual, dollars(self.model, rows * read, rows * written))
 
 
 @dataclass(frozen=True)
@@ -218,35 +221,39 @@ def _differing(reference: Path, stages: dict) -> dict[str, float]:
 def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """Stages 1 to 3, and what notebooks 01 to 03 try beside them."""
     seeds, count = len(recipe.seeds), recipe.personas.count
-    kept = count * seeds * rates.prompts_kept
-    tried, trials = min(TRIED, count) * seeds, TEMPERATURES * rates.prompts_kept
-    beside = seeds * (min(WITHOUT, count) + OWN) + TEMPERATURES * tried
+    asked, tried = count * seeds, TEMPERATURES * min(TRIED, count) * seeds
+    beside = seeds * (min(WITHOUT, count) + OWN) + tried
+    kept, judged = rates.prompts_kept, rates.prompts_kept * rates.judged
     instruction, most_instruction = _instruction(recipe, rates)
 
-    def prompts(stage: str, rows: float, part: str = "") -> Work:
+    def prompts(stage: str, rows: int, part: str = "") -> Work:
         limit = recipe.personas.max_new_tokens
         new = min(rates.prompt, limit)
         mean = (instruction, new, most_instruction, limit, instruction)
-        return Work(stage, "model", recipe.model, "write", round(rows), *mean, part)
+        return Work(stage, "model", recipe.model, "write", rows, *mean, part)
 
-    def responses(stage: str, rows: float, part: str = "") -> Work:
+    def responses(stage: str, most: int, part: str = "") -> Work:
         limit = recipe.responses.max_new_tokens
         new = min(rates.response, limit)
         mean = (rates.prompt, new, recipe.personas.max_new_tokens, limit, rates.prompt)
         shared = rates.prompt / 2  # each prompt is answered twice
-        return Work(stage, "model", recipe.model, "write", round(rows), *mean, part, shared)
+        rows = round(most * kept)
+        told = (stage, "model", recipe.model, "write", rows, *mean, part, shared)
+        return Work(*told, most_rows=most)
 
-    def verdicts(stage: str, rows: float, part: str = "", sampled: bool = False) -> Work:
+    def verdicts(stage: str, rows: float, most: int, part: str = "", sampled=False) -> Work:
         limit = recipe.responses.max_new_tokens
-        return _ranked(recipe, rates, stage, rows, limit, part=part, sampled=sampled)
+        return _ranked(recipe, rates, stage, rows, most, limit, part=part, sampled=sampled)
 
-    yield prompts("prompts", count * seeds)
-    yield responses("responses", PER_PROMPT * kept)
-    yield verdicts("verdicts", 2 * kept * rates.judged)
-    yield verdicts("labelled", 2 * _labelled(recipe))
+    yield prompts("prompts", asked)
+    yield responses("responses", PER_PROMPT * asked)
+    yield verdicts("verdicts", 2 * asked * judged, 2 * asked)
+    labelled = 2 * _labelled(recipe)
+    yield verdicts("labelled", labelled, labelled)
     yield prompts("variants", beside, "prompts")
-    yield responses("variants", PER_PROMPT * trials * tried, "responses")
-    yield verdicts("variants", 2 * min(SAMPLED, kept * rates.judged), "verdicts, sampled", True)
+    yield responses("variants", PER_PROMPT * tried, "responses")
+    some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
+    yield verdicts("variants", *some, "verdicts, sampled", True)
 
 
 def _instruction(recipe: Recipe, rates: Rates) -> tuple[float, float]:
@@ -280,6 +287,7 @@ def _ranked(
     rates: Rates,
     stage: str,
     rows: float,
+    most_rows: int,
     limit: int,
     question: float | None = None,
     part: str = "",
@@ -312,6 +320,7 @@ def _ranked(
         longest_ranking(limit),
         part,
         rates.shared,
+        most_rows=most_rows,
     )
 
 
@@ -353,16 +362,18 @@ def _answers(recipe: Recipe, rates: Rates, notes: list[str]) -> Iterator[Work]:
         mean = (rates.prompt, new, max(rates.prompt, known), limit, rates.prompt)
         yield Work("answers", who, model, "write", rows, *mean, "" if who == "model" else who)
     seeds, tuned = len(recipe.seeds), len(recipe.arms) * len(recipe.seeds)
-    each = 2 * len(texts) * rates.duelled
-    yield _ranked(recipe, rates, "duels", each * tuned, limit, known)
+
+    def duels(models: int, **more) -> Work:
+        rows = 2 * len(texts) * models
+        return _ranked(recipe, rates, "duels", rows * rates.duelled, rows, limit, known, **more)
+
+    yield duels(tuned)
     if "self" not in recipe.arms:
         return
     if not recipe.judges:  # the tuned model judges, too
-        tuned_judge = {"who": "model", "model": recipe.model, "part": "judged by the tuned model"}
-        yield _ranked(recipe, rates, "duels", each * seeds, limit, known, **tuned_judge)
+        yield duels(seeds, who="model", model=recipe.model, part="judged by the tuned model")
     for name, model in recipe.judges.items():
-        other = {"who": f"judges.{name}", "model": model, "part": f"judges.{name}"}
-        yield _ranked(recipe, rates, "duels", each * seeds, limit, known, **other)
+        yield duels(seeds, who=f"judges.{name}", model=model, part=f"judges.{name}")
 
 
 def _questions(settings: Evaluation) -> list[str] | None:
@@ -506,15 +517,17 @@ def _benchmarks(recipe: Recipe, rates: Rates, notes: list[str]) -> Iterator[Work
         judged = sum(count for _, _, count in _competitors(recipe)) - (not asked.base_too)
         for label, who, model in judges if asked.verdicts else ():
             written = (ARGUED[name], most[name]) if asked.argues else _verdict(model, 0, False)
+            rows = judged * len(asked.verdicts)
             yield Work(
                 "benchmark_verdicts",
                 who,
                 model,
                 "write" if asked.argues else "judge",
-                round(judged * len(asked.verdicts) * rates.compared),
+                round(rows * rates.compared),
                 *_mean(asked.verdicts, usual, limit, written),
                 f"{name}, {label}" if label else name,
                 asked_on=name == "arena_hard",  # if it has no label
+                most_rows=rows,
             )
 
 

@@ -1,0 +1,232 @@
+"""What a run asks of which model: counted against a run that is made, and paid to a server on loopback."""
+
+import json
+import math
+import re
+
+import pytest
+from test_engine_api import reply, server, settings, steps  # noqa: F401 (a fixture)
+
+from sao_utils import arena_hard, contests, evaluation, harness, judging, rows, workload
+from sao_utils import results as scores
+from sao_utils.asking import spent
+from sao_utils.recipe import load_recipe
+from sao_utils.responses import write_responses
+from sao_utils.workload import AROUND, BYTES, tokens
+
+PAID = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
+
+
+def bill(recipe="tiny", **changes):
+    """At the assumed lengths, by who is paid."""
+    load = workload.workload(load_recipe(recipe, changes))
+    return {who: about for who, (about, _) in load.bill.items()}
+
+
+def test_the_bill_names_who_is_paid_for_what():
+    def judged_by(price, **more):
+        return bill(**{f"judge.{key}": value for key, value in {**PAID, **price}.items()}, **more)
+
+    assert bill() == {} == judged_by({"price_in": None})
+    judge = judged_by({})
+    assert set(judge) == {"judge"}
+    assert (
+        judged_by({}, judges={"x": PAID})["judge"] < judge["judge"]
+    )  # else the tuned model judges
+    assert judged_by({"price_in": 2.0})["judge"] == pytest.approx(2 * judge["judge"])
+
+
+def test_others_are_paid_for_answers_and_benchmarks_and_judges_for_contests_and_benchmarks():
+    plain = {"evaluation.benchmarks": [], "evaluation.harness": []}
+    works = workload.workload(load_recipe("tiny", {"others": {"x": PAID}, **plain})).works
+    (other,) = [work for work in works if work.who == "others.x"]
+    assert (other.stage, other.rows) == ("answers", 880 * 2)  # two temperatures
+    assert bill(others={"x": PAID}, **plain)["others.x"] == pytest.approx(
+        other.rows * other.read / 1e6
+    )
+    more = bill(others={"x": PAID}, **{"evaluation.benchmarks": ["tiny_mt"]})["others.x"]
+    assert more > bill(others={"x": PAID}, **plain)["others.x"]
+    few = bill(judges={"x": PAID}, **plain)["judges.x"]
+    assert bill(judges={"x": PAID})["judges.x"] > few > 0
+
+
+# ---------------------------------------------------------------------------- published sizes
+
+
+def published(**changes):
+    recipe = load_recipe("gpu-24gb", {f"evaluation.{key}": v for key, v in changes.items()})
+    return workload.workload(recipe)
+
+
+def parts(load, stage):
+    return {work.part: work for work in load.works if work.stage == stage}
+
+
+def test_the_benchmarks_have_their_published_sizes_where_their_files_are_not_here():
+    load = published(benchmarks=["alpaca_eval", "arena_hard", "mt_bench"])
+    answers, verdicts = parts(load, "benchmark_answers"), parts(load, "benchmark_verdicts")
+    two = 2  # base and tuned model
+    assert [work.rows / two for work in answers.values()] == [805, 500, 160]
+    assert [work.rows / two for work in verdicts.values()] == [805, 1000, 160]
+    assert [work.most_written for work in verdicts.values()] == [0, 4096, 2048]
+    assert sum("by its published size" in note for note in load.notes) == 3
+    limited = published(benchmarks=["mt_bench"], benchmark_limit=10)
+    assert parts(limited, "benchmark_answers")["mt_bench"].rows == two * 20
+
+
+def test_the_texts_of_a_benchmark_are_counted_where_they_are_here(tmp_path):
+    folder = tmp_path / "arena-hard-v0.1"
+    (folder / "model_answer").mkdir(parents=True)
+    questions = [{"question_id": k, "turns": [{"content": "é" * 40 * k}]} for k in (1, 2, 3)]
+    baseline = [
+        {"question_id": k, "choices": [{"turns": [{"content": "b" * 400}]}]} for k in (1, 2, 3)
+    ]
+    for path, content in (
+        (folder / "question.jsonl", questions),
+        (folder / "model_answer" / "gpt-4-0314.jsonl", baseline),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    load = published(benchmarks=["arena_hard"], data=str(tmp_path))
+    (answers,) = parts(load, "benchmark_answers").values()
+    (verdicts,) = parts(load, "benchmark_verdicts").values()
+    assert (answers.rows, answers.read, answers.longest) == (2 * 3, 40, 60)  # two bytes a letter
+    assert verdicts.rows == 2 * 2 * 3
+    around = tokens(arena_hard._own_chat("", "", "")[0]["content"])
+    assert verdicts.read == pytest.approx(around + 40 + 100 + 375)
+    assert load.notes == []
+
+
+def test_the_leaderboards_tasks_have_the_requests_that_lm_eval_makes():
+    load = published(harness=["leaderboard"])
+    exams = parts(load, "harness")
+    assert [name.split(":")[0] for name in exams] == [exam.task for exam in harness.LEADERBOARD]
+    assert "hellaswag: 40,168 requests" in exams and "arc_challenge: 4,687 requests" in exams
+    mmlu = exams["mmlu: 56,168 requests"]
+    assert mmlu.rows == 2 and mmlu.requests == 2 * 14_042  # choices of one token share a pass
+    assert mmlu.model.engine == "transformers" and mmlu.model.quantisation == "none"
+    limited = parts(published(harness=["leaderboard"], harness_limit=10), "harness")
+    assert limited["mmlu: 2,280 requests"].requests == 2 * 57 * 10
+    assert "gsm8k: 10 requests" in limited
+
+
+def test_local_exams_are_counted_as_lm_eval_asks_them():
+    """The tiny world's, against the number of requests that lm-eval builds."""
+    pytest.importorskip("lm_eval")
+    for exam in harness.exams(["tiny"]):
+        (task,) = harness._open(exam)["tasks"].values()
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        assert workload._exam_size(exam)["requests"] == len(task.instances)
+
+
+# ---------------------------------------------------------------------------- against a run
+
+
+def test_the_reference_run_is_counted_as_it_was():
+    """Stages whose rows do not hang on what a model said, row by row."""
+    folder = rows.results_folder() / "reference"
+    took = workload.actual(folder)
+    planned: dict[str, int] = {}
+    for work in workload.workload(load_recipe(str(folder / "recipe.yaml"))).works:
+        planned[work.stage] = planned.get(work.stage, 0) + work.rows
+    assert planned.keys() == {name for name in took if not name.startswith("training")}
+    for stage in ("prompts", "labelled", "harness", "benchmark_answers"):
+        assert planned[stage] == took[stage]["made"]
+    for stage in planned:
+        assert planned[stage] == pytest.approx(took[stage]["made"], rel=0.01)
+
+
+SMALL = {
+    "personas.count": 20,
+    "arms": ["self"],
+    "training.probe_steps": 0,
+    "evaluation.temperatures": [0.0],
+    "evaluation.bootstrap": 200,
+    "evaluation.benchmark_limit": 6,
+    "evaluation.harness": [],
+    "evaluation.benchmarks": ["tiny_alpaca", "tiny_arena", "tiny_mt"],
+}
+
+
+def verdict(text):
+    """Log-probabilities of a judge that likes the later text in the alphabet, wherever it is shown."""
+    one, two = (re.search(rf"<Response {k}> (.*?) </", text, re.DOTALL)[1] for k in (1, 2))
+    likely = {" 1": -0.1, " 2": -2.5} if one > two else {" 1": -2.5, " 2": -0.1}
+    return steps(("ranking:", {}), (max(likely, key=likely.get), likely))
+
+
+class Talker(dict):
+    """Answers of a server that writes a share of all that it may, says how much that was, and how much
+    it has read: a token has `BYTES` bytes."""
+
+    def __init__(self, server, share):  # noqa: F811
+        super().__init__()
+        self.server, self.share, self.read, self.written = server, share, 0, 0
+
+    def get(self, text, _):
+        body = self.server.requests[-1]
+        new = math.floor(self.share * body["max_tokens"])
+        words = f"User prompt: {len(self.server.requests)}?".ljust(BYTES * new, "x")[: BYTES * new]
+        answer = reply(words, verdict(text) if body.get("logprobs") else None)
+        asked = "".join(message["content"] for message in body["messages"])
+        read = math.ceil(tokens(asked)) + AROUND
+        self.read, self.written = self.read + read, self.written + new
+        usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+        return [(200, {**answer, "usage": usage}, {"slow": "0"})]
+
+
+def buyer(server, **changes):  # noqa: F811
+    """A run whose judge, and another judge and model, are paid; it has a few questions of its own."""
+    paid = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
+    return {
+        **SMALL,
+        **{f"judge.{key}": value for key, value in paid.items()},
+        "others": {"rival": {**paid, "path": "rival"}},
+        "judges": {"second": {**paid, "path": "second"}},
+        **changes,
+    }
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    texts = [f"What does one need for hobby number {k}, and how long is it?" for k in range(6)]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, asked):  # noqa: F811
+    """All that notebooks 03, 05 and 06 buy of a judge, a second judge and another model."""
+    server.answers = Talker(server, 1.0)
+    run = rows.open_run("tiny", "paid", buyer(server, **{"evaluation.questions": asked}))
+    load = workload.workload(run.recipe)
+    judging.judge(run)
+    sampled = rows.variant(run, "sampled", {"judging.method": "sampled"})
+    judging.verdict_rows(sampled, "verdicts", judging.judge(run)[: workload.SAMPLED])
+    labels = run.folder / "labelled.csv"
+    labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
+    judging.judge_labelled(run, judging.labelled_pairs(str(labels)))
+    evaluation.answer(run)
+    contests.duel(run)
+    scores.several_judges(run)
+    scores.benchmark_rows(run)
+    assert load.bill.keys() == {"judge", "others.rival", "judges.second"}
+    most = sum(
+        most for _, most in load.bill.values()
+    )  # 2.2 times: our model's own answers are short
+    paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
+    assert 0.4 * most < paid <= most
+    assert spent(run) + spent(sampled) == pytest.approx(paid)
+
+
+def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):  # noqa: F811
+    """The whole bill of a generator, but for notebook 01's and 02's trials and the evaluation."""
+    server.answers = Talker(server, 1.0)
+    model = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
+    changes = {f"model.{key}": value for key, value in model.items()}
+    run = rows.open_run("tiny", "written", {**SMALL, **changes})
+    works = workload.workload(run.recipe).works
+    write_responses(run)
+    most = sum(w.dollars[1] for w in works if w.stage in ("prompts", "responses"))
+    paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
+    assert 0.5 * most < paid <= most
