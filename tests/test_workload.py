@@ -30,9 +30,8 @@ def test_the_bill_names_who_is_paid_for_what():
     assert bill() == {} == judged_by({"price_in": None})
     judge = judged_by({})
     assert set(judge) == {"judge"}
-    assert (
-        judged_by({}, judges={"x": PAID})["judge"] < judge["judge"]
-    )  # else the tuned model judges
+    both = judged_by({}, judges={"x": PAID})
+    assert both["judge"] == pytest.approx(judge["judge"]) and both["judges.x"] > 0
     assert judged_by({"price_in": 2.0})["judge"] == pytest.approx(2 * judge["judge"])
 
 
