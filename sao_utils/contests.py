@@ -27,7 +27,7 @@ from sao_utils.intervals import (
     prompts_needed,
     win_rate,
 )
-from sao_utils.judging import ORDERS, first_shown, judges_agree, verdict_rows
+from sao_utils.judging import first_shown, judges_agree, verdict_rows
 from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Model, RecipeError
@@ -154,8 +154,7 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         rows: of one call of `contest`, at least one.
 
     Returns:
-        win_rate: see `rate_of`; win_rate_lc: at equal length in characters, as AlpacaEval counts
-        it, since models count tokens differently (see `intervals`).
+        win_rate, win_rate_lc: see `rate_of`, `rate_at_equal_length`.
         Shares of valid verdicts: decided (both orders agree), inconsistent, tie, identical; and
         first_position, the share of verdicts, two a prompt, that prefer what is shown first (half,
         where a verdict's odds are even).
@@ -182,13 +181,10 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
         "length_difference": mean(_longer(rows), rows),
     }
     if valid:
-        wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
         rate = rate_of(valid)
         found = {
             "win_rate": rate,
-            "win_rate_lc": length_controlled_win_rate(
-                wins, _longer(valid), by, runs=[row["seed"] for row in valid]
-            ),
+            "win_rate_lc": rate_at_equal_length(valid),
             **{
                 key: mean([row["outcome"] == outcome for row in valid], valid)
                 for key, outcome in OUTCOMES.items()
@@ -197,8 +193,12 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
             "prompts_needed": _needed(rate, valid),
         }
     if judged:
-        first = [prefers for row in judged for prefers in first_shown(row)]
-        found["first_position"] = mean(first, [row for row in judged for _ in ORDERS])
+        shown = [
+            (float(prefers), row["combination"], row["seed"])
+            for row in judged
+            for prefers in first_shown(row)
+        ]
+        found["first_position"] = win_rate(*zip(*shown)).rate
     return {f"{name_of(run, rows[0])}.{key}": value for key, value in found.items()}
 
 
@@ -210,6 +210,20 @@ def rate_of(valid: list[dict]) -> Interval:
     """The win rate of contest rows with valid verdicts (`intervals.win_rate`)."""
     wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
     return win_rate(wins, by, [row["seed"] for row in valid]).rate
+
+
+def rate_at_equal_length(valid: list[dict]) -> Interval:
+    """The length-controlled win rate of contest rows with valid verdicts (`length_control`).
+
+    Length is counted in characters, as AlpacaEval does: a judge is shown text, and the models of a
+    contest, or of two runs, may cut the same text into different tokens.
+    """
+    return length_controlled_win_rate(
+        [row["win"] for row in valid],
+        _longer(valid),
+        [row["combination"] for row in valid],
+        runs=[row["seed"] for row in valid],
+    )
 
 
 def _needed(rate: Interval, valid: list[dict]) -> Interval:

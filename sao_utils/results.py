@@ -29,7 +29,6 @@ from sao_utils.judging import (
     oracle_quality,
 )
 from sao_utils.leakage import leakage, own_set
-from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.pairs import build_pairs, funnel
 from sao_utils.personas import near_duplicate_rate, repetition_rate, write_prompts
 from sao_utils.published import published
@@ -53,9 +52,9 @@ def scores(run: Run) -> dict[str, Interval]:
     base, `gain_over_<arm>` tuned minus that control, `<arm>_gain` control minus base; paired by
     question, clustered by combination, and over all seeds (`gain.seed<k>`: one seed alone).
     `flaw_rate.<flaw>.*`: see `flaw_rates`. `self_judge.*`: see `judge_quality`. `self_win_rate*`: the
-    base model's verdict on tuned against base answers. `answer_length.*`: tokens. `contest.*`, `league.*`:
-    `contest_scores`; `benchmark.*`: `benchmark_rows`; `harness.*`: `harness_scores`; `leakage.*`:
-    `leakage_scores`. What needs an oracle counts the questions that it knows.
+    base model's verdict on tuned against base answers, see `win_rates`. `answer_length.*`: tokens.
+    `contest.*`, `league.*`: `contest_scores`; `benchmark.*`: `benchmark_rows`; `harness.*`:
+    `harness_scores`; `leakage.*`: `leakage_scores`. What needs an oracle counts the questions that it knows.
     """
     return {
         **prompt_scores(run),
@@ -287,7 +286,10 @@ def flaw_rates(run: Run) -> dict[str, Interval]:
 def win_rates(run: Run) -> dict[str, Interval]:
     """The self-judged win rate against the base, raw and at equal length, of every arm.
 
-    Invalid verdicts are left out of the win rates; `valid` is the share of the others.
+    `self_win_rate` and `self_win_rate_lc` of the arm "self" are the contest's own figures, under
+    shorter names: `contest.self_vs_base.self.win_rate` and `.win_rate_lc`; the other arms' have
+    their name behind a dot. Length is in characters (`contests.rate_at_equal_length`). Invalid
+    verdicts are left out of the win rates; `valid` is the share of the others.
     """
     found = {}
     duels = contests.duel(run)
@@ -302,12 +304,8 @@ def win_rates(run: Run) -> dict[str, Interval]:
             runs = [row["seed"] for row in every]
             found[f"self_win_rate_valid{suffix}"] = clustered_mean(valid, by, resamples, runs=runs)
         if rows:
-            wins, by = [row["win"] for row in rows], [row["combination"] for row in rows]
-            longer = [row["lengths"][0] - row["lengths"][1] for row in rows]
             found[f"self_win_rate{suffix}"] = contests.rate_of(rows)
-            found[f"self_win_rate_lc{suffix}"] = length_controlled_win_rate(
-                wins, longer, by, runs=[row["seed"] for row in rows]
-            )
+            found[f"self_win_rate_lc{suffix}"] = contests.rate_at_equal_length(rows)
     return found
 
 

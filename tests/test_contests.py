@@ -12,6 +12,7 @@ from test_engine_api import reply, server, settings  # noqa: F401 (a fixture)
 
 from sao_utils import asking, contests, evaluation, rows
 from sao_utils.asking import CostError
+from sao_utils.length_control import length_controlled_win_rate
 from sao_utils.recipe import RecipeError, load_recipe
 
 PROMPTS = ["What is tea?", "Name a hobby.", "What is tea?", "How do I begin?", "Say hello."]
@@ -294,6 +295,18 @@ def test_a_win_rate_that_may_be_a_half_needs_any_number_of_prompts(results):
     board = board_of(run, even)
     assert board["prompts_needed"].value == board["prompts_needed"].high == math.inf
     assert board["win_rate_lc"].value == pytest.approx(0.5)
+
+
+def test_length_counts_in_characters_whatever_the_tokens(results):
+    run = rows.open_run("tiny", "numbers")
+    found = [
+        row(k, float(k % 3 > 0), responses=("x" * (40 + 7 * k % 31), "x" * 50)) for k in range(90)
+    ]
+    for k, of in enumerate(found):
+        of["lengths"] = [k, 90 - k]  # tokens: another order of the same texts
+    wins, longer = [of["win"] for of in found], [len(of["responses"][0]) - 50 for of in found]
+    expected = length_controlled_win_rate(wins, longer, range(90))
+    assert board_of(run, found)["win_rate_lc"] == expected == contests.rate_at_equal_length(found)
 
 
 def test_several_trainings_widen_the_interval_of_a_win_rate(results):

@@ -74,6 +74,8 @@ def test_tables_hold_each_score_with_interval_and_n(loop):
         assert (
             stored[key]["low"] <= stored[key]["value"] <= stored[key]["high"] and stored[key]["n"]
         )
+    for metric in ("win_rate", "win_rate_lc"):  # one contest, one figure, under two names
+        assert found[f"self_{metric}"] == found[f"contest.self_vs_base.self.{metric}"]
     gain = found["oracle_good_rate.tuned"].value - found["oracle_good_rate.base"].value
     assert found["oracle_good_rate.gain"].value == pytest.approx(gain)
     assert found["oracle_good_rate.twin"] == found["oracle_good_rate.base"]
