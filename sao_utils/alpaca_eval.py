@@ -302,9 +302,16 @@ def published_fit(annotations: list[dict], gamed: Path) -> float | None:
     share, weight = np.tile(y, 2), np.tile(weight, 2)
     counts_as = weight * np.where(label == 1, share, 1 - share)
 
-    def fit(strength: float, rows) -> LogisticRegression:
+    # scikit-learn had a name for the penalty before 1.8.
+    l1 = (
+        {"penalty": "l1"}
+        if getattr(LogisticRegression(), "penalty", "") == "l2"
+        else {"l1_ratio": 1}
+    )
+
+    def fit(strength: float, rows, draws) -> LogisticRegression:
         model = LogisticRegression(
-            C=strength, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=123
+            C=strength, solver="liblinear", fit_intercept=False, random_state=draws, **l1
         )
         return model.fit(x[rows], label[rows], counts_as[rows])
 
@@ -313,9 +320,11 @@ def published_fit(annotations: list[dict], gamed: Path) -> float | None:
         logs = share[rows] * np.log(p) + (1 - share[rows]) * np.log(1 - p)
         return float(np.mean(logs * weight[rows]))
 
-    strengths, folds = np.logspace(-4, 4, 10), list(GroupKFold(5).split(x, label, group))
-    means = [np.mean([score(fit(c, train), test) for train, test in folds]) for c in strengths]
-    best = fit(strengths[int(np.argmax(means))], slice(None))
+    strengths, scores = np.logspace(-4, 4, 10), []
+    for train, test in GroupKFold(5).split(x, label, group):
+        draws = np.random.RandomState(123)  # of a fold's ten fits: scores may be all but equal
+        scores.append([score(fit(c, train, draws), test) for c in strengths])
+    best = fit(strengths[int(np.argmax(np.mean(scores, axis=0)))], slice(None), 123)
     return float(best.predict_proba(at_zero)[:, 1].mean())
 
 
