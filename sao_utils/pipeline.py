@@ -28,7 +28,7 @@ from sao_utils.recipe import (
     recipe_names,
     valid_keys,
 )
-from sao_utils.rows import Run, write_whole
+from sao_utils.rows import Busy, Run, turn, write_whole
 
 #: The folder of the notebooks, beside the package in a checkout.
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -111,8 +111,8 @@ def run_notebooks(
         folder: where the notebooks are; by default beside the package.
 
     Raises:
-        PipelineError: no such notebook, one that lacks a parameter, or no such model; before any
-            of them runs.
+        PipelineError: no such notebook, one that lacks a parameter, no such model, or another
+            process is at this run; before any of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
     every = notebooks(folder)
@@ -136,10 +136,21 @@ def run_notebooks(
     for path in chosen:
         _check_parameters(path, told)
     out = run.folder / "notebooks"
+    try:
+        with turn(run.rows("notebooks").with_name(".notebooks.lock"), out, wait=False):
+            _run_in_order(run, chosen, every, told, only is not None, say)
+    except Busy as error:  # two would write the same executed notebooks
+        raise PipelineError(str(error)) from None
+
+
+def _run_in_order(
+    run: Run, chosen: list[Path], every: list[Path], told: dict, fresh: bool, say: Callable
+) -> None:
+    """Execute the chosen ones of every notebook; from the first that is not done, or is to be `fresh`."""
+    out = run.folder / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "done.json"
     done = _read_done(ledger)
-    fresh = only is not None
     for place, path in enumerate(chosen, 1):
         label = f"[{place}/{len(chosen)}] {path.stem}"
         fingerprint = _fingerprint(path, run)

@@ -218,11 +218,17 @@ def lock(file, path: Path, wait: bool = False) -> None:
 
 
 @contextmanager
-def turn(path: Path) -> Iterator[None]:
-    """One process at a time, the others wait; `path` is an empty file for that, made if need be."""
+def turn(path: Path, what: Path | None = None, wait: bool = True) -> Iterator[None]:
+    """One process at a time, the others wait.
+
+    Args:
+        path: an empty file to tell by, made if need be.
+        what: what is done in turns, for a message.
+        wait: or else raise `Busy`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        lock(file, path, wait=True)
+        lock(file, what or path, wait)
         yield
 
 

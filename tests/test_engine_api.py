@@ -345,6 +345,11 @@ def test_a_choice_too_unlikely_to_be_reported_gets_the_least_alternative():
 def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):
     with pytest.raises(EngineError, match="judging.method=sampled"):
         all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
+    bare = steps((" 1", {}))
+    bare["content"][0]["top_logprobs"] = None
+    server.answers["a"] = [(200, reply("1", bare), {})]
+    with pytest.raises(EngineError, match="judging.method=sampled"):
+        all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
     server.answers["a"] = [failure(400, "logprobs are not supported")]
     with pytest.raises(EngineError, match="judging.method=sampled"):
         all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))

@@ -204,6 +204,27 @@ def test_only_runs_one_notebook_though_it_is_done_and_what_follows_counts_as_not
         go(folder, only="09")
 
 
+def test_a_second_process_of_a_run_is_refused_and_does_not_disturb_the_first(folder):
+    again = (
+        "from sao_utils.pipeline import *; from sao_utils.rows import open_run; "
+        f"run_notebooks(open_run('tiny', 'mine'), folder=Path({str(folder)!r}))"
+    )
+    second = f"[{sys.executable!r}, '-c', {again!r}]"
+    told = folder.parent / "told"
+    write(
+        folder,
+        "01_first",
+        f"import subprocess\ntold = Path({str(told)!r})\nif not told.exists():\n    told.touch()\n"
+        f"    said = subprocess.run({second}, capture_output=True, text=True).stderr\n"
+        "    told.write_text(said)",
+    )
+    go(folder)
+    last = told.read_text().strip().splitlines()[-1]
+    assert "PipelineError: Another process is making notebooks of this run" in last
+    assert seen(folder) == ["01"]
+    assert go(folder).strip().endswith("skipped")
+
+
 def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
     slow = folder.parent / "slow"
     slow.touch()
