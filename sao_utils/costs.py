@@ -138,7 +138,7 @@ def _pass_bytes(
     """Bytes that a forward pass without gradients needs at a time, for `rows` sequences of `each`
     tokens: inside of the gated layer, or of the attention.
 
-    With a softcap the attention's scores stand in memory as a whole (twice, and their softmax in
+    With a softcap the attention's scores stand in memory as a whole (and as their softmax in
     float32), and the layer holds on to the softmax while its gated part runs.
     """
     size, squares = WEIGHT_BYTES[dtype_of(model)], rows * each * each
@@ -149,7 +149,8 @@ def _pass_bytes(
     if shape.softcap:  # two kinds of masks, in numbers
         masks = 2 * size * squares
         gated += size * shape.heads * squares
-        attention += (2 * size + 4) * shape.heads * squares
+        # In 16 bit, in float32 and in 16 bit again; a model in float32 has two of these.
+        attention += 8 * shape.heads * squares
     unpacked = size * shape.width * shape.inner if model.quantisation == "nf4" else 0
     return max(gated, attention) + masks + unpacked
 
@@ -208,11 +209,15 @@ def judging_memory(
 def exam_memory(config, model: Model, tokens: float) -> dict[str, float]:
     """GiB by part that lm-eval needs at least: one row of so many tokens, the logits of all of them
     and their logarithms. It tries larger batches first, up to what fits."""
-    shape = shape_of(config)
-    working = _pass_bytes(shape, model, tokens, 1, tokens)
-    working += 2 * WEIGHT_BYTES[dtype_of(model)] * tokens * shape.vocabulary
+    shape, size = shape_of(config), WEIGHT_BYTES[dtype_of(model)]
+    cache = tokens * shape.kv_bytes(dtype_of(model))  # that it asks for, and does not use
+    working = max(
+        _pass_bytes(shape, model, tokens, 1, tokens),
+        tokens * (2 * size * shape.vocabulary + 2 * size * shape.width),
+    )
     weights = shape.weight_bytes(dtype_of(model), model.quantisation)
-    return {"weights": weights / GIB, "working": working / GIB}
+    parts = {"weights": weights, "KV cache": cache, "working": working}
+    return {name: size / GIB for name, size in parts.items()}
 
 
 def static_rows(model: Model, tokens: float) -> int:
@@ -433,18 +438,11 @@ def reading_hours(
     return hours + decode_hours(shape, gpu, model, rows, prompt, few, batch) / DECODE_SHARE
 
 
-def exam_hours(
-    model: Model,
-    gpu: Gpu,
-    parts: dict[str, float],
-    requests: float,
-    read: float,
-    written: float = 0,
-) -> float:
+def exam_hours(model: Model, gpu: Gpu, requests: float, read: float, written: float = 0) -> float:
     """Hours of so many requests of lm-eval, which computes the logits of every token that it reads.
 
     Args:
-        parts: `exam_memory`. read, written: tokens of a request and of its answer, in the mean.
+        read, written: tokens of a request and of its answer, in the mean.
     """
     shape = model_shape(model)
     head = shape.vocabulary * shape.width
@@ -452,8 +450,9 @@ def exam_hours(
     if written:
         # As many rows as fit with the longest prompt that the model takes: so its batch is found.
         longest = shape.context or EXAM_CONTEXT
-        each = exam_memory(architecture(model), model, longest)["working"]
-        rows = int((gpu.memory - CONTEXT - parts["weights"]) // each)
+        row = exam_memory(architecture(model), model, longest)
+        each, room = sum(row.values()) - row["weights"], gpu.memory - CONTEXT - row["weights"]
+        rows = int(room // each)
         rows = max(1, min(EXAM_ROWS, rows))
         steps = written if rows == 1 else 2 * written  # a batch waits for its longest; ours
         decode = decode_hours(shape, gpu, model, requests, read, written, rows, steps)

@@ -96,17 +96,18 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
         for seed in recipe.seeds
     ]
     asked = [_asked(work, gpu, load.rates, processes) for work in load.works]
-    # Beside the stages of notebooks 01 to 03 and before those of notebook 05.
+    if gpu is None:  # nothing is known of how long other models take
+        own = [work.model.path == recipe.model.path for work in load.works]
+        asked = [_as_measured(stage, load.measured) if k else stage for stage, k in zip(asked, own)]
+        trained = [_as_measured(stage, load.measured) for stage in trained]
     place = next((k for k, work in enumerate(load.works) if work.stage in AFTER), len(asked))
     stages = [*asked[:place], *trained, *asked[place:]]
-    if gpu is None:
-        stages = [_as_measured(stage, load.measured) for stage in stages]
-        if not load.measured:
-            notes.append(
-                "Without a GPU only the recipe tiny has times, and those come from "
-                "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
-            )
-    else:
+    if gpu is None and not load.measured:
+        notes.append(
+            "Without a GPU only the recipe tiny has times, and those come from "
+            "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
+        )
+    if gpu is not None:
         problems = _problems(recipe, shape, gpu, processes, trained, list(zip(load.works, asked)))
         notes += _assumptions(recipe, gpu, processes, load.works)
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
@@ -132,8 +133,8 @@ def _asked(work: Work, gpu: Gpu | None, rates: Rates, processes: int) -> Stage:
             hours = reading_hours(model, gpu, memory, *told)
         else:
             memory = exam_memory(config, model, longest)
-            hours = exam_hours(model, gpu, memory, work.requests, work.read, work.written)
-        if hours is not None:
+            hours = exam_hours(model, gpu, work.requests, work.read, work.written)
+        if hours is not None and work.verb != "exam":
             hours /= max(1, min(model.workers, processes))
     return Stage(work.stage, work.rows, work.tokens, hours, memory, work.part, work.dollars)
 

@@ -141,6 +141,10 @@ def workload(recipe: Recipe) -> Workload:
         *_benchmarks(recipe, rates, notes),
     ]
     pairs = round(recipe.personas.count * rates.prompts_kept * rates.pairs_kept)
+    if recipe.model.priced:
+        notes.append(
+            "evaluation.max_cost does not hold what `model` is paid for prompts and responses."
+        )
     return Workload([work for work in works if work.rows], rates, pairs, notes, measured)
 
 

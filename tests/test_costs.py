@@ -147,16 +147,40 @@ def test_the_engines_peak_is_what_was_planned(family, verb):
     else:
         parts = costs.judging_memory(model.config, settings, length)
         work = engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1"))
+    peak = _profiled(lambda: list(work))
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.03)
+
+
+@pytest.mark.parametrize("vocabulary", [600, 20_000])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_lm_evals_peak_is_what_was_planned(family, vocabulary):
+    """One row with the logits of all its tokens, computed by lm-eval. The mask that was planned is not
+    made for a single row; with few words in the vocabulary it shows."""
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    tokenizer = families.make_tokenizer(family)
+    model = families.random_model(family, tokenizer, hidden_size=256, num_hidden_layers=3)
+    model.resize_token_embeddings(vocabulary)
+    if family == "gemma":
+        model.set_attn_implementation("eager")
+    lm = models.HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)
+    ids = torch.ones((1, 300), dtype=torch.long)
+    peak = _profiled(lambda: torch.log_softmax(lm._model_call(ids), -1))
+    parts = costs.exam_memory(model.config, Model(path="tiny", dtype="float32"), 300)
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.07)
+
+
+def _profiled(work):
+    """Bytes of all tensors that are alive at a time, at most."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
-        list(work)
+        work()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.03)
+    return peak
 
 
 # ---------------------------------------------------------------------------- hours
@@ -190,6 +214,19 @@ def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, batch, write, j
     assert training == pytest.approx(train, rel=0.15)
     planned = writing / costs.DECODE_SHARE + (judging + training) / card.reached
     assert planned == pytest.approx(total, rel=0.15)
+
+
+def test_only_vllm_reads_what_two_prompts_share_once():
+    card = find_gpu("4090")
+    config = costs.architecture(Model(path=QWEN))
+    for engine, saved in (("vllm", 0.06), ("transformers", 0.0)):
+        model = Model(path=QWEN, engine=engine, dtype="bfloat16")
+        parts = costs.judging_memory(config, model, 930, card.memory)
+        alone, shared = (
+            costs.reading_hours(model, card, parts, 20_000, 930, shared=tokens)
+            for tokens in (0, Rates.shared)
+        )
+        assert 1 - shared / alone == pytest.approx(saved, abs=1e-3)
 
 
 def test_a_batch_shrinks_as_its_replies_end():
