@@ -24,6 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from sao_utils.recipe import Model
 ENCODED = 256  # chats at a time: vLLM takes these in while the next are encoded
 #: Seconds without a message or a new line in the log after which the child counts as hung.
 PATIENCE = 1200.0
+ENDED = "its process has ended"
 
 
 class VllmEngine:
@@ -258,8 +260,11 @@ class _Child:
                     message = {"error": f"nothing was heard of it for {PATIENCE:.0f} seconds"}
                     break
         if isinstance(message, dict) and "error" in message:
-            if self.process.poll() == -signal.SIGKILL and "ended" in message["error"]:
-                message["error"] += ": it was killed (by the system, if its memory was full)"
+            if message["error"] == ENDED:
+                with suppress(subprocess.TimeoutExpired):  # pipes close a moment before the end
+                    self.process.wait(5)
+                if self.process.returncode == -signal.SIGKILL:
+                    message["error"] += ": it was killed (by the system, if its memory was full)"
             tail = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
             raise EngineError(
                 explain(message["error"], tail, self.model, self.capability)
@@ -293,7 +298,7 @@ def _listen(stream, messages: queue.Queue) -> None:
             messages.put(json.loads(line))
     except ValueError:  # it was killed in the middle of a line
         pass
-    messages.put({"error": "its process has ended"})
+    messages.put({"error": ENDED})
 
 
 def lora_rank(rank: int) -> int:
