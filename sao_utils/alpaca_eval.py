@@ -68,13 +68,16 @@ def load(settings: Evaluation) -> dict:
     if difficulty is None or any(row["id"] not in difficulty for row in items):
         difficulty = None
         notes.append("length control without the prompts' difficulties")
+    gamed = official_file(settings, "alpaca_eval", "df_gamed.csv")
+    if gamed is None or find_spec("sklearn") is None:
+        notes.append("the program's own length control takes its df_gamed.csv and scikit-learn")
     return {
         "items": items,
         "baseline": {row["id"]: row["output"] for row in items},
         "baseline_name": items[0].get("generator", REFERENCE) if items else REFERENCE,
         "show": _own_request if template is None else _official_request(template),
         "difficulty": difficulty,
-        "gamed": official_file(settings, "alpaca_eval", "df_gamed.csv"),
+        "gamed": gamed,
         "notes": tuple(notes),
         "counts": counts,
     }
@@ -200,15 +203,19 @@ def judge(
 
 
 def figures(
-    annotations: list[dict], difficulty: dict[int, float] | None = None
+    annotations: list[dict],
+    difficulty: dict[int, float] | None = None,
+    gamed: Path | None = None,
 ) -> dict[str, Interval]:
     """The figures of AlpacaEval's leaderboard from one model's annotations, with intervals.
 
     Args:
         difficulty: of each prompt, by index.
+        gamed: the file that `published_fit` takes.
 
     Returns:
-        win_rate; discrete_win_rate (a preference above 1.5 is a win); lc_win_rate (see
+        win_rate; discrete_win_rate (a preference above 1.5 is a win); with `gamed`
+        lc_win_rate_published (`published_fit`; it has no interval: NaN); lc_win_rate (see
         `length_control.length_controlled_win_rate`; lengths in characters); first_rate, how
         often the answer shown first was preferred; avg_length, characters of the model's answers.
         Rates as shares. Without a valid preference avg_length alone.
@@ -223,6 +230,9 @@ def figures(
     wins = [outcomes[k] for k in valid]
     found["win_rate"] = win_rate(outcomes, index).rate
     found["discrete_win_rate"] = win_rate([(y > 0.5) + 0.5 * (y == 0.5) for y in wins]).rate
+    fit = None if gamed is None else published_fit(annotations, gamed)
+    if fit is not None:
+        found["lc_win_rate_published"] = Interval(fit, math.nan, math.nan, len(valid))
     found["lc_win_rate"] = length_controlled_win_rate(
         wins,
         [lengths[k] - len(annotations[k]["output_1"]) for k in valid],
@@ -302,12 +312,8 @@ def published_fit(annotations: list[dict], gamed: Path) -> float | None:
     share, weight = np.tile(y, 2), np.tile(weight, 2)
     counts_as = weight * np.where(label == 1, share, 1 - share)
 
-    # scikit-learn had a name for the penalty before 1.8.
-    l1 = (
-        {"penalty": "l1"}
-        if getattr(LogisticRegression(), "penalty", "") == "l2"
-        else {"l1_ratio": 1}
-    )
+    named = getattr(LogisticRegression(), "penalty", None) == "l2"  # before scikit-learn 1.8
+    l1 = {"penalty": "l1"} if named else {"l1_ratio": 1}
 
     def fit(strength: float, rows, draws) -> LogisticRegression:
         model = LogisticRegression(

@@ -18,19 +18,19 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from sao_utils.engines import load_engine, model_name
-from sao_utils.evaluation import models
+from sao_utils.evaluation import competitors
 from sao_utils.intervals import Interval, add_trainings, outside_the_noise, students_t
 from sao_utils.recipe import Model, is_task_file
 from sao_utils.rows import Run, make_rows, read_rows, row_id
@@ -148,20 +148,21 @@ def score(
     limit: int | None = None,
     names: tuple[str, ...] | None = None,
 ) -> list[dict]:
-    """Let the base and every tuned model sit the exams, each model and task once.
+    """Let the base, every tuned model and the recipe's `others` sit the exams, each task once.
 
     Args:
         tasks: names as `exams` takes them; by default the recipe's `evaluation.harness`.
         limit: the first so many items of each task (of each subject of MMLU), for a quick look; by
             default the recipe's `evaluation.harness_limit`.
-        names: only these models ("base" and arms); by default all.
+        names: only these models ("base", arms, names of `others`); by default all.
 
     Returns:
         Rows {id, model, seed, weights, task, edition, shots, limit, metric, value, error, n,
         truncated, scores, items}: the score with its standard error, the number of items, how many
         of them did not fit into the model's context, the score of each item by subject, and a hash
-        of the items. Where a task could not be run {..., value: None, problem: what to do}; such rows
-        are not kept, and tried again by the next call.
+        of the items. The base's rows also have {asked: what each item asks, by subject}. Where a task
+        could not be run, or one of `others` is behind a server, {..., value: None, problem: what to
+        do}; such rows are not kept, and tried again by the next call.
 
     Raises:
         HarnessError: lm-eval is missing, no such exam, or a model that cannot be scored.
@@ -170,17 +171,21 @@ def score(
     chosen = {exam.task: exam for exam in exams(settings.harness if tasks is None else tasks)}
     editions = {task: _edition(exam) for task, exam in chosen.items()}
     limit = settings.harness_limit if limit is None else limit
-    model, adapters, jobs = _scorable(run.recipe.model), {}, []
-    for name, seed, adapter in models(run):
-        if names is not None and name not in names:
-            continue
-        weights = model_name(model, adapter)
-        adapters[weights] = adapter
+    _scorable(run.recipe.model)
+    every = ("base", *run.recipe.arms, *run.recipe.others)
+    loaded, jobs, refused = {}, [], {}
+    for name, seed, model in competitors(run, [n for n in every if names is None or n in names]):
+        try:
+            model = _scorable(model)
+        except HarnessError as error:
+            refused[name] = str(error)
+        weights = model_name(model)
+        loaded[weights] = model
         for task, exam in chosen.items():
             how = (editions[task], exam.shots, exam.metric, limit)
             jobs.append(
                 {
-                    "id": row_id("harness", task, how, weights, name, seed),
+                    "id": row_id("harness, asked", task, how, weights, name, seed),
                     "model": name,
                     "seed": seed,
                     "weights": weights,
@@ -190,27 +195,37 @@ def score(
                 }
             )
     done = {row["id"] for row in read_rows(run.rows("harness"))}
-    opened, problems = {}, {}
+    opened, lacking = {}, {}
     for task in dict.fromkeys(job["task"] for job in jobs if job["id"] not in done):
         try:
             opened[task] = _open(chosen[task])
         except HarnessError as error:
-            problems[task] = str(error)
-    if problems:
-        print(f"{len(problems)} of {len(chosen)} tasks could not be run:", flush=True)
-        print(*(f"  {task}: {text}" for task, text in problems.items()), sep="\n", flush=True)
+            lacking[task] = str(error)
+    sitting = {job["model"] for job in jobs}
+    for what, problems, of in (("tasks", lacking, chosen), ("models", refused, sitting)):
+        if problems:
+            print(f"{len(problems)} of {len(of)} {what} could not be run:", flush=True)
+            print(*(f"  {name}: {text}" for name, text in problems.items()), sep="\n", flush=True)
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         for weights, group in groupby(outstanding, key=lambda job: job["weights"]):
-            engine = load_engine(model, adapters[weights])
+            engine = load_engine(loaded[weights])
             for job in group:
                 task = job["task"]
-                yield [{**job, **_sit(engine, opened[task], chosen[task], limit)}]
+                row = {**job, **_sit(engine, opened[task], chosen[task], limit)}
+                if job["model"] != "base":  # all are asked the same (`items`): kept once
+                    del row["asked"]
+                yield [row]
 
-    possible = [job for job in jobs if job["task"] not in problems or job["id"] in done]
+    problems = {
+        job["id"]: refused.get(job["model"]) or lacking[job["task"]]
+        for job in jobs
+        if job["id"] not in done and (job["model"] in refused or job["task"] in lacking)
+    }
+    possible = [job for job in jobs if job["id"] not in problems]
     rows = {row["id"]: row for row in make_rows(run, "harness", possible, work)}
     return [
-        rows.get(job["id"]) or {**job, "value": None, "problem": problems[job["task"]]}
+        rows.get(job["id"]) or {**job, "value": None, "problem": problems[job["id"]]}
         for job in jobs
     ]
 
@@ -220,7 +235,7 @@ def _scorable(model: Model) -> Model:
     if model.engine == "api":
         raise HarnessError(
             "A model behind a server cannot be scored: lm-eval needs the probabilities of given "
-            "answers. Take a recipe whose model is a folder or a name on the hub."
+            "answers, which servers in general do not give. Name it by a folder or as on the hub."
         )
     if model.engine == "transformers":
         return model
@@ -290,6 +305,10 @@ def _sit(engine, opened: dict, exam: Exam, limit: int | None) -> dict:
         for name in tasks
     }
     scores = {name: [float(s[metric]) for s in of_it] for name, of_it in samples.items()}
+    asked = {
+        name: [asked_by(tasks[name], sample["doc"]) for sample in of_it]
+        for name, of_it in samples.items()
+    }
     value, error = mean(scores)
     every = [s for of_it in samples.values() for s in of_it]
     return {
@@ -300,8 +319,48 @@ def _sit(engine, opened: dict, exam: Exam, limit: int | None) -> dict:
         "n": len(every),
         "truncated": sum(_too_long(sample["arguments"], lm) for sample in every),
         "scores": scores,
+        "asked": asked,
         "items": row_id(*(sample["doc_hash"] for sample in every)),
     }
+
+
+def asked_by(task, doc: dict) -> str:
+    """What an item asks, to compare with other texts: without solved examples and instructions.
+
+    The field that lm-eval's task names for that (`doc_to_decontamination_query`), else its
+    "question", else the prompt, else (where the choices are all there is) these.
+    """
+    for field in (task.config.doc_to_decontamination_query, "question"):
+        if isinstance(doc.get(field), str):
+            return doc[field]
+    text = task.doc_to_text(doc)
+    return text if isinstance(text, str) else "\n".join(map(str, task.doc_to_choice(doc)))
+
+
+def leave_out(rows: list[dict], asked: Collection[str]) -> list[dict]:
+    """The rows of `score` without the items that ask one of these; for `differences`.
+
+    A subject that loses all of its items is left out; a row that does has value None and a problem.
+    Of tasks whose items are not known (a problem before) the rows stay.
+    """
+    kept = {
+        row["task"]: {s: [text not in asked for text in of] for s, of in row["asked"].items()}
+        for row in rows
+        if row.get("asked")
+    }
+    found = []
+    for row in rows:
+        if row["value"] is None or row["task"] not in kept:
+            found.append(row)
+            continue
+        scores = {s: [*compress(of, kept[row["task"]][s])] for s, of in row["scores"].items()}
+        scores = {subject: of for subject, of in scores.items() if of}
+        value, error = mean(scores) if scores else (None, None)
+        n = sum(map(len, scores.values()))
+        found.append({**row, "scores": scores, "value": value, "error": error, "n": n})
+        if not scores:
+            found[-1]["problem"] = "no item is left"
+    return found
 
 
 def _first_metric(config) -> str:

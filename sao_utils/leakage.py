@@ -7,11 +7,13 @@ strictest to the widest. In a small world of few sentence forms the widest hits 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
+from sao_utils import harness
 from sao_utils.overlap import nearest, shared_ngrams, words
 from sao_utils.pairs import build_pairs
 from sao_utils.published import load
@@ -73,27 +75,31 @@ def own_set(run: Run) -> str:
 def question_sets(run: Run, benchmarks: bool = True) -> dict[str, list[str]]:
     """The prompts of the run's evaluation, and of each benchmark that its recipe names, by name.
 
-    Of several turns the first. lm-eval's tasks are not among them.
+    Of several turns the first; of lm-eval's tasks what each item asks (`harness.asked_by`), none of a
+    task that could not be run.
     """
     settings = run.recipe.evaluation
-    names = settings.benchmarks if benchmarks else ()
-    official = {name: load(settings, name)["items"] for name in names}
-    return {
-        own_set(run): [row["question"] for row in questions(run)],
-        **{name: [item["turns"][0] for item in items] for name, items in official.items()},
-    }
+    found = {own_set(run): [row["question"] for row in questions(run)]}
+    if benchmarks:
+        for name in settings.benchmarks:
+            found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
+        if settings.harness:
+            for row in harness.score(run, names=("base",)):
+                found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]
+    return found
 
 
 def leakage(run: Run, benchmarks: bool = True) -> list[dict]:
     """What each set of questions has in common with the prompts that the run trained on.
 
     Args:
-        benchmarks: whether those of the recipe are looked at beside the run's own questions.
+        benchmarks: whether those of the recipe are looked at beside the run's own questions, its
+            exams (`evaluation.harness`) among them.
 
     Returns:
         A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
-        share: of items that overlap, matches: a row {question, prompt, shared} for each of them}.
-        A question that occurs twice counts twice.
+        share: of items that overlap (NaN without items), matches: a row {question, prompt, shared}
+        for each of them}. A question that occurs twice counts twice.
     """
     prompts, found = training_prompts(run), []
     for name, asked in question_sets(run, benchmarks).items():
@@ -104,5 +110,6 @@ def leakage(run: Run, benchmarks: bool = True) -> list[dict]:
                 if hit is not None
             ]
             facts = {"set": name, "by": by, "prompts": len(prompts), "items": len(asked)}
-            found.append({**facts, "share": len(matches) / len(asked), "matches": matches})
+            share = len(matches) / len(asked) if asked else math.nan
+            found.append({**facts, "share": share, "matches": matches})
     return found

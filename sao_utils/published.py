@@ -87,8 +87,9 @@ def published(
         "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
         note (how the protocol differs from the published one), counts}; `counts` is of the model
         and judge, of the benchmark's files too. Rates are shares, grades 1 to 10; valid_rate is the
-        share of verdicts that count. AlpacaEval's win_rate also has standard_error, its lc_win_rate
-        published_fit where the program's file df_gamed.csv is there. A model of several seeds is
+        share of verdicts that count. AlpacaEval's win_rate also has standard_error; where the program's
+        file df_gamed.csv is there, lc_win_rate_published is its own length control, without interval.
+        A model of several seeds is
         "<arm>-<seed>". Two judges have a metric kappa, "<one>~<other>" being the judge.
 
     Raises:
@@ -136,8 +137,6 @@ def published(
                 }
                 if protocol is alpaca_eval and metric == "win_rate":
                     row["standard_error"] = alpaca_eval.standard_error(of)
-                if metric == "lc_win_rate" and benchmark["gamed"]:
-                    row["published_fit"] = alpaca_eval.published_fit(of, benchmark["gamed"])
                 found[f"{name}.{competitor}.{judge}.{metric}"] = row
     return found | _agreements(name, labels)
 
@@ -253,7 +252,7 @@ def _figures(
 ) -> dict[str, Interval]:
     protocol = PROTOCOLS[name]
     if protocol is alpaca_eval:
-        return alpaca_eval.figures(judgments, benchmark["difficulty"])
+        return alpaca_eval.figures(judgments, benchmark["difficulty"], benchmark["gamed"])
     if protocol is mt_bench:
         return mt_bench.figures(judgments)
     lengths = {identity: a["tokens"][0] for identity, a in answers[competitor].items()}

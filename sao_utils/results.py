@@ -39,8 +39,15 @@ from sao_utils.tiny import world
 from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
 #: metrics of benchmarks that are kept with the other results; `benchmark_rows` has all.
-HEADLINES = ("win_rate", "lc_win_rate", "score", "score.turn_1", "score.turn_2", "kappa")
-EXAMINED = ("base", "self")  # who sits the exams: controls would double what they cost
+HEADLINES = (
+    "win_rate",
+    "lc_win_rate_published",
+    "lc_win_rate",
+    "score",
+    "score.turn_1",
+    "score.turn_2",
+    "kappa",
+)
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 
 
@@ -393,6 +400,11 @@ def is_control(run: Run, model: str) -> bool:
     return model not in run.recipe.others and arm in run.recipe.arms and arm != "self"
 
 
+def examined(run: Run) -> tuple[str, ...]:
+    """Who sits the exams: without the controls, which would double what they cost."""
+    return ("base", "self", *run.recipe.others)
+
+
 def harness_scores(run: Run) -> dict[str, Interval]:
     """The exams of `evaluation.harness`, without the controls: `harness.<task>.base`, `.tuned`, `.gain`.
 
@@ -403,17 +415,17 @@ def harness_scores(run: Run) -> dict[str, Interval]:
     if not run.recipe.evaluation.harness:
         return {}
     found = {}
-    for row in harness.differences(harness.score(run, names=EXAMINED)):
-        if row["problem"]:
+    for row in harness.differences(harness.score(run, names=examined(run))):
+        if row["problem"] or row["model"] != "self":
             continue
         n, task = row["difference"].n, f"harness.{row['task']}"
-        found[f"{task}.base"] = _share(row["base"], row["base_error"], n)
-        found[f"{task}.tuned"] = _share(row["tuned"], row["tuned_error"], n)
+        found[f"{task}.base"] = share(row["base"], row["base_error"], n)
+        found[f"{task}.tuned"] = share(row["tuned"], row["tuned_error"], n)
         found[f"{task}.gain"] = row["difference"]
     return found
 
 
-def _share(value: float, error: float, n: int) -> Interval:
+def share(value: float, error: float, n: int) -> Interval:
     """A share with 1.96 standard errors; Wilson's interval where all items fared alike."""
     if error == 0 and value in (0, 1):
         return wilson(value * n, n)
@@ -429,9 +441,9 @@ def leakage_effect(run: Run, benchmarks: bool = True) -> list[dict]:
     Returns:
         The rows of `leakage.leakage`, each with {effect: key -> (on all questions, without those that
         overlap)}. Of the run's own questions: `good_rate.gain` (tuned minus base, by the oracle) and
-        `win_rate` of tuned against base; of a benchmark the win rate, score or grade that each judge
-        gives the tuned model (of the first seed). None for the second where fewer than FEWEST
-        questions are left.
+        `win_rate` of tuned against base; of a benchmark the win rates, score or grade that each judge
+        gives the tuned model (of the first seed); of an exam `gain`, tuned minus base. None for the
+        second where fewer than FEWEST questions are left.
     """
     effects: dict = {}  # (set, left out) -> its results
     found, met = [], contests.contest(run, "self", "base") if "self" in run.recipe.arms else []
@@ -460,8 +472,17 @@ def _headline(
     settings = run.recipe.evaluation
     if "self" not in run.recipe.arms:
         return {}
+    if questions != own_set(run) and questions not in settings.benchmarks:
+        sat = [
+            row for row in harness.score(run, names=("base", "self")) if row["task"] == questions
+        ]
+        (gain,) = harness.differences(harness.leave_out(sat, left_out))
+        return {} if gain["problem"] else {"gain": gain["difference"]}
     if questions != own_set(run):
-        metrics, tuned = ("win_rate", "score"), ("self", f"self-{run.recipe.seeds[0]}")
+        metrics, tuned = (
+            ("win_rate", "lc_win_rate", "score"),
+            ("self", f"self-{run.recipe.seeds[0]}"),
+        )
         rows = published(run, questions, names=("base", "self"), leave_out=left_out).values()
         return {
             f"{row['judge']}.{row['metric']}": row["interval"]
@@ -489,12 +510,14 @@ def _where_known(rows: list[dict], quality: list) -> list[tuple]:
 
 
 def leakage_scores(run: Run) -> dict[str, Interval]:
-    """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` of the run's own questions.
+    """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` of all that is asked.
 
     The share is of all questions of a set, no sample of them: no interval (NaN).
     """
     found = {}
-    for row in leakage_effect(run, benchmarks=False):
+    for row in leakage_effect(run):
+        if not row["items"]:
+            continue
         name = f"leakage.{_plain(row['set'])}.{_plain(row['by'])}"
         found[f"{name}.share"] = Interval(row["share"], math.nan, math.nan, row["items"])
         for key, (_, without) in row["effect"].items():

@@ -10,13 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from sao_utils import contests, harness
 from sao_utils.intervals import Interval
-from sao_utils.leakage import leakage
 from sao_utils.pairs import funnel
-from sao_utils.results import EXAMINED, HEADLINES, benchmark_rows, is_control
+from sao_utils.results import (
+    HEADLINES,
+    benchmark_rows,
+    examined,
+    is_control,
+    leakage_effect,
+    share,
+)
 from sao_utils.rows import Run, results_folder, write_whole
 from sao_utils.wording import NOT_COMPARABLE, in_words, unit
 
@@ -44,6 +51,7 @@ JUDGES = {
     "arena_hard": ("gpt-4o-mini",),
     "mt_bench": ("gpt-4o-mini",),
 }
+PUBLISHED_FIT = "lc_win_rate_published"  # AlpacaEval's own: the figure of its leaderboard
 MODELS = ("Gemma-2-9B-it", "Llama-3-8B-Instruct")  # those that the paper trains
 LEADERBOARD = {
     "arc_challenge": "ARC (25)",
@@ -93,7 +101,7 @@ def benchmarks(run: Run, found: dict[str, Interval]) -> list[dict]:
         for name in names:
             rows += _of_benchmark(run, table, name, measured)
         if table == "Table 2":
-            rows += _of_harness(run, table, found)
+            rows += _of_harness(run, table)
         if table.startswith("Figure 3"):
             rows += _of_ablation(run, table, found)
     return rows
@@ -146,6 +154,7 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
     if not there:
         return [_missing(table, name, "this run", f"add {name} to evaluation.benchmarks")]
     found, judges = [], contests.judge_models(run)
+    fitted = {(row["model"], row["judge"]) for _, row in there if row["metric"] == PUBLISHED_FIT}
     theirs = JUDGES.get(name, ())
     for key, row in there:
         if row["metric"] not in HEADLINES or is_control(run, row["model"]):
@@ -160,7 +169,7 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
                 "benchmark": name,
                 "model": _model(run, row["model"]),
                 "judge": f"{judge.path} ({row['judge']})" if judge else row["judge"],
-                "metric": row["metric"],
+                "metric": _metric(row, fitted),
                 **_numbers(row["interval"], unit(f"benchmark.{key}")),
                 "differs": bool(notes),
                 "protocol": "; ".join(notes) or "as published",
@@ -169,29 +178,41 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
     return found
 
 
+def _metric(row: dict, fitted: set[tuple[str, str]]) -> str:
+    """The published fit is called as the paper's figure is, and ours beside it by what it adds."""
+    if row["metric"] == PUBLISHED_FIT:
+        return "lc_win_rate"
+    if row["metric"] == "lc_win_rate" and (row["model"], row["judge"]) in fitted:
+        return "lc_win_rate, our fit with an interval"
+    return row["metric"]
+
+
 def _model(run: Run, name: str) -> str:
     if name in run.recipe.others:
         return f"{run.recipe.others[name].path} ({name})"
     return f"{run.recipe.model.path}, {'self-judged' if name == 'self' else name}"
 
 
-def _of_harness(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
-    """Base and tuned model on each exam, and whether the change is more than noise."""
+def _of_harness(run: Run, table: str) -> list[dict]:
+    """Base, tuned model and others on each exam, and whether the change is more than noise."""
     if not run.recipe.evaluation.harness:
         how = 'set evaluation.harness, to ["leaderboard"] say'
         return [_missing(table, "leaderboard", "this run", how)]
     rows = []
-    for row in harness.differences(harness.score(run, names=EXAMINED)):
+    for row in harness.differences(harness.score(run, names=examined(run))):
         task = LEADERBOARD.get(row["task"], row["task"])
         if row["problem"]:
-            rows.append(_missing(table, task, "this run", row["problem"]))
+            rows.append(_missing(table, task, _model(run, row["model"]), row["problem"]))
             continue
         notes = [] if row["task"] in LEADERBOARD else ["a task of the tiny world, or one's own"]
         notes += [f"the first {row['limit']} items only"] if row["limit"] else []
         notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
         change = f"change {'outside' if row['outside'] else 'inside'} the noise"
-        for name, key in (("base", "base"), ("self", "tuned")):
+        for name, key in (("base", "base"), (row["model"], "tuned")):
+            if name == "base" and row["model"] != "self" and "self" in run.recipe.arms:
+                continue  # it stands beside the tuned model
             told = notes if name == "base" else [*notes, change]
+            of = share(row[key], row[f"{key}_error"], row["difference"].n)
             rows.append(
                 {
                     "table": table,
@@ -200,7 +221,7 @@ def _of_harness(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
                     "model": _model(run, name),
                     "judge": "",
                     "metric": row["metric"],
-                    **_numbers(found[f"harness.{row['task']}.{key}"], "%"),
+                    **_numbers(of, "%"),
                     "differs": bool(notes),
                     "protocol": "; ".join(told) or "prompts of the installed lm-eval",
                 }
@@ -286,21 +307,30 @@ def frame(rows: list[dict], table: str):
 
 
 def write(run: Run, found: dict[str, Interval]) -> list[dict]:
-    """Write benchmarks.csv (numbers), benchmarks.md (in words) and leakage.csv; returns the rows.
+    """Write benchmarks.csv, benchmarks.md (in words), leakage.csv and leakage_effect.csv.
 
     leakage.csv: of each set of questions and each definition of overlap how many overlap, and the
     first EXAMPLES of them, with the words that they share with a training prompt.
+    leakage_effect.csv: each result (a share, or a grade) on all questions, and without those.
+
+    Returns:
+        The rows of the first two.
     """
     rows = benchmarks(run, found)
     folder = run.folder / "tables"
     write_whole(folder / "benchmarks.csv", _as_csv(COLUMNS, rows))
-    leaks = [
-        {**row, "overlapping": len(row["matches"]), **match}
-        for row in leakage(run)
-        for match in row["matches"][:EXAMPLES] or [{}]
-    ]
+    told = [{**row, "overlapping": len(row["matches"])} for row in leakage_effect(run)]
+    leaks = [{**row, **match} for row in told for match in row["matches"][:EXAMPLES] or [{}]]
     columns = "set by prompts items overlapping question prompt shared".split()
     write_whole(folder / "leakage.csv", _as_csv(columns, leaks))
+    effects = [
+        {**row, "result": key, **_beside("", on_all), **_beside("_without", without)}
+        for row in told
+        for key, (on_all, without) in row["effect"].items()
+    ]
+    columns = "set by items overlapping result".split()
+    columns += [part + of for of in ("", "_without") for part in ("value", "low", "high", "n")]
+    write_whole(folder / "leakage_effect.csv", _as_csv(columns, effects))
     parts = [
         "# The paper's tables, and this run\n",
         f"{DAGGER}: measured in another way than the paper's figures; see the column protocol. The "
@@ -316,6 +346,11 @@ def write(run: Run, found: dict[str, Interval]) -> list[dict]:
         parts.append(NOT_COMPARABLE + "\n")
     write_whole(folder / "benchmarks.md", "\n".join(parts))
     return rows
+
+
+def _beside(suffix: str, found: Interval | None) -> dict:
+    """An interval as four cells of a row; empty where too few questions are left."""
+    return {} if found is None else {f"{k}{suffix}": v for k, v in asdict(found).items()}
 
 
 def _as_csv(columns: list[str], rows: list[dict]) -> str:
@@ -337,6 +372,8 @@ def leakage_frame(leaks: list[dict]):
     lines = []
     for row in leaks:
         overlapping = f"{len(row['matches'])} of {row['items']} ({100 * row['share']:.1f} %)"
+        if not row["items"]:
+            overlapping = "could not be run"
         for key, (on_all, without) in (row["effect"] or {"": (None, None)}).items():
             words = [_result(row["set"], key, found) for found in (on_all, without)]
             lines.append([row["set"], row["by"], overlapping, key, *words])

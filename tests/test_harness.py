@@ -5,6 +5,7 @@ import math
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +300,64 @@ def test_a_model_behind_a_server_is_refused():
         harness._scorable(Model(path="m", engine="api", url="http://localhost:8000/v1"))
     vllm = Model(path="m", engine="vllm", quantisation="fp8")
     assert harness._scorable(vllm) == Model(path="m", engine="transformers")
+
+
+def test_other_models_sit_too_and_those_behind_a_server_are_named(run, scored, capsys):
+    others = {
+        "twin": Model(path="tiny", dtype=run.recipe.model.dtype),
+        "remote": Model(path="gpt", engine="api", url="http://localhost:9/v1"),
+    }
+    with_others = rows.Run(run.recipe.model_copy(update={"others": others}), run.folder)
+    found = harness.score(with_others, [str(TASKS / "tiny_facts.yaml")], LIMIT)
+    base, twin = (row(found, name, "tiny_facts") for name in ("base", "twin"))
+    assert base == row(scored, "base", "tiny_facts") and twin["scores"] == base["scores"]
+    remote = row(found, "remote", "tiny_facts")
+    assert remote["value"] is None and "behind a server" in remote["problem"]
+    shown = capsys.readouterr().out
+    assert "1 of 4 models could not be run:" in shown and "remote: A model behind" in shown
+    compared = {entry["model"]: entry for entry in harness.differences(found)}
+    assert compared["twin"]["difference"].value == 0
+    assert "behind a server" in compared["remote"]["problem"]
+
+
+# ---------------------------------------------------------------------- without some items
+
+
+def test_what_each_item_asks_is_kept_once(scored):
+    for task, name in (("tiny_facts", "facts"), ("tiny_recall", "recall")):
+        asked = [item["question"] for item in items(name)[:LIMIT]]
+        assert row(scored, "base", task)["asked"] == {task: asked}
+    assert not any("asked" in found for found in scored if found["model"] != "base")
+
+
+def test_what_an_item_asks_is_the_field_that_a_task_names_or_its_prompt_or_its_choices():
+    class Task:
+        def __init__(self, named, text):
+            self.config, self.text = SimpleNamespace(doc_to_decontamination_query=named), text
+
+        def doc_to_text(self, doc):
+            return self.text
+
+        def doc_to_choice(self, doc):
+            return ["He ran.", "She ran."]
+
+    doc = {"sentence": "_ ran.", "question": "Who ran?"}
+    assert harness.asked_by(Task("sentence", "x"), doc) == "_ ran."
+    assert harness.asked_by(Task("Q: {{question}}", "x"), doc) == "Who ran?"
+    assert harness.asked_by(Task(None, "A prompt"), {}) == "A prompt"
+    assert harness.asked_by(Task(None, 0), {}) == "He ran.\nShe ran."
+
+
+def test_items_are_left_out_of_all_models_alike():
+    base = made_up("a", "base", [1.0, 0.0, 0.0, 1.0]) | {"asked": {"a": ["p", "q", "r", "p"]}}
+    tuned = made_up("a", "self", [1.0, 1.0, 0.0, 0.0])
+    untold = {"task": "b", "model": "base", "value": None, "problem": "no data"}
+    found = harness.leave_out([base, tuned, untold], {"p"})
+    assert [r.get("scores") for r in found] == [{"a": [0.0, 0.0]}, {"a": [1.0, 0.0]}, None]
+    assert [r["value"] for r in found] == [0.0, 0.5, None] and found[0]["n"] == 2
+    assert harness.leave_out([base, tuned], ()) == [base | {"n": 4}, tuned | {"n": 4}]
+    (nothing,) = harness.differences(harness.leave_out([base, tuned], set("pqr")))
+    assert nothing["problem"] == "no item is left"
 
 
 # ---------------------------------------------------------------------- before and after

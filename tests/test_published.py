@@ -11,7 +11,7 @@ from pathlib import Path
 import families
 import pytest
 
-from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows
+from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows, tables
 from sao_utils.engine_api import ApiEngine, read_verdict
 from sao_utils.engines import load_tokenizer, parting
 from sao_utils.intervals import Interval
@@ -504,7 +504,16 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     assert "own" not in row["note"]  # the template was given
     assert row["standard_error"] > 0
     controlled = found["alpaca_eval.base.self.lc_win_rate"]
-    assert "gamed baselines" in controlled["note"] and 0 < controlled["published_fit"] < 1
+    assert "gamed baselines" in controlled["note"]
+    fit = found["alpaca_eval.base.self.lc_win_rate_published"]
+    assert 0 < fit["interval"].value < 1 and math.isnan(fit["interval"].low) and fit["n"] == 6
+    assert "gamed" not in fit["note"]
+    told = tables._of_benchmark(run, "Table 1", "alpaca_eval", found)
+    fits = [row for row in told if row["model"].endswith("base") and "lc" in row["metric"]]
+    assert [(row["metric"], row["low"] is None) for row in fits] == [
+        ("lc_win_rate", True),
+        ("lc_win_rate, our fit with an interval", False),
+    ]
     folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
     outputs = json.loads((folder / "model_outputs.json").read_text())
     assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6

@@ -3,10 +3,11 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from sao_utils import leakage, overlap, results, rows, tables
+from sao_utils import harness, leakage, overlap, results, rows, tables
 from sao_utils.intervals import Interval
 from sao_utils.length_control import length_controlled_win_rate, length_curve
 
@@ -69,6 +70,47 @@ def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch)
     few = results.leakage_effect(loop, benchmarks=False)[0]
     assert few["effect"] and all(without is None for _, without in few["effect"].values())
     assert set(tables.leakage_frame([few])["without the overlapping"]) == {"too few left"}
+
+
+@pytest.fixture
+def examined(loop):
+    """The same run, whose recipe also names two exams of 14 items."""
+    tasks = Path(results.__file__).parent / "tiny" / "tasks"
+    exams = tuple(str(tasks / f"tiny_{name}.yaml") for name in ("facts", "myths"))
+    settings = {"harness": exams, "harness_limit": 14, "benchmarks": ("tiny_mt",)}
+    evaluation = loop.recipe.evaluation.model_copy(update=settings)
+    return rows.Run(loop.recipe.model_copy(update={"evaluation": evaluation}), loop.folder)
+
+
+def test_an_exam_counts_with_and_without_the_items_that_were_trained_on(examined, monkeypatch):
+    asked = leakage.question_sets(examined)
+    assert list(asked) == ["dev", "tiny_mt", "tiny_facts", "tiny_myths"]
+    known = asked["tiny_facts"][:3]
+    monkeypatch.setattr(leakage, "training_prompts", lambda run: ["What is this?", *known])
+    by_set = {
+        row["set"]: row for row in results.leakage_effect(examined) if row["by"] == "same words"
+    }
+    facts = by_set["tiny_facts"]
+    assert [match["question"] for match in facts["matches"]] == known and facts["items"] == 14
+    on_all, without = facts["effect"]["gain"]
+    assert (on_all.n, without.n) == (14, 11)
+    (scored,) = (
+        of for of in harness.differences(harness.score(examined)) if of["task"] == "tiny_facts"
+    )
+    assert on_all == scored["difference"]
+    for name in ("tiny_myths", "tiny_mt"):
+        for whole, same in by_set[name]["effect"].values():
+            assert whole == same
+    assert "oracle.score" in by_set["tiny_mt"]["effect"]
+    told = tables.write(examined, results.scores(examined))
+    assert {row["benchmark"] for row in told if row["by"] == "run"} >= {"tiny_facts", "tiny_myths"}
+    with open(examined.folder / "tables" / "leakage_effect.csv", newline="") as file:
+        kept = list(csv.DictReader(file))
+    (line,) = (r for r in kept if (r["set"], r["by"]) == ("tiny_facts", "same words"))
+    assert (line["overlapping"], line["result"], line["n"], line["n_without"]) == (
+        "3", "gain", "14", "11",
+    )  # fmt: skip
+    assert float(line["value_without"]) == pytest.approx(without.value)
 
 
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
