@@ -338,7 +338,9 @@ def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard
         pytest.skip("needs the hub's df_gamed.csv in SAO_OFFICIAL/hub")
     pytest.importorskip("sklearn")
     for model, annotations, theirs in real_annotations():
-        if model != alpaca_eval.REFERENCE:  # one half there, by definition
+        # The reference is one half there by definition; where rows are missing, prompts are
+        # taken by their place among those that are left.
+        if model != alpaca_eval.REFERENCE and len(annotations) == alpaca_eval.PROMPTS:
             ours = 100 * alpaca_eval.published_fit(annotations, gamed)
             official = float(theirs["length_controlled_winrate"])
             assert ours == pytest.approx(official, abs=0.1), model
