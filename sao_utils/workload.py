@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +35,7 @@ READ = ("verdicts", "labelled", "duels", "harness", "benchmark_verdicts")
 #: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona and of
 #: a file of two, temperatures, prompts of each, and pairs that are judged by sampling.
 WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 3, 100, 150
+AGAIN = 8  # responses that notebook 02 draws a second time, without keeping them
 LABELLED = 2  # pairs that notebook 03 labels itself where the recipe names no file
 
 
@@ -243,7 +244,7 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         shared = rates.prompt / 2  # each prompt is answered twice
         rows = round(most * kept)
         told = (stage, "model", recipe.model, "write", rows, *mean, part, shared)
-        return Work(*told, most_rows=most)
+        return Work(*told, most_rows=most + (AGAIN if part else 0))
 
     def verdicts(stage: str, rows: float, most: int, part: str = "", sampled=False) -> Work:
         limit = recipe.responses.max_new_tokens
@@ -252,8 +253,13 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     yield prompts("prompts", asked)
     yield responses("responses", PER_PROMPT * asked)
     yield verdicts("verdicts", 2 * asked * judged, 2 * asked)
-    labelled = 2 * _labelled(recipe)
-    yield verdicts("labelled", labelled, labelled)
+    labelled = _labelled(recipe)
+    rows = 2 * (LABELLED if labelled is None else len(labelled))
+    work = verdicts("labelled", rows, rows)
+    if labelled:
+        mean = fmean(labelled)
+        work = replace(work, read=mean, most_read=mean, longest=max(labelled))
+    yield work
     yield prompts("variants", beside, "prompts")
     yield responses("variants", PER_PROMPT * tried, "responses")
     some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
@@ -274,16 +280,21 @@ def _instruction(recipe: Recipe, rates: Rates) -> tuple[float, float]:
     return rates.instruction, 2 * rates.instruction
 
 
-def _labelled(recipe: Recipe) -> int:
-    """Pairs that `judging.gold` holds."""
+def _labelled(recipe: Recipe) -> list[float] | None:
+    """Tokens of the ranking prompt of each pair in `judging.gold`; None where it names no file."""
     from sao_utils.judging import labelled_pairs
 
     if recipe.judging.gold is None:
-        return LABELLED
+        return None
     try:
-        return sum(pair["discarded"] is None for pair in labelled_pairs(recipe.judging.gold))
+        pairs = labelled_pairs(recipe.judging.gold)
     except RecipeError:  # told when it runs
-        return 0
+        return []
+    return [
+        tokens(templates.ranking_prompt(pair["prompt"], *pair["responses"]))
+        for pair in pairs
+        if pair["discarded"] is None
+    ]
 
 
 def _ranked(

@@ -49,6 +49,18 @@ def test_others_are_paid_for_answers_and_benchmarks_and_judges_for_contests_and_
     assert bill(judges={"x": PAID})["judges.x"] > few > 0
 
 
+def test_a_users_own_files_are_counted_by_their_texts(tmp_path):
+    gold, people = tmp_path / "gold.jsonl", tmp_path / "people.csv"
+    pair = {"prompt": "p" * 400, "chosen": "c" * 4000, "rejected": "r" * 400}
+    gold.write_text(json.dumps(pair) + "\n")
+    people.write_text("persona\n" + "short\n" * 9 + "x" * 4000 + "\n")
+    changes = {"judging.gold": str(gold), "personas.source": str(people), "personas.count": 2}
+    works = {(w.stage, w.part): w for w in workload.workload(load_recipe("tiny", changes)).works}
+    labelled, prompts = works["labelled", ""], works["prompts", ""]
+    assert labelled.rows == 2 and labelled.read > 1200
+    assert 100 < prompts.read < 300 and prompts.most_read > 500  # at most the long persona is drawn
+
+
 # ---------------------------------------------------------------------------- published sizes
 
 
