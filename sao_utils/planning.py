@@ -170,12 +170,12 @@ def _as_measured(stage: Stage, measured: dict) -> Stage:
 
 # ---------------------------------------------------------------------------- what does not fit
 
-#: What a model of each key does, as problems are told, by `Work.verb`.
+#: `Work.verb` -> what a model does, as problems tell it.
 DOES = {"write": "Generating", "judge": "Judging", "exam": "lm-eval's tasks"}
 
 
 def _problems(recipe, shape, gpu, processes, trained, asked) -> list[str]:
-    """Args: asked: each `Work` with its `Stage`."""
+    """Of every model that runs here, and of training. `asked`: each `Work` with its `Stage`."""
     found = []
     here = {work.who: work.model for work, _ in asked if work.model.engine != "api"}
     for who, model in {**here, "model": recipe.model}.items():
