@@ -65,9 +65,10 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
         kind: the engine, "transformers" or "vllm".
 
     Returns:
-        A row each; cpu_seconds hold those of vLLM's processes. Of the stage: ratio, its throughput over the raw call's in wall time (which tells of other programs, too), and cpu_ratio,
-        the same in CPU time; the third contender has those of the stage over itself. Beside
-        transformers also engine_share, the share of the stage's wall time inside of the engine's call,
+        A row each; cpu_seconds hold those of vLLM's processes. Of the stage: ratio, its throughput
+        over the raw call's in wall time (which tells of other programs, too), and cpu_ratio, the same
+        in CPU time; the third contender has those of the stage over itself. Beside transformers
+        also engine_share, the share of the stage's wall time inside of the engine's call,
         which no other program moves much (vLLM goes on while the stage writes).
 
     Raises:
