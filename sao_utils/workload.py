@@ -24,8 +24,9 @@ from sao_utils.engine_api import VERDICT_TOKENS
 from sao_utils.questions import SETS, read_column, read_table
 from sao_utils.recipe import Evaluation, Model, Recipe, RecipeError, load_recipe
 from sao_utils.responses import PER_PROMPT
-from sao_utils.rows import results_folder
 
+#: The committed run of a checkout, whose rates hold for the tiny model.
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 #: Tokens that a server puts around the messages of a request; assumed, and more than most take.
 AROUND = 10
 #: Tokens of a verdict that is written: "ranking: 1 > 2" and its end.
@@ -182,8 +183,7 @@ def _rates(recipe: Recipe) -> tuple[Rates, dict]:
     kept = 0.6 if recipe.pairs.require_consistent else 0.9
     cut = PER_PROMPT * max(0, Rates.response - recipe.responses.max_new_tokens)
     assumed = Rates("assumed", verdict=Rates.verdict - cut, pair=Rates.pair - cut, pairs_kept=kept)
-    reference = results_folder() / "reference"
-    stages = actual(reference) if recipe.model.path == "tiny" else {}
+    stages = actual(REFERENCE) if recipe.model.path == "tiny" else {}
     trained = [stages[name] for name in stages if name.startswith("training self")]
     if not trained or not {"prompts", "responses", "verdicts"} <= stages.keys():
         return assumed, {}
@@ -201,14 +201,14 @@ def _rates(recipe: Recipe) -> tuple[Rates, dict]:
         prompts_kept=asked / prompts["made"],
         judged=verdicts["made"] / 2 / asked,
         pairs_kept=pairs / asked,
-        **_differing(reference, stages),
+        **_differing(stages),
     ), stages
 
 
-def _differing(reference: Path, stages: dict) -> dict[str, float]:
+def _differing(stages: dict) -> dict[str, float]:
     """How many of the possible verdicts the reference run asked for: equal answers need none."""
     try:
-        recipe = load_recipe(str(reference / "recipe.yaml"))
+        recipe = load_recipe(str(REFERENCE / "recipe.yaml"))
     except RecipeError:  # of another version
         return {}
     works = [*_answers(recipe, Rates(""), []), *_benchmarks(recipe, Rates(""), [])]

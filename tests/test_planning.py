@@ -318,7 +318,7 @@ def test_a_small_run_is_planned_beside_what_it_took(small_run, monkeypatch):
 
 
 def test_without_the_reference_run_a_cpus_hours_are_not_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr(workload, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(workload, "REFERENCE", tmp_path)
     made = plan(load_recipe("tiny"))
     assert {stage.hours for stage in made.stages} == {None}
     assert "hours are not planned" in render(made)

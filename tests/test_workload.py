@@ -135,10 +135,9 @@ def test_local_exams_are_counted_as_lm_eval_asks_them():
 
 def test_the_reference_run_is_counted_as_it_was():
     """Stages whose rows do not hang on what a model said, row by row."""
-    folder = rows.results_folder() / "reference"
-    took = workload.actual(folder)
+    took = workload.actual(workload.REFERENCE)
     planned: dict[str, int] = {}
-    for work in workload.workload(load_recipe(str(folder / "recipe.yaml"))).works:
+    for work in workload.workload(load_recipe(str(workload.REFERENCE / "recipe.yaml"))).works:
         planned[work.stage] = planned.get(work.stage, 0) + work.rows
     assert planned.keys() == {name for name in took if not name.startswith("training")}
     for stage in ("prompts", "labelled", "harness", "benchmark_answers"):
