@@ -84,14 +84,28 @@ def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
     jobs = {i: {**request, "id": i} for i, request in zip(ids, requests)}
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
-        if model.engine == "api":
-            yield _through_cache(run, f"{stage}, {model.path}", model, outstanding)
-        else:
-            yield from _replies(model, outstanding)
+        return replies(run, stage, model, outstanding)
 
     made = make_rows(run, stage, list(jobs.values()), work, model.max_context)
     rows = {row["id"]: row for row in made}
     return [rows[i] for i in ids]
+
+
+def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> Iterator[list[dict]]:
+    """Replies a batch at a time, in any order, to requests whose ids (and so seeds) are given.
+
+    For a stage that keeps rows of its own (`rows.make_rows`). What comes from a server is bought as in
+    `ask`: once by its id for all runs, under the cap, and then is a single batch.
+
+    Args:
+        requests: as of `ask`, each with an "id" of its own; equal requests are two requests here.
+
+    Returns, raises: as `ask`.
+    """
+    if model.engine == "api":
+        yield _through_cache(run, f"{stage}, {model.path}", model, requests)
+    else:
+        yield from _replies(model, requests)
 
 
 def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = None) -> Cost:
@@ -110,9 +124,10 @@ def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = N
 
 
 def spent(run: Run) -> float:
-    """US$ that the run has paid so far, by the tokens that servers counted."""
+    """US$ that the run and its variants have paid so far, by the tokens that servers counted."""
     rows = (row for path in sorted(_folder().glob("*.jsonl")) for row in read_rows(path))
-    return math.fsum(row.get("dollars") or 0 for row in rows if row.get("run") == _label(run))
+    paid = (row for row in rows if _whole(row.get("run") or "") == _whole(_label(run)))
+    return math.fsum(row.get("dollars") or 0 for row in paid)
 
 
 def _ids(model: Model, requests: list[dict]) -> list[str]:
@@ -205,7 +220,7 @@ def _purse(run: Run) -> Path:
 
     So nothing is paid between the look at what was spent and the rows that tell of what comes next.
     """
-    return _folder() / f".{_label(run).replace('/', '.')}.lock"
+    return _folder() / f".{_whole(_label(run))}.lock"
 
 
 def _check(run: Run, more: float | None, cap: float | None) -> None:
@@ -253,3 +268,8 @@ def _label(run: Run) -> str:
     """The run's name, with that of the run that it is a variant of."""
     folder, every = run.folder.resolve(), results_folder().resolve()
     return folder.relative_to(every).as_posix() if folder.is_relative_to(every) else run.folder.name
+
+
+def _whole(label: str) -> str:
+    """The run that a label names, or of which it names a variant: they have one purse."""
+    return label.split("/")[0]

@@ -9,24 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sao_utils import templates
-from sao_utils.engines import (
-    NO_REPLY,
-    Completion,
-    Sampling,
-    limit_met,
-    load_engine,
-    model_name,
-    unanswered,
-)
+from sao_utils.asking import replies
+from sao_utils.engines import NO_REPLY, Sampling, model_name, unanswered
 from sao_utils.overlap import near_duplicates, shared_ngrams
 from sao_utils.questions import evaluated_prompts, read_column
 from sao_utils.recipe import RecipeError
-from sao_utils.rows import Run, complete, make_rows, read_rows, row_id, seed_of
+from sao_utils.rows import Run, complete, make_rows, read_rows, row_id
 from sao_utils.tiny import world
 
 HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
 TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
 IN_EVALUATION = "in an evaluation set"
+MADE = ("tokens", "finished", "max_context")  # what a row keeps of a reply, beside its text
 
 
 def draw_personas(run: Run) -> list[dict]:
@@ -182,16 +176,14 @@ def write_prompts(run: Run) -> list[dict]:
     asked = evaluated_prompts(run) if settings.ngram else []  # a file that is missing: said now
 
     def work(outstanding):
-        chats = [
-            [{"role": "user", "content": templates.render(template, persona=job["persona"])}]
-            for job in outstanding
-        ]
-        seeds = [seed_of(job["id"]) for job in outstanding]
-        for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
-            yield [
-                _prompt_row(outstanding[i], reply) | limit_met(recipe.model, reply, sampling)
-                for i, reply in batch
-            ]
+        by_id = {job["id"]: job for job in outstanding}
+        requests = []
+        for job in outstanding:
+            content = templates.render(template, persona=job["persona"])
+            chat = [{"role": "user", "content": content}]
+            requests.append({"id": job["id"], "chat": chat, "sampling": sampling})
+        for batch in replies(run, "prompts", recipe.model, requests):
+            yield [_prompt_row(by_id[reply["id"]], reply) for reply in batch]
 
     rows = make_rows(run, "prompts", jobs, work, recipe.model.max_context)
     return _discard_overlaps(run, rows, asked)
@@ -240,20 +232,18 @@ def evaluation_overlap(run: Run, n: int = 8) -> dict:
     return {"prompts": len(rows), "questions": len(asked), "matches": matches}
 
 
-def _prompt_row(job: dict, reply: Completion) -> dict:
-    prompt, discarded = templates.parse_user_prompt(reply.text), None
-    if unanswered(reply.tokens, reply.finished):
+def _prompt_row(job: dict, reply: dict) -> dict:
+    prompt, discarded = templates.parse_user_prompt(reply["text"]), None
+    if unanswered(reply["tokens"], reply["finished"]):
         discarded = NO_REPLY
     elif prompt is None:
         discarded = "malformed"
-    elif not reply.finished:
+    elif not reply["finished"]:
         discarded = "cut off"
     elif _is_held_out(prompt):
         discarded = "evaluation question"
-    return {**job, "reply": reply.text, "prompt": prompt, "discarded": discarded} | {
-        "tokens": reply.tokens,
-        "finished": reply.finished,
-    }
+    found = {"reply": reply["text"], "prompt": prompt, "discarded": discarded}
+    return {**job, **found, **{key: reply[key] for key in MADE if key in reply}}
 
 
 def _is_held_out(prompt: str) -> bool:

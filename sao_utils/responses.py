@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sao_utils.engines import Sampling, limit_met, load_engine, model_name
-from sao_utils.personas import write_prompts
-from sao_utils.rows import Run, make_rows, row_id, seed_of
+from sao_utils.asking import replies
+from sao_utils.engines import Sampling, model_name
+from sao_utils.personas import MADE, write_prompts
+from sao_utils.rows import Run, make_rows, row_id
 
 PER_PROMPT = 2  # the paper's
 
@@ -34,13 +35,15 @@ def write_responses(run: Run) -> list[dict]:
     ]
 
     def work(outstanding):
-        chats = [[{"role": "user", "content": job["prompt"]}] for job in outstanding]
-        seeds = [seed_of(job["id"]) for job in outstanding]
-        for batch in load_engine(recipe.model).generate(chats, sampling, seeds):
+        by_id = {job["id"]: job for job in outstanding}
+        requests = []
+        for job in outstanding:
+            chat = [{"role": "user", "content": job["prompt"]}]
+            requests.append({"id": job["id"], "chat": chat, "sampling": sampling})
+        for batch in replies(run, "responses", recipe.model, requests):
             yield [
-                {**outstanding[i], "text": c.text, "tokens": c.tokens, "finished": c.finished}
-                | limit_met(recipe.model, c, sampling)
-                for i, c in batch
+                {**by_id[reply["id"]], **{k: reply[k] for k in ("text", *MADE) if k in reply}}
+                for reply in batch
             ]
 
     return make_rows(run, "responses", jobs, work, recipe.model.max_context)

@@ -36,7 +36,6 @@ READ = ("verdicts", "labelled", "duels", "harness", "benchmark_verdicts")
 #: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona and of
 #: a file of two, temperatures, prompts of each, and pairs that are judged by sampling.
 WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 3, 100, 150
-AGAIN = 8  # responses that notebook 02 draws a second time, without keeping them
 LABELLED = 2  # pairs that notebook 03 labels itself where the recipe names no file
 
 
@@ -143,10 +142,6 @@ def workload(recipe: Recipe) -> Workload:
         *_benchmarks(recipe, rates, notes),
     ]
     pairs = round(recipe.personas.count * rates.prompts_kept * rates.pairs_kept)
-    if recipe.model.priced:
-        notes.append(
-            "evaluation.max_cost does not hold what `model` is paid for prompts and responses."
-        )
     return Workload([work for work in works if work.rows], rates, pairs, notes, measured)
 
 
@@ -244,7 +239,7 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         shared = rates.prompt / 2  # each prompt is answered twice
         rows = round(most * kept)
         told = (stage, "model", recipe.model, "write", rows, *mean, part, shared)
-        return Work(*told, most_rows=most + (AGAIN if part else 0))
+        return Work(*told, most_rows=most)
 
     def verdicts(stage: str, rows: float, most: int, part: str = "", sampled=False) -> Work:
         limit = recipe.responses.max_new_tokens

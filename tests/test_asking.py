@@ -12,7 +12,7 @@ import time
 import pytest
 from test_engine_api import Server, failure, reply, server, settings, steps  # noqa: F401 (a fixture)
 
-from sao_utils import asking, rows
+from sao_utils import asking, personas, responses, rows
 from sao_utils.asking import CostError, ask, estimate, spent
 from sao_utils.engines import Sampling, encode, load_tokenizer
 from sao_utils.recipe import Model
@@ -183,6 +183,51 @@ def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results,
     manifest = json.loads((open_run().folder / "manifest.json").read_text())
     assert manifest["stages"]["s"]["made"] == 2
     assert spent(open_run()) == pytest.approx(2 * (5 * 2 + 3 * 10) / 1e6)
+
+
+class Writer(dict):
+    """Answers of a server that writes prompts and answers, each another one."""
+
+    def get(self, text, _):
+        self.written = getattr(self, "written", 0) + 1
+        return [(200, reply(f"User prompt: What is {self.written}?"), {})]
+
+
+def writer(server, name="written", count=6, **evaluation):  # noqa: F811
+    paid = settings(server, price_in=1e6, price_out=0, concurrency=1).model_dump()  # 5 a request
+    changes = {f"model.{key}": value for key, value in paid.items()} | {"personas.count": count}
+    changes |= {f"evaluation.{key}": value for key, value in evaluation.items()}
+    return rows.open_run("tiny", name, changes)
+
+
+def test_prompts_and_responses_of_a_server_are_bought_once_and_counted(results, server):  # noqa: F811
+    server.answers = Writer()
+    made = responses.write_responses(writer(server, "one"))
+    assert len(made) == 12 and len({row["text"] for row in made}) == 12  # two of each prompt
+    assert len(server.requests) == 18 and spent(writer(server, "one")) == 18 * 5
+    assert len({body["seed"] for body in server.requests}) == 18
+    assert {*made[0]} == {"id", "seed", "prompt_id", "prompt", "sample", "text"} | {
+        "tokens",
+        "finished",
+    }
+    assert responses.write_responses(writer(server, "two")) == made
+    assert len(server.requests) == 18 and spent(writer(server, "two")) == 0
+
+
+def test_the_cap_holds_for_prompts_and_responses_of_a_server_and_for_variants(results, server):  # noqa: F811
+    server.answers = Writer()
+    with pytest.raises(CostError, match="Nothing more was sent"):
+        responses.write_responses(writer(server, max_cost=10))
+    assert not server.requests
+    run = writer(server, max_cost=1100)  # a persona's prompt is estimated at some 120 tokens
+    assert len(personas.write_prompts(run)) == 6 and spent(run) == 30
+    beside = rows.variant(run, "without", {"personas.with_persona": False})
+    personas.write_prompts(beside)
+    assert spent(run) == spent(beside) == 60
+    small = rows.variant(run, "hot", {"personas.temperature": 1.0, "evaluation.max_cost": 60})
+    with pytest.raises(CostError, match="spent US\\$ 60"):
+        personas.write_prompts(small)
+    assert len(server.requests) == 12
 
 
 BUYER = """

@@ -10,6 +10,7 @@ from test_engine_api import reply, server, settings, steps  # noqa: F401 (a fixt
 from sao_utils import arena_hard, contests, evaluation, harness, judging, rows, workload
 from sao_utils import results as scores
 from sao_utils.asking import spent
+from sao_utils.personas import write_prompts
 from sao_utils.recipe import load_recipe
 from sao_utils.responses import write_responses
 from sao_utils.workload import AROUND, BYTES, tokens
@@ -226,17 +227,25 @@ def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, as
     )  # 2.2 times: our model's own answers are short
     paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
     assert 0.4 * most < paid <= most
-    assert spent(run) + spent(sampled) == pytest.approx(paid)
+    assert spent(run) == spent(sampled) == pytest.approx(paid)
 
 
 def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):  # noqa: F811
-    """The whole bill of a generator, but for notebook 01's and 02's trials and the evaluation."""
+    """The whole bill of a generator that writes, with what notebooks 01 and 02 try beside the run."""
     server.answers = Talker(server, 1.0)
     model = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
     changes = {f"model.{key}": value for key, value in model.items()}
     run = rows.open_run("tiny", "written", {**SMALL, **changes})
     works = workload.workload(run.recipe).works
     write_responses(run)
-    most = sum(w.dollars[1] for w in works if w.stage in ("prompts", "responses"))
+    write_prompts(rows.variant(run, "no-persona", {"personas.with_persona": False}))
+    for temperature in (0.2, 0.6, 1.0):
+        write_responses(
+            rows.variant(run, f"T-{temperature}", {"responses.temperature": temperature})
+        )
+    judged = [w for w in works if "verdicts" in w.stage + w.part or w.stage == "labelled"]
+    made = [w for w in works if w not in judged]
+    most = sum(w.dollars[1] for w in made if w.stage in ("prompts", "responses", "variants"))
     paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
+    assert spent(run) == pytest.approx(paid)
     assert 0.5 * most < paid <= most
