@@ -325,7 +325,8 @@ def league(
 
     Returns:
         `league.<judge>.<model>.elo` (base: 1000) and `.win_rate` (expected against base), the
-        strongest first. Invalid verdicts are left out: n is the number of games.
+        strongest first. Invalid verdicts are left out: n is the number of games. Where there are
+        several seeds, the intervals also hold what other trainings would have changed.
     """
     recipe = run.recipe
     names = list(names or ["base", *recipe.arms, *recipe.others])

@@ -113,6 +113,19 @@ def test_an_exam_counts_with_and_without_the_items_that_were_trained_on(examined
     assert float(line["value_without"]) == pytest.approx(without.value)
 
 
+def test_other_models_stand_beside_base_and_tuned_in_the_table_of_exams(examined):
+    twin = {"twin": examined.recipe.model}  # the same weights: what the base knows
+    run = rows.Run(examined.recipe.model_copy(update={"others": twin}), examined.folder)
+    told = [row for row in tables._of_harness(run, "Table 2") if row["benchmark"] == "tiny_facts"]
+    names = [tables._model(run, name) for name in ("base", "self", "twin")]
+    assert [row["model"] for row in told] == names
+    base, _, twin = told
+    for part in ("value", "low", "high", "n"):
+        assert base[part] == twin[part]
+    assert twin["protocol"].endswith("change inside the noise")
+    assert set(results.harness_scores(run)) == set(results.harness_scores(examined))
+
+
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
     from sao_utils.pairs import build_pairs
 
