@@ -379,7 +379,7 @@ def test_one_training_gives_the_paired_t_test():
 
 
 def test_the_interval_holds_the_truth_also_over_a_few_trainings():
-    """Two subjects, items and trainings that all vary: at least 93 in 100 intervals hold it."""
+    """Two subjects, items and trainings that all vary: 93 to 97 in 100 intervals hold it."""
     rng = np.random.default_rng(5)
     held = []
     for _ in range(600):
@@ -391,7 +391,7 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
             base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps]
         )
         held.append(gap.low <= 0.1 <= gap.high)
-    assert 0.93 <= np.mean(held) <= 0.995
+    assert 0.93 <= np.mean(held) <= 0.97
 
 
 def test_nothing_changed_and_too_little_to_tell_are_told_apart():
