@@ -6,15 +6,22 @@ only by a vLLM server, which goes on after a given beginning of the reply. Any o
 few tokens freely, at temperature 0, and the verdict's log-probabilities are read where it names its
 choice, from the alternatives that the server reports there; a reply without the beginning counts as
 an invalid verdict.
+
+Servers tell a row that they will not answer from a wrong setting by words only, each its own. So
+after a refusal the same is asked again with harmless words: when that is answered, it was the row.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,18 +32,14 @@ OPENAI = "api.openai.com"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 ALTERNATIVES = 20  # the most that such servers report
 VERDICT_TOKENS = 16  # "ranking: 1 > 2" is six to ten
-RETRIES = 5  # of the client, after 0.5 s, 1 s, ... or what the server asks for
+RETRIES = 5  # of the client, after 0.5 s, 1 s, ... or what the server asks for, up to two minutes
+PAUSE = 10.0  # seconds, at least, before the client tries again so often
 PATIENCE = 900.0  # seconds to wait altogether while the server limits the rate
 TOO_LARGE = 413  # said by what stands before a server, whatever its context is
-# What servers say of a row that they will not answer, in the body of a 400 or 422.
-REFUSALS = (
-    "context",
-    "too long",
-    "content_filter",
-    "content filter",
-    "content management",
-    "policy",
-)
+# What servers say when prompt and reply do not fit, in the body of a 400 or 422.
+TOO_MUCH = ("context", "too long", "too large", "too big", "max_tokens", "max_new_tokens")
+HARMLESS = "Hi"
+SURE = 1e-6  # probability that is left to a choice which no server reports, at least (ours)
 
 
 class ApiEngine:
@@ -138,7 +141,8 @@ class ApiEngine:
         When one fails for good, those under way are still yielded before the fault is raised.
         """
         fault = None
-        self.usage = {}
+        self.usage, self._refused, self._shortened = {}, [], []
+        self._over = threading.Event()  # wakes those who wait for a rate limit
         with ThreadPoolExecutor(self.model.concurrency) as pool:
             rows = {pool.submit(work, i): i for i in range(count)}
             try:
@@ -149,11 +153,14 @@ class ApiEngine:
                         yield [(rows[done], done.result())]
                         continue
                     fault = fault or done.exception()
+                    self._over.set()
                     for row in rows:
                         row.cancel()
             finally:
+                self._over.set()
                 for row in rows:
                     row.cancel()
+                self._tell(count)
         if fault:
             raise fault
 
@@ -164,43 +171,87 @@ class ApiEngine:
         elif used := _used(answer):
             self.usage[row] = used
 
+    def _tell(self, count: int) -> None:
+        """How many rows of a call the server did not answer, or not in full length."""
+        if self._refused:
+            print(
+                f"{self.model.url} refused {len(self._refused)} of {count} rows; they get no reply and "
+                f"count as discarded. It said last: {self._refused[-1]}\nIf it takes longer rows by "
+                "now, another model.max_context asks them again.",
+                flush=True,
+            )
+        if self._shortened:
+            print(
+                f"{self.model.url}: {len(self._shortened)} of {count} replies got fewer tokens than asked "
+                "for, as many as the server has room for. Lower max_new_tokens of the stage, or serve "
+                "the model with a longer context.",
+                flush=True,
+            )
+
     def _ask(self, chat: Chat, tokens: int, **options):
-        """One chat completion; None when the server refuses this row."""
+        """One chat completion; None when the server refuses this row.
+
+        The harmless question that shows this costs a few tokens, which are not counted.
+        """
+        answer, refusal, limited = self._answer(chat, tokens, **options)
+        if refusal:
+            harmless = [{**message, "content": HARMLESS} for message in chat]
+            if self._answer(harmless, tokens, **options)[1]:
+                raise self._stop(refusal) from None
+            self._refused.append(self._without_key(refusal)[:300])
+        elif not limited:
+            self._shortened.append(tokens)
+        return answer
+
+    def _answer(self, chat: Chat, tokens: int, **options):
+        """A chat completion, or the error when the server finds fault with the request.
+
+        One that does not fit is asked once more without a limit to the reply: the room that is left
+        is then the limit, and smaller.
+
+        Returns:
+            (completion | None, error | None, whether the reply was limited to `tokens`).
+        """
         import openai
 
-        started = time.monotonic()
+        started, limited = time.monotonic(), True
         while True:
             limit = self._limit
             try:
                 answer = self._client.chat.completions.create(
-                    model=self.model.path, messages=chat, **{limit: tokens}, **options
+                    model=self.model.path,
+                    messages=chat,
+                    **({limit: tokens} if limited else {}),
+                    **options,
                 )
                 choices = getattr(answer, "choices", None)
-                if choices and choices[0].message:
-                    return answer
-                raise self._stop(ValueError(f"there is no reply in its answer: {answer}"))
+                if not choices or not choices[0].message:
+                    raise self._stop(ValueError(f"there is no reply in its answer: {answer}"))
+                return answer, None, limited
             except openai.RateLimitError as error:  # the client has waited and tried already
-                waited = time.monotonic() - started
-                if error.code == "insufficient_quota" or waited > PATIENCE:
+                if error.code == "insufficient_quota":
                     raise self._stop(error) from None
-                self._wait(error, waited)
+                self._wait(error, time.monotonic() - started)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 text = str(error).lower()
-                if "max_completion_tokens" in text and limit == "max_tokens":
+                if "max_completion_tokens" in text and "support" in text and limit == "max_tokens":
                     self._limit = "max_completion_tokens"  # newer models know the limit as this
                 elif "logprobs" in options and "logprobs" in text:
                     raise EngineError(_WITHOUT_LOGPROBS.format(self.model.url)) from None
-                elif any(words in text for words in REFUSALS):
-                    return None
+                elif limited and any(words in text for words in TOO_MUCH):
+                    limited = False
                 else:
-                    raise self._stop(error) from None
+                    return None, error, limited
             except openai.OpenAIError as error:
                 if getattr(error, "status_code", None) == TOO_LARGE:
-                    return None
+                    return None, error, limited
                 raise self._stop(error) from None
 
     def _wait(self, error, waited: float) -> None:
-        """What the server asks for beyond the two minutes that the client waits for by itself."""
+        """As long as the server asks for; the client does so by itself for up to two minutes only."""
+        pause = max(PAUSE, asked_to_wait(error.response.headers))
+        if waited + pause > PATIENCE:
+            raise self._stop(error) from None
         if time.monotonic() - self._said_at > 60:
             self._said_at = time.monotonic()
             print(
@@ -208,9 +259,8 @@ class ApiEngine:
                 "A smaller model.concurrency may help.",
                 flush=True,
             )
-        asked = error.response.headers.get("retry-after", "")
-        if asked.isdigit() and int(asked) > 120:
-            time.sleep(min(int(asked), PATIENCE))
+        if self._over.wait(pause):
+            raise self._stop(error) from None
 
     def _stop(self, error: Exception) -> EngineError:
         """A fault that ends the call, in words that tell what to do and no key."""
@@ -228,15 +278,32 @@ class ApiEngine:
             advice = "Is the server running, and is the url right (most end in /v1)?"
         else:
             advice = "The rows made so far are kept; run again to go on."
-        text = str(error)
-        if key := os.environ.get(self._variable or ""):  # a server may repeat it
-            text = text.replace(key, "***")
-        return EngineError(f"{self.model.url}: {text[:500]}\n{advice}")
+        return EngineError(f"{self.model.url}: {self._without_key(error)[:500]}\n{advice}")
+
+    def _without_key(self, error: Exception) -> str:
+        key = os.environ.get(self._variable or "")  # a server may repeat it
+        return str(error).replace(key, "***") if key else str(error)
 
 
 _WITHOUT_LOGPROBS = (
-    "{} gives no log-probabilities, which judging.method=logprob needs. Set judging.method=sampled."
+    "{} gives no log-probabilities. Set judging.method=sampled, which needs none; AlpacaEval always "
+    "does, so leave it out of evaluation.benchmarks or take another judge."
 )
+
+
+def asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait before the next request (RFC 9110, 10.2.3); 0 if it does not.
+
+    `retry-after` is a number of seconds or a date; some servers send `retry-after-ms`.
+    """
+    asked = headers.get("retry-after", "")
+    for value, unit in ((headers.get("retry-after-ms", ""), 1000), (asked, 1)):
+        with suppress(ValueError):
+            seconds = float(value) / unit
+            return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+    with suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    return 0.0
 
 
 def _used(answer) -> tuple[int, int] | None:
@@ -264,25 +331,39 @@ def read_verdict(
     Args:
         tokens: the reply's tokens, each with the server's alternatives and their log-probabilities.
         prefix: what the reply has to begin its verdict with; case and blanks do not count.
-        choices: as in `Engine.choose`; they part in their first character that is not blank.
+        choices: as in `Engine.choose`; they part in their first character that is not blank. A token
+            counts for the choice that it is the beginning of, blanks and stars apart.
 
     Returns:
-        Nats, one a choice. A choice that is not among the alternatives gets the least of them, which
-        is too much: the margin is understated, and no verdict is invalid for being too sure. Minus
+        Nats, one a choice. A choice that is not among the alternatives gets what it has at most: as
+        much as the least of them, and as they leave. So the margin is understated, and no verdict is
+        invalid for being too sure; but minus infinity where that is no less than the others have. A
+        choice of one letter gets minus infinity at once, as in alpaca_eval (`logprob_parser`). Minus
         infinity for all when the reply does not come to a verdict.
     """
-    firsts = [choice.strip()[0] for choice in choices]
     said = ""
     for token, alternatives in tokens:
         begun = said.lower().rstrip(" *").endswith(prefix.lower())
-        if begun and token.strip(" *\n"):
+        if begun and _bare(token):
             odds = [
-                [p for other, p in alternatives.items() if other.strip(" *\n")[:1] == first]
-                for first in firsts
+                [p for other, p in alternatives.items() if _begins(other, choice)]
+                for choice in choices
             ]
-            if not any(odds):
-                return [-math.inf] * len(choices)
-            least = min(alternatives.values())
-            return [math.log(sum(map(math.exp, p))) if p else least for p in odds]
+            found = [math.log(sum(map(math.exp, p))) if p else -math.inf for p in odds]
+            if max(found) == -math.inf or all(len(_bare(choice)) == 1 for choice in choices):
+                return found
+            rest = 1 - sum(map(math.exp, alternatives.values()))
+            most = min(*alternatives.values(), math.log(max(rest, SURE)))
+            most = most if most < max(found) else -math.inf
+            return [most if p == -math.inf else p for p in found]
         said += token
     return [-math.inf] * len(choices)
+
+
+def _bare(text: str) -> str:
+    """Without blanks and stars."""
+    return re.sub(r"[\s*]", "", text)
+
+
+def _begins(token: str, choice: str) -> bool:
+    return bool(_bare(token)) and _bare(choice).startswith(_bare(token))

@@ -7,12 +7,13 @@ import json
 import math
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from sao_utils import asking, engine_api, judging, rows
-from sao_utils.engine_api import ApiEngine, read_verdict
+from sao_utils.engine_api import HARMLESS, ApiEngine, asked_to_wait, read_verdict
 from sao_utils.engines import Completion, EngineError, Sampling, load_engine, model_name
 from sao_utils.recipe import Model
 
@@ -93,6 +94,7 @@ def server(monkeypatch):
     monkeypatch.setenv("SAO_TEST_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.2)
+    monkeypatch.setattr(engine_api, "PAUSE", 0.2)
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -167,6 +169,72 @@ def test_a_rate_limit_that_outlasts_the_clients_tries_is_still_waited_for(server
     assert "limits the rate" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: {"Retry-After": "1.2"},
+        lambda: {"retry-after-ms": "1200"},
+        lambda: {"Retry-After": formatdate(time.time() + 2.5, usegmt=True)},  # of whole seconds
+    ],
+    ids=["seconds", "milliseconds", "date"],
+)
+def test_a_wait_longer_than_the_client_takes_is_slept_and_not_asked_through(
+    server, monkeypatch, asked
+):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", 0.1)
+    server.answers["a"] = [failure(429, "slow", **asked()), (200, reply("at last"), {})]
+    started = time.monotonic()
+    found = all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))
+    assert found[0].text == "at last" and time.monotonic() - started >= 1.2
+    assert len(server.requests) == 2
+
+
+def test_a_rate_limit_without_end_is_asked_a_few_times_and_told(server, monkeypatch):
+    monkeypatch.setattr(engine_api, "PATIENCE", 3.0)
+    monkeypatch.setattr(engine_api, "PAUSE", 1.0)
+    server.answers["a"] = [failure(429, "slow down")]
+    with pytest.raises(EngineError, match="slow down(.|\n)*run again later"):
+        all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))
+    assert len(server.requests) <= 3 * (1 + engine_api.RETRIES)
+    server.answers["b"], before = [failure(429, "slow", **{"Retry-After": "4000.5"})], time.time()
+    with pytest.raises(EngineError, match="run again later"):
+        all_of(engine_for(server).generate(chats("b"), Sampling(0, 5), [0]))
+    assert time.time() - before < 2  # longer than we have patience: told at once
+    assert sum(r["messages"][-1]["content"] == "b" for r in server.requests) == 1
+
+
+def test_a_fault_of_another_row_wakes_those_that_wait(server, monkeypatch):
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", 0.1)
+    server.answers["wait"] = [failure(429, "slow", **{"Retry-After": "600"})]
+    server.answers["bad"] = [failure(401, "no key", slow="0.3")]
+    started = time.monotonic()
+    with pytest.raises(EngineError):
+        all_of(engine_for(server).generate(chats("wait", "bad"), Sampling(0, 5), [0] * 2))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "headers, seconds",
+    [
+        ({}, 0),
+        ({"retry-after": "200.5"}, 200.5),
+        ({"retry-after": "30", "retry-after-ms": "180000"}, 180),
+        ({"retry-after": "soon"}, 0),
+        ({"retry-after": "-5"}, 0),
+        ({"retry-after": "nan"}, 0),
+        ({"retry-after": "inf", "retry-after-ms": "x"}, 0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+    ],
+)
+def test_what_a_server_asks_to_wait_is_read_in_every_form(headers, seconds):
+    assert asked_to_wait(headers) == seconds
+
+
+def test_a_date_to_wait_for_is_read():
+    asked = {"retry-after": formatdate(time.time() + 300, usegmt=True)}
+    assert asked_to_wait(asked) == pytest.approx(300, abs=3)
+
+
 def test_a_used_up_quota_stops_at_once(server):
     body = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
     server.answers["a"] = [(429, body, {})]
@@ -179,13 +247,70 @@ def test_a_server_that_stumbles_is_asked_again(server):
     assert all_of(engine_for(server).generate(chats("a"), Sampling(0, 5), [0]))[0].text == "fine"
 
 
-def test_a_row_that_the_server_refuses_is_empty_and_the_others_go_on(server):
+def test_a_row_that_the_server_refuses_is_empty_and_the_others_go_on(server, capsys):
     server.answers["long"] = [failure(400, "This model's maximum context length is 10 tokens.")]
     server.answers["rude"] = [(200, reply("", finish="content_filter"), {})]
     found = all_of(engine_for(server).generate(chats("a", "long", "rude"), Sampling(0, 5), [0] * 3))
     assert found[1] == found[2] == Completion("", 0, False) and found[0].finished
+    told = capsys.readouterr().out
+    assert "refused 1 of 3 rows" in told and "maximum context length" in told
     verdicts = all_of(engine_for(server).choose(chats("long"), "ranking:", CHOICES))
     assert verdicts[0] == [-math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Content Exists Risk",
+        "data_inspection_failed",
+        "Your prompt was flagged",
+        "Prompt is too big",
+    ],
+)
+def test_a_refusal_in_any_words_is_the_rows_own_when_a_harmless_one_is_answered(server, words):
+    server.answers["bad"] = [failure(400, words)]
+    for texts in (("a", "bad", "b"), ("bad",)):  # also when only that row is left
+        found = all_of(engine_for(server).generate(chats(*texts), Sampling(0, 5), [0] * 3))
+        refused = texts.index("bad")
+        assert found.pop(refused) == Completion("", 0, False)
+        assert all(row.finished for row in found.values())
+    harmless = [r for r in server.requests if r["messages"][-1]["content"] == HARMLESS]
+    bad = next(r for r in server.requests if r["messages"][-1]["content"] == "bad")
+    assert len(harmless) == 2
+    assert {**harmless[0], "messages": None} == {**bad, "messages": None}  # the same settings
+
+
+@pytest.mark.parametrize("words", ["temperature must be 1, by policy", "no seed in this context"])
+def test_a_fault_of_the_settings_loses_no_row(server, words, results):
+    server.answers = type("All", (dict,), {"get": lambda *_: [failure(400, f"{words} {KEY}")]})()
+    run = rows.open_run("tiny", "fault")
+    requests = [{"chat": chat, "sampling": Sampling(0.0, 3)} for chat in chats("a", "b")]
+    with pytest.raises(EngineError, match=words) as told:
+        asking.ask(run, "s", settings(server), requests)
+    assert KEY not in str(told.value)
+    assert rows.read_rows(run.rows("s")) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "'max_tokens' or 'max_completion_tokens' is too large: 2048. This model's maximum context "
+        "length is 512 tokens and your request has 60 input tokens.",
+        "max_tokens is too large: 2048. This model supports at most 512 completion tokens.",
+    ],
+)
+def test_a_reply_longer_than_the_servers_context_is_asked_for_as_long_as_it_goes(
+    server, capsys, words
+):
+    server.answers["a"] = [failure(400, words), (200, reply("cut", finish="length"), {})]
+    server.answers["b"] = [failure(400, words), (200, reply("ended"), {})]
+    engine = engine_for(server)
+    found = all_of(engine.generate(chats("a", "b"), Sampling(0.6, 2048), [0] * 2))
+    assert found == {0: Completion("cut", 3, False), 1: Completion("ended", 3, True)}
+    asked = [r for r in server.requests if r["messages"][-1]["content"] == "a"]
+    assert [r.get("max_tokens") for r in asked] == [2048, None]
+    assert not any("max_completion_tokens" in r for r in server.requests)
+    assert "2 of 2 replies got fewer tokens" in capsys.readouterr().out
 
 
 def test_a_row_that_is_too_large_for_what_stands_before_a_server_does_not_end_the_others(server):
@@ -231,6 +356,7 @@ def test_half_a_character_at_the_end_of_a_cut_reply_can_be_kept(server, results)
 )
 def test_other_faults_stop_with_advice_and_keep_what_is_finished(server, status, words):
     server.answers["bad"] = [failure(status, f"odd: your key {KEY}", slow="0.3")]
+    server.answers[HARMLESS] = [failure(status, "odd")]
     finished = []
     with pytest.raises(EngineError, match=words) as stopped:
         for batch in engine_for(server, concurrency=2).generate(
@@ -342,8 +468,45 @@ def test_a_choice_too_unlikely_to_be_reported_gets_the_least_alternative():
     assert found == pytest.approx([-0.001, -8.0])
 
 
+def of(*steps):
+    """Tokens with their alternatives, from probabilities."""
+    return [(next(iter(p)), {token: math.log(q) for token, q in p.items()}) for p in steps]
+
+
+@pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, engine_api.SURE)])
+def test_a_choice_that_a_server_reports_alone_wins_by_what_is_left(sure, left):
+    found = read_verdict(of({" ": 1.0}, {"1": sure}), "", CHOICES)
+    assert found == pytest.approx([math.log(sure), math.log(left)])
+
+
+def test_a_choice_that_may_be_as_likely_as_the_other_is_not_guessed_at():
+    found = read_verdict(of({"x": 0.5, "1": 0.1}), "", CHOICES)
+    assert found == [pytest.approx(math.log(0.1)), -math.inf]
+
+
+def test_a_token_counts_for_the_choice_that_it_begins():
+    said = of({"1": 0.6, "10": 0.1, "1>": 0.1, " 2 >": 0.1, "2nd": 0.05})
+    assert read_verdict(said, "", CHOICES) == pytest.approx([math.log(0.7), math.log(0.1)])
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ([{"Model": 0.95, "The": 0.03}, {" m": 0.9, " M": 0.1}], [0, 0]),
+        ([{"My": 0.9, "The": 0.05}], [0, 0]),
+        ([{"m": 0.97}], [0.97, 0]),
+        ([{"m": 0.97, "The": 0.01, "Both": 0.005}], [0.97, 0]),
+        ([{" M": 0.6, "m": 0.3, "**m": 0.1}], [0.4, 0.6]),
+    ],
+)
+def test_a_choice_of_one_letter_is_that_letter_and_nothing_else(said, expected):
+    """As in alpaca_eval: a missing letter has probability 0."""
+    found = read_verdict(of(*said), "", ("m", "M"))
+    assert [math.exp(p) for p in found] == pytest.approx(expected)
+
+
 def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):
-    with pytest.raises(EngineError, match="judging.method=sampled"):
+    with pytest.raises(EngineError, match="judging.method=sampled.*AlpacaEval.*another judge"):
         all_of(engine_for(server).choose(chats("a"), "ranking:", CHOICES))
     bare = steps((" 1", {}))
     bare["content"][0]["top_logprobs"] = None
