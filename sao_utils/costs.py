@@ -195,7 +195,8 @@ def generation_memory(
 def judging_memory(
     config, model: Model, tokens: float, total: float | None = None
 ) -> dict[str, float]:
-    """GiB by part that judging needs at most: one pass over prompts of so many tokens, no cache."""
+    """GiB by part that choosing a verdict needs at most: one pass over prompts of so many tokens, no
+    cache. A verdict that is sampled is written: `generation_memory`."""
     if model.engine == "vllm":
         return generation_memory(config, model, tokens, 0, total)
     shape = shape_of(config)
@@ -421,21 +422,19 @@ def reading_hours(
     parts: dict[str, float],
     rows: float,
     prompt: float,
-    few: float = 0,
     shared: float = 0,
 ) -> float | None:
-    """Hours to read so many prompts and write a few tokens after each; None if none fits.
+    """Hours to read so many prompts, and choose after each; None if none fits.
 
     Args:
-        parts: `judging_memory`. few: tokens written. shared: as in `writing_hours`.
+        parts: `judging_memory`. shared: as in `writing_hours`.
     """
     shape = model_shape(model)
-    batch = batch_rows(model, shape, parts, prompt, prompt + few)
+    batch = batch_rows(model, shape, parts, prompt, prompt)
     if not batch:
         return None
     read = rows * (prompt - (shared if model.engine == "vllm" else 0))
-    hours = prefill_hours(shape, gpu, read) / gpu.reached
-    return hours + decode_hours(shape, gpu, model, rows, prompt, few, batch) / DECODE_SHARE
+    return prefill_hours(shape, gpu, read) / gpu.reached
 
 
 def exam_hours(model: Model, gpu: Gpu, requests: float, read: float, written: float = 0) -> float:

@@ -108,7 +108,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
             "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
         )
     if gpu is not None:
-        problems = _problems(recipe, shape, gpu, processes, trained, list(zip(load.works, asked)))
+        problems = _problems(recipe, shape, gpu, processes, trained, load.works)
         notes += _assumptions(recipe, gpu, processes, load.works)
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
     disk = _disk(recipe, shape, load.works, len(recipe.arms) * len(recipe.seeds))
@@ -120,23 +120,35 @@ def _asked(work: Work, gpu: Gpu | None, rates: Rates, processes: int) -> Stage:
     """The stage, or part of one, in which a model is asked."""
     model, hours, memory = work.model, None, {}
     if gpu is not None and model.engine != "api":
-        config, context = architecture(model), model_shape(model).context or math.inf
-        longest = min(work.longest, context, model.max_context or math.inf)
-        if work.verb == "write":
-            most = work.most_written
-            memory = generation_memory(config, model, longest, most, gpu.memory)
-            told = (work.rows, work.read, work.written, most, rates.spread, work.shared)
-            hours = writing_hours(model, gpu, memory, *told)
-        elif work.verb == "judge":
-            memory = judging_memory(config, model, longest, gpu.memory)
-            told = (work.rows, work.read, work.written, work.shared)
-            hours = reading_hours(model, gpu, memory, *told)
-        else:
-            memory = exam_memory(config, model, longest)
+        memory = _memory(work, gpu)
+        if work.verb == "exam":
             hours = exam_hours(model, gpu, work.requests, work.read, work.written)
+        elif _writes(work):
+            told = (work.rows, work.read, work.written, work.most_written, rates.spread)
+            hours = writing_hours(model, gpu, memory, *told, work.shared)
+        else:
+            told = (work.rows, work.read, work.shared)
+            hours = reading_hours(model, gpu, memory, *told)
         if hours is not None and work.verb != "exam":
             hours /= max(1, min(model.workers, processes))
     return Stage(work.stage, work.rows, work.tokens, hours, memory, work.part, work.dollars)
+
+
+def _memory(work: Work, gpu: Gpu) -> dict[str, float]:
+    """GiB by part that a model takes for its work on a GPU."""
+    model = work.model
+    config, context = architecture(model), model_shape(model).context or math.inf
+    longest = min(work.longest, context, model.max_context or math.inf)
+    if work.verb == "exam":
+        return exam_memory(config, model, longest)
+    if _writes(work):
+        return generation_memory(config, model, longest, work.most_written, gpu.memory)
+    return judging_memory(config, model, longest, gpu.memory)
+
+
+def _writes(work: Work) -> bool:
+    """Also a judge does, whose verdict is sampled."""
+    return work.verb == "write" or (work.verb == "judge" and work.most_written > 0)
 
 
 def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
@@ -172,27 +184,45 @@ def _as_measured(stage: Stage, measured: dict) -> Stage:
 
 #: `Work.verb` -> what a model does, as problems tell it.
 DOES = {"write": "Generating", "judge": "Judging", "exam": "lm-eval's tasks"}
+#: Compute capability from which on vLLM runs.
+VLLM_CAPABILITY = 8.0
+#: Tokens of a response; a lower limit is no advice. Ours.
+SHORTEST = 32
 
 
-def _problems(recipe, shape, gpu, processes, trained, asked) -> list[str]:
-    """Of every model that runs here, and of training. `asked`: each `Work` with its `Stage`."""
+def _problems(recipe, shape, gpu, processes, trained, works) -> list[str]:
+    """Of every model that runs here, and of training."""
     found = []
-    here = {work.who: work.model for work, _ in asked if work.model.engine != "api"}
+    here = {work.who: work.model for work in works if work.model.engine != "api"}
     for who, model in {**here, "model": recipe.model}.items():
         if model.engine != "api":
             found += _misfits(who, model, recipe, gpu, processes)
-    most: dict[tuple[str, str], tuple[Work, dict]] = {}
-    for work, stage in asked:
-        if not stage.memory:
+    most: dict[tuple[str, bool], tuple[Work, dict]] = {}  # lm-eval takes memory of its own
+    longest: dict[str, float] = {}
+    for work in works:
+        if work.model.engine == "api":
             continue
-        key = (work.who, work.verb)
-        if key not in most or sum(stage.memory.values()) > sum(most[key][1].values()):
-            most[key] = work, stage.memory
-    for (who, verb), (work, memory) in most.items():
-        found += _engine_memory(DOES[verb], who, work.model, gpu, memory, verb == "exam")
+        work = replace(work, model=_running(work.model, gpu))
+        memory, key = _memory(work, gpu), (work.who, work.verb == "exam")
+        if key not in most or sum(memory.values()) > sum(most[key][1].values()):
+            most[key] = work, memory
+        longest[work.who] = max(longest.get(work.who, 0), work.longest + work.most_written)
+    for (who, exam), (work, memory) in most.items():
+        if exam:
+            found += _exam_memory(work.model, gpu, memory)
+        else:
+            found += _engine_memory(DOES[work.verb], who, work.model, gpu, memory, longest[who])
     if shape is not None and trained:
         found += _training_memory_problems(recipe, gpu, processes, trained)
     return list(dict.fromkeys(found))
+
+
+def _running(model: Model, gpu: Gpu) -> Model:
+    """The model by an engine that runs on the GPU, as `_misfits` advises."""
+    if model.engine != "vllm" or gpu.capability >= VLLM_CAPABILITY:
+        return model
+    bits = "none" if model.quantisation == "none" else "nf4"
+    return model.model_copy(update={"engine": "transformers", "quantisation": bits})
 
 
 def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -> list[str]:
@@ -204,18 +234,19 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
             f"Each of {model.workers} workers takes a GPU, and there is {processes}: "
             f"{key}.workers={fewer}, or --gpus {model.workers}."
         )
-    if model.engine == "vllm" and old:
+    if (runs := _running(model, gpu)) is not model:
         found.append(
             f"vLLM does not promise to run on the {gpu.name} (compute capability {gpu.capability}): "
             f"{key}.engine=transformers"
-            + (f" with {key}.quantisation=nf4." if model.quantisation != "none" else ".")
+            + (f" with {key}.quantisation=nf4." if runs.quantisation != "none" else ".")
         )
     if model.dtype == "bfloat16" and old:
         found.append(
             f"The {gpu.name} (compute capability {gpu.capability}) has no bfloat16: {key}.dtype=auto "
             "computes in float16."
         )
-    gemma = model_shape(model).family.startswith("gemma")
+    own = model_shape(model)
+    gemma = own.family.startswith("gemma")
     if gemma and old:
         found.append(
             f"Gemma overflows in float16, and the {gpu.name} has nothing else of 16 bit: take another "
@@ -223,49 +254,47 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
         )
     elif gemma and model.dtype == "float16":
         found.append(f"Gemma overflows in float16: {key}.dtype=bfloat16.")
-    if model.quantisation == "fp8" and gpu.capability < 7.5:
-        found.append(f"fp8 weights need compute capability 7.5: {key}.quantisation=gptq.")
-    context = model_shape(model).context or math.inf
-    if model.engine == "vllm":
-        if model.max_context and model.max_context > context:
-            found.append(f"{model.path} takes {context} tokens: {key}.max_context={context}.")
-    context = min(context, model.max_context or math.inf)
+    holds = own.context or math.inf
+    if runs.engine == "vllm" and (model.max_context or 0) > holds:
+        found.append(f"{model.path} takes {holds} tokens: {key}.max_context={holds}.")
+    context = min(holds, model.max_context or math.inf)
     section = "evaluation" if key.startswith("judges.") else "responses"
     limit = getattr(recipe, section).max_new_tokens
     shown = longest_ranking(limit)
     if (model is recipe.judging_model or section == "evaluation") and shown > context:
-        fitting = int((context - shown) // PER_PROMPT) + limit
+        fitting, advice = int((context - shown) // PER_PROMPT) + limit, []
+        if fitting >= SHORTEST:
+            advice.append(f"{section}.max_new_tokens={fitting} or less")
+        if shown <= holds:
+            advice.append(f"{key}.max_context={math.ceil(shown)}")
         found.append(
             f"Two responses at their limit and the ranking prompt are about {shown:,.0f} tokens, the "
-            f"judge takes {context:,}: such pairs get no verdict. {section}.max_new_tokens={fitting} "
-            "or less."
+            f"judge takes {context:,}: such pairs get no verdict. "
+            f"{', or '.join(advice) or f'Take another {key}.path'}."
         )
     return found
 
 
 def _engine_memory(
-    label: str, key: str, model: Model, gpu: Gpu, memory: dict, exam: bool = False
+    label: str, key: str, model: Model, gpu: Gpu, memory: dict, longest: float
 ) -> list[str]:
+    """longest: tokens of the longest prompt with its reply, of all that the model is asked."""
     weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
-    bits = dtype_of(model) if model.quantisation == "none" else model.quantisation
-    told = f"{label}: {model.path} in {bits} ({weights:.1f} GiB of weights)"
+    told = f"{model.path} in {_bits(model)} ({weights:.1f} GiB of weights)"
     fewer = {"transformers": "nf4", "vllm": "fp8"}[model.engine]
     smaller = f"{key}.quantisation={fewer}"
-    if exam:  # it takes 16-bit weights of what vLLM runs, and batches of any size
-        if need > room:
-            return [
-                f"{told} takes {need:.1f} GiB of the {gpu.name} ({room:.1f}): evaluation.harness=[]."
-            ]
-        return []
     if model.quantisation != "none":
         smaller = f"a smaller {key}.path"
     if model.engine == "vllm":  # it wants room for one row of the whole context
         shape, share = model_shape(model), model.gpu_memory * gpu.memory
         context = model.max_context or shape.context or VLLM_TOKENS
-        if memory["working"] + weights + context * shape.kv_bytes(dtype_of(model)) / GIB > share:
+        left = (share - memory["working"] - weights) * GIB / shape.kv_bytes(dtype_of(model))
+        if left < context:
+            if (shorter := int(left) // 16 * 16) >= longest:
+                smaller += f", or {key}.max_context={shorter}"
             return [
                 f"{told} leaves no room for one context of {context} tokens on the {gpu.name} "
-                f"({share:.1f} GiB): {smaller}, or a lower {key}.max_context."
+                f"({share:.1f} GiB): {smaller}."
             ]
     elif weights > 0.95 * room:
         return [f"{told} does not fit the {gpu.name} ({room:.1f} GiB): {smaller}."]
@@ -277,6 +306,23 @@ def _engine_memory(
             f"{key}.batch_tokens={fitting}."
         ]
     return []
+
+
+def _exam_memory(model: Model, gpu: Gpu, memory: dict) -> list[str]:
+    """lm-eval takes 16-bit weights of what vLLM runs, and batches of any size."""
+    weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
+    if need <= room:
+        return []
+    return [
+        f"{DOES['exam']}: {model.path} in {_bits(model)} ({weights:.1f} GiB of weights) takes "
+        f"{need:.1f} GiB of the {gpu.name} ({room:.1f}): evaluation.harness=[]."
+    ]
+
+
+def _bits(model: Model) -> str:
+    if model.quantisation != "none":
+        return model.quantisation
+    return "float32" if dtype_of(model) == "float32" else "16 bit"
 
 
 def _training_memory_problems(recipe, gpu, processes, trained) -> list[str]:

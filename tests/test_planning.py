@@ -56,17 +56,23 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
             {"model.max_context": None, "model.gpu_memory": 0.75},
             "no room for one context of 8192 tokens on the L4",
         ),
-        ("colab-t4", "T4", {"model.batch_tokens": 320_000}, "Generating needs"),
+        ("colab-t4", "T4", {"model.batch_tokens": 320_000}, "Judging needs"),
         ("gpu-24gb", "T4", {}, "model.dtype=auto"),
         ("gpu-24gb", "T4", {}, "Gemma overflows in float16"),
         (
             "gpu-24gb",
             "T4",
             {"model.engine": "transformers", "model.quantisation": "none"},
-            "google/gemma-2-9b-it in bfloat16 (17.2 GiB of weights) does not fit the T4 (14.0 GiB): "
+            "google/gemma-2-9b-it in 16 bit (17.2 GiB of weights) does not fit the T4 (14.0 GiB): "
             "model.quantisation=nf4",
         ),
-        ("paper", "L4", {}, "model.quantisation=fp8, or a lower model.max_context"),
+        ("paper", "L4", {}, "on the L4 (19.8 GiB): model.quantisation=fp8."),
+        (
+            "gpu-24gb-llama",
+            "L4",
+            {"model.max_context": None, "model.gpu_memory": 0.76},
+            "fp8, or model.max_context=4",
+        ),
         ("paper", "A100-80", {}, "4 GPUs (--gpus 4"),
         ("paper", "A100-80", {}, "training.method=lora"),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}, "training.quantisation=nf4"),
@@ -106,15 +112,46 @@ def test_the_advice_helps():
         ("gpu-24gb", "4090", {"training.gradient_checkpointing": "off"}),
         ("gpu-24gb", "4090", {"training.token_budget": 8192, "pairs.max_tokens": 16_384}),
         ("gpu-24gb", "4090", {"model.dtype": "float16", "model.workers": 4}),
+        ("gpu-24gb", "4090", {"model.max_context": 16}),
+        ("gpu-24gb-llama", "T4", {}),
+        ("paper-llama", "T4", {"training.method": "lora", "training.quantisation": "nf4"}),
+        ("gpu-24gb-llama", "L4", {"model.max_context": None, "model.gpu_memory": 0.7}),
     ):
         changes, problems = dict(changes), None
-        for _ in range(4):
+        for _ in range(6):
             problems = plan(load_recipe(name, changes), find_gpu(gpu)).problems
             if not problems:
                 break
             key, value = re.search(r"([a-z_]+\.[a-z_]+)=(\w+)", problems[0]).groups()
             changes[key] = value
         assert problems == [], (name, changes)
+
+
+def test_the_advice_does_not_contradict_itself():
+    """A model that goes to another engine gets that engine's 4 bits, and a context that is far too
+    short is made longer, not the answers shorter than nothing."""
+    told = plan(load_recipe("gpu-24gb-llama"), find_gpu("T4")).problems
+    keys = [re.findall(r"model\.\w+=\w+", problem) for problem in told]
+    assert keys == [["model.engine=transformers"], ["model.dtype=auto"], ["model.quantisation=nf4"]]
+    (short,) = plan(load_recipe("gpu-24gb", {"model.max_context": 16}), find_gpu("4090")).problems
+    assert short.endswith("no verdict. model.max_context=2228.")
+    changes = {"model.max_context": 16, "responses.max_new_tokens": 8192}
+    (none,) = plan(load_recipe("gpu-24gb", changes), find_gpu("4090")).problems
+    assert none.endswith("no verdict. Take another model.path.")
+
+
+def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
+    found = {}
+    for method in ("logprob", "sampled"):
+        recipe = load_recipe("colab-t4", {"judging.method": method, "pairs.min_margin": 0})
+        made = plan(recipe, find_gpu("T4"))
+        (found[method],) = (stage for stage in made.stages if stage.name == "verdicts")
+    config = costs.architecture(recipe.model)
+    longest = workload.longest_ranking(recipe.responses.max_new_tokens)
+    expected = costs.generation_memory(config, recipe.model, longest, 16)
+    assert found["sampled"].memory == expected and expected["KV cache"] > 1
+    assert "KV cache" not in found["logprob"].memory
+    assert found["sampled"].hours > found["logprob"].hours
 
 
 def test_a_pair_longer_than_the_budget_goes_alone_and_sets_the_peak():
@@ -188,7 +225,7 @@ def test_the_whole_evaluation_is_planned_with_hours_memory_and_disk():
         (
             {"model.path": "Qwen/Qwen2.5-7B-Instruct", "evaluation.harness": ["leaderboard"]}
             | {"model.engine": "vllm", "model.quantisation": "awq", "model.max_context": 2048},
-            "lm-eval's tasks: Qwen/Qwen2.5-7B-Instruct in bfloat16",
+            "lm-eval's tasks: Qwen/Qwen2.5-7B-Instruct in 16 bit",
         ),
     ],
 )
