@@ -452,10 +452,10 @@ def differences(rows: list[dict]) -> list[dict]:
 
     Returns:
         Rows {task, shots, limit, metric, model, seeds, base, base_error, tuned, tuned_error,
-        difference (an `Interval`), error, freedom, outside, p, truncated, problem}. `p` is corrected
-        for the number of tasks that the arm was tried on; `outside`: below 0.05, not explained by
-        noise (`intervals.outside_the_noise`). Where there is a problem, only task, limit and model
-        are there beside it.
+        difference, error, freedom, outside, p, truncated, problem}; base, tuned and difference are an
+        `Interval`, with standard errors. `p` is corrected for the number of tasks that the arm was
+        tried on; `outside`: below 0.05, not explained by noise (`intervals.outside_the_noise`). Where
+        there is a problem, only task, limit and model are there beside it.
     """
     found = []
     for arm in dict.fromkeys(row["model"] for row in rows if row["model"] != "base"):
@@ -487,17 +487,15 @@ def differences(rows: list[dict]) -> list[dict]:
 
 def _compare(base: dict, tuned: list[dict]) -> dict:
     gap, gap_error, freedom = paired_difference(base["scores"], [r["scores"] for r in tuned])
-    together = {
-        subject: list(np.mean([row["scores"][subject] for row in tuned], axis=0))
-        for subject in base["scores"]
-    }
-    after, error = mean(together)
+    nothing = {subject: [0.0] * len(scores) for subject, scores in base["scores"].items()}
+    before, base_error, _ = paired_difference(nothing, [base["scores"]])
+    after, error, _ = paired_difference(nothing, [row["scores"] for row in tuned])
     return {
         "shots": base["shots"],
         "metric": base["metric"],
         "seeds": len(tuned),
-        "base": base["value"],
-        "base_error": base["error"],
+        "base": before,
+        "base_error": base_error,
         "tuned": after,
         "tuned_error": error,
         "difference": gap,
@@ -539,8 +537,8 @@ def before_after(
                 "shots": found["shots"],
                 "metric": found["metric"],
                 "items": f"{gap.n}" + (" (limited)" if found["limit"] else ""),
-                "base": f"{100 * found['base']:.1f} ± {100 * found['base_error']:.1f}",
-                "tuned": f"{100 * found['tuned']:.1f} ± {100 * found['tuned_error']:.1f}"
+                "base": f"{100 * found['base'].value:.1f} ± {100 * found['base_error']:.1f}",
+                "tuned": f"{100 * found['tuned'].value:.1f} ± {100 * found['tuned_error']:.1f}"
                 + (f" ({seeds} seeds)" if seeds > 1 else ""),
                 "difference": f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]",
                 "p (Holm)": f"{found['p']:.3g}",

@@ -14,7 +14,6 @@ from sao_utils import contests, evaluation, harness
 from sao_utils.engines import model_name
 from sao_utils.intervals import (
     Interval,
-    Z,
     clustered_difference,
     clustered_mean,
     wilson,
@@ -408,9 +407,9 @@ def examined(run: Run) -> tuple[str, ...]:
 def harness_scores(run: Run) -> dict[str, Interval]:
     """The exams of `evaluation.harness`, without the controls: `harness.<task>.base`, `.tuned`, `.gain`.
 
-    Scores with 1.96 standard errors over items, gains as `harness.paired_difference` has them (not
-    corrected for the number of tasks: `harness.before_after` says which are noise). What could not be
-    run has no key.
+    Intervals are over items, and over trainings where there are several (`harness.paired_difference`;
+    gains are not corrected for the number of tasks: `harness.before_after` says which are noise).
+    What could not be run has no key.
     """
     if not run.recipe.evaluation.harness:
         return {}
@@ -418,18 +417,18 @@ def harness_scores(run: Run) -> dict[str, Interval]:
     for row in harness.differences(harness.score(run, names=examined(run))):
         if row["problem"] or row["model"] != "self":
             continue
-        n, task = row["difference"].n, f"harness.{row['task']}"
-        found[f"{task}.base"] = share(row["base"], row["base_error"], n)
-        found[f"{task}.tuned"] = share(row["tuned"], row["tuned_error"], n)
+        task = f"harness.{row['task']}"
+        found[f"{task}.base"] = share(row["base"])
+        found[f"{task}.tuned"] = share(row["tuned"])
         found[f"{task}.gain"] = row["difference"]
     return found
 
 
-def share(value: float, error: float, n: int) -> Interval:
-    """A share with 1.96 standard errors; Wilson's interval where all items fared alike."""
-    if error == 0 and value in (0, 1):
-        return wilson(value * n, n)
-    return Interval(value, max(0.0, value - Z * error), min(1.0, value + Z * error), n)
+def share(found: Interval) -> Interval:
+    """A share's interval within 0..1; Wilson's where all items fared alike."""
+    if found.value in (0, 1):
+        return wilson(found.value * found.n, found.n)
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high), found.n)
 
 
 def leakage_effect(run: Run, benchmarks: bool = True) -> list[dict]:

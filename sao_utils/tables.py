@@ -212,7 +212,6 @@ def _of_harness(run: Run, table: str) -> list[dict]:
             if name == "base" and row["model"] != "self" and "self" in run.recipe.arms:
                 continue  # it stands beside the tuned model
             told = notes if name == "base" else [*notes, change]
-            of = share(row[key], row[f"{key}_error"], row["difference"].n)
             rows.append(
                 {
                     "table": table,
@@ -221,7 +220,7 @@ def _of_harness(run: Run, table: str) -> list[dict]:
                     "model": _model(run, name),
                     "judge": "",
                     "metric": row["metric"],
-                    **_numbers(of, "%"),
+                    **_numbers(share(row[key]), "%"),
                     "differs": bool(notes),
                     "protocol": "; ".join(told) or "prompts of the installed lm-eval",
                 }

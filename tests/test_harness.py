@@ -394,6 +394,19 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
     assert 0.93 <= np.mean(held) <= 0.97
 
 
+def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_changed():
+    rng = np.random.default_rng(6)
+    base = made_up("a", "base", list(rng.integers(0, 2, 60).astype(float)))
+    shares = (0.3, 0.5, 0.7)
+    apart = [made_up("a", "self", list((rng.random(60) < p).astype(float))) for p in shares]
+    alike = [made_up("a", "self", apart[1]["scores"]["a"])] * 3
+    (wide,), (narrow,) = (harness.differences([base, *tuned]) for tuned in (apart, alike))
+    assert narrow["tuned_error"] == pytest.approx(apart[1]["error"])
+    assert wide["tuned_error"] > 1.5 * narrow["tuned_error"]
+    assert wide["base"] == narrow["base"] and wide["base"].value == base["value"]
+    assert wide["base_error"] == pytest.approx(base["error"])
+
+
 def test_nothing_changed_and_too_little_to_tell_are_told_apart():
     same, error, freedom = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
     assert (same.low, same.high, error) == (0, 0, 0)
