@@ -264,7 +264,7 @@ def batching(rows: int = 2000, budget: int = 32_768, fixed: int = 32) -> list[di
     tiny = Model(path="tiny", dtype="float32")
     engine = TransformersEngine.of(load_model(tiny), load_tokenizer(tiny), budget)
     prompts = [[0] * n for n in sizes]
-    ours = list(engine.in_batches(prompts, [], lambda rows, _: rows))
+    ours = list(engine.in_batches(prompts, lambda rows, _: rows, None))
     ordered = sorted(range(rows), key=lambda i: -sizes[i])
     planned = {f"{budget:,} tokens, longest first": ours}
     for name, order in (("as they come", range(rows)), ("longest first", ordered)):

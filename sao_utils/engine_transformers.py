@@ -23,6 +23,8 @@ from sao_utils.engines import (
 from sao_utils.recipe import Model
 
 FEW = 8  # rows of a batch that is too small to be worth thinning out
+BROKEN = 0.1  # share of rows without numbers above which a model is of no use (ours)
+NOTHING = Completion("", 0, False)  # see `engines.unanswered`
 
 
 class TransformersEngine:
@@ -61,7 +63,10 @@ class TransformersEngine:
 
         self.model, self.tokenizer = loaded.eval(), tokenizer
         self.batch_tokens, self.name = batch_tokens, name
-        self.device, self.sound = loaded.device.type, False
+        self.device = loaded.device.type
+        self.made = self.broken = (
+            0  # rows, and those of them for which the model computed no numbers
+        )
         self.limit = context_limit(loaded.config)  # tokens of prompt and reply
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
@@ -75,24 +80,19 @@ class TransformersEngine:
 
     def generate(self, chats, sampling, seeds):
         prompts = encode(chats, self.tokenizer)
-        too_long = over_long(prompts, self.limit)
-        if too_long:  # one over-long text must not end the run
-            yield [(i, Completion("", 0, False)) for i in too_long]
 
         def reply(rows: list[int], new_tokens: int):
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
             return list(zip(rows, self._replies(*some, sampling, new_tokens)))
 
-        yield from self.in_batches(prompts, too_long, reply, sampling.max_new_tokens)
+        yield from self.in_batches(prompts, reply, NOTHING, sampling.max_new_tokens)
 
     def choose(self, chats, prefix, choices):
         import torch
 
         shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
-        too_long = over_long(prompts, self.limit)
-        if too_long:
-            yield [(i, [-math.inf] * len(choices)) for i in too_long]
+        nothing = [-math.inf] * len(choices)
 
         def score(rows: list[int], _: int):
             ids, mask = self._pad([prompts[i] for i in rows])
@@ -105,15 +105,20 @@ class TransformersEngine:
                     use_cache=False,
                     logits_to_keep=1,
                 ).logits[:, -1]
-            self._see_numbers(None, logits)
-            return list(zip(rows, logits.float().log_softmax(-1)[:, firsts].tolist()))
+            whole = self._whole(logits).tolist()
+            odds = logits.float().log_softmax(-1)[:, firsts].tolist()
+            self._count(whole)
+            return [(i, of if fine else nothing) for i, of, fine in zip(rows, odds, whole)]
 
-        yield from self.in_batches(prompts, too_long, score)
+        yield from self.in_batches(prompts, score, nothing)
 
     def _replies(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, new_tokens: int
     ) -> list[Completion]:
-        """Replies to one batch. Whenever half of the rows have ended, only the others go on."""
+        """Replies to one batch. Whenever half of the rows have ended, only the others go on.
+
+        A row for which the model computes NaN on the way gets no reply.
+        """
         import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -128,7 +133,7 @@ class TransformersEngine:
                 eos_token_id=self.stops,
                 return_dict_in_generate=True,
             )
-            steps = [self._see_numbers]
+            steps = [whole := _Whole(self._whole)]
             if sampling.temperature:
                 steps.append(_SeededDraw([seeds[i] for i in going], sampling, start))
             halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
@@ -142,55 +147,77 @@ class TransformersEngine:
                     stopping_criteria=StoppingCriteriaList(halt),
                 )
             replies = out.sequences[:, start:].tolist()
-            for i, tokens in zip(going, replies):
-                if len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
+            for i, tokens, fine in zip(going, replies, whole.rows.tolist()):
+                if not fine:
+                    found[i] = None
+                elif len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
                     found[i] = self._completion(tokens)
             stay = [k for k, i in enumerate(going) if i not in found]
             going = [going[k] for k in stay]
             ids, mask = out.sequences[stay], mask[stay]
             mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
             cache = _rows_of(out.past_key_values, stay) if stay else None
-        return [found[i] for i in range(len(prompts))]
+        self._count([found[i] is not None for i in range(len(prompts))])
+        return [found[i] or NOTHING for i in range(len(prompts))]
 
-    def _see_numbers(self, _, logits):
-        """The logits [rows, vocabulary] as they are; raises EngineError if the very first are none.
+    def _whole(self, logits):
+        """For each row of logits [rows, vocabulary] whether they are numbers.
 
         A model that overflows in float16 would write, and judge, with NaN for hours.
+
+        Raises:
+            EngineError: those of the engine's very first batch are none.
         """
-        if not self.sound:
-            self.sound = bool(logits.amax(-1).isfinite().any())
-            if not self.sound:
-                raise EngineError(
-                    f"The model computes NaN, no numbers, in {str(logits.dtype)[6:]}. Set "
-                    "model.dtype=bfloat16 on a GPU of compute capability 8.0 or more, else float32, "
-                    "or take another model; or its weights are damaged."
-                )
-        return logits
+        whole = logits.amax(-1).isfinite()
+        if not self.made and len(whole) > 1 and not whole.any():
+            raise EngineError(self._without_numbers(f"in {str(logits.dtype)[6:]}"))
+        return whole
+
+    def _count(self, whole: list[bool]) -> None:
+        """Count rows that are made, and those without numbers. Raises EngineError at too many of these."""
+        self.made += len(whole)
+        self.broken += whole.count(False)
+        if self.broken > max(FEW, BROKEN * self.made):
+            raise EngineError(
+                self._without_numbers(f"for {self.broken} of {self.made} rows")
+                + " Rows made so far are kept."
+            )
+
+    def _without_numbers(self, where: str) -> str:
+        return (
+            f"The model computes NaN, no numbers, {where}. Set model.dtype=bfloat16 on a GPU of compute "
+            "capability 8.0 or more, else float32, or take another model; or its weights are damaged."
+        )
 
     def in_batches(
         self,
         prompts: list[list[int]],
-        skipped: list[int],
         work: Callable[[list[int], int], list],
+        nothing: object,
         new_tokens: int = 0,
     ) -> Iterator[list]:
         """Yield `work(rows, new tokens)` for batches of the prompts; rows are indices.
 
         Longest first: memory trouble shows at once, not after hours. A batch that the memory cannot
-        hold is halved, and those after it are no larger.
+        hold is halved, and those after it are no larger. A row that alone is too much, or fills the
+        context, must not end the others: it gets `nothing`, that is [(row, nothing)].
 
         Raises:
-            EngineError: one row alone is too much.
+            EngineError: the memory does not hold the shortest row that is left either.
         """
-        limit = self.limit
+        limit, broken = self.limit, self.broken
+        skipped = over_long(prompts, limit)
+        if skipped:
+            yield [(i, nothing) for i in skipped]
         # Rows near the end of the context get fewer tokens. They do not share a batch with others:
         # what a row says must not depend on them.
         room = [min(new_tokens, limit - len(prompt)) for prompt in prompts]
         left = set(range(len(prompts))).difference(skipped)
         waiting = sorted(left, key=lambda i: (-len(prompts[i]), i))
+        suspect, too_large = [], 0  # a row that does not fit alone, until a shorter one does
         while waiting:
             longest = len(prompts[waiting[0]]) + room[waiting[0]]
-            most = max(1, self.batch_tokens // longest)
+            most = 1 if suspect else max(1, self.batch_tokens // longest)
             rows = [i for i in waiting[:most] if room[i] == room[waiting[0]]]
             try:
                 done = work(rows, room[rows[0]])
@@ -198,25 +225,42 @@ class TransformersEngine:
                 if not out_of_memory(error):
                     raise
                 done = None
-            if done is None:  # only here, with the error gone, are its tensors free
-                self._halve(len(rows), longest)
-            else:
-                yield done
+            if done is not None:
+                yield done + [(i, nothing) for i in suspect]
                 del waiting[: len(rows)]
+                too_large, suspect = too_large + len(suspect), []
+                continue
+            self._free()  # only here, with the error gone, are its tensors free
+            if len(rows) > 1:
+                self._halve(len(rows), longest)
+            elif suspect or len(waiting) == 1:
+                raise EngineError(
+                    f"The memory does not hold even one row of {longest} tokens. {_ADVICE} Rows made "
+                    "so far are kept."
+                )
+            else:
+                suspect = [waiting.pop(0)]
+                waiting.insert(0, waiting.pop())
+        large = ("are too large for the memory, each alone", _ADVICE)
+        nan = ("make the model compute NaN", "Another model.dtype may mend that.")
+        for count, (why, advice) in ((too_large, large), (self.broken - broken, nan)):
+            if count:
+                print(
+                    f"{count} of {len(prompts)} prompts {why}; they get no reply and count as "
+                    f"discarded. {advice}",
+                    flush=True,
+                )
 
-    def _halve(self, rows: int, longest: int) -> None:
-        """Lower the budget to half of a batch that did not fit."""
+    def _free(self) -> None:
+        """Give back what a batch held that did not fit."""
         import torch
 
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        if rows == 1:
-            raise EngineError(
-                f"The memory does not hold even one row of {longest} tokens. Set "
-                "model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller "
-                "model. Rows made so far are kept."
-            )
+
+    def _halve(self, rows: int, longest: int) -> None:
+        """Lower the budget to half of a batch that did not fit."""
         self.batch_tokens = rows // 2 * longest
         print(
             f"Out of memory with {rows} rows of up to {longest} tokens; going on with batches of "
@@ -239,6 +283,21 @@ class TransformersEngine:
         kept = reply if end is None else reply[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Completion(text, len(kept), end is not None)
+
+
+_ADVICE = "Set model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller model."
+
+
+class _Whole:
+    """A logits processor that changes nothing, and notes which rows had numbers at every step."""
+
+    def __init__(self, whole: Callable):
+        self.whole, self.rows = whole, None
+
+    def __call__(self, _, logits):
+        found = self.whole(logits)
+        self.rows = found if self.rows is None else self.rows & found
+        return logits
 
 
 def _half_ended(stops: list[int], start: int):

@@ -46,11 +46,12 @@ class Completion:
 
 
 #: Why a row is discarded that no model answered.
-NO_REPLY = "no reply: longer than the context, or refused"
+NO_REPLY = "no reply: too long, refused, or NaN"
 
 
 def unanswered(tokens: int, finished: bool) -> bool:
-    """Whether a model gave no reply: the prompt fills its context, or a server refused it.
+    """Whether a model gave no reply: the prompt fills its context or is too large for the memory, a
+    server refused it, or the model computed NaN. Which, and for how many, the engine has printed.
 
     A reply that a model did give has a token, or has ended by itself.
     """

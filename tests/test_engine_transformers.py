@@ -270,14 +270,52 @@ def test_judging_survives_out_of_memory_of_the_machine_too(engine, own_engine):
         assert found[k] == pytest.approx(odds, abs=1e-4)
 
 
-def test_a_row_that_does_not_fit_alone_names_the_keys_and_keeps_the_rows_before(own_engine):
+def test_nothing_that_fits_names_the_keys_and_keeps_the_rows_before(own_engine):
     own_engine.batch_tokens = 1  # a row a batch
     limit_rows(own_engine, 1)
     batches = own_engine.generate(CHATS, Sampling(0.0, 4), [0] * 12)
     assert len(next(batches)) == 1
-    limit_rows(own_engine, 0)
+    seen = limit_rows(own_engine, 0)
     with pytest.raises(EngineError, match="model.quantisation=nf4.*max_new_tokens"):
         next(batches)
+    assert seen == [1, 1]  # the longest of those left, and the shortest
+
+
+def limit_tokens(engine, most):
+    """Make the model's forward run out of memory above `most` tokens, padding included."""
+    forward = engine.model.forward
+
+    def limited(*args, **kwargs):
+        if kwargs["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **kwargs)
+
+    engine.model.forward = limited
+
+
+@pytest.mark.parametrize("verb", ["generate", "choose"])
+def test_rows_that_do_not_fit_alone_are_set_aside_and_the_others_made(
+    engine, own_engine, verb, capsys
+):
+    giants = [[{"role": "user", "content": "word " * k}] for k in (300, 280)]
+    chats = [*CHATS[:6], *giants, *CHATS[6:]]
+
+    def work(made_by, chats, seeds):
+        if verb == "generate":
+            return all_of(made_by.generate(chats, Sampling(0.8, 8), seeds))
+        return all_of(made_by.choose(chats, "ranking:", VERDICTS))
+
+    expected = work(engine, CHATS, list(range(12)))
+    limit_tokens(own_engine, 250)
+    found = work(own_engine, chats, [*range(6), 50, 51, *range(6, 12)])
+    nothing = engines.Completion("", 0, False) if verb == "generate" else [-math.inf] * 2
+    assert found[6] == found[7] == nothing
+    others = [found[k] for k in range(14) if k not in (6, 7)]
+    for k, result in enumerate(others):
+        same = result if verb == "generate" else pytest.approx(result, abs=1e-4)
+        assert expected[k] == same
+    told = capsys.readouterr().out
+    assert "2 of 14 prompts are too large for the memory" in told and "quantisation=nf4" in told
 
 
 @pytest.mark.parametrize("verb", ["generate", "choose"])
@@ -292,10 +330,48 @@ def test_a_model_that_computes_no_numbers_is_told_before_a_row_is_made(own_engin
         next(work[verb])
 
 
-def test_a_row_without_numbers_does_not_end_the_others(own_engine):
-    for logits in ([[1.0, 2.0], [math.nan, 1.0]], [[math.nan, 2.0]]):
-        logits = torch.tensor(logits)
-        assert own_engine._see_numbers(None, logits) is logits
+def poison(engine, word):
+    """Let the model compute NaN for each row that holds a word, as an overflow in float16 does."""
+    (token,) = engine.tokenizer(word, add_special_tokens=False)["input_ids"]
+    forward = engine.model.forward
+
+    def poisoned(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        held = (ids == token).any(1) if ids.shape[1] > 1 else poisoned.held
+        poisoned.held = held[: len(ids)]
+        out.logits[poisoned.held] = math.nan
+        return out
+
+    engine.model.forward = poisoned
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
+    engine, own_engine, temperature, capsys
+):
+    poison(own_engine, " about")
+    sampling, seeds = Sampling(temperature, 12), list(range(12))
+    bad = [k for k, chat in enumerate(CHATS) if "about" in chat[0]["content"]]
+    assert len(bad) == 2
+    found = all_of(own_engine.generate(CHATS, sampling, seeds))
+    expected = all_of(engine.generate(CHATS, sampling, seeds))
+    for k in range(12):
+        assert found[k] == (engines.Completion("", 0, False) if k in bad else expected[k])
+    assert f"{len(bad)} of 12 prompts make the model compute NaN" in capsys.readouterr().out
+    odds = all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
+    assert sorted(k for k in odds if odds[k] == [-math.inf] * 2) == bad
+
+
+def test_a_model_that_computes_nan_for_many_rows_is_stopped(own_engine):
+    poison(own_engine, " about")
+    own_engine.batch_tokens = 200
+    chats = [[{"role": "user", "content": "I am about"}]] * 30 + [CHATS[8]] * 30
+    made = []
+    with pytest.raises(EngineError, match=r"computes NaN.* for \d+ of \d+ rows.*Rows made so far are"):
+        for batch in own_engine.choose(chats, "ranking:", VERDICTS):
+            made += batch
+    assert {k for k, _ in made} >= set(range(30, 60))
 
 
 def test_another_fault_than_memory_is_not_swallowed(own_engine):
