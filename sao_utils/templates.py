@@ -18,9 +18,15 @@ VERDICT_PREFIX = "ranking:"
 VERDICTS = (" 1 > 2", " 2 > 1")
 
 # Blanks are bounded: without a bound, a text of many blanks takes quadratic time.
-_MARKER = re.compile(r"<(?=\s{0,9}/{0,9}\s{0,9}response[\s_]{0,9}\d)", re.IGNORECASE)
+_UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # soft hyphen, blanks of no width, and the like
+_BLANKS = rf"[\s{_UNSEEN}]{{0,9}}"
+_RESPONSE = rf"[{_UNSEEN}]{{0,9}}".join(f"[{c}{chr(ord(c) + 0xFEE0)}]" for c in "response")
+_MARKER = re.compile(  # also in full width, and with small brackets
+    rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}{_RESPONSE}[\s_{_UNSEEN}]{{0,9}}\d)",
+    re.IGNORECASE,
+)
 _RANKING = re.compile(r"ranking[\s*]{0,9}:[\s*]{0,9}(\d(?:\s{0,9}>\s{0,9}\d+)+)", re.IGNORECASE)
-_USER_PROMPT = re.compile(r"[\"'*]{0,3}user prompt[\s*]{0,9}:[*]{0,2}\s*", re.IGNORECASE)
+_USER_PROMPT = re.compile(r"([\"'*]{0,3})user prompt([\s*]{0,9}:\*{0,2})\s*", re.IGNORECASE)
 
 
 @cache
@@ -84,7 +90,17 @@ def parse_ranking(text: str) -> int | None:
 
 
 def parse_user_prompt(text: str) -> str | None:
-    """The prompt in a reply to the persona template; None when it does not start as told."""
+    """The prompt in a reply to the persona template; None when it does not start as told.
+
+    Quotes and stars that open before it, and close after it, are no part of it.
+    """
     match = _USER_PROMPT.match(text.strip())
-    prompt = text.strip()[match.end() :].strip() if match else ""
+    if not match:
+        return None
+    opened, label = match.groups()
+    if "*" in opened and "*" in label:  # **User prompt:** closes what it opens
+        opened = opened.replace("*", "")
+    else:
+        opened += "*" * label.count("*")
+    prompt = text.strip()[match.end() :].strip().removesuffix(opened[::-1]).strip()
     return prompt or None
