@@ -19,8 +19,19 @@ HASHES = 128  # of a signature, at most
 
 
 def words(text: str) -> list[str]:
-    """The words of a text; what is no letter, digit or white space is taken out of them."""
-    return re.sub(r"[^\w\s]|_", "", unicodedata.normalize("NFKC", text).lower()).split()
+    """The words of a text; what is no letter, digit, mark on one or white space is taken out."""
+    plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # of a Turkish I
+    return re.sub(r"[^\w\s]|_", _mark, plain).split()
+
+
+def _mark(found: re.Match) -> str:
+    """A vowel sign or accent as it is, and nothing for any other character.
+
+    They are letters of their own in Hindi, say, but not in `\\w`. Selectors of how a picture is drawn
+    are of the same category.
+    """
+    is_mark = unicodedata.category(found[0]) in ("Mn", "Mc")
+    return found[0] if is_mark and not "\ufe00" <= found[0] <= "\ufe0f" else ""
 
 
 def _sequences(found: list[str], n: int) -> Iterator[tuple[str, ...]]:
@@ -68,15 +79,19 @@ def _near_duplicates(texts: tuple[str, ...], similarity: float) -> tuple[int | N
     bands, rows = _bands(similarity)
     index = MinHashLSH(num_perm=bands * rows, params=(bands, rows))
     blank = MinHash(num_perm=bands * rows, seed=1)
+    numbers: dict[tuple[str, ...], int] = {}  # of pieces: compared faster, and kept once
+    kept: dict[int, frozenset[int]] = {}
     found: list[int | None] = []
     for k, text in enumerate(texts):
-        mine, signature = pieces(text), blank.copy()
-        signature.update_batch([" ".join(piece).encode() for piece in mine])
+        own, signature = pieces(text), blank.copy()
+        signature.update_batch([" ".join(piece).encode() for piece in own])
+        mine = frozenset(numbers.setdefault(piece, len(numbers)) for piece in own)
         earlier = sorted(index.query(signature))
-        near = (e for e in earlier if similarity_of(mine, pieces(texts[e])) >= similarity)
+        near = (e for e in earlier if similarity_of(mine, kept[e]) >= similarity)
         found.append(next(near, None))
         if found[-1] is None:
             index.insert(k, signature)
+            kept[k] = mine
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sao_utils import overlap
 from sao_utils.overlap import (
     near_duplicates,
     nearest,
@@ -37,6 +38,13 @@ def test_words_of_other_scripts_and_of_compatibility_forms_are_read():
     assert words("ＡＢＣ ﬁne Ünïcode ŒUVRE") == ["abc", "fine", "ünïcode", "œuvre"]
     assert words("Что? 好的。 مرحبا") == ["что", "好的", "مرحبا"]
     assert words("\ud800 🙂 \x00") == []  # a broken surrogate, a picture and a control character
+
+
+def test_vowel_signs_and_accents_stay_on_their_letters():
+    assert words("राम की और का!") == ["राम", "की", "और", "का"]
+    assert words("เที่ยว") == ["เที่ยว"] and words("x\u030c, y") == ["x\u030c", "y"]
+    assert words("İzmir 1\ufe0f") == ["izmir", "1"] and words("\u2764\ufe0f") == []
+    assert near_duplicates(["राम की", "राम का"], 0.9) == [None, None]
 
 
 # ---------------------------------------------------------------------- near-duplicates
@@ -104,6 +112,16 @@ def test_the_same_text_ten_thousand_times_takes_no_quadratic_time():
     found = near_duplicates(["Which tool is right for chess in winter?"] * 10_000, 0.7)
     assert found == [None] + [0] * 9_999
     assert time.process_time() - started < 20
+
+
+def test_texts_that_share_a_phrase_are_cut_into_pieces_once(monkeypatch):
+    """All are candidates of each other: a second look at each must be cheap."""
+    cut = []
+    monkeypatch.setattr(overlap, "pieces", lambda text: cut.append(text) or pieces(text))
+    phrase = "could you please tell me in a few simple words how i can"
+    texts = [f"{phrase} {rest}" for rest in prompts(150, random.Random(3), length=6)]
+    assert overlap.near_duplicates(texts, 0.7) == brute_force(texts, 0.7)
+    assert cut == texts
 
 
 def test_memory_grows_with_the_number_of_texts_and_not_with_its_square():
