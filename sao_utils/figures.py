@@ -365,7 +365,7 @@ def calibration(groups: list[tuple[float, Interval]]):
     title = "Is the judge more often right where it is surer?"
     _titles(axes, title, "size of the margin (nats)", "verdicts that are right (%)")
     if not groups:
-        _nothing(axes, "no pair with a known better answer was judged")
+        _nothing(axes, "no pair with a known better answer has a margin in nats")
         return figure
     axes.set_title(f"{title} (n = {sum(found.n for _, found in groups)} pairs)")
     x = [size for size, _ in groups]

@@ -359,8 +359,10 @@ def several_judges(run: Run) -> dict[str, Interval]:
     """The tuned model's contest with the base by several judges (`contests.judges_agreement`).
 
     The recipe's `judges` beside its own; where it names none, the tuned model, which costs no more
-    than a second look: did it learn to judge otherwise?
+    than a second look: did it learn to judge otherwise? {} without the arm "self".
     """
+    if "self" not in run.recipe.arms:
+        return {}
     names = ["self", *(run.recipe.judges or ["tuned"])]
     return contests.judges_agreement(run, "self", "base", names)
 
@@ -394,14 +396,17 @@ def benchmark_scores(run: Run) -> dict[str, Interval]:
 
 
 def is_control(run: Run, model: str) -> bool:
-    """Whether a model of a benchmark is a control: an arm but "self", with its seed or without."""
-    arm = model.split("-")[0]
-    return model not in run.recipe.others and arm in run.recipe.arms and arm != "self"
+    """Whether a model of a benchmark is a control: an arm beside "self", with its seed or without."""
+    arm, arms = model.split("-")[0], run.recipe.arms
+    if "self" not in arms or model in run.recipe.others:
+        return False
+    return arm in arms and arm != "self"
 
 
 def examined(run: Run) -> tuple[str, ...]:
-    """Who sits the exams: without the controls, which would double what they cost."""
-    return ("base", "self", *run.recipe.others)
+    """Who sits the exams: beside "self" no controls, which would double what they cost."""
+    arms = run.recipe.arms
+    return ("base", *(["self"] if "self" in arms else arms), *run.recipe.others)
 
 
 def harness_scores(run: Run) -> dict[str, Interval]:

@@ -198,7 +198,7 @@ def _of_harness(run: Run, table: str) -> list[dict]:
     if not run.recipe.evaluation.harness:
         how = 'set evaluation.harness, to ["leaderboard"] say'
         return [_missing(table, "leaderboard", "this run", how)]
-    rows = []
+    rows, bases = [], set()
     for row in harness.differences(harness.score(run, names=examined(run))):
         task = LEADERBOARD.get(row["task"], row["task"])
         if row["problem"]:
@@ -209,8 +209,9 @@ def _of_harness(run: Run, table: str) -> list[dict]:
         notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
         change = f"change {'outside' if row['outside'] else 'inside'} the noise"
         for name, key in (("base", "base"), (row["model"], "tuned")):
-            if name == "base" and row["model"] != "self" and "self" in run.recipe.arms:
-                continue  # it stands beside the tuned model
+            if name == "base" and task in bases:
+                continue  # it stands beside the first that it is compared with
+            bases.add(task)
             told = notes if name == "base" else [*notes, change]
             rows.append(
                 {

@@ -257,8 +257,9 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     yield work
     yield prompts("variants", beside, "prompts")
     yield responses("variants", PER_PROMPT * tried, "responses")
-    some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
-    yield verdicts("variants", *some, "verdicts, sampled", True)
+    if recipe.judging.method == "logprob":
+        some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
+        yield verdicts("variants", *some, "verdicts, sampled", True)
 
 
 def _instruction(recipe: Recipe, rates: Rates) -> tuple[float, float]:
@@ -401,20 +402,23 @@ def _questions(settings: Evaluation) -> list[str] | None:
 
 
 def _exams(recipe: Recipe, notes: list[str]) -> Iterator[Work]:
-    """What lm-eval asks the base and the tuned models; with the weights, by transformers."""
+    """What lm-eval asks the base, the tuned models and others; with the weights, by transformers."""
     from sao_utils.harness import HarnessError, exams
 
     settings = recipe.evaluation
     if not settings.harness:
         return
-    if recipe.model.engine == "api":
-        notes.append("evaluation.harness needs a model's weights: a server cannot sit it.")
-        return
-    model = recipe.model
-    if model.engine != "transformers":
-        changes = {"engine": "transformers", "quantisation": "none", "workers": 0}
-        model = model.model_copy(update=changes)
-    takers = 1 + ("self" in recipe.arms) * len(recipe.seeds)
+    tuned = 1 if "self" in recipe.arms else len(recipe.arms)  # `results.examined`
+    takers = []
+    for who, model, count in _competitors(recipe):
+        if model.engine == "api":
+            notes.append(f"A server cannot sit the exams of evaluation.harness: {who} has none.")
+            continue
+        if model.engine != "transformers":
+            changes = {"engine": "transformers", "quantisation": "none", "workers": 0}
+            model = model.model_copy(update=changes)
+        count = 1 + tuned * len(recipe.seeds) if who == "model" else count
+        takers.append((who, model, count))
     unknown = []
     try:
         chosen = exams(settings.harness)
@@ -432,20 +436,22 @@ def _exams(recipe: Recipe, notes: list[str]) -> Iterator[Work]:
             part = asked / items
         passes = round(size.get("passes", size["requests"]) * part)
         read, written = size["read"], size.get("written", 0)
-        yield Work(
-            "harness",
-            "model",
-            model,
-            "exam",
-            takers,
-            read,
-            written,
-            read,
-            size.get("most", 0),
-            2 * read,  # ours: the longest is twice the mean
-            f"{exam.task}: {round(size['requests'] * part):,} requests",
-            requests=takers * passes,
-        )
+        for who, model, count in takers:
+            told = "" if who == "model" else f", {who}"
+            yield Work(
+                "harness",
+                who,
+                model,
+                "exam",
+                count,
+                read,
+                written,
+                read,
+                size.get("most", 0),
+                2 * read,  # ours: the longest is twice the mean
+                f"{exam.task}: {round(size['requests'] * part):,} requests{told}",
+                requests=count * passes,
+            )
     if unknown:
         notes.append(f"Not planned: the tasks {', '.join(unknown)}, whose size is not known here.")
 

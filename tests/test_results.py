@@ -126,6 +126,17 @@ def test_other_models_stand_beside_base_and_tuned_in_the_table_of_exams(examined
     assert set(results.harness_scores(run)) == set(results.harness_scores(examined))
 
 
+def test_a_run_without_the_arm_self_shows_its_arms_and_compares_no_judges(examined, monkeypatch):
+    monkeypatch.setenv("SAO_RESULTS", str(examined.folder.parent))
+    arms = {"arms": ("random", "sft_random")}
+    run = rows.Run(examined.recipe.model_copy(update=arms), examined.folder)
+    assert results.several_judges(run) == results.contest_scores(run) == {}
+    assert not results.is_control(run, "random") and results.is_control(examined, "self") is False
+    exams = [row["model"] for row in tables._of_harness(run, "Table 2")]
+    assert exams == 2 * ["tiny, base", "tiny, random"] + 2 * ["tiny, sft_random"]
+    assert any(".random." in key for key in results.benchmark_scores(run))
+
+
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
     from sao_utils.pairs import build_pairs
 

@@ -121,6 +121,23 @@ def test_the_leaderboards_tasks_have_the_requests_that_lm_eval_makes():
     assert "gsm8k: 10 requests" in limited
 
 
+def test_exams_are_sat_by_who_is_compared_and_by_others_with_weights():
+    alone = {"arms": ["random", "oracle"], "seeds": [0, 1]}
+    for changes, sitters in (({}, 2), (alone, 1 + 2 * 2)):
+        others = {"x": {"path": "tiny"}, "far": PAID}
+        load = workload.workload(load_recipe("tiny", {**changes, "others": others}))
+        sat = [work for work in load.works if work.stage == "harness"]
+        assert {(work.who, work.rows) for work in sat} == {("model", sitters), ("others.x", 1)}
+        assert any("cannot sit" in note and "others.far" in note for note in load.notes)
+
+
+def test_a_run_that_samples_its_verdicts_does_not_sample_them_again():
+    for method, again in (("logprob", True), ("sampled", False)):
+        changes = {"judging.method": method, "pairs.min_margin": 0}
+        works = workload.workload(load_recipe("tiny", changes)).works
+        assert any(work.part == "verdicts, sampled" for work in works) == again
+
+
 def test_local_exams_are_counted_as_lm_eval_asks_them():
     """The tiny world's, against the number of requests that lm-eval builds."""
     pytest.importorskip("lm_eval")
@@ -212,7 +229,7 @@ def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, as
     run = rows.open_run("tiny", "paid", buyer(server, **{"evaluation.questions": asked}))
     load = workload.workload(run.recipe)
     judging.judge(run)
-    sampled = rows.variant(run, "sampled", {"judging.method": "sampled"})
+    sampled = rows.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
     judging.verdict_rows(sampled, "verdicts", judging.judge(run)[: workload.SAMPLED])
     labels = run.folder / "labelled.csv"
     labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
