@@ -222,7 +222,7 @@ def good_rates(run: Run) -> dict[str, Interval]:
     settings, seeds, found = run.recipe.evaluation, run.recipe.seeds, {}
     answers = [row for row in evaluation.answer(run) if row["good"] is not None]
     for temperature in settings.temperatures:
-        prefix = "oracle_good_rate" + ("" if temperature == 0 else f"_t{temperature:g}")
+        prefix = good_rate_key(temperature)
         good: dict[str, dict] = {}  # model -> (seed, question) -> good
         clusters: dict[str, str] = {}  # question -> combination
         for row in answers:
@@ -262,6 +262,11 @@ def good_rates(run: Run) -> dict[str, Interval]:
                         key = f"{prefix}.gain_over_{model}.seed{seed}"
                         found[key] = compare("self", model, over=[seed])
     return found
+
+
+def good_rate_key(temperature: float) -> str:
+    """How the keys of `good_rates` begin at a temperature, up to the dot."""
+    return "oracle_good_rate" + ("" if temperature == 0 else f"_t{temperature:g}")
 
 
 def flaw_rates(run: Run) -> dict[str, Interval]:

@@ -9,6 +9,7 @@ import nbformat
 import papermill
 import pytest
 
+from sao_utils import results
 from sao_utils.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ NAMES = (
     "05_evaluation 06_results"
 ).split()
 EVERY = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+KEYS = ("gain", "gain_over_sft_random")  # of `results.good_rates`, that the notebooks check
 
 GUARD = '''\
 try:
@@ -120,6 +122,32 @@ def test_a_notebook_is_thin(name):
     assert sum(line.lstrip().startswith("def ") for lines in cells for line in lines) <= 1
     words = len(prose_words("\n".join(sources(name, "markdown"))))
     assert 3 <= words / sum(sizes) <= 9, "words of prose per line of code"
+
+
+# ---------------------------------------------------------------------- other recipes
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_notebook_takes_the_first_temperature_to_be_greedy(name):
+    code = "\n".join(sources(name, "code"))
+    assert "oracle_good_rate." not in code and '["temperature"] == 0' not in code
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "names"),
+    [
+        ("04_simpo_training", "04-34", dict(near=[True], finite=True, moved=[1.0], margins=[])),
+        ("05_evaluation", "05-21", dict(found={}, rate="x", wanted=dict.fromkeys(KEYS, "gain"))),
+        ("06_results", "06-27", dict(found={}, rate="x", claims=dict.fromkeys(KEYS, "gain"))),
+    ],
+)
+def test_what_a_recipe_leaves_out_is_neither_ok_nor_not_so(name, cell, names, capsys):
+    """Arms, or an oracle, that are not there: the cells with checks, as they stand."""
+    (source,) = (c.source for c in read(name).cells if c.id == cell)
+    nothing = dict(by_hand=[], by_code=[], order=[], repeats=[], check=results.check)
+    exec(source, {**nothing, "results": results, **names})
+    shown = capsys.readouterr().out
+    assert "pull ahead" not in shown and "above zero" not in shown and "LOOK" not in shown
 
 
 # ---------------------------------------------------------------------- from end to end

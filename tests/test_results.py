@@ -137,6 +137,14 @@ def test_a_run_without_the_arm_self_shows_its_arms_and_compares_no_judges(examin
     assert any(".random." in key for key in results.benchmark_scores(run))
 
 
+def test_rates_at_a_first_temperature_that_is_not_greedy_have_the_keys_that_notebooks_ask_for(loop):
+    evaluation = loop.recipe.evaluation.model_copy(update={"temperatures": (0.6,)})
+    run = rows.Run(loop.recipe.model_copy(update={"evaluation": evaluation}), loop.folder)
+    begin = results.good_rate_key(0.6)
+    assert set(results.good_rates(run)) == {f"{begin}.{name}" for name in ("base", "tuned", "gain")}
+    assert begin != results.good_rate_key(0.0) == "oracle_good_rate"
+
+
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
     from sao_utils.pairs import build_pairs
 
