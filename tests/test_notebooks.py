@@ -253,6 +253,14 @@ def test_a_notebook_runs_to_its_end(name, shared):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["01_personas_and_prompts", "02_responses"])
+def test_no_check_is_ok_where_every_reply_is_discarded(name, make_workplace):
+    nothing = make_workplace("nothing")
+    text = texts_of(nothing.execute(name, **{"personas.max_new_tokens": 1}))
+    assert "LOOK  " in text and "ok    " not in text
+
+
+@pytest.mark.slow
 def test_a_notebook_runs_alone_and_a_second_time_makes_no_new_rows(make_workplace):
     alone = make_workplace("alone")
     alone.execute("03_self_judging")
