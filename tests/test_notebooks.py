@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:
     kit = ".."  # a folder, or the address of a git repository
     !test -d "{kit}" || git clone -q --depth 1 "{kit}" sao-kit
-    %run "{'sao-kit' if '://' in kit else kit}/sao_utils/colab.py"'''
+    %run "{'sao-kit' if ':' in kit else kit}/sao_utils/colab.py"'''
 VERSIONS = "from sao_utils.rows import versions\n\nversions()"
 #: Where people keep files: none of it belongs into a notebook.
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|tmp|mnt|content|opt)/|[A-Z]:\\\\")
@@ -98,6 +98,14 @@ def test_the_guard_cell_finds_what_it_runs_and_says_the_same_everywhere():
     """What it then does is tested on a machine without the kit, in test_colab.py."""
     default, below = re.search(r'kit = "(.+)"', GUARD), re.search(r'%run "{.+}/(.+)"', GUARD)
     assert (FOLDER / default.group(1) / below.group(1)).is_file()
+    place = re.search(r'%run "{(.+)}/', GUARD).group(1)
+    for kit, at in {
+        "..": "..",
+        "drive/My kit": "drive/My kit",
+        "https://example.org/kit.git": "sao-kit",
+        "git@example.org:me/kit.git": "sao-kit",
+    }.items():
+        assert eval(place, {"kit": kit}) == at
     above = {name: read(name).cells[1] for name in EVERY}
     assert {cell.cell_type for cell in above.values()} == {"markdown"}
     assert len({cell.source for cell in above.values()}) == 1
