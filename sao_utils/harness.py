@@ -31,7 +31,13 @@ import yaml
 
 from sao_utils.engines import load_engine, model_name
 from sao_utils.evaluation import competitors
-from sao_utils.intervals import Interval, add_trainings, outside_the_noise, students_t
+from sao_utils.intervals import (
+    Interval,
+    add_trainings,
+    outside_the_noise,
+    students_t,
+    unvaried,
+)
 from sao_utils.recipe import Model, is_task_file
 from sao_utils.rows import Run, make_rows, read_rows, row_id
 
@@ -425,7 +431,8 @@ def paired_difference(
 
     Returns:
         The mean difference (as `mean` weighs subjects) with its 95 % interval, its standard error,
-        and the degrees of freedom. NaN where one item leaves nothing to estimate an error from.
+        and the degrees of freedom. NaN where one item leaves nothing to estimate an error from. Where
+        all items moved alike the error is 0, but the interval is not: see `intervals.unvaried`.
     """
     gaps = {s: np.asarray([t[s] for t in tuned], float) - base[s] for s in base}  # [seeds, n]
     value, error = mean({s: list(gap.mean(0)) for s, gap in gaps.items()})
@@ -437,7 +444,9 @@ def paired_difference(
         shared = mean({s: gap.ravel() for s, gap in gaps.items()})[1] ** 2
         error, freedom = add_trainings(error**2, freedom, between, len(tuned), shared)
     if error == 0:  # every item moved alike, as a rule not at all
-        return Interval(value, value, value, n), 0.0, math.inf
+        every = np.concatenate([np.ravel(of[s]) for of in (base, *tuned) for s in base])
+        within = (-1.0, 1.0) if 0 <= every.min() and every.max() <= 1 else None
+        return Interval(value, *unvaried(value, n, within), n), 0.0, math.inf
     if math.isnan(error):
         return Interval(value, math.nan, math.nan, n), math.nan, math.nan
     half = students_t(freedom) * error
@@ -454,8 +463,9 @@ def differences(rows: list[dict]) -> list[dict]:
         Rows {task, shots, limit, metric, model, seeds, base, base_error, tuned, tuned_error,
         difference, error, freedom, outside, p, truncated, problem}; base, tuned and difference are an
         `Interval`, with standard errors. `p` is corrected for the number of tasks that the arm was
-        tried on; `outside`: below 0.05, not explained by noise (`intervals.outside_the_noise`). Where
-        there is a problem, only task, limit and model are there beside it.
+        tried on; `outside`: below 0.05, not explained by noise (`intervals.outside_the_noise`; the
+        sign test where all items moved alike). Where there is a problem, only task, limit and model are
+        there beside it.
     """
     found = []
     for arm in dict.fromkeys(row["model"] for row in rows if row["model"] != "base"):
@@ -478,9 +488,9 @@ def differences(rows: list[dict]) -> list[dict]:
         gaps = [entry["difference"].value for entry in compared]
         errors = [entry["error"] for entry in compared]
         freedoms = [entry["freedom"] for entry in compared]
-        for entry, outside, p in zip(
-            compared, *outside_the_noise(gaps, errors, freedoms=freedoms), strict=True
-        ):
+        items = [entry["difference"].n for entry in compared]
+        told = outside_the_noise(gaps, errors, freedoms=freedoms, trials=items)
+        for entry, outside, p in zip(compared, *told, strict=True):
             entry.update(outside=outside, p=p)
     return found
 

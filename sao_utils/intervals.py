@@ -2,7 +2,7 @@
 
 Which function for what:
 
-- a win rate, or another share: `win_rate`;
+- a win rate, or another share: `win_rate` (`clustered_mean` of booleans is the same);
 - a win rate at equal length: `length_control.length_controlled_win_rate`;
 - a difference of two models on the same questions: `clustered_difference`;
 - anything over several trainings, or that is no share: `clustered_mean`;
@@ -168,8 +168,13 @@ def clustered_mean(
     seed: int = 0,
     runs: Sequence | None = None,
     method: Literal["percentile", "BCa"] = "percentile",
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """The mean of values that come in clusters, with a percentile bootstrap over the clusters.
+
+    Booleans are a share: they get the score interval of `win_rate`, which needs no resamples. Near
+    0 and 100 % percentiles are too narrow (97 % of 116 values in 60 clusters: 906 of 1,000 hold the
+    truth, of score intervals 962), and 1 failure would look surer than none.
 
     Each resample draws as many clusters as there are, with replacement, and takes the sum of their
     values over the number of their values. The percentiles lie a little outside of 2.5 and 97.5:
@@ -193,12 +198,11 @@ def clustered_mean(
             82), of one training. It follows skewed values better (lengths, rare events); where it
             is undefined, percentiles are given. For win rates and their differences the two cover
             alike, and the percentiles also know several trainings: they are the default.
+        bounds: the least and the most that a value can be, where there is such: (1, 10) for a grade.
 
     Returns:
-        The mean and its interval. Where nothing varies there is nothing to resample: numbers that
-        are all equal get an interval of no width. Booleans that are all equal get Wilson's
-        interval with each cluster as one trial instead, because a share of 0 or 1 out of a few
-        clusters is not certain.
+        The mean and its interval. Where nothing varies between clusters there is nothing to
+        resample: the interval is that of `unvaried`.
 
         With one cluster its values are resampled as if they were independent, with a warning:
         the interval is then too narrow.
@@ -210,37 +214,62 @@ def clustered_mean(
     is_share = bool(np.ndim(values)) and all(isinstance(v, (bool, np.bool_)) for v in values)
     numbers = checked(values, "values")
     codes = cluster_codes(clusters, len(numbers), "values")
+    of_run = np.zeros_like(codes)
+    if runs is not None:
+        of_run = cluster_codes(runs, len(numbers), "values")
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
+    if method == "BCa" and of_run.any():
+        raise ValueError("BCa knows one training only: leave `method` out for several")
+    if is_share and (method == "percentile" or np.ptp(numbers) == 0):
+        return _score_interval(numbers, codes, of_run)
     value, n = math.fsum(numbers) / len(numbers), len(numbers)
     if np.ptp(numbers) == 0:
-        value = float(numbers[0])
-        if not is_share:
-            return Interval(value, value, value, n)
-        trials = int(codes.max()) + 1
-        bounds = wilson(value * trials, trials)
-        return Interval(value, bounds.low, bounds.high, n)
+        return Interval(float(numbers[0]), *unvaried(numbers[0], int(codes.max()) + 1, bounds), n)
     codes = without_single_cluster(codes)
-    of_run = (
-        cluster_codes(runs, len(numbers), "values") if runs is not None else np.zeros_like(codes)
-    )
-    tail = tail_of(codes)
-    if method == "BCa":
-        if of_run.any():
-            raise ValueError("BCa knows one training only: leave `method` out for several")
-        bounds = _bca(numbers, codes, tail, resamples, seed)
-        if bounds is not None:
-            return Interval(value, *bounds, n)
     # Sorted first: the sums are then the same to the last digit in whatever order the rows come.
     order = np.lexsort((numbers, codes))
-    sums = np.column_stack([np.bincount(codes[order], numbers[order]), np.bincount(codes)])
-    totals, sizes = resampled_sums(sums, resamples, np.random.default_rng(seed)).T
-    low, high = np.quantile(totals / sizes, (tail, 1 - tail))
-    moves = ((numbers - value) / n)[order]
-    low, high = widened(value, float(low), float(high), moves, codes[order], of_run[order])
-    if is_share:
-        low, high = max(0.0, low), min(1.0, high)
+    numbers, codes, of_run = numbers[order], codes[order], of_run[order]
+    moves, tail = (numbers - value) / n, tail_of(codes)
+    sums = np.column_stack([np.bincount(codes, numbers), np.bincount(codes)])
+    if math.sqrt(variance_of_sums(moves, codes)) < 1e-12 * np.abs(numbers).max():
+        low, high = unvaried(value, len(sums), bounds)
+    elif method == "BCa" and (found := _bca(sums, tail, resamples, seed)):
+        return Interval(value, *found, n)
+    else:
+        totals, sizes = resampled_sums(sums, resamples, np.random.default_rng(seed)).T
+        low, high = map(float, np.quantile(totals / sizes, (tail, 1 - tail)))
+    low, high = widened(value, low, high, moves, codes, of_run)
+    if bounds or is_share:
+        least, most = bounds or (0.0, 1.0)
+        low, high = max(least, low), min(most, high)
     return Interval(value, low, high, n)
+
+
+def unvaried(
+    value: float, trials: int, bounds: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """The interval of a mean whose clusters are all alike, which is no certainty.
+
+    That none of k clusters is different says that no more than a share s of all clusters is: the
+    upper bound of `win_rate` for 0 of k. At worst these lie at the bounds. For a share of 0 or 1
+    this is that very interval; for a difference of 0 in each of 100 clusters 0 +- 0.04.
+
+    Args:
+        value: of every cluster.
+        trials: how many clusters there are.
+        bounds: the least and the most that a value can be; None: unknown.
+
+    Returns:
+        The bounds of the interval; all of `bounds` for one cluster, NaN without `bounds`.
+    """
+    if bounds is None:
+        return math.nan, math.nan
+    least, most = bounds
+    quantile = students_t(trials - 1) ** 2 if trials > 1 else math.inf
+    share = quantile / (trials + quantile) if trials > 1 else 1.0
+    low, high = value - share * (value - least), value + share * (most - value)
+    return float(min(low, value)), float(max(high, value))
 
 
 def clustered_difference(
@@ -251,6 +280,7 @@ def clustered_difference(
     seed: int = 0,
     runs: Sequence | None = None,
     method: Literal["percentile", "BCa"] = "percentile",
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """The mean of a - b, paired, with a percentile bootstrap over clusters.
 
@@ -259,9 +289,11 @@ def clustered_difference(
             several seeds and `b` has one, repeat the values of `b` for each seed.
         clusters: [n] the cluster of each pair.
         resamples, seed, runs, method: as in `clustered_mean`.
+        bounds: the least and the most that a value of `a` or `b` can be: (0, 1) for what is won,
+            right or good.
 
     Returns:
-        The mean difference and its interval (of no width when all differences are equal).
+        The mean difference and its interval (where all differences are equal, that of `unvaried`).
 
     Raises:
         ValueError: nothing to compare, missing values, or lengths that differ.
@@ -271,7 +303,9 @@ def clustered_difference(
         raise ValueError(
             f"a paired difference needs as many values of a ({len(first)}) as of b ({len(second)})"
         )
-    return clustered_mean(first - second, clusters, resamples, seed, runs, method)
+    if bounds is not None:
+        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    return clustered_mean(first - second, clusters, resamples, seed, runs, method, bounds)
 
 
 def wilson(successes: float, n: int) -> Interval:
@@ -405,6 +439,7 @@ def outside_the_noise(
     errors: Sequence[float],
     level: float = 0.05,
     freedoms: Sequence[float] | None = None,
+    trials: Sequence[int] | None = None,
 ) -> tuple[list[bool], list[float]]:
     """Which of several differences are more than noise, after Holm's correction.
 
@@ -417,10 +452,13 @@ def outside_the_noise(
         differences: [m] after minus before.
         errors: [m] their standard errors (paired where the same items were asked both times).
         freedoms: [m] the degrees of freedom behind each error, where they are few (a few seeds).
+        trials: [m] of how many items each difference is the mean. Where all of them moved alike
+            there is no error (0) to measure it by: p is then that of the exact sign test, 2 / 2^n.
 
     Returns:
-        [m] whether it is outside the noise, and [m] the corrected p-values. A difference or error
-        that is NaN is left out: False and NaN. With an error of 0 any difference is outside.
+        [m] whether it is outside the noise, and [m] the corrected p-values. What cannot be told is
+        left out, False and NaN: a difference or error that is NaN, and without `trials` a
+        difference whose error is 0.
 
     Raises:
         ValueError: lengths that differ, or a negative error.
@@ -433,16 +471,14 @@ def outside_the_noise(
         raise ValueError(f"there are {d.size} differences, but {e.size} standard errors")
     if (e < 0).any():
         raise ValueError("a standard error is negative")
-    known = ~(np.isnan(d) | np.isnan(e))
-    corrected = np.full(len(d), math.nan)
-    outside = np.zeros(len(d), bool)
+    freedom = np.broadcast_to(math.inf if freedoms is None else freedoms, d.shape).astype(float)
+    n = np.broadcast_to(math.nan if trials is None else trials, d.shape).astype(float)
+    p = 2 * stats.t.sf(np.abs(d) / np.where(e > 0, e, math.nan), freedom)
+    p = np.where((e == 0) & ~np.isnan(d), np.where(d == 0, 1.0, np.minimum(1, 2.0 ** (1 - n))), p)
+    known = ~np.isnan(p)
+    corrected, outside = np.full(len(d), math.nan), np.zeros(len(d), bool)
     if known.any():
-        moved = np.abs(d[known])
-        ratio = np.divide(moved, e[known], out=np.where(moved > 0, np.inf, 0.0), where=e[known] > 0)
-        freedom = math.inf if freedoms is None else np.asarray(freedoms, dtype=float)[known]
-        outside[known], corrected[known] = multipletests(
-            2 * stats.t.sf(ratio, freedom), level, method="holm"
-        )[:2]
+        outside[known], corrected[known] = multipletests(p[known], level, method="holm")[:2]
     return outside.tolist(), corrected.tolist()
 
 
@@ -550,24 +586,23 @@ def variance_of_sums(residuals: np.ndarray, codes: np.ndarray) -> float:
     return float(sums @ sums) * len(sums) / (len(sums) - 1)
 
 
-def _bca(
-    numbers: np.ndarray, codes: np.ndarray, tail: float, resamples: int, seed: int
-) -> tuple[float, float] | None:
-    """The BCa bounds of a mean over clusters; None where they are undefined."""
+def _bca(sums: np.ndarray, tail: float, resamples: int, seed: int) -> tuple[float, float] | None:
+    """The BCa bounds of a mean over clusters; None where they are undefined.
+
+    Args:
+        sums: [k, 2] sum and number of the values of each cluster.
+    """
     from scipy import stats
 
-    k = int(codes.max()) + 1
-    order = np.lexsort((numbers, codes))
-    sums, counts = np.bincount(codes[order], numbers[order]), np.bincount(codes).astype(float)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where it is undefined
         found = stats.bootstrap(
-            (sums, counts),
+            tuple(sums.T),
             lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
             paired=True,
             vectorized=True,
             n_resamples=resamples,
-            batch=max(1, _CHUNK // k),
+            batch=max(1, _CHUNK // len(sums)),
             confidence_level=min(1 - 2 * tail, 1 - 1e-9),
             method="BCa",
             rng=np.random.default_rng(seed),

@@ -409,12 +409,31 @@ def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_cha
 
 def test_nothing_changed_and_too_little_to_tell_are_told_apart():
     same, error, freedom = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
-    assert (same.low, same.high, error) == (0, 0, 0)
+    assert same.low < 0 < same.high and (same.value, error) == (0, 0)
     assert outside_the_noise([same.value], [error], freedoms=[freedom]) == ([False], [1.0])
     one, error, _ = harness.paired_difference({"t": [1.0]}, [{"t": [0.0]}])
     assert one.value == -1 and math.isnan(one.low) and math.isnan(error)
     (entry,) = harness.differences([made_up("a", "base", [1.0]), made_up("a", "self", [0.0])])
     assert not entry["outside"] and math.isnan(entry["p"])
+
+
+@pytest.mark.parametrize(("items", "p"), [(2, 0.5), (5, 0.0625), (8, 2 / 2**8)])
+def test_a_quick_look_at_which_all_items_moved_alike_is_no_certainty(items, p):
+    base = made_up("a", "base", [0.0] * items)
+    for trainings in (1, 3):
+        tuned = [made_up("a", "self", [1.0] * items)] * trainings
+        (entry,) = harness.differences([base, *tuned])
+        assert entry["p"] == pytest.approx(p) and entry["outside"] == (p < 0.05)
+        assert entry["difference"].low < 0.7 < entry["difference"].high == 1
+    rng, missed = np.random.default_rng(8), 0
+    for _ in range(500):  # nine of ten right before, one of ten after
+        before, after = ((rng.random(items) < share).astype(float) for share in (0.9, 0.1))
+        gap, *_ = harness.paired_difference({"t": list(before)}, [{"t": list(after)}])
+        missed += not gap.low <= -0.8 <= gap.high
+    assert missed <= 0.07 * 500
+    scores = [made_up("a", "self", [30.0] * items)]  # no share: there are no bounds to widen to
+    (entry,) = harness.differences([made_up("a", "base", [20.0] * items), *scores])
+    assert math.isnan(entry["difference"].low) and entry["p"] == pytest.approx(p)
 
 
 def made_up(task, model, scores, items="same"):
