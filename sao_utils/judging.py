@@ -33,7 +33,7 @@ from sao_utils.tiny import world
 
 ORDERS = ("12", "21")
 #: column "label" of a user's file -> the quality of response_a and of response_b.
-LABELS = {"a": (1, 0), "1": (1, 0), "b": (0, 1), "2": (0, 1), "tie": (0, 0), "0": (0, 0)}
+LABELS = {"a": (1, 0), "1": (1, 0), "b": (0, 1), "2": (0, 1), "tie": (0, 0)}
 ABOUT_EQUAL = 0.1  # lengths that differ by less than this share of the longer (ours)
 
 
@@ -315,8 +315,9 @@ def _labelled_pair(row: dict, where: str) -> dict:
         columns, label = ("response_a", "response_b"), str(row.get("label")).strip().lower()
         if label not in LABELS:
             raise RecipeError(
-                f"{where}: column 'label' is {row.get('label')!r}, not one of {', '.join(LABELS)}. A "
-                "file has the columns prompt, chosen, rejected, or prompt, response_a, response_b, label."
+                f"{where}: column 'label' is {row.get('label')!r}, not one of {', '.join(LABELS)} (a "
+                "0 is a tie in some files, and the first answer in others). A file has the columns "
+                "prompt, chosen, rejected, or prompt, response_a, response_b, label."
             )
         quality = LABELS[label]
     (before, first), (same, second) = (_answer(row, column, where) for column in columns)

@@ -205,7 +205,7 @@ class Evaluation(_Section):
         None, description='folder with the official files of benchmarks, or "hub"'
     )
     max_cost: float | None = Field(
-        None, ge=0, description="US$ that a run may pay to servers with a price; null: no cap"
+        None, ge=0, description="US$ that a run may pay to servers, all with a price; null: no cap"
     )
 
 
@@ -241,6 +241,13 @@ class Recipe(_Section):
         """Who judges: the model itself (the papers' way), or the recipe's judge."""
         return self.judge or self.model
 
+    @property
+    def models(self) -> dict[str, Model]:
+        """Every model that is named, by its key: "model", "judge", "others.x", "judges.x"."""
+        named = {"model": self.model} | ({"judge": self.judge} if self.judge else {})
+        named |= {f"others.{name}": model for name, model in self.others.items()}
+        return named | {f"judges.{name}": model for name, model in self.judges.items()}
+
     @model_validator(mode="after")
     def _each_once(self):
         for name, values in (
@@ -252,6 +259,26 @@ class Recipe(_Section):
                 raise ValueError(f"{name} names a value twice: {list(values)}")
             if name != "arms" and min(values) < 0:
                 raise ValueError(f"{name} must not be negative: {list(values)}")
+        return self
+
+    @model_validator(mode="after")
+    def _margins_can_pass(self):
+        if self.judging.method == "sampled" and self.pairs.min_margin > 1:
+            raise ValueError(
+                f"pairs.min_margin={self.pairs.min_margin:g} would drop every pair: sampled verdicts "
+                "(judging.method=sampled) have margins of -1, 0 and 1 only. Set it to 0, or to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cap_can_hold(self):
+        for key, model in self.models.items():
+            prices = (model.price_in, model.price_out)
+            if self.evaluation.max_cost is not None and model.engine == "api" and None in prices:
+                raise ValueError(
+                    f"evaluation.max_cost is no cap while the price of {key} is not known: set its "
+                    "price_in and price_out (US$ per million tokens; 0 for a server that is free)"
+                )
         return self
 
     @model_validator(mode="after")

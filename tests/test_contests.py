@@ -44,6 +44,7 @@ def opened(results, tmp_path, server):  # noqa: F811
             "others": {"twin": TWIN, "remote": remote},
             "judges": {"copy": TWIN, "one": remote},
             "judging.method": method,
+            "pairs.min_margin": 1,
             "evaluation.questions": str(prompts),
             "evaluation.temperatures": [0.6],
             "evaluation.max_new_tokens": 24,

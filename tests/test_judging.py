@@ -63,7 +63,7 @@ def test_rewardbench_columns_keep_the_label_and_hide_it_from_the_position(tmp_pa
 
 @pytest.mark.parametrize(
     "label, better",
-    [("a", "x"), ("b", "y"), ("TIE", None), (1, "x"), (2, "y"), (0, None), (" B ", "y")],
+    [("a", "x"), ("b", "y"), ("TIE", None), (1, "x"), (2, "y"), ("2", "y"), (" B ", "y")],
 )
 def test_labels_name_the_first_or_the_second_answer_or_a_tie(tmp_path, label, better):
     line = {"prompt": "P", "response_a": "x", "response_b": "y", "label": label}
@@ -125,6 +125,7 @@ OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": 
         ({**FINE, "chosen": [{"role": "user", "content": "x"}]}, "'chosen' is not the assistant's"),
         ({**FINE, "rejected": OTHER}, "answer different messages"),
         ({**LABELLED, "label": "A > B"}, "column 'label' is 'A > B', not one of a, 1, b"),
+        ({**LABELLED, "label": 0}, "column 'label' is 0, not one of a, 1, b, 2, tie (a 0 is"),
         ({**LABELLED, "label": None}, "column 'label' is None"),
         ({**LABELLED, "response_b": None}, "column 'response_b' is missing"),
         ({"question": "P"}, "columns prompt, chosen, rejected"),
@@ -256,7 +257,7 @@ def test_a_sampled_verdict_that_is_empty_or_nonsense_is_counted_and_kept(
     monkeypatch, small_run, tmp_path, text
 ):
     monkeypatch.setattr(asking, "load_engine", lambda model: Faulty(text))
-    sampled = load_recipe("tiny", {"judging.method": "sampled"})
+    sampled = load_recipe("tiny", {"judging.method": "sampled", "pairs.min_margin": 1})
     run = rows.Run(sampled, tmp_path)
     judged = judging.verdict_rows(run, "v", PAIRS)
     assert [row["outcome"] for row in judged] == ["invalid"] * 5
@@ -265,7 +266,7 @@ def test_a_sampled_verdict_that_is_empty_or_nonsense_is_counted_and_kept(
 
 
 def test_a_real_judge_at_a_wild_temperature_talks_nonsense_and_every_pair_is_counted(tmp_path):
-    wild = {"judging.method": "sampled", "judging.temperature": 50.0}
+    wild = {"judging.method": "sampled", "pairs.min_margin": 1, "judging.temperature": 50.0}
     run = rows.Run(load_recipe("tiny", wild), tmp_path)
     judged = judging.verdict_rows(run, "v", PAIRS)
     counted = Counter(row["outcome"] for row in judged)

@@ -61,6 +61,31 @@ def test_values_that_would_break_a_run_later_are_refused_at_once(key, value):
         load_recipe("tiny", {key: value})
 
 
+def test_a_margin_that_no_sampled_verdict_has_is_refused():
+    with pytest.raises(RecipeError, match="min_margin=2 would drop every pair"):
+        load_recipe("tiny", {"judging.method": "sampled"})
+    kept = load_recipe("tiny", {"judging.method": "sampled", "pairs.min_margin": 1})
+    assert kept.pairs.min_margin == 1 and load_recipe("tiny").pairs.min_margin == 2
+
+
+@pytest.mark.parametrize(
+    "key, section",
+    [("model", None), ("judge", None), ("others.x", "others"), ("judges.x", "judges")],
+)
+def test_a_cap_is_refused_while_a_price_is_not_known(key, section):
+    def capped(**prices):
+        model = {"path": "m", "engine": "api", "url": "http://localhost:1/v1", **prices}
+        changes = (
+            {section: {"x": model}} if section else {f"{key}.{k}": v for k, v in model.items()}
+        )
+        return load_recipe("tiny", {**changes, "evaluation.max_cost": 5})
+
+    for known in ({}, {"price_in": 1.0}, {"price_out": 1.0}):
+        with pytest.raises(RecipeError, match=f"the price of {key} is not known"):
+            capped(**known)
+    assert capped(price_in=0, price_out=0).evaluation.max_cost == 5  # a server that is free
+
+
 def test_a_path_with_a_hash_mark_stays_whole():
     assert load_recipe("tiny", {"personas.source": "a #b.csv"}).personas.source == "a #b.csv"
 

@@ -435,12 +435,18 @@ def test_a_judge_that_puts_little_probability_on_the_verdicts_is_invalid():
 
 
 def test_the_papers_sampled_verdicts_are_parsed_and_nonsense_is_counted(small_run, tmp_path):
-    recipe = load_recipe("tiny", {"judging.method": "sampled", "judging.max_new_tokens": 12})
+    recipe = load_recipe(
+        "tiny", {"judging.method": "sampled", "pairs.min_margin": 1, "judging.max_new_tokens": 12}
+    )
     run = rows.Run(recipe, tmp_path / "ok")
     row = verdicts_on(run, perfect(), "Good luck!", tmp_path / "ok")
     assert row["outcome"] in ("consistent", "inconsistent") and row["margin"] in (-1, 0, 1)
     short = rows.Run(
-        load_recipe("tiny", {"judging.method": "sampled", "judging.max_new_tokens": 1}), tmp_path
+        load_recipe(
+            "tiny",
+            {"judging.method": "sampled", "pairs.min_margin": 1, "judging.max_new_tokens": 1},
+        ),
+        tmp_path,
     )
     assert verdicts_on(short, perfect(), "Good luck!", tmp_path / "cut")["outcome"] == "invalid"
 

@@ -39,7 +39,7 @@ def test_the_papers_sampled_verdicts_agree_with_the_forced_ones_where_the_margin
     recipe, tmp_path
 ):
     run = rows.Run(recipe, tmp_path)
-    sampled = load_recipe("tiny", {"judging.method": "sampled"})
+    sampled = load_recipe("tiny", {"judging.method": "sampled", "pairs.min_margin": 1})
     pairs = []
     for k, text in enumerate(world.held_out_questions("dev", 1, seed=7)[:60]):
         question, rng = world.parse_question(text), random.Random(k)
