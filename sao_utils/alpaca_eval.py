@@ -38,14 +38,17 @@ ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 PROMPTS = 805
 JUDGES = ("gpt-4-1106-preview",)
 CHOICES = ("m", "M")
+UNPENALISED = "length control by an unpenalised fit without alpaca_eval's gamed baselines"
 LOW_MASS = 0.5  # probability on m and M below which a preference is counted as doubtful (ours)
 
 
 def load(settings: Evaluation) -> dict:
-    """The benchmark as `published` takes it: {items, baseline, baseline_name, show, notes, counts}.
+    """The benchmark as `published` takes it: {items, baseline, baseline_name, show, notes, about,
+    difficulty, gamed, counts}.
 
-    `show(instruction, first, second)` gives the request to the judge; `difficulty` is None or the
-    difficulty of each item, by id; `gamed` the file of gamed baselines that `published_fit` takes.
+    `show(instruction, first, second)` gives the request to the judge; `about`: metric -> notes on
+    it alone; `difficulty` is None or the difficulty of each item, by id; `gamed` the file of gamed
+    baselines that `published_fit` takes.
 
     Raises:
         RecipeError: the prompts are not there.
@@ -61,16 +64,15 @@ def load(settings: Evaluation) -> dict:
         else:
             seen.add(row["turns"][0])
             items.append(row)
-    template, notes = _template(settings), []
-    if template is None:
-        notes.append("the judge's prompt is the kit's own")
+    template = _template(settings)
+    about = [UNPENALISED]
     difficulty = _difficulty(settings)
     if difficulty is None or any(row["id"] not in difficulty for row in items):
         difficulty = None
-        notes.append("length control without the prompts' difficulties")
+        about.append("length control without the prompts' difficulties")
     gamed = official_file(settings, "alpaca_eval", "df_gamed.csv")
     if gamed is None or find_spec("sklearn") is None:
-        notes.append("the program's own length control takes its df_gamed.csv and scikit-learn")
+        about.append("the program's own length control takes its df_gamed.csv and scikit-learn")
     return {
         "items": items,
         "baseline": {row["id"]: row["output"] for row in items},
@@ -78,7 +80,8 @@ def load(settings: Evaluation) -> dict:
         "show": _own_request if template is None else _official_request(template),
         "difficulty": difficulty,
         "gamed": gamed,
-        "notes": tuple(notes),
+        "notes": ("the judge's prompt is the kit's own",) if template is None else (),
+        "about": {"lc_win_rate": tuple(about)},
         "counts": counts,
     }
 
@@ -259,12 +262,25 @@ def standard_error(annotations: list[dict]) -> float | None:
 
 
 def labels(annotations: list[dict]) -> dict[tuple, int | None]:
-    """(index of a prompt,) -> 1 the model won, -1 the reference, 0 a tie; None for a failed verdict."""
+    """(index of a prompt,) -> 1 the model won, -1 the reference, 0 a tie; None for a failed verdict.
+
+    Without the prompts whose two answers are the same: no judge was asked.
+    """
     outcomes = from_preferences([row["preference"] for row in annotations])
     return {
         (row["index"],): None if y is None else (y > 0.5) - (y < 0.5)
         for row, y in zip(annotations, outcomes)
+        if row["output_1"] != row["output_2"]
     }
+
+
+def remarks(annotations: list[dict]) -> dict[str, list[str]]:
+    """What makes single figures doubtful: metric -> sentences."""
+    same = sum(row["output_1"] == row["output_2"] for row in annotations)
+    if same <= len(annotations) / 20:
+        return {}
+    told = f"{same} of {len(annotations)} answers are the reference's own: ties without a judge."
+    return {metric: [told] for metric in ("win_rate", "lc_win_rate", "lc_win_rate_published")}
 
 
 def published_fit(annotations: list[dict], gamed: Path) -> float | None:

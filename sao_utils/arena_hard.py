@@ -4,10 +4,11 @@ The protocol is that of github.com/lmarena/arena-hard-auto at v0.1 (Li and other
 2406.11939): in game 1 the baseline's answer is A, in game 2 the model's. The judge argues at
 temperature 0 and ends with a label. All labels that it writes must be one and the same, else the
 game does not count; without any label it is asked once to go on. A>>B and B>>A count as three
-games. The score is the win rate against the baseline that the Bradley-Terry fit expects; its
-interval is ours (`ratings.bradley_terry`): whole prompts are resampled, there single games, and a
-strong verdict as if it were three of them, which makes theirs too narrow (by a third where all
-labels are as frequent).
+games. The score is the win rate against the baseline that the Bradley-Terry fit expects. Here each
+model meets the baseline alone, and that is its share of the votes, a tie giving half of one. The
+interval is ours, that of any win rate (`intervals.win_rate`), over prompts. The program resamples
+single games, and a strong verdict as if it were three of them (`bootstrap`): too narrow (by a third
+where all labels are as frequent), and without any width where one side wins all.
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
 judge's prompt (judge_config.yaml) are other people's: `questions.official_file` finds them.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import yaml
 
@@ -25,7 +27,6 @@ from sao_utils import templates
 from sao_utils.engines import Sampling
 from sao_utils.intervals import Interval, clustered_mean, win_rate
 from sao_utils.questions import official_file, official_questions, official_rows
-from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Evaluation, RecipeError
 
 BASELINE = "gpt-4-0314"
@@ -35,6 +36,10 @@ MAX_TOKENS = 4096  # of an answer and of a verdict, at temperature 0
 #: label -> (outcome for A, how many games it counts as)
 LABELS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
 GO_ON = "Please go on, and end with your verdict as one of the labels."  # ours
+ASKED_ON = "asked once more for a label"
+#: what was counted -> how that differs from Arena-Hard's protocol
+DIFFERENCES = {ASKED_ON: "{} verdicts asked once more for a label, in other words than there"}
+ROUNDS = 100  # of the program's bootstrap
 _LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 
 
@@ -113,8 +118,10 @@ def read_label(text: str) -> tuple[str | None, bool]:
     return next(iter(found)) if len(found) == 1 else None, not found
 
 
-def argue(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> list[str]:
-    """The judge's verdicts in its own words, each asked on once when it has no label."""
+def argue(
+    ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]
+) -> tuple[list[str], list[int]]:
+    """The judge's verdicts in its own words, and the places of those asked on for want of a label."""
     sampling = Sampling(0.0, MAX_TOKENS)
     texts = [reply["text"] for reply in ask([{"chat": c, "sampling": sampling} for c in chats])]
     silent = [k for k, text in enumerate(texts) if text and read_label(text)[1]]
@@ -124,7 +131,7 @@ def argue(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> l
     ]
     for k, reply in zip(silent, ask([{"chat": c, "sampling": sampling} for c in more])):
         texts[k] += "\n" + reply["text"]
-    return texts
+    return texts, silent
 
 
 def judge(
@@ -151,13 +158,14 @@ def judge(
             for a, b in ((base, mine), (mine, base)):
                 chats.append(benchmark["show"](item["turns"][0], a, b))
             jobs.append((model, item["id"]))
-    texts = iter(benchmark.get("argue", argue)(ask, chats))
-    shown = iter(chats)
+    texts, asked_on = benchmark.get("argue", argue)(ask, chats)
+    asked_on, shown = set(asked_on), iter(enumerate(zip(texts, chats)))
     judgments: dict[str, list[dict]] = {model: [] for model in answers}
     for model, identity in jobs:
         games = []
         for _ in range(2):
-            text, chat = next(texts), next(shown)
+            place, (text, chat) = next(shown)
+            counts[model][ASKED_ON] += place in asked_on
             label, without = read_label(text)
             if label not in LABELS:
                 why = "no label" if without else "label unknown" if label else "labels differ"
@@ -188,16 +196,16 @@ def figures(judgments: list[dict], baseline: str, lengths: dict) -> dict[str, In
         lengths: tokens of the model's answer, by question id.
 
     Returns:
-        score: the win rate against the baseline (a share); agreement: the share of prompts whose
-        two games name the same winner or both a tie; first_rate: how often A won of decided games;
-        avg_tokens.
+        score: the win rate against the baseline (a share; n counts games); agreement: the share of
+        prompts whose two games name the same winner or both a tie; first_rate: how often A won of
+        decided games; avg_tokens.
     """
     found = {"avg_tokens": clustered_mean(list(lengths.values()), list(lengths))} if lengths else {}
     games = games_of(judgments, baseline)
     if not games:
         return found
-    model = judgments[0]["model"]
-    found["score"] = bradley_terry(games, baseline)[model].win_rate
+    rate = win_rate(*_votes(games)).rate
+    found["score"] = replace(rate, n=len(games))
     labels = [
         (row["question_id"], [LABELS[g["score"]][0] for g in row["games"]])
         for row in judgments
@@ -214,6 +222,41 @@ def figures(judgments: list[dict], baseline: str, lengths: dict) -> dict[str, In
     if decided:
         found["first_rate"] = win_rate(*(list(column) for column in zip(*decided))).rate
     return found
+
+
+def _votes(games: list[tuple]) -> tuple[list[float], list[str]]:
+    """The outcomes of games, each as often as it counts, and the question of each."""
+    votes = [(outcome, question) for *_, outcome, weight, question in games for _ in range(weight)]
+    return [outcome for outcome, _ in votes], [question for _, question in votes]
+
+
+def bootstrap(judgments: list[dict], baseline: str, seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % interval of the score as Arena-Hard's program takes it: shares; None without a game.
+
+    `ROUNDS` resamples of single votes, as many as there are: what the leaderboard shows.
+    """
+    games = games_of(judgments, baseline)
+    if not games:
+        return None
+    import numpy as np
+
+    votes, rng = np.array(_votes(games)[0]), np.random.default_rng(seed)
+    scores = rng.choice(votes, (ROUNDS, len(votes))).mean(axis=1)
+    low, high = np.quantile(scores, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def remarks(judgments: list[dict]) -> dict[str, list[str]]:
+    """What makes the score doubtful, as {"score": sentences}: games of one order that do not count."""
+    first, second = (sum(row["games"][k]["score"] in LABELS for row in judgments) for k in range(2))
+    if abs(first - second) <= len(judgments) / 20:
+        return {}
+    return {
+        "score": [
+            f"{first} games count with the baseline's answer shown first, and {second} with the "
+            "model's: what position does to the judge does not cancel."
+        ]
+    }
 
 
 def labels(judgments: list[dict]) -> dict[tuple, float | None]:

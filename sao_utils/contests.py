@@ -252,25 +252,36 @@ def remarks(rows: list[dict]) -> list[str]:
     Args:
         rows: of one call of `contest`, at least one.
     """
-    judge, n, said = rows[0]["judge"], len(rows), []
-    bad = sum(row["win"] is None for row in rows)
-    if bad > n / 20:
-        said.append(f"The judge '{judge}' gave no valid verdict on {bad} of {n} prompts.")
+    n, bad = len(rows), sum(row["win"] is None for row in rows)
     judged = [row for row in rows if row["margin"] is not None]
     first = [prefers for row in judged for prefers in first_shown(row)]
-    share = sum(first) / len(first) if first else 0.5
-    if not 0.2 <= share <= 0.8:
-        where, share = ("first", share) if share > 0.5 else ("second", 1 - share)
-        said.append(
-            f"The judge '{judge}' prefers what is shown {where} in {share:.0%} of its verdicts: they "
-            "say little of the answers."
-        )
+    said = doubts(rows[0]["judge"], bad, n, sum(first) / len(first) if first else 0.5)
     for k, name in enumerate((rows[0]["model"], rows[0]["opponent"])):
         if empty := sum(not row["responses"][k].strip() for row in rows):
             said.append(f"{empty} of {n} answers of '{name}' are empty.")
     prompts = Counter((row["seed"], row["prompt"]) for row in rows)
     if again := n - len(prompts):
         said.append(f"{again} of {n} prompts repeat an earlier one; they add no certainty.")
+    return said
+
+
+def doubts(judge: str, invalid: int, asked: int, first: float, what: str = "prompts") -> list[str]:
+    """What makes a judge's verdicts doubtful, in plain sentences; [] if nothing does.
+
+    Args:
+        judge: its name.
+        invalid, asked: how many verdicts are not valid, of how many `what`.
+        first: the share of its verdicts that prefer what is shown first.
+    """
+    said = []
+    if invalid > asked / 20:
+        said.append(f"The judge '{judge}' gave no valid verdict on {invalid} of {asked} {what}.")
+    if not 0.2 <= first <= 0.8:
+        where, share = ("first", first) if first > 0.5 else ("second", 1 - first)
+        said.append(
+            f"The judge '{judge}' prefers what is shown {where} in {share:.0%} of its verdicts: they "
+            "say little of the answers."
+        )
     return said
 
 

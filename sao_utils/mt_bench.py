@@ -5,7 +5,9 @@ Zheng and others, 2023, arXiv 2306.05685): the model answers turn 1, then turn 2
 answer, at a temperature that goes with the category. The judge (temperature 0) grades turn 1, and
 turn 2 with the whole conversation before it; in mathematics, reasoning and coding it sees reference
 answers. The first [[grade]] counts, else the first [grade]. Ours: a grade that is not within 1..10
-is invalid (FastChat takes any number); the mean has an interval, clustered by question.
+is invalid (FastChat takes any number); the mean has an interval, clustered by question: that of a
+win rate (`intervals.win_rate`), the grades 1 to 10 being laid on 0 to 1. Like a win rate, a mean
+grade has ends that it cannot go beyond, and many judges give hardly anything but tens.
 
 The 80 questions (question.jsonl), reference answers (reference_answer/gpt-4.jsonl) and judge's
 prompts (judge_prompts.jsonl) are other people's: `questions.official_file` finds them.
@@ -16,10 +18,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from statistics import fmean
 
 from sao_utils import templates
 from sao_utils.engines import Sampling
-from sao_utils.intervals import Interval, clustered_mean
+from sao_utils.intervals import Interval, win_rate
 from sao_utils.questions import official_questions, official_rows
 from sao_utils.recipe import Evaluation, RecipeError
 
@@ -46,6 +49,11 @@ JUDGE_PROMPTS = {
     (False, True): "single-v1-multi-turn",
     (True, True): "single-math-v1-multi-turn",
 }
+LOWEST, HIGHEST = 1, 10  # grades
+NO_GRADE = "invalid verdict: no grade"
+OUTSIDE = "invalid verdict: grade outside 1..10"
+#: what was counted -> how that differs from FastChat's protocol
+DIFFERENCES = {OUTSIDE: "{} grades outside 1..10 left out, which count there"}
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
@@ -131,9 +139,14 @@ def temperature(item: dict) -> float:
 
 def read_grade(text: str) -> float | None:
     """The grade in a verdict; None where there is none within 1..10."""
+    grade = _stated(text)
+    return grade if grade is not None and LOWEST <= grade <= HIGHEST else None
+
+
+def _stated(text: str) -> float | None:
+    """The number that a verdict gives as its grade, whatever it is."""
     found = next((m for m in (grade.search(text) for grade in _GRADES) if m), None)
-    grade = float(found[1]) if found else None
-    return grade if grade is not None and 1 <= grade <= 10 else None
+    return float(found[1]) if found else None
 
 
 def argue(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> list[str]:
@@ -174,7 +187,8 @@ def judge(
     counts = {model: Counter() for model in answers}
     for (model, item, turn, prompt, _), chat, text in zip(jobs, chats, verdicts):
         grade = read_grade(text)
-        counts[model]["invalid grade"] += grade is None
+        if grade is None:
+            counts[model][NO_GRADE if _stated(text) is None else OUTSIDE] += 1
         judgments[model].append(
             {
                 "question_id": item["id"],
@@ -194,16 +208,36 @@ def judge(
 def figures(judgments: list[dict]) -> dict[str, Interval]:
     """One model's mean grade with its interval: score, score.turn_1, ..., score.<category>, ...
 
-    Invalid grades are left out, as in FastChat's show_result.py.
+    Invalid grades are left out, as in FastChat's show_result.py. Where all grades are one and the
+    same, each question counts as one trial of a win rate: a wide interval, never one without width.
     """
+    return {key: _mean_grade(rows) for key, rows in _by_metric(judgments).items()}
+
+
+def _by_metric(judgments: list[dict]) -> dict[str, list[dict]]:
+    """The judgments with a valid grade that belong to each figure."""
     groups: dict[str, list[dict]] = {}
     for row in judgments:
         if row["score"] != -1:
             for key in ("score", f"score.turn_{row['turn']}", f"score.{row['category']}"):
                 groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _mean_grade(rows: list[dict]) -> Interval:
+    grades, width = [row["score"] for row in rows], HIGHEST - LOWEST
+    shares = [(grade - LOWEST) / width for grade in grades]
+    bounds = win_rate(shares, [row["question_id"] for row in rows]).rate
+    low, high = (LOWEST + width * bound for bound in (bounds.low, bounds.high))
+    return Interval(fmean(grades), low, high, len(grades))
+
+
+def remarks(judgments: list[dict]) -> dict[str, list[str]]:
+    """What makes each of the `figures` doubtful: metric -> sentences."""
     return {
-        key: clustered_mean([r["score"] for r in rows], [r["question_id"] for r in rows])
-        for key, rows in groups.items()
+        metric: ["The judge gave one and the same grade to all."]
+        for metric, rows in _by_metric(judgments).items()
+        if len(rows) > 1 and len({row["score"] for row in rows}) == 1
     }
 
 

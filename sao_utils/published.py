@@ -2,7 +2,8 @@
 
 `alpaca_eval`, `arena_hard` and `mt_bench` say how each is loaded, judged, scored and written down;
 here models answer, judges are asked, and everything comes together. A judge of the recipe is any
-model: the figures are comparable with published ones only where the note of a row is empty.
+model: the figures are comparable with published ones only where a row has neither a note nor a
+judge_note, and worth something where it has no remarks.
 The files that are left under benchmarks/ are those of the benchmarks' own programs: model_outputs.json
 of alpaca_eval, and data/<name>/model_answer and model_judgment of arena-hard-auto and FastChat.
 
@@ -19,14 +20,16 @@ The counterparts (all of them ours, to see the machinery at work; no evidence ab
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import combinations
 from types import ModuleType
 
 from sao_utils import alpaca_eval, arena_hard, mt_bench, templates
 from sao_utils.asking import ask
-from sao_utils.contests import judge_models
+from sao_utils.contests import doubts, judge_models
 from sao_utils.engines import Sampling, load_tokenizer
 from sao_utils.evaluation import competitors
 from sao_utils.intervals import Interval, win_rate
@@ -45,6 +48,7 @@ PROTOCOLS: dict[str, ModuleType] = {
     "tiny_arena": arena_hard,
     "tiny_mt": mt_bench,
 }
+DIFFERS = "protocol differs: "
 COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
 SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
 
@@ -85,10 +89,13 @@ def published(
 
     Returns:
         "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
-        note (how the protocol differs from the published one), counts}; `counts` is of the model
-        and judge, of the benchmark's files too. Rates are shares, grades 1 to 10; valid_rate is the
-        share of verdicts that count. AlpacaEval's win_rate also has standard_error; where the program's
-        file df_gamed.csv is there, lc_win_rate_published is its own length control, without interval.
+        note (how the protocol differs from the published one, but for the judge), judge_note (who
+        judges there, "" where it is this judge), remarks (sentences on what makes it doubtful),
+        counts}; `counts` is of the model and judge, of the benchmark's files too. Rates are shares,
+        grades 1 to 10; valid_rate is the share of verdicts that count. The programs' own measures of
+        chance are beside our intervals: standard_error with AlpacaEval's win_rate, bootstrap with
+        Arena-Hard's score; where AlpacaEval's file df_gamed.csv is there, lc_win_rate_published is
+        its own length control, without interval.
         A model of several seeds is
         "<arm>-<seed>". Two judges have a metric kappa, "<one>~<other>" being the judge.
 
@@ -106,24 +113,28 @@ def published(
     if name == "tiny_arena":
         base = answers["base"]
         benchmark["baseline"] = {identity: a["turns"][0] for identity, a in base.items()}
+        benchmark["argue"] = partial(_label, min_mass=run.recipe.judging.min_mass)
     found, labels = {}, {}
     judges = {"oracle": None} if "grade" in benchmark else judge_models(run)
     for judge, model in judges.items():
-        judgments, counts = protocol.judge(_asker(run, model), benchmark, answers, judge)
+        merged: list[str] = []
+        judgments, counts = protocol.judge(_asker(run, model, merged), benchmark, answers, judge)
         if whole:
             _write_files(run, name, protocol.files(answers, benchmark, judgments, judge))
-        notes = _notes(run, name, benchmark, model)
         for competitor, of in judgments.items():
             verdicts = labels.setdefault(competitor, {})[judge] = protocol.labels(of)
             tally = benchmark["counts"] + counts[competitor]
             tally["prompts"] = len(benchmark["items"])
-            tally["empty answers"] = sum(
-                not text.strip() for a in answers[competitor].values() for text in a["turns"]
-            )
+            texts = [text for a in answers[competitor].values() for text in a["turns"]]
+            tally["empty answers"] = sum(not text.strip() for text in texts)
             figures = _figures(name, benchmark, answers, competitor, of)
             if verdicts:  # also where no verdict is valid
                 valid = [float(verdict is not None) for verdict in verdicts.values()]
                 figures["valid_rate"] = win_rate(valid, [key[0] for key in verdicts]).rate
+            notes = _notes(run, name, benchmark, model, tally) + (*merged,)
+            about, own = benchmark.get("about", {}), protocol.remarks(of)
+            remarks = _remarks(judge, competitor, figures, verdicts, tally, len(texts))
+            remarks += _of_files(benchmark["counts"])
             for metric, interval in figures.items():
                 row = {
                     "benchmark": name,
@@ -132,17 +143,24 @@ def published(
                     "metric": metric,
                     "interval": interval,
                     "n": interval.n,
-                    "note": "; ".join((*notes, *_about(protocol, metric, of))),
+                    "note": "; ".join((*notes, *about.get(metric, ()))),
+                    "judge_note": _judge_note(name, model),
+                    "remarks": [*own.get(metric, ()), *remarks],
                     "counts": dict(tally),
                 }
                 if protocol is alpaca_eval and metric == "win_rate":
                     row["standard_error"] = alpaca_eval.standard_error(of)
+                if protocol is arena_hard and metric == "score":
+                    row["bootstrap"] = arena_hard.bootstrap(of, benchmark["baseline_name"])
                 found[f"{name}.{competitor}.{judge}.{metric}"] = row
-    return found | _agreements(name, labels)
+    return found | _agreements(name, labels, len(benchmark["items"]))
 
 
-def _agreements(name: str, labels: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Cohen's kappa of each two judges on each model's verdicts; a judge is then "<one>~<other>"."""
+def _agreements(name: str, labels: dict[str, dict[str, dict]], items: int) -> dict[str, dict]:
+    """Cohen's kappa of each two judges on each model's verdicts; a judge is then "<one>~<other>".
+
+    Only of what both judged: that they both never saw a pair of identical answers is no agreement.
+    """
     found = {}
     for competitor, by_judge in labels.items():
         for one, other in combinations(by_judge, 2):
@@ -160,7 +178,13 @@ def _agreements(name: str, labels: dict[str, dict[str, dict]]) -> dict[str, dict
                 "interval": interval,
                 "n": interval.n,
                 "note": "agreement of two judges beyond chance, verdict by verdict",
-                "counts": {"verdicts": len(both), "left out as invalid": len(both) - len(valid)},
+                "judge_note": "",
+                "remarks": [],
+                "counts": {
+                    "verdicts": len(both),
+                    "left out as invalid": len(both) - len(valid),
+                    "identical answers, not judged": items - len({key[0] for key, *_ in both}),
+                },
             }
     return found
 
@@ -217,13 +241,18 @@ def _temperature(settings: Evaluation, name: str, item: dict) -> float:
     return 0.0 if name in ("arena_hard", "tiny_arena", "tiny_mt") else settings.temperatures[0]
 
 
-def _asker(run: Run, judge: Model | None) -> Callable[[list[dict]], list[dict]]:
-    """What asks a judge; a model without a system role gets that text before the user's."""
+def _asker(run: Run, judge: Model | None, notes: list[str]) -> Callable[[list[dict]], list[dict]]:
+    """What asks a judge; a model without a system role gets that text before the user's.
+
+    Args:
+        notes: where it is put down that this was so.
+    """
 
     def asked(requests: list[dict]) -> list[dict]:
         if any(request["chat"][0]["role"] == "system" for request in requests):
             if not _knows_system(judge):
                 requests = [{**r, "chat": _merged(r["chat"])} for r in requests]
+                notes[:] = [f"{DIFFERS}the judge knows no system prompt: the user's text has it"]
         return ask(run, "benchmark_verdicts", judge, requests)
 
     return asked
@@ -259,27 +288,59 @@ def _figures(
     return arena_hard.figures(judgments, benchmark["baseline_name"], lengths)
 
 
-def _notes(run: Run, name: str, benchmark: dict, judge: Model | None) -> tuple[str, ...]:
-    """How this run differs from the published protocol."""
+def _notes(
+    run: Run, name: str, benchmark: dict, judge: Model | None, counts: Counter
+) -> tuple[str, ...]:
+    """How this run differs from the published protocol, but for who judges."""
     if name in _TINY:
         return (COUNTERPART, *benchmark["notes"])
-    notes, protocol = benchmark["notes"], PROTOCOLS[name]
-    if judge.path not in protocol.JUDGES:
-        notes += (f"judged by {judge.path}, there by {protocol.JUDGES[0]}",)
-    limit, theirs = run.recipe.evaluation.max_new_tokens, getattr(protocol, "MAX_TOKENS", None)
+    notes, protocol, settings = benchmark["notes"], PROTOCOLS[name], run.recipe.evaluation
+    if judge.quantisation != "none":
+        notes += (f"the judge's weights are quantised ({judge.quantisation})",)
+    limit, theirs = settings.max_new_tokens, getattr(protocol, "MAX_TOKENS", None)
     if theirs is not None and limit != theirs:
         notes += (f"answers of at most {limit} tokens, there {theirs}",)
-    return tuple(f"protocol differs: {note}" for note in notes)
+    if name == "mt_bench" and settings.top_p != 1:
+        notes += (f"answers drawn with top_p {settings.top_p:g}, which is not set there",)
+    for reason, note in getattr(protocol, "DIFFERENCES", {}).items():
+        if counts[reason]:
+            notes += (note.format(counts[reason]),)
+    return tuple(DIFFERS + note for note in notes)
 
 
-def _about(protocol: ModuleType, metric: str, judgments: list[dict]) -> tuple[str, ...]:
-    """What to know of one figure."""
-    if metric == "lc_win_rate":
-        return ("length control by an unpenalised fit without alpaca_eval's gamed baselines",)
-    grades = {row["score"] for row in judgments} if protocol is mt_bench else set()
-    if len(judgments) > 1 and len(grades) == 1:
-        return ("the judge gave one and the same grade to all",)
-    return ()
+def _judge_note(name: str, judge: Model | None) -> str:
+    """Who judges in the published benchmark, where it is another."""
+    if name in _TINY or judge.path in PROTOCOLS[name].JUDGES:
+        return ""
+    return f"judged by {judge.path}, there by {PROTOCOLS[name].JUDGES[0]}"
+
+
+def _remarks(
+    judge: str,
+    model: str,
+    figures: dict[str, Interval],
+    verdicts: dict[tuple, float | None],
+    counts: Counter,
+    answers: int,
+) -> list[str]:
+    """What makes all that a judge says of a model doubtful, in plain sentences; [] if nothing."""
+    invalid, asked = sum(verdict is None for verdict in verdicts.values()), len(verdicts)
+    first = figures["first_rate"].value if "first_rate" in figures else 0.5
+    said = doubts(judge, invalid, asked, first, "requests")
+    if (doubtful := counts["doubtful verdict"]) > asked / 20:
+        said.append(
+            f"{doubtful} of {asked} verdicts are doubtful: the judge would rather have said "
+            "something else."
+        )
+    if empty := counts["empty answers"]:
+        said.append(f"{empty} of {answers} answers of '{model}' are empty.")
+    return said
+
+
+def _of_files(counts: Counter) -> list[str]:
+    """What was found amiss in a benchmark's files."""
+    told = ", ".join(f"{reason} ({count})" for reason, count in counts.items() if count)
+    return [f"In the benchmark's files: {told}."] if told else []
 
 
 def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
@@ -313,6 +374,7 @@ def _tiny_alpaca() -> dict:
         "difficulty": None,
         "gamed": None,
         "notes": (),
+        "about": {"lc_win_rate": (alpaca_eval.UNPENALISED,)},
         "counts": Counter(),
     }
 
@@ -322,26 +384,31 @@ def _tiny_arena() -> dict:
         "items": counterparts.prompts(every=4),
         "baseline_name": "base",
         "show": lambda question, a, b: _ranking(question, a, b)["chat"],
-        "argue": _label,
         "notes": (f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",),
         "counts": Counter(),
     }
 
 
-def _label(ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]]) -> list[str]:
-    """Verdicts of a judge that only chooses, in Arena-Hard's labels."""
+def _label(
+    ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]], min_mass: float
+) -> tuple[list[str], list[int]]:
+    """Verdicts of a judge that only chooses, in Arena-Hard's labels (see `arena_hard.argue`).
+
+    None where both choices together are less probable than `min_mass`, as in contests.
+    """
     about = {"prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
     texts = []
     for reply in ask([{"chat": chat, **about} for chat in chats]):
         first, second = reply["logps"]
-        if first is None or second is None:
+        known = None not in (first, second) and math.isfinite(first - second)
+        if not known or math.exp(first) + math.exp(second) < min_mass:
             texts.append("")
             continue
         odds = first - second
         sign = ">>" if abs(odds) > MUCH else ">" if abs(odds) > SLIGHTLY else "="
         better, worse = ("A", "B") if odds > 0 or sign == "=" else ("B", "A")
         texts.append(f"log-odds {odds:.3f}: [[{better}{sign}{worse}]]")
-    return texts
+    return texts, []
 
 
 def _tiny_mt() -> dict:

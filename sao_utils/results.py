@@ -45,6 +45,8 @@ HEADLINES = (
     "score",
     "score.turn_1",
     "score.turn_2",
+    "valid_rate",
+    "first_rate",
     "kappa",
 )
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)

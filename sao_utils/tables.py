@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sao_utils import contests, harness
 from sao_utils.intervals import Interval
-from sao_utils.pairs import funnel
+from sao_utils.pairs import build_pairs
 from sao_utils.results import (
     HEADLINES,
     benchmark_rows,
@@ -147,7 +147,10 @@ def _missing(table: str, benchmark: str, what: str, how: str) -> dict:
 
 
 def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) -> list[dict]:
-    """Base, tuned model and the recipe's others by every judge, without the controls."""
+    """Base, tuned model and the recipe's others by every judge, without the controls.
+
+    Who judges is compared with the paper's judges, not with the benchmark's own (`judge_note`).
+    """
     there = [(key, row) for key, row in measured.items() if row["benchmark"] == name]
     if not there and name.startswith("tiny_") and run.recipe.model.path != "tiny":
         return []
@@ -160,21 +163,26 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
         if row["metric"] not in HEADLINES or is_control(run, row["model"]):
             continue
         notes, judge = [row["note"]] if row["note"] else [], judges.get(row["judge"])
+        by = f"{judge.path} ({row['judge']})" if judge else row["judge"]
         if judge and theirs and not any(part in judge.path.lower() for part in theirs):
             notes.append(f"the paper's judge is {' or '.join(theirs)}")
+        remarks = [remark.removesuffix(".") for remark in row["remarks"]]
         found.append(
             {
                 "table": table,
                 "by": "run",
                 "benchmark": name,
                 "model": _model(run, row["model"]),
-                "judge": f"{judge.path} ({row['judge']})" if judge else row["judge"],
+                "judge": by,
                 "metric": _metric(row, fitted),
                 **_numbers(row["interval"], unit(f"benchmark.{key}")),
                 "differs": bool(notes),
-                "protocol": "; ".join(notes) or "as published",
+                "protocol": ". ".join(["; ".join(notes) or "as published", *remarks]),
             }
         )
+        if row["metric"] == "valid_rate" and row["interval"].value == 0:
+            how = f"no verdict of the judge {by} is valid"
+            found.append(_missing(table, name, _model(run, row["model"]), how))
     return found
 
 
@@ -231,11 +239,11 @@ def _of_harness(run: Run, table: str) -> list[dict]:
 
 def _of_ablation(run: Run, table: str, found: dict[str, Interval]) -> list[dict]:
     """What a run says to the paper's ablations: its win rates against its own base model."""
-    pairs = dict(funnel(run)).get("pairs", 0)
+    pairs = _pairs_in_words(run)
     lines = {
         "Figure 3a dataset size": [
-            (f"{pairs} pairs", "self_win_rate"),
-            (f"{pairs} pairs", "self_win_rate_lc"),
+            (pairs, "self_win_rate"),
+            (pairs, "self_win_rate_lc"),
             ("other sizes", ""),
         ],
         "Figure 3d algorithm": [
@@ -273,6 +281,15 @@ def _of_ablation(run: Run, table: str, found: dict[str, Interval]) -> list[dict]
             }
         )
     return rows
+
+
+def _pairs_in_words(run: Run) -> str:
+    """How many pairs of its own labels each training saw: `854, 851, 835 pairs a training`."""
+    used = [
+        sum(row["discarded"] is None for row in build_pairs(run, "self", seed))
+        for seed in run.recipe.seeds
+    ]
+    return ", ".join(map(str, used)) + " pairs" + (" a training" if len(used) > 1 else "")
 
 
 def shown(row: dict) -> str:

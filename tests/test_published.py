@@ -4,8 +4,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import random
+import re
 import shutil
 import types
+from collections import Counter
 from pathlib import Path
 
 import families
@@ -15,6 +18,7 @@ from sao_utils import alpaca_eval, arena_hard, mt_bench, published, rows, tables
 from sao_utils.engine_api import ApiEngine, read_verdict
 from sao_utils.engines import load_tokenizer, parting
 from sao_utils.intervals import Interval
+from sao_utils.ratings import bradley_terry
 from sao_utils.recipe import Model, RecipeError, load_recipe
 from sao_utils.tiny import counterparts, world
 
@@ -270,7 +274,38 @@ def test_the_score_is_the_share_of_votes_against_the_baseline():
     assert found["score"].value == pytest.approx(5.5 / 10)
     assert found["score"].low < 0.55 < found["score"].high
     assert found["first_rate"].value == pytest.approx(2 / 5) and found["avg_tokens"].value == 3
-    assert +counts["model"] == {"invalid verdict: no label": 2}
+    assert +counts["model"] == {"invalid verdict: no label": 2, arena_hard.ASKED_ON: 2}
+    fitted = bradley_terry(arena_hard.games_of(judgments["model"], "gpt-4-0314"), "gpt-4-0314")
+    assert found["score"].value == pytest.approx(fitted["model"].win_rate.value)
+    low, high = arena_hard.bootstrap(judgments["model"], "gpt-4-0314")
+    assert 0 < low < 0.55 < high < 1
+
+
+@pytest.mark.filterwarnings("ignore:There is only one cluster")
+@pytest.mark.parametrize(
+    ("says", "value"),
+    [
+        (lambda a: "[[B>>A]]" if a == "base" else "[[A>>B]]", 1.0),  # the model wins all
+        (lambda a: "[[A>B]]", 0.5),  # position alone
+        (lambda a: "[[A=B]]", 0.5),
+    ],
+)
+def test_games_that_all_go_one_way_give_the_programs_score_and_a_wide_interval(says, value):
+    verdict = lambda text: says(text.split("|")[1])  # noqa: E731
+    for count in (1, 4):
+        judgments, _ = arena_hard.judge(saying(verdict), arena(count), {"model": ANSWER}, "judge")
+        score = arena_hard.figures(judgments["model"], "gpt-4-0314", {})["score"]
+        assert score.value == value and score.n == 2 * count
+        assert score.high - score.low > 0.3, "a few prompts are no certainty"
+
+
+def test_games_of_one_order_that_do_not_count_are_told():
+    verdict = lambda text: "[[A>B]]" if text.split("|")[1] == "base" else "[[A<B]]"  # noqa: E731
+    judgments, _ = arena_hard.judge(saying(verdict), arena(), {"model": ANSWER}, "judge")
+    (told,) = arena_hard.remarks(judgments["model"])["score"]
+    assert told.startswith("4 games count with the baseline's answer shown first, and 0")
+    judgments, _ = arena_hard.judge(saying(lambda _: "[[A>B]]"), arena(), {"m": ANSWER}, "judge")
+    assert arena_hard.remarks(judgments["m"]) == {}
 
 
 def test_a_judge_without_a_label_is_asked_on_once():
@@ -282,7 +317,9 @@ def test_a_judge_without_a_label_is_asked_on_once():
         return [{"text": text} for _ in requests]
 
     judgments, counts = arena_hard.judge(judge, arena(1), {"model": ANSWER}, "judge")
-    assert [len(chats) for chats in asked] == [2, 2] and not +counts["model"]
+    assert [len(chats) for chats in asked] == [2, 2] and +counts["model"] == {
+        arena_hard.ASKED_ON: 2
+    }
     assert asked[1][0][-2:] == [
         {"role": "assistant", "content": "Hm."},
         {"role": "user", "content": arena_hard.GO_ON},
@@ -431,7 +468,7 @@ def test_mean_grades_go_by_turn_and_category_and_leave_invalid_ones_out(mt_folde
     verdict = lambda text: "no idea" if "Sort" in text else f"[[{2 if text.endswith('y') else 8}]]"  # noqa: E731
     judgments, counts = mt_bench.judge(saying(verdict), benchmark, answers, "judge")
     found = mt_bench.figures(judgments["m"])
-    assert counts["m"] == {"invalid grade": 2}
+    assert counts["m"] == {mt_bench.NO_GRADE: 2}
     assert {k: (v.value, v.n) for k, v in found.items()} == {
         "score": (5, 4),
         "score.turn_1": (8, 2),
@@ -499,15 +536,20 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     assert row["interval"].n == row["n"] == 6
     assert row["counts"]["repeated prompt"] == row["counts"]["empty prompt"] == 1
     assert row["counts"]["no reference answer"] == 1
-    for part in ("judged by tiny", "the first 6 of 198 prompts", "198 usable prompts, there 805"):
+    for part in ("the first 6 of 198 prompts", "198 usable prompts, there 805", "no system prompt"):
         assert part in row["note"]
+    assert row["judge_note"] == "judged by tiny, there by gpt-4-1106-preview"
     assert "own" not in row["note"]  # the template was given
+    files = (
+        "In the benchmark's files: empty prompt (1), repeated prompt (1), no reference answer (1)."
+    )
+    assert files in row["remarks"]
     assert row["standard_error"] > 0
     controlled = found["alpaca_eval.base.self.lc_win_rate"]
     assert "gamed baselines" in controlled["note"]
     fit = found["alpaca_eval.base.self.lc_win_rate_published"]
     assert 0 < fit["interval"].value < 1 and math.isnan(fit["interval"].low) and fit["n"] == 6
-    assert "gamed" not in fit["note"]
+    assert "gamed" not in fit["note"] and "gamed" not in row["note"]
     told = tables._of_benchmark(run, "Table 1", "alpaca_eval", found)
     fits = [row for row in told if row["model"].endswith("base") and "lc" in row["metric"]]
     assert [(row["metric"], row["low"] is None) for row in fits] == [
@@ -557,7 +599,11 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
     # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
     assert list(found) == ["mt_bench.base.self.valid_rate"]
     row = found["mt_bench.base.self.valid_rate"]
-    assert row["interval"].value == 0 and row["n"] == row["counts"]["invalid grade"] == 6
+    assert row["interval"].value == 0 and row["n"] == row["counts"][mt_bench.NO_GRADE] == 6
+    assert "The judge 'self' gave no valid verdict on 6 of 6 requests." in row["remarks"]
+    told = tables._of_benchmark(run, "Figure 2", "mt_bench", found)
+    assert [tables.shown(row).split()[0] for row in told] == ["0.0", "not"]
+    assert told[1]["protocol"] == "no verdict of the judge tiny (self) is valid"
     assert row["interval"].high > 0.5  # two grades of one question are one piece of evidence
     judged = run.folder / "benchmarks" / "mt_bench" / "model_judgment" / "self_single.jsonl"
     assert [row["score"] for row in rows.read_rows(judged)] == [-1] * 6
@@ -599,16 +645,183 @@ def test_two_judges_stand_side_by_side_with_their_agreement(results):
     assert scores[0]["interval"] == scores[1]["interval"]
 
 
-def test_a_judge_with_one_grade_for_everything_is_told():
-    graded = [{"score": 1.0}, {"score": 1.0}]
-    assert published._about(mt_bench, "score", graded) == (
-        "the judge gave one and the same grade to all",
+def grades(by_turn):
+    """Judgments of a question a row, a grade a turn."""
+    return [
+        {"question_id": k, "turn": turn, "score": grade, "category": "stem"}
+        for k, of in enumerate(by_turn)
+        for turn, grade in enumerate(of, 1)
+    ]
+
+
+def test_one_grade_for_everything_is_told_of_each_figure_and_is_no_certainty():
+    given = grades([(10, 7), (10, 9), (10, 8)])
+    assert list(mt_bench.remarks(given)) == ["score.turn_1"]
+    found = mt_bench.figures(given)
+    assert found["score.turn_1"].value == found["score.turn_1"].high == 10
+    assert 1 <= found["score.turn_1"].low < 8
+    assert list(mt_bench.remarks(grades([(7, 7), (7, 7)]))) == [
+        "score",
+        "score.turn_1",
+        "score.stem",
+        "score.turn_2",
+    ]
+    assert mt_bench.remarks(grades([(7, 8), (6, 9)])) == {}
+
+
+@pytest.mark.filterwarnings("ignore:There is only one cluster")
+def test_a_single_question_says_hardly_anything_of_the_grade():
+    found = mt_bench.figures(grades([(7, 7)]))["score"]
+    assert found.value == 7 and found.low < 3 and found.high > 9
+
+
+@pytest.mark.parametrize("bad", [0.5, 0.03])  # share of questions that are graded low
+def test_intervals_of_mean_grades_hold_the_truth_95_times_of_100(bad):
+    draw = random.Random(0)
+    truth = 10 - 4.5 * bad  # low grades: 1 to 10, alike in both turns
+    held = 0
+    for _ in range(1000):
+        low = [draw.random() < bad for _ in range(160)]
+        given = [[draw.randint(1, 10)] * 2 if is_low else (10, 10) for is_low in low]
+        found = mt_bench.figures(grades(given))["score"]
+        held += found.low <= truth <= found.high
+    assert 930 <= held <= 985
+
+
+def test_grades_outside_one_and_ten_are_a_difference_from_fastchat(run, mt_folder):
+    benchmark = mt_bench.load(settings(data=str(mt_folder)))
+    answers = {"m": {item["id"]: {"turns": ["x", "y"], "id": "i"} for item in benchmark["items"]}}
+    _, counts = mt_bench.judge(saying(lambda _: "[[0]]"), benchmark, answers, "judge")
+    assert counts["m"] == {mt_bench.OUTSIDE: 6}
+    notes = published._notes(run, "mt_bench", benchmark, run.recipe.model, counts["m"])
+    assert "protocol differs: 6 grades outside 1..10 left out, which count there" in notes
+
+
+def test_each_difference_from_a_published_protocol_has_a_note():
+    overrides = {"evaluation.top_p": 0.9, "evaluation.max_new_tokens": 1024}
+    recipe = load_recipe("tiny", overrides)
+    run = types.SimpleNamespace(recipe=recipe)
+    plain = {"notes": ()}
+
+    def notes(name, counts, **judge):
+        model = Model(path="gpt-4", **judge)
+        return "; ".join(published._notes(run, name, plain, model, Counter(counts)))
+
+    assert notes("mt_bench", {}).endswith(
+        "differs: answers drawn with top_p 0.9, which is not set there"
     )
-    assert published._about(mt_bench, "score", [*graded, {"score": 2.0}]) == ()
+    assert "quantised (nf4)" in notes("alpaca_eval", {}, quantisation="nf4")
+    assert "top_p" not in notes("arena_hard", {})  # at temperature 0 it changes nothing
+    assert "2 verdicts asked once more" in notes("arena_hard", {arena_hard.ASKED_ON: 2})
+    assert "asked once more" not in notes("arena_hard", {})
+    assert published._judge_note("mt_bench", Model(path="gpt-4")) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "judge", "is_theirs"),
+    [
+        ("arena_hard", "score", "gpt-4o-mini-2024-07-18", True),
+        ("arena_hard", "score", "gpt-4-1106-preview", False),
+        ("mt_bench", "score", "gpt-4o-mini", True),
+        ("mt_bench", "score", "gpt-4", False),
+        ("alpaca_eval", "win_rate", "Qwen/Qwen2-72B-Instruct", True),
+        ("alpaca_eval", "win_rate", "gpt-4-1106-preview", True),
+        ("alpaca_eval", "win_rate", "gpt-4o-mini", False),
+    ],
+)
+def test_the_dagger_compares_the_judge_with_the_papers(results, name, metric, judge, is_theirs):
+    server = {"path": judge, "engine": "api", "url": "https://localhost/v1"}
+    run = rows.open_run("tiny", "paper", {**QUICK, "judges": {"other": server}})
+    row = {
+        "benchmark": name,
+        "model": "base",
+        "judge": "other",
+        "metric": metric,
+        "interval": Interval(0.5, 0.4, 0.6, 500),
+        "note": "",
+        "judge_note": published._judge_note(name, run.recipe.judges["other"]),
+        "remarks": ["Doubtful."],
+    }
+    (told,) = tables._of_benchmark(run, "Figure 2", name, {f"{name}.base.other.{metric}": row})
+    assert told["differs"] is not is_theirs
+    assert told["protocol"].startswith("as published" if is_theirs else "the paper's judge is")
+    assert told["protocol"].endswith(". Doubtful")
+
+
+def judged_by(monkeypatch, reply):
+    """Benchmarks whose judge gives what `reply(k)` says to its k-th request."""
+    monkeypatch.setattr(
+        published,
+        "_asker",
+        lambda *_: lambda requests: [{"logps": reply(k)} for k in range(len(requests))],
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (lambda k: [-0.001, -7.0], "prefers what is shown first in 100%"),
+        (lambda k: [None, None] if k % 3 else [-0.7, -0.7], "gave no valid verdict on"),
+        (lambda k: [-20.0, -21.0], "rather have said something else|no valid verdict"),
+    ],
+)
+def test_a_judge_that_fails_is_told_in_the_tables_of_benchmarks(run, monkeypatch, reply, words):
+    judged_by(monkeypatch, reply)
+    for name, metric in (("tiny_alpaca", "win_rate"), ("tiny_arena", "score")):
+        found = published.published(run, name)
+        told = tables._of_benchmark(run, "Table 1", name, found)
+        twin = [row for row in told if "twin" in row["model"]]
+        assert twin and all(re.search(words, row["protocol"]) for row in twin if row["n"])
+        row = found.get(f"{name}.twin.self.{metric}", found[f"{name}.twin.self.valid_rate"])
+        assert row["interval"].high - row["interval"].low > 0.2
+    assert {row["metric"] for row in twin} >= {"valid_rate"}
+
+
+def test_a_judge_without_any_valid_verdict_leaves_a_row_that_says_so(run, monkeypatch):
+    judged_by(monkeypatch, lambda k: [None, None])
+    for name in ("tiny_alpaca", "tiny_arena"):
+        told = tables._of_benchmark(run, "Table 1", name, published.published(run, name))
+        assert any(row["value"] is None and "is valid" in row["protocol"] for row in told), name
+
+
+def test_identical_answers_are_no_agreement_of_two_judges():
+    def annotated(draws):
+        return [
+            {
+                "index": k,
+                "preference": 1.5 if k % 2 else draw,
+                "output_1": "a",
+                "output_2": "a" if k % 2 else "b",
+            }
+            for k, draw in enumerate(draws)
+        ]
+
+    draw = random.Random(0)
+    judges = {
+        name: alpaca_eval.labels(annotated([draw.choice((1.1, 1.9)) for _ in range(400)]))
+        for name in ("one", "two")
+    }
+    (row,) = published._agreements("alpaca_eval", {"m": judges}, 400).values()
+    assert row["interval"].low < 0 < row["interval"].high  # they toss coins
+    assert row["n"] == 200 and row["counts"]["identical answers, not judged"] == 200
+    (told,) = alpaca_eval.remarks(annotated([1.1] * 400))["win_rate"]
+    assert told.startswith("200 of 400 answers are the reference's own")
+
+
+def test_the_table_of_data_sizes_names_the_pairs_of_each_training(monkeypatch):
+    kept = {0: 3, 1: 2}
+    made = lambda run, arm, seed: [{"discarded": None}] * kept[seed] + [{"discarded": "tie"}]  # noqa: E731
+    monkeypatch.setattr(tables, "build_pairs", made)
+    run = types.SimpleNamespace(recipe=load_recipe("tiny", {"seeds": [0, 1]}))
+    words = [row["model"] for row in tables._of_ablation(run, "Figure 3a dataset size", {})]
+    assert words[0] == "3, 2 pairs a training"
 
 
 def test_labels_of_verdicts_leave_invalid_ones_empty():
-    annotations = [{"index": k, "preference": p} for k, p in enumerate((1.2, 1.5, 1.9, None))]
+    annotations = [
+        {"index": k, "preference": p, "output_1": "a", "output_2": "b"}
+        for k, p in enumerate((1.2, 1.5, 1.9, None))
+    ]
     assert list(alpaca_eval.labels(annotations).values()) == [-1, 0, 1, None]
     games = [{"score": "A>>B"}, {"score": None}]
     judged = arena_hard.labels([{"question_id": "q", "games": games}])
@@ -648,8 +861,9 @@ def test_counterparts_ask_held_out_questions_only_and_are_always_the_same():
 
 
 def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
-    replies = [[-0.1, -9.0], [-3.0, -1.0], [-0.7, -0.6], [None, -1.0], [-9.0, -0.1]]
+    replies = [[-0.1, -9.0], [-3.0, -0.5], [-0.7, -0.6], [None, -1.0], [-9.0, -0.1], [-20.0, -25.0]]
     ask = lambda requests: [{"logps": logps} for logps in replies]  # noqa: E731
-    texts = published._label(ask, [[]] * 5)
-    labels = [arena_hard.read_label(text)[0] for text in texts]
-    assert labels == ["A>>B", "B>A", "A=B", None, "B>>A"]
+    for min_mass, last in ((0.5, None), (0.0, "A>>B")):
+        texts, _ = published._label(ask, [[]] * 6, min_mass)
+        labels = [arena_hard.read_label(text)[0] for text in texts]
+        assert labels == ["A>>B", "B>A", "A=B", None, "B>>A", last]
