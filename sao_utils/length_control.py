@@ -14,7 +14,7 @@ from sao_utils.intervals import (
     cluster_codes,
     students_t,
     two_way_error,
-    wilson,
+    win_rate,
     without_single_cluster,
 )
 
@@ -58,8 +58,8 @@ def length_controlled_win_rate(
         - all differences are one other number (or all so large against their spread that tanh is
           1 throughout): nothing tells what would happen at equal length. The value is the raw
           win rate, the interval goes from 0 to 1;
-        - all comparisons were won, or lost, or tied: 1, 0 or 0.5, with Wilson's interval that
-          takes each cluster as one trial;
+        - all comparisons were won, or lost, or tied: 1, 0 or 0.5, with the interval of
+          `intervals.win_rate`, which takes each cluster as one trial;
         - length (or difficulty) alone separates wins from losses (say, the longer answer wins
           always): b is unbounded. Each outcome is then drawn towards 1/2 by two made-up
           comparisons in all (half won, at the lengths that occurred), and the covariance is the
@@ -94,9 +94,7 @@ def length_controlled_win_rate(
         design = np.column_stack([design, x])
         at_zero = np.column_stack([at_zero, np.zeros(n)])
     if np.ptp(y) == 0:
-        trials = int(codes.max()) + 1
-        bounds = wilson(y[0] * trials, trials)
-        return Interval(float(y[0]), bounds.low, bounds.high, n)
+        return win_rate(y, codes).rate
     codes = without_single_cluster(codes)
     of_run = np.zeros_like(codes) if runs is None else cluster_codes(runs, n, "wins")
     has_length = design.shape[1] > 1 and not at_zero[:, -1].any()

@@ -20,7 +20,7 @@ from sao_utils.intervals import (
     resampled_sums,
     tail_of,
     widened,
-    wilson,
+    win_rate,
     without_single_cluster,
 )
 
@@ -47,10 +47,11 @@ def kappa(
 
     Returns:
         Kappa, in -1..1, and its interval. Where both raters give one and the same label to all
-        items kappa is 0 / 0: the value is NaN and the interval all of -1..1. Where they always
-        agree on several labels there is nothing to resample: the lower bound is kappa at the lower
-        bound of Wilson's interval for p_o, with each cluster as one trial. Resamples in which
-        kappa is 0 / 0 are left out. One item alone says nothing: the interval is all of -1..1.
+        items kappa is 0 / 0: the value is NaN and the interval all of -1..1. Where resamples are
+        all alike (they always agree on several labels, or never; or one rater gives one label
+        only, which makes kappa 0 whatever the other says), the bounds are kappa at the bounds of
+        `intervals.win_rate` for p_o. Resamples in which kappa is 0 / 0 are left out. One item
+        alone says nothing: the interval is all of -1..1.
 
     Raises:
         ValueError: no items, missing labels, or lengths that differ.
@@ -71,7 +72,6 @@ def kappa(
     codes = np.arange(n) if clusters is None else cluster_codes(clusters, n, "labels")
     if len(number) == 1:
         return Interval(float("nan"), -1.0, 1.0, n)
-    trials = int(codes.max()) + 1
     codes = without_single_cluster(codes) if n > 1 else codes
     same = (first * second).sum(1)
     items = np.column_stack([same, first, second])
@@ -88,13 +88,13 @@ def kappa(
     value = float(of(sums.sum(0)))
     if n == 1:
         return Interval(value, -1.0, 1.0, 1)
-    if same.all():
-        chance = float((first.mean(0) * second.mean(0)).sum())
-        low = (wilson(trials, trials).low - chance) / (1 - chance)
-        return Interval(1.0, max(-1.0, low), 1.0, n)
     found = of(resampled_sums(sums, resamples, np.random.default_rng(seed)))
     tail = tail_of(codes)
     low, high = np.nanquantile(found, (tail, 1 - tail))
+    if high - low < 1e-12:
+        chance, agreed = float(first.mean(0) @ second.mean(0)), win_rate(same, codes).rate
+        low, high = ((p - chance) / (1 - chance) for p in (agreed.low, agreed.high))
+        low, high = max(-1.0, low), min(1.0, high)
     return Interval(value, float(low), float(high), n)
 
 

@@ -8,7 +8,7 @@ from scipy import optimize, special
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from sao_utils import ratings
-from sao_utils.intervals import wilson
+from sao_utils.intervals import win_rate
 from sao_utils.ratings import bradley_terry, kappa
 
 
@@ -61,21 +61,26 @@ def test_kappa_counts_clusters_not_items():
 def test_raters_who_always_agree_are_not_certain_to():
     found = kappa([1, 2] * 20, [1, 2] * 20)
     assert found.value == found.high == 1.0
-    assert found.low == pytest.approx((wilson(40, 40).low - 0.5) / 0.5)
+    assert found.low == pytest.approx((win_rate([1] * 40).rate.low - 0.5) / 0.5)
     few = kappa([1, 2] * 20, [1, 2] * 20, np.arange(40) // 10)
-    assert few.low == pytest.approx((wilson(4, 4).low - 0.5) / 0.5)
+    assert few.low == pytest.approx((win_rate([1] * 4).rate.low - 0.5) / 0.5)
 
 
 def test_two_judges_that_always_say_1_have_no_kappa():
     found = kappa([1] * 30, [1] * 30)
     assert math.isnan(found.value) and (found.low, found.high, found.n) == (-1.0, 1.0, 30)
-    # One judge that always says 1 agrees by chance alone.
-    assert kappa([1] * 30, [1, 2] * 15).value == 0.0
+    # One judge that always says 1 agrees by chance alone, whatever the other says.
+    for n, width in ((30, 0.3), (4, 0.8)):
+        one = kappa([1] * n, [1, 2] * (n // 2))
+        assert one.value == 0.0 and -1 <= one.low < -width and width < one.high <= 1
 
 
 def test_raters_who_never_agree():
     found = kappa([1, 2] * 30, [2, 1] * 30)
     assert found.value == -1.0 and within(found)
+    # Both orders of a prompt cancel: every cluster is alike, and no resample shows a chance.
+    found = kappa([1, 2] * 30, [2, 1] * 30, np.arange(60) // 2)
+    assert found.low == found.value == -1.0 and found.high > -0.9
 
 
 def test_one_item_and_one_cluster():
