@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from sao_utils import results
+from sao_utils import figures, results, rows
 from sao_utils.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +156,19 @@ def test_what_a_recipe_leaves_out_is_neither_ok_nor_not_so(name, cell, names, ca
     exec(source, {**nothing, "results": results, **names})
     shown = capsys.readouterr().out
     assert "pull ahead" not in shown and "above zero" not in shown and "LOOK" not in shown
+
+
+def test_a_run_that_samples_its_verdicts_is_not_compared_with_itself(tmp_path, monkeypatch):
+    """Nor is it asked how sure it is: a sampled margin has no size."""
+    monkeypatch.setenv("SAO_RESULTS", str(tmp_path))
+    changes = {"judging.method": "sampled", "pairs.min_margin": 0}
+    current = rows.open_run("tiny", "drawn", changes)
+    cells = {cell.id: cell.source for cell in read("03_self_judging").cells}
+    names = {"current": current, "figures": figures, "valid": [{"id": "a"}]}
+    exec(cells["03-36"], names)
+    exec(cells["03-22"], names)
+    assert names["sampled"] == []
+    assert (current.folder / "figures" / "calibration.svg").is_file()
 
 
 # ---------------------------------------------------------------------- from end to end
