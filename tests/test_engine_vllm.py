@@ -23,6 +23,7 @@ from sao_utils import engine_vllm, judging, pipeline, rows
 from sao_utils.engine_benchmarks import CPU_BUILD
 from sao_utils.engine_vllm import explain
 from sao_utils.engines import (
+    Completion,
     EngineError,
     Sampling,
     load_engine,
@@ -297,6 +298,24 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     for a, b in judged:
         assert b["margin_12"] == pytest.approx(a["margin_12"], abs=1e-3)
         assert b["margin_21"] == pytest.approx(a["margin_21"], abs=1e-3)
+
+
+@vllm_test
+def test_vllms_own_server_is_asked_for_what_its_context_holds_and_its_refusals_are_told_apart(
+    address, monkeypatch, capsys
+):
+    monkeypatch.setenv("SAO_TEST_KEY", "unused")
+    wait_for(address)
+    by_url = Model(path="served-tiny", engine="api", url=address, key_variable="SAO_TEST_KEY")
+    server = load_engine(by_url)
+    whole = all_of(server.generate(CHATS, Sampling(0.0, 60), [0] * 4))
+    chats = [*CHATS, [{"role": "user", "content": "word " * 5000}]]
+    found = all_of(server.generate(chats, Sampling(0.0, 100_000), [0] * 5))
+    assert found.pop(4) == Completion("", 0, False) and found == whole
+    told = capsys.readouterr().out
+    assert "4 of 5 replies got fewer tokens" in told and "refused 1 of 5 rows" in told
+    with pytest.raises(EngineError, match="top_p"):
+        all_of(server.generate(CHATS, Sampling(0.0, 60, top_p=2.0), [0] * 4))
 
 
 def wait_for(address):
