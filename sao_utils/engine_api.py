@@ -276,6 +276,11 @@ class ApiEngine:
             advice = "The server's rate or quota is used up; run again later to go on."
         elif isinstance(error, openai.APIConnectionError):
             advice = "Is the server running, and is the url right (most end in /v1)?"
+        elif isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
+            advice = (
+                "It refuses a harmless question, too: change the setting that it names, and run again "
+                "to go on."
+            )
         else:
             advice = "The rows made so far are kept; run again to go on."
         return EngineError(f"{self.model.url}: {self._without_key(error)[:500]}\n{advice}")
