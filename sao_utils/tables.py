@@ -1,8 +1,9 @@
 """The paper's tables with this run's rows beneath: what was reported, what is measured, what is not.
 
 A dagger (†) marks a figure of ours that was measured in another way than the paper's; the column
-"protocol" says how. The tiny world's counterparts stand under the table that they mirror, to show
-that the machinery works: their numbers say nothing about the paper's models.
+"protocol" says how. The column "remarks" says what makes a figure doubtful, such as a judge that
+names what is shown first. The tiny world's counterparts stand under the table that they mirror, to
+show that the machinery works: their numbers say nothing about the paper's models.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ OWN_BASE = "against its own base model (50 is no change), both orders"
 OWN_DEFINITION = (
     "repetition as defined here (personas.repetition_rate); the paper gives no definition"
 )
-COLUMNS = "table by benchmark model judge metric value low high unit n differs protocol".split()
+COLUMNS = (
+    "table by benchmark model judge metric value low high unit n differs protocol remarks".split()
+)
 
 
 def reported(paper: str = "sao"):
@@ -93,7 +96,8 @@ def benchmarks(run: Run, found: dict[str, Interval]) -> list[dict]:
 
     Returns:
         Rows of `COLUMNS`: `by` is "paper" or "run"; value, low, high in the `unit`, None where the
-        paper gives none or nothing was measured; `differs`: whether protocol and paper's part.
+        paper gives none or nothing was measured; `differs`: whether protocol and paper's part;
+        `remarks`, of benchmarks: what makes a figure doubtful.
     """
     paper, measured, rows = reported("sao"), benchmark_rows(run), []
     for table, (_, names) in TABLES.items():
@@ -166,7 +170,6 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
         by = f"{judge.path} ({row['judge']})" if judge else row["judge"]
         if judge and theirs and not any(part in judge.path.lower() for part in theirs):
             notes.append(f"the paper's judge is {' or '.join(theirs)}")
-        remarks = [remark.removesuffix(".") for remark in row["remarks"]]
         found.append(
             {
                 "table": table,
@@ -177,7 +180,8 @@ def _of_benchmark(run: Run, table: str, name: str, measured: dict[str, dict]) ->
                 "metric": _metric(row, fitted),
                 **_numbers(row["interval"], unit(f"benchmark.{key}")),
                 "differs": bool(notes),
-                "protocol": ". ".join(["; ".join(notes) or "as published", *remarks]),
+                "protocol": "; ".join(notes) or "as published",
+                "remarks": " ".join(row["remarks"]),
             }
         )
         if row["metric"] == "valid_rate" and row["interval"].value == 0:
@@ -317,18 +321,20 @@ def frame(rows: list[dict], table: str):
             "value [95 % interval]": shown(row),
             "n": "" if row["n"] is None else f"{row['n']:,}",
             "protocol": row["protocol"],
+            "remarks": row.get("remarks", ""),
         }
         for row in rows
         if row["table"] == table
     )
 
 
-def write(run: Run, found: dict[str, Interval]) -> list[dict]:
+def write(run: Run, found: dict[str, Interval], leaks: list[dict] | None = None) -> list[dict]:
     """Write benchmarks.csv, benchmarks.md (in words), leakage.csv and leakage_effect.csv.
 
     leakage.csv: of each set of questions and each definition of overlap how many overlap, and the
     first EXAMPLES of them, with the words that they share with a training prompt.
-    leakage_effect.csv: each result (a share, or a grade) on all questions, and without those.
+    leakage_effect.csv: each result (a share, or a grade) on all questions, and without those. Both are
+    of `leaks`: rows of `results.leakage_effect`, made here if they are not given.
 
     Returns:
         The rows of the first two.
@@ -336,7 +342,8 @@ def write(run: Run, found: dict[str, Interval]) -> list[dict]:
     rows = benchmarks(run, found)
     folder = run.folder / "tables"
     write_whole(folder / "benchmarks.csv", _as_csv(COLUMNS, rows))
-    told = [{**row, "overlapping": len(row["matches"])} for row in leakage_effect(run)]
+    leaks = leakage_effect(run) if leaks is None else leaks
+    told = [{**row, "overlapping": len(row["matches"])} for row in leaks]
     leaks = [{**row, **match} for row in told for match in row["matches"][:EXAMPLES] or [{}]]
     columns = "set by prompts items overlapping question prompt shared".split()
     write_whole(folder / "leakage.csv", _as_csv(columns, leaks))

@@ -745,7 +745,7 @@ def test_the_dagger_compares_the_judge_with_the_papers(results, name, metric, ju
     (told,) = tables._of_benchmark(run, "Figure 2", name, {f"{name}.base.other.{metric}": row})
     assert told["differs"] is not is_theirs
     assert told["protocol"].startswith("as published" if is_theirs else "the paper's judge is")
-    assert told["protocol"].endswith(". Doubtful")
+    assert told["remarks"] == tables.frame([told], "Figure 2")["remarks"][0] == "Doubtful."
 
 
 def judged_by(monkeypatch, reply):
@@ -771,7 +771,7 @@ def test_a_judge_that_fails_is_told_in_the_tables_of_benchmarks(run, monkeypatch
         found = published.published(run, name)
         told = tables._of_benchmark(run, "Table 1", name, found)
         twin = [row for row in told if "twin" in row["model"]]
-        assert twin and all(re.search(words, row["protocol"]) for row in twin if row["n"])
+        assert twin and all(re.search(words, row["remarks"]) for row in twin if row["n"])
         row = found.get(f"{name}.twin.self.{metric}", found[f"{name}.twin.self.valid_rate"])
         assert row["interval"].high - row["interval"].low > 0.2
     assert {row["metric"] for row in twin} >= {"valid_rate"}
