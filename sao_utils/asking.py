@@ -233,13 +233,18 @@ def _check(run: Run, more: float | None, cap: float | None) -> None:
         )
 
 
+def tokens_about(text: str) -> int:
+    """Tokens of a text, about, where there is no tokenizer."""
+    return math.ceil(len(text.encode(errors="replace")) / BYTES)
+
+
 def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
     """(tokens read, tokens written at most)"""
     if not requests:
         return 0, 0
     if model.engine == "api":
         texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
-        read = sum(math.ceil(len("".join(of).encode(errors="replace")) / BYTES) for of in texts)
+        read = sum(tokens_about("".join(of)) for of in texts)
         choice = VERDICT_TOKENS
     else:
         read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))

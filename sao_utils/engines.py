@@ -291,7 +291,8 @@ def _special_tokens(tokenizer, size: int) -> frozenset[str]:
 
 def load_tokenizer(model: Model):
     """The tokenizer of a model, left-padding. Raises EngineError when it is not there."""
-    find(model, weights=False)
+    # A name on a server need not be one of a folder or of the hub.
+    find(model.model_copy(update={"engine": "transformers"}), weights=False)
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, model, padding_side="left")

@@ -126,6 +126,11 @@ def _config(exam: Exam) -> tuple[dict, list[Path]]:
     return config, [Path(path) for path in data.values()]
 
 
+def local_files(exam: Exam) -> list[Path]:
+    """The YAML file of a local task and its data; none of a task that lm-eval brings along."""
+    return [exam.file, *_config(exam)[1]] if exam.file else []
+
+
 def _edition(exam: Exam) -> str:
     """What a score belongs to: lm-eval's version, and of a local task a hash of its files.
 
@@ -140,7 +145,7 @@ def _edition(exam: Exam) -> str:
             "pip install -c constraints.txt -e '.[eval]'"
         ) from None
     if exam.file:
-        contents = [path.read_bytes() for path in (exam.file, *_config(exam)[1]) if path.is_file()]
+        contents = [path.read_bytes() for path in local_files(exam) if path.is_file()]
         edition += ":" + hashlib.sha256(b"".join(contents)).hexdigest()[:16]
     return edition
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
+from sao_utils.asking import tokens_about
 from sao_utils.engines import NO_REPLY, disarm, load_tokenizer, unanswered
 from sao_utils.judging import judge
 from sao_utils.personas import write_prompts
@@ -88,7 +89,14 @@ def _unusable(verdict: dict, tokens: list[int], settings: Pairs) -> str | None:
 
 
 def _count_tokens(run: Run, verdicts: list[dict]) -> Iterator[list[int]]:
-    """Tokens of prompt and response together, as in training, for both responses of each verdict."""
+    """Tokens of prompt and response together, as in training, for both responses of each verdict.
+
+    Of a model behind a server, which cannot be trained, they are an estimate.
+    """
+    if run.recipe.model.engine == "api":
+        for row in verdicts:
+            yield [tokens_about(row["prompt"] + text) for text in row["responses"]]
+        return
     tokenizer = load_tokenizer(run.recipe.model)
     for start in range(0, len(verdicts), AT_ONCE):
         chats = [

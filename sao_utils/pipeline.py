@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sao_utils.engines import EngineError, find, model_name
+import yaml
+
+from sao_utils.engines import EngineError, find, load_engine, model_name
+from sao_utils.harness import HarnessError, exams, local_files
 from sao_utils.judging import labelled_pairs
-from sao_utils.questions import questions
+from sao_utils.questions import PINNED, official_file, questions
 from sao_utils.recipe import (
-    Model,
     Recipe,
     RecipeError,
     is_task_file,
@@ -34,6 +36,7 @@ from sao_utils.rows import Busy, Run, turn, write_whole
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 #: The notebooks that make up a run, by number; others (00, 07, ...) are for readers.
 NOTEBOOKS = "0[1-6]_*.ipynb"
+TRAINING = "04"  # from here on the model's weights are needed
 ERROR_LINES = 8  # of a cell's error message; long ones end with what matters
 
 
@@ -111,8 +114,9 @@ def run_notebooks(
         folder: where the notebooks are; by default beside the package.
 
     Raises:
-        PipelineError: no such notebook, one that lacks a parameter, no such model, or another
-            process is at this run; before any of them runs.
+        PipelineError: no such notebook, one that lacks a parameter, no such model or server, a
+            server's model that is to be trained, or another process is at this run; before any of
+            them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
     every = notebooks(folder)
@@ -120,12 +124,22 @@ def run_notebooks(
     if not chosen:
         numbers = ", ".join(_number(path) for path in every)
         raise PipelineError(f"There is no notebook '{only}'. Notebooks: {numbers}.")
+    if run.recipe.model.engine == "api" and _number(chosen[-1]) >= TRAINING:
+        raise PipelineError(
+            f"model.engine=api: '{run.recipe.model.path}' can write and judge by its server, in the "
+            "notebooks 01 to 03 (one at a time: --only 01), but training needs its weights. For a whole "
+            "run set model.path to a folder or a name on the hub, model.engine to transformers or vllm, "
+            "and model.url to null; a judge may have a server (judge.path, judge.engine, judge.url)."
+        )
     new = not run.rows("prompts").exists()
     try:
-        for model in _models(run.recipe):
+        for model in run.recipe.models.values():
             model_name(model)  # an adapter that is not there
             if new:  # a model that is not there shows at once
                 find(model)
+            # So does a server that is gone or wants a key; one notebook may need no server yet.
+            if new and only is None and model.engine == "api":
+                load_engine(model)
     except EngineError as error:
         raise PipelineError(str(error)) from None
     if new:  # so does a file of the user's
@@ -174,11 +188,6 @@ def _run_in_order(
         say(f"{time.monotonic() - start:.1f} s")
 
 
-def _models(recipe: Recipe) -> list[Model]:
-    """Every model that a recipe names."""
-    return [recipe.model, recipe.judging_model, *recipe.others.values(), *recipe.judges.values()]
-
-
 def _number(path: Path) -> str:
     return path.name[:2]
 
@@ -216,19 +225,31 @@ def _fingerprint(path: Path, run: Run) -> str:
     """Hash of what an executed notebook depends on. Outputs in the source do not count."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
-    parts += [run.recipe.model_dump(mode="json"), *map(model_name, _models(run.recipe))]
+    parts += [run.recipe.model_dump(mode="json"), *map(model_name, run.recipe.models.values())]
     package = Path(__file__).parent
     sources = sorted([*package.rglob("*.py"), *package.glob("prompts/*.jinja")])
     parts += [source.read_text("utf-8") for source in sources]
-    for name in (run.recipe.personas.source, run.recipe.evaluation.questions):
-        if Path(name).is_file():
-            parts.append(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+    read = [path for path in _input_files(run.recipe) if path.is_file()]
+    parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _input_files(recipe: Recipe) -> list[Path]:
+    """The user's files that a run reads, whether they are there or not."""
+    settings = recipe.evaluation
+    files = [recipe.personas.source, settings.questions, recipe.judging.gold]
+    if settings.data != "hub":  # what is downloaded is pinned
+        files += [official_file(settings, benchmark, name) for benchmark, name in PINNED]
+    try:
+        files += [file for exam in exams(settings.harness) for file in local_files(exam)]
+    except (HarnessError, yaml.YAMLError, AttributeError):  # no exams; or told when they are sat
+        pass
+    return [Path(file) for file in files if file is not None]
 
 
 def _environment(run: Run) -> dict[str, str]:
     """Environment variables for the kernel, beside those that are there."""
-    models = _models(run.recipe)
+    models = run.recipe.models.values()
     package = str(Path(__file__).resolve().parent.parent)
     settings = {
         "SAO_RESULTS": str(run.folder.resolve().parent),

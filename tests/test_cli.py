@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_engine_api import server  # noqa: F401 (a fixture)
 from test_pipeline import folder, seen, write  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
@@ -303,18 +304,18 @@ def test_merge_writes_a_new_folder_and_never_into_a_full_one(adapter, tmp_path, 
 
 # ---------------------------------------------------------------------- a server that is paid
 
-PAID = "judges={gpt: {path: gpt, engine: api, url: 'http://127.0.0.1:9/v1', price_in: 10, price_out: 30}}"
+PAID = "judges={gpt: {path: gpt, engine: api, url: '%s', price_in: 10, price_out: 30}}"
 
 
-def paid_run(folder, *words, answer=None):  # noqa: F811
+def paid_run(folder, *words, answer=None, url="http://127.0.0.1:9/v1"):  # noqa: F811
     write(folder, "01_one")
-    command = ["run", "--run", "paid", "--recipe", "tiny", "--set", PAID, *words]
+    command = ["run", "--run", "paid", "--recipe", "tiny", "--set", PAID % url, *words]
     return CliRunner().invoke(app, command, input=answer)
 
 
-def test_a_run_that_pays_a_server_asks_once_and_tells_the_price(folder, monkeypatch):  # noqa: F811
+def test_a_run_that_pays_a_server_asks_once_and_tells_the_price(folder, server, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pipeline, "FOLDER", folder)
-    said = paid_run(folder, "--set", "evaluation.max_cost=3", answer="y\n")
+    said = paid_run(folder, "--set", "evaluation.max_cost=3", answer="y\n", url=server.url)
     assert said.exit_code == 0, said.output
     assert said.output.count("Go on?") == 1 and "judges.gpt" in said.output
     assert "may spend US$ 3" in said.output and seen(folder) == ["01"]
@@ -328,8 +329,8 @@ def test_without_an_answer_or_a_terminal_nothing_that_costs_is_run(folder, monke
     assert seen(folder) == []
 
 
-def test_yes_answers_beforehand_and_a_free_run_asks_nothing(folder, monkeypatch):  # noqa: F811
+def test_yes_answers_beforehand_and_a_free_run_asks_nothing(folder, server, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pipeline, "FOLDER", folder)
-    said = paid_run(folder, "--yes")
+    said = paid_run(folder, "--yes", url=server.url)
     assert said.exit_code == 0 and "no cap" in said.output and "Go on?" not in said.output
     assert "pays" not in sao("run", "--recipe", "tiny", "--run", "free")

@@ -12,6 +12,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from test_engine_api import failure, server, settings  # noqa: F401 (a fixture)
 
 from sao_utils import pipeline
 from sao_utils.pipeline import NotebookFailed, PipelineError, run_notebooks
@@ -136,6 +137,49 @@ def test_a_new_run_of_a_model_that_is_not_there_stops_before_any_notebook(folder
         with pytest.raises(PipelineError, match="nobody/no-such-model.*model.path to a folder"):
             run_notebooks(run, folder=folder)
     assert not (run.folder / "notebooks").exists()
+
+
+@pytest.mark.parametrize("section", ["judge", "judges"])
+def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run_before_any_notebook(
+    folder,
+    server,  # noqa: F811
+    monkeypatch,
+    section,
+):
+    write(folder, "01_first")
+    model = settings(server, concurrency=1).model_dump()
+
+    def changes(**more):
+        if section == "judges":
+            return {"judges": {"x": {**model, **more}}}
+        return {f"judge.{key}": value for key, value in {**model, **more}.items()}
+
+    server.models = failure(401, "this key is not known")
+    with pytest.raises(PipelineError, match="this key is not known"):
+        go(folder, changes())
+    with pytest.raises(PipelineError, match="Is the server running"):
+        go(folder, changes(url="http://127.0.0.1:9/v1"))
+    monkeypatch.delenv("SAO_TEST_KEY")
+    with pytest.raises(PipelineError, match="SAO_TEST_KEY"):
+        go(folder, changes(url="http://far.invalid/v1"))
+    assert seen(folder) == []
+    go(folder, changes(url="http://127.0.0.1:9/v1"), only="01")  # a judge may come up later
+    assert seen(folder) == ["01"]
+
+
+def test_a_run_that_would_train_a_servers_model_is_refused_before_anything_is_bought(
+    folder,
+    server,  # noqa: F811
+):
+    for name in ("01_first", "04_training"):
+        write(folder, name)
+    changes = {f"model.{key}": value for key, value in settings(server).model_dump().items()}
+    for only in (None, "04"):
+        with pytest.raises(PipelineError, match="training needs its weights.*model.path"):
+            go(folder, changes, only)
+    assert seen(folder) == [] and not server.requests
+    go(folder, changes, "01")
+    assert seen(folder) == ["01"]
 
 
 def test_a_failing_cell_is_told_in_plain_words_and_the_run_goes_on_from_there(folder):
@@ -274,6 +318,36 @@ def test_a_fingerprint_follows_source_recipe_and_input_files_but_not_outputs(fol
     write(folder, "01_first", "1")
     marks.append(mark())
     assert len(set(marks)) == 4
+
+
+def test_a_fingerprint_follows_every_file_that_a_run_reads(folder, tmp_path):
+    write(folder, "01_first")
+    data = tmp_path / "official"
+    task = {"task": "mine", "dataset_kwargs": {"data_files": {"test": "mine.jsonl"}}}
+    files = {
+        "judging.gold": tmp_path / "gold.csv",
+        "evaluation.questions": tmp_path / "asked.csv",
+        "evaluation.data": data / "mt_bench" / "reference_answer" / "gpt-4.jsonl",
+        "evaluation.harness": tmp_path / "mine.yaml",
+        "data of a task": tmp_path / "mine.jsonl",
+    }
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("prompt,chosen,rejected\nP,x,y\n")
+    files["evaluation.harness"].write_text(yaml.safe_dump(task))
+    settings = {key: str(path) for key, path in files.items() if "." in key}
+    settings |= {"evaluation.data": str(data), "evaluation.harness": [str(tmp_path / "mine.yaml")]}
+
+    def mark():
+        return pipeline._fingerprint(folder / "01_first.ipynb", open_run("tiny", "mine", settings))
+
+    marks = [mark()]
+    for key, path in files.items():
+        path.write_text(path.read_text() + "\n")
+        marks.append(mark())
+        assert marks[-1] == mark() != marks[-2], key
+    files["evaluation.harness"].write_text("[no: task")  # told when it is sat
+    assert mark() not in marks
 
 
 def test_the_hub_is_out_of_reach_only_when_model_and_personas_are_local(folder, tmp_path):

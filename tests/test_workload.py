@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from test_engine_api import reply, server, settings, steps  # noqa: F401 (a fixture)
@@ -10,6 +11,7 @@ from test_engine_api import reply, server, settings, steps  # noqa: F401 (a fixt
 from sao_utils import arena_hard, contests, evaluation, harness, judging, rows, workload
 from sao_utils import results as scores
 from sao_utils.asking import spent
+from sao_utils.pairs import funnel
 from sao_utils.personas import write_prompts
 from sao_utils.recipe import load_recipe
 from sao_utils.responses import write_responses
@@ -226,14 +228,18 @@ def asked(tmp_path):
 def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, asked):  # noqa: F811
     """All that notebooks 03, 05 and 06 buy of a judge, a second judge and another model."""
     server.answers = Talker(server, 1.0)
-    run = rows.open_run("tiny", "paid", buyer(server, **{"evaluation.questions": asked}))
+    labels = Path(asked).with_name("labelled.csv")
+    labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
+    changes = {"evaluation.questions": asked, "judging.gold": str(labels)}
+    run = rows.open_run("tiny", "paid", buyer(server, **changes))
     load = workload.workload(run.recipe)
-    judging.judge(run)
+    scores.judge_scores(run)
+    who = {work.who: work.rows for work in load.works if work.stage == "labelled"}
+    assert who == {"judge": 4, "judges.second": 4}
+    bought = rows.read_rows(run.rows("labelled"))
+    assert len(bought) == 8
     sampled = rows.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
     judging.verdict_rows(sampled, "verdicts", judging.judge(run)[: workload.SAMPLED])
-    labels = run.folder / "labelled.csv"
-    labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
-    judging.judge_labelled(run, judging.labelled_pairs(str(labels)))
     evaluation.answer(run)
     contests.duel(run)
     scores.several_judges(run)
@@ -266,3 +272,18 @@ def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
     assert spent(run) == pytest.approx(paid)
     assert 0.5 * most < paid <= most
+
+
+@pytest.mark.parametrize("name", ["m", "nobody/of-this-name"])
+def test_a_servers_model_is_followed_from_personas_to_pairs_without_a_tokenizer(
+    results,
+    server,  # noqa: F811
+    name,
+):
+    server.answers = Talker(server, 0.5)
+    model = settings(server, concurrency=1).model_dump() | {"path": name}
+    changes = {f"model.{key}": value for key, value in model.items()} | {"pairs.max_tokens": 200}
+    steps = funnel(rows.open_run("tiny", "followed", {**SMALL, **changes}))
+    assert steps[0] == ("personas", 20) and steps[-1] == ("pairs", 20)
+    short = rows.open_run("tiny", "followed", {**SMALL, **changes, "pairs.max_tokens": 50})
+    assert ("too long", -20) in funnel(short)
