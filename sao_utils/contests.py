@@ -295,7 +295,8 @@ def compared(
 
     Returns:
         `contest.<a>_over_<b>_vs_<opponent>.<judge>.gain`: by scipy's BCa bootstrap over clusters;
-        with several trainings by percentiles, over trainings too. {} if no prompt is judged validly
+        with several trainings by percentiles, over trainings too, and `.gain.seed<k>` of each alone.
+        {} if no prompt is judged validly
         in both contests.
     """
     wins = []
@@ -308,16 +309,21 @@ def compared(
         return {}
     runs = [x["seed"] for x, _ in pairs]
     several = len(set(runs)) > 1
-    gain = clustered_difference(
-        [x["win"] for x, _ in pairs],
-        [y["win"] for _, y in pairs],
-        [x["combination"] for x, _ in pairs],
-        run.recipe.evaluation.bootstrap,
-        runs=runs if several else None,
-        method="percentile" if several else "BCa",
-    )
     name = name_of(run, {**pairs[0][0], "model": f"{a}_over_{b}"})
-    return {f"{name}.gain": gain}
+    resamples, found = run.recipe.evaluation.bootstrap, {}
+    for seed in (None, *dict.fromkeys(runs)) if several else (None,):
+        of = [pair for pair in pairs if seed in (None, pair[0]["seed"])]
+        all_trainings = several and seed is None
+        found[f"{name}.gain" + ("" if seed is None else f".seed{seed}")] = clustered_difference(
+            [x["win"] for x, _ in of],
+            [y["win"] for _, y in of],
+            [x["combination"] for x, _ in of],
+            resamples,
+            runs=runs if all_trainings else None,
+            method="percentile" if all_trainings else "BCa",
+            bounds=(0, 1),
+        )
+    return found
 
 
 def league(

@@ -678,7 +678,7 @@ def win_rates(scores: dict[str, Interval]):
     found: dict[str, dict[str, Interval]] = {}
     for key, interval in scores.items():
         match = re.fullmatch(r"self_win_rate(_lc)?(?:\.(\w+))?", key)
-        if match:
+        if match and (match[2] or "self") in MODELS:
             how = "at equal length" if match[1] else "raw"
             found.setdefault(how, {})[match[2] or "self"] = interval
     return _grouped(

@@ -242,7 +242,7 @@ def clustered_mean(
     low, high = widened(value, low, high, moves, codes, of_run)
     if bounds or is_share:
         least, most = bounds or (0.0, 1.0)
-        low, high = max(least, low), min(most, high)
+        low, high = max(min(least, value), low), min(max(most, value), high)
     return Interval(value, low, high, n)
 
 

@@ -308,7 +308,7 @@ def _judge(key: str, arm: Arm, seed: int) -> str | None:
     patterns = {
         rf"oracle_good_rate(_t[\d.]+)?\.(base|{name}|{gain}(\.seed{seed})?)": oracle,
         rf"flaw_rate\.\w+\.(base|{name})": oracle,
-        rf"self_win_rate(_lc)?{own}": "the base model itself, both orders",
+        rf"self_win_rate(_lc)?{own}(\.seed{seed})?": "the base model itself, both orders",
         rf"answer_length\.(base|{name})": "a count",
     }
     if arm == "self":

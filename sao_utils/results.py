@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict
 from itertools import compress
 
@@ -17,6 +18,7 @@ from sao_utils.intervals import (
     clustered_difference,
     clustered_mean,
     wilson,
+    win_rate,
 )
 from sao_utils.judging import (
     ORDERS,
@@ -52,15 +54,18 @@ HEADLINES = (
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 
 
-def scores(run: Run) -> dict[str, Interval]:
+def scores(run: Run, leaks: list[dict] | None = None) -> dict[str, Interval]:
     """Every number of a run, by flat key.
+
+    Args:
+        leaks: rows of `leakage_effect`, if they are there already: it takes a while.
 
     `oracle_good_rate.*`: share of held-out questions answered without a flaw, by greedy decoding
     ("tuned" is the arm "self"); `oracle_good_rate_t0.6.*`: the same at T = 0.6. `gain` is tuned minus
     base, `gain_over_<arm>` tuned minus that control, `<arm>_gain` control minus base; paired by
     question, clustered by combination, and over all seeds (`gain.seed<k>`: one seed alone).
-    `flaw_rate.<flaw>.*`: see `flaw_rates`. `self_judge.*`: see `judge_quality`. `self_win_rate*`: the
-    base model's verdict on tuned against base answers, see `win_rates`. `answer_length.*`: tokens.
+    `flaw_rate.<flaw>.*`: see `flaw_rates`. `self_judge.*`, `judge.*`: see `judge_scores`. `self_win_rate*`:
+    the base model's verdict on tuned against base answers, see `win_rates`. `answer_length.*`: tokens.
     `contest.*`, `league.*`: `contest_scores`; `benchmark.*`: `benchmark_rows`; `harness.*`:
     `harness_scores`; `leakage.*`: `leakage_scores`. What needs an oracle counts the questions that it knows.
     """
@@ -74,7 +79,7 @@ def scores(run: Run) -> dict[str, Interval]:
         **contest_scores(run),
         **benchmark_scores(run),
         **harness_scores(run),
-        **leakage_scores(run),
+        **leakage_scores(run, leaks),
     }
 
 
@@ -101,13 +106,21 @@ def prompt_scores(run: Run) -> dict[str, Interval]:
 def judge_scores(run: Run) -> dict[str, Interval]:
     """How right and how biased the self-judge is: `judge_quality` on the pairs that the run makes.
 
-    With a file of labelled pairs (`judging.gold`) also on these, as `self_judge.labelled.*`.
+    With a file of labelled pairs (`judging.gold`) also on these, as `self_judge.labelled.*`, and so
+    for each of the recipe's `judges`, as `judge.<name>.labelled.*`. `labelled_pairs.usable` and
+    `.<reason>` count the rows of the file that are judged, and those that are not (no interval).
     """
     resamples, gold = run.recipe.evaluation.bootstrap, run.recipe.judging.gold
     found = judge_quality(judge(run), resamples)
     if gold is not None:
-        labelled = judge_labelled(run, labelled_pairs(gold))
-        found |= judge_quality(labelled, resamples, "self_judge.labelled")
+        pairs = labelled_pairs(gold)
+        for reason, count in Counter(pair["discarded"] or "usable" for pair in pairs).items():
+            key = f"labelled_pairs.{_plain(reason)}"
+            found[key] = Interval(float(count), math.nan, math.nan, len(pairs))
+        for name, model in contests.judge_models(run).items():
+            prefix = "self_judge" if name == "self" else f"judge.{name}"
+            labelled = judge_labelled(run, pairs, model)
+            found |= judge_quality(labelled, resamples, f"{prefix}.labelled")
     return found
 
 
@@ -170,15 +183,20 @@ def judge_quality(
         key = _plain(name)
         group = _where(known["right"], clusters, [name == subset for subset in known["subset"]])
         found[f"accuracy.{key}"] = group
+    # A margin of 0 counts half: shares, but not all booleans. The mass may be a hair above 1.
     scored = {
-        f"{prefix}.{key}": clustered_mean(values, by, resamples)
+        f"{prefix}.{key}": clustered_mean(values, by, resamples, bounds=(0, 1))
+        if key == "mass"
+        else win_rate(values, by).rate
         for key, (values, by) in found.items()
         if values
     }
     chosen, by = found["longer_chosen"]
     if chosen:
         better, _ = found["longer_better"]
-        scored[f"{prefix}.length_bias"] = clustered_difference(chosen, better, by, resamples)
+        scored[f"{prefix}.length_bias"] = clustered_difference(
+            chosen, better, by, resamples, bounds=(0, 1)
+        )
     return scored
 
 
@@ -209,11 +227,9 @@ def calibration(
     return [
         (
             float(np.mean([known["size"][k] for k in group])),
-            clustered_mean(
-                [known["right"][k] for k in group],
-                [known["combination"][k] for k in group],
-                resamples,
-            ),
+            win_rate(
+                [known["right"][k] for k in group], [known["combination"][k] for k in group]
+            ).rate,
         )
         for group in groups
     ]
@@ -244,7 +260,9 @@ def good_rates(run: Run) -> dict[str, Interval]:
             if b is None:
                 return clustered_mean(first, by, settings.bootstrap, runs=runs)
             second = [v for seed in over for v in values(b, seed)]
-            return clustered_difference(first, second, by, settings.bootstrap, runs=runs)
+            return clustered_difference(
+                first, second, by, settings.bootstrap, runs=runs, bounds=(0, 1)
+            )
 
         for model in good:
             name = "tuned" if model == "self" else model
@@ -301,8 +319,9 @@ def win_rates(run: Run) -> dict[str, Interval]:
 
     `self_win_rate` and `self_win_rate_lc` of the arm "self" are the contest's own figures, under
     shorter names: `contest.self_vs_base.self.win_rate` and `.win_rate_lc`; the other arms' have
-    their name behind a dot. Length is in characters (`contests.rate_at_equal_length`). Invalid
-    verdicts are left out of the win rates; `valid` is the share of the others.
+    their name behind a dot; `.seed<k>`: one training alone, of several. Length is in characters
+    (`contests.rate_at_equal_length`). Invalid verdicts are left out of the win rates; `valid` is the
+    share of the others.
     """
     found = {}
     duels = contests.duel(run)
@@ -319,6 +338,11 @@ def win_rates(run: Run) -> dict[str, Interval]:
         if rows:
             found[f"self_win_rate{suffix}"] = contests.rate_of(rows)
             found[f"self_win_rate_lc{suffix}"] = contests.rate_at_equal_length(rows)
+        for seed in run.recipe.seeds if len(run.recipe.seeds) > 1 else ():
+            if alone := [row for row in rows if row["seed"] == seed]:
+                found[f"self_win_rate{suffix}.seed{seed}"] = contests.rate_of(alone)
+                equal = contests.rate_at_equal_length(alone)
+                found[f"self_win_rate_lc{suffix}.seed{seed}"] = equal
     return found
 
 
@@ -365,13 +389,17 @@ def contest_scores(run: Run) -> dict[str, Interval]:
 def several_judges(run: Run) -> dict[str, Interval]:
     """The tuned model's contest with the base by several judges (`contests.judges_agreement`).
 
-    The recipe's `judges` beside its own; where it names none, the tuned model, which costs no more
-    than a second look: did it learn to judge otherwise? {} without the arm "self".
+    And how right the others were (`judge_on_contest`). They are the recipe's `judges`; where it names
+    none, the tuned model, which costs no more than a second look: did it learn to judge otherwise?
+    {} without the arm "self".
     """
     if "self" not in run.recipe.arms:
         return {}
     names = ["self", *(run.recipe.judges or ["tuned"])]
-    return contests.judges_agreement(run, "self", "base", names)
+    found = contests.judges_agreement(run, "self", "base", names)
+    for name in names[1:]:
+        found |= judge_on_contest(run, contests.contest(run, "self", "base", name))
+    return found
 
 
 def judge_on_contest(run: Run, rows: list[dict]) -> dict[str, Interval]:
@@ -508,7 +536,7 @@ def _headline(
         of, tuned, base = zip(*known)
         by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
         found["good_rate.gain"] = clustered_difference(
-            tuned, base, by, settings.bootstrap, runs=runs
+            tuned, base, by, settings.bootstrap, runs=runs, bounds=(0, 1)
         )
     valid = [row for row in rows if row["win"] is not None]
     if valid:
@@ -520,13 +548,16 @@ def _where_known(rows: list[dict], quality: list) -> list[tuple]:
     return [(row, of) for row, of in zip(rows, quality) if of is not None]
 
 
-def leakage_scores(run: Run) -> dict[str, Interval]:
+def leakage_scores(run: Run, leaks: list[dict] | None = None) -> dict[str, Interval]:
     """`leakage.<set>.<by>.share`, and `.<result>_without`: `leakage_effect` of all that is asked.
+
+    Args:
+        leaks: its rows, if they are there already.
 
     The share is of all questions of a set, no sample of them: no interval (NaN).
     """
     found = {}
-    for row in leakage_effect(run):
+    for row in leakage_effect(run) if leaks is None else leaks:
         if not row["items"]:
             continue
         name = f"leakage.{_plain(row['set'])}.{_plain(row['by'])}"
@@ -555,14 +586,14 @@ def print_scores(found: dict[str, Interval]) -> None:
         print(f"{names[key]:{width}}  {shown}, n = {interval.n}")
 
 
-def write_tables(run: Run) -> dict[str, Interval]:
+def write_tables(run: Run, leaks: list[dict] | None = None) -> dict[str, Interval]:
     """Compute all scores and write them into the run's `tables/`.
 
     results.json (flat keys, each {value, low, high, n}), results.csv, results.md, funnel.csv, and the
     recipe that they belong to; and the results into the trained models' cards.
-    Returns the scores.
+    Returns the scores. `leaks`: as for `scores`.
     """
-    found = scores(run)
+    found = scores(run, leaks)
     folder = run.folder / "tables"
     note(run, model=model_name(run.recipe.model))
     write_whole(folder / "recipe.yaml", (run.folder / "recipe.yaml").read_text(encoding="utf-8"))

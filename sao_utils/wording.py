@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 
 from sao_utils.intervals import Interval
@@ -19,7 +20,7 @@ UNITS = {
     "prompts_needed": "prompts",
     "elo": "Elo",
 }
-DECIMALS = {"": 2, "of 10": 2, "prompts": 0}  # of a unit; others have one
+DECIMALS = {"": 2, "of 10": 2, "prompts": 0, "pairs": 0}  # of a unit; others have one
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
 
 
@@ -27,11 +28,17 @@ def unit(key: str) -> str:
     """What a value is counted in: shares in percent, their differences in points; "" for kappa."""
     # The names of models, judges and tasks say nothing of the metric.
     kind, *names = key.split(".")
+    if names and re.fullmatch(r"seed\d+", names[-1]):
+        names.pop()  # of one training alone
     metric = key
     if kind in ("contest", "league", "harness", "leakage"):
         metric = names[-1]
     elif kind == "benchmark":
         metric = names[3]
+    elif kind == "labelled_pairs":
+        return "pairs"
+    elif kind == "judge":
+        metric = names[2]
     elif kind == "self_judge" and "accuracy" in names:  # what follows names a subset
         metric = "accuracy"
     if names and names[0] in GRADED and metric.startswith("score"):

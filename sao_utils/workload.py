@@ -241,25 +241,27 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         told = (stage, "model", recipe.model, "write", rows, *mean, part, shared)
         return Work(*told, most_rows=most)
 
-    def verdicts(stage: str, rows: float, most: int, part: str = "", sampled=False) -> Work:
-        limit = recipe.responses.max_new_tokens
-        return _ranked(recipe, rates, stage, rows, most, limit, part=part, sampled=sampled)
+    def verdicts(stage: str, rows: float, most: int, **more) -> Work:
+        return _ranked(recipe, rates, stage, rows, most, recipe.responses.max_new_tokens, **more)
 
     yield prompts("prompts", asked)
     yield responses("responses", PER_PROMPT * asked)
     yield verdicts("verdicts", 2 * asked * judged, 2 * asked)
     labelled = _labelled(recipe)
     rows = 2 * (LABELLED if labelled is None else len(labelled))
-    work = verdicts("labelled", rows, rows)
-    if labelled:
-        mean = fmean(labelled)
-        work = replace(work, read=mean, most_read=mean, longest=max(labelled))
-    yield work
+    judges = recipe.judges if labelled else {}  # the others look at the user's pairs only
+    more = [{"part": f"judges.{k}", "who": f"judges.{k}", "model": m} for k, m in judges.items()]
+    for other in ({}, *more):
+        work = verdicts("labelled", rows, rows, **other)
+        if labelled:
+            mean = fmean(labelled)
+            work = replace(work, read=mean, most_read=mean, longest=max(labelled))
+        yield work
     yield prompts("variants", beside, "prompts")
     yield responses("variants", PER_PROMPT * tried, "responses")
     if recipe.judging.method == "logprob":
         some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
-        yield verdicts("variants", *some, "verdicts, sampled", True)
+        yield verdicts("variants", *some, part="verdicts, sampled", sampled=True)
 
 
 def _instruction(recipe: Recipe, rates: Rates) -> tuple[float, float]:

@@ -183,8 +183,8 @@ def test_an_adapter_competes_and_seeds_are_paired(opened, tmp_path, monkeypatch)
         assert row["responses"][0] == text["self", row["seed"], row["question_id"]]
         assert row["responses"][1] == text["adapted", None, row["question_id"]]
         assert row["seed"] == 1 or row["outcome"] == "identical"
-    (gain,) = contests.compared(run, "self", "adapted").values()
-    assert gain.n == 10
+    gain, *alone = contests.compared(run, "self", "adapted").values()
+    assert [one.n for one in alone] == [5, 5] and gain.n == 10
     assert {row["model"] for row in contests.duel(run)} == {"self"}
 
 
@@ -317,6 +317,42 @@ def test_several_trainings_widen_the_interval_of_a_win_rate(results):
     narrow, wide = (board_of(run, found)["win_rate"] for found in (one, apart))
     assert narrow.value == wide.value == 0.5
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_each_training_has_a_win_rate_of_its_own_beside_the_whole(results, monkeypatch):
+    from sao_utils import figures
+    from sao_utils import results as numbers
+
+    few = {"evaluation.bootstrap": 500, "arms": ["self", "random"]}
+    run = rows.open_run("tiny", "numbers", {**few, "seeds": [0, 4]})
+    made = {
+        (name, "base"): [
+            {**row(k, float(k % 10 < won), seed=seed), "model": name, "opponent": "base"}
+            for seed, won in shares.items()
+            for k in range(40)
+        ]
+        for name, shares in {"self": {0: 6, 4: 8}, "random": {0: 5, 4: 5}}.items()
+    }
+    for of in made.values():
+        for at in of:
+            at["responses"] = ["a" * (20 + int(at["question_id"]) % 7), "a" * 23]
+    monkeypatch.setattr(contests, "contest", lambda run, a, b, *judge: made[a, b])
+    found = numbers.win_rates(run)
+    alone = [found[f"self_win_rate.seed{seed}"] for seed in (0, 4)]
+    assert [one.value for one in alone] == [0.6, 0.8] and [one.n for one in alone] == [40, 40]
+    whole = found["self_win_rate"]
+    assert whole.value == pytest.approx(0.7) and whole.n == 80
+    assert whole.high - whole.low > max(one.high - one.low for one in alone)
+    assert {"self_win_rate_lc.seed4", "self_win_rate.random.seed0"} <= set(found)
+    gains = contests.compared(run, "self", "random")
+    start = "contest.self_over_random_vs_base.j.gain"
+    assert set(gains) == {start, f"{start}.seed0", f"{start}.seed4"}
+    assert gains[f"{start}.seed4"].value == pytest.approx(0.3)
+    assert numbers.unit(f"{start}.seed4") == "points" and numbers.unit(f"{start}") == "points"
+    shown = figures.win_rates(found)
+    assert shown.axes[0].get_title("left").endswith("(n = 80)")
+    one = rows.Run(run.recipe.model_copy(update={"seeds": (0,)}), run.folder)
+    assert not [key for key in numbers.win_rates(one) if "seed" in key]
 
 
 @pytest.mark.parametrize("win", [0.5, 1.0])
