@@ -135,12 +135,15 @@ def workload(recipe: Recipe) -> Workload:
     """What a run of a recipe asks of its models."""
     rates, measured = _rates(recipe)
     notes: list[str] = []
-    works = [
-        *_loop(recipe, rates),
-        *_answers(recipe, rates, notes),
-        *_exams(recipe, notes),
-        *_benchmarks(recipe, rates, notes),
-    ]
+    works = [*_loop(recipe, rates)]
+    if recipe.model.engine == "api":
+        notes.append("Notebooks 01 to 03 only: a model behind a server cannot be trained.")
+    else:
+        works += [
+            *_answers(recipe, rates, notes),
+            *_exams(recipe, notes),
+            *_benchmarks(recipe, rates, notes),
+        ]
     pairs = round(recipe.personas.count * rates.prompts_kept * rates.pairs_kept)
     return Workload([work for work in works if work.rows], rates, pairs, notes, measured)
 

@@ -261,6 +261,7 @@ def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     run = rows.open_run("tiny", "written", {**SMALL, **changes})
     works = workload.workload(run.recipe).works
     write_responses(run)
+    assert {w.stage for w in works} == {"prompts", "responses", "verdicts", "labelled", "variants"}
     write_prompts(rows.variant(run, "no-persona", {"personas.with_persona": False}))
     for temperature in (0.2, 0.6, 1.0):
         write_responses(
