@@ -83,9 +83,9 @@ def win_rate(
 
     Returns:
         The win rate, its interval and the counts; `rate.n` is the number of valid comparisons.
-        Where all outcomes are 1, or 0, or 1/2, m is the number of clusters. With one cluster the
-        comparisons count as independent, with a warning. With one comparison the interval is all
-        of 0..1.
+        Where all outcomes are 1, or 0, or 1/2, m is the number of clusters. With one comparison, or
+        alike ones of one cluster, the interval is all of 0..1; others of one cluster count as
+        independent, with a warning.
 
     Raises:
         ValueError: no comparison, or none that is valid; outcomes outside of 0..1.
@@ -141,8 +141,8 @@ def from_preferences(preferences: Sequence[float | None]) -> list[float | None]:
 def _score_interval(y: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> Interval:
     """The interval of `win_rate` from [n] outcomes, and clusters and trainings numbered 0, 1, ..."""
     n, value = len(y), float(y.mean())
-    if n == 1:
-        return Interval(value, 0.0, 1.0, 1)
+    if n == 1 or np.ptp(y) == 0 and not codes.any():
+        return Interval(value, 0.0, 1.0, n)
     trials = float(codes.max() + 1)
     codes = without_single_cluster(codes)
     freedom = float(codes.max())
