@@ -163,6 +163,17 @@ def test_without_an_overlap_a_result_stays_what_it_is(loop, monkeypatch):
         assert all(on_all == without for on_all, without in row["effect"].values())
 
 
+def test_what_leaks_is_looked_for_once_for_all_tables(loop, monkeypatch):
+    leaks = results.leakage_effect(loop, benchmarks=False)
+    monkeypatch.setattr(results, "leakage", None)  # not called again
+    found = results.write_tables(loop, leaks)
+    tables.write(loop, found, leaks)
+    shares = [key for key in found if key.startswith("leakage.") and key.endswith(".share")]
+    assert len(shares) == len(leaks) == len(leakage.OVERLAPS)
+    with open(loop.folder / "tables" / "leakage.csv", newline="") as file:
+        assert {row["by"] for row in csv.DictReader(file)} == set(leakage.OVERLAPS)
+
+
 # ---------------------------------------------------------------------- tables
 
 
