@@ -584,6 +584,28 @@ def test_95_of_100_intervals_of_three_trainings_hold_the_truth_over_1000_evaluat
     assert without < min(shares) - 0.02
 
 
+@pytest.mark.parametrize(
+    ("trainings", "scatter", "least", "most"),
+    [
+        (2, 0.04, 0.87, 0.97),  # two trainings alone say too little of how trainings scatter
+        (3, 0.04, 0.93, 0.97),
+        (3, 0.0, 0.95, 0.99),
+        (5, 0.04, 0.93, 0.97),
+        (5, 0.01, 0.93, 0.98),
+    ],
+)
+def test_the_gain_of_a_few_trainings_holds_what_others_would_gain(trainings, scatter, least, most):
+    """Gains of each training on 200 questions, with an error of 0.013 each, as the tiny model has."""
+    rng, held = np.random.default_rng(35), []
+    codes, of_run = np.tile(np.arange(200), trainings), np.repeat(np.arange(trainings), 200)
+    for _ in range(1000):
+        gains = rng.normal(0.08, scatter, trainings)[of_run] + rng.normal(0, 0.18, len(of_run))
+        mean = gains.mean()
+        error, freedom = two_way_error((gains - mean) / len(gains), codes, of_run)
+        held.append(abs(mean - 0.08) <= stats.t.ppf(0.975, freedom) * error)
+    assert least <= np.mean(held) <= most
+
+
 # ---------------------------------------------------------------------- how many prompts
 
 
