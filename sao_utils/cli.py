@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import psutil  # comes with ipykernel
+import psutil
 import typer
 
 DETAILS = ("contest", "league", "benchmark", "harness", "leakage")  # kinds of result, for --all

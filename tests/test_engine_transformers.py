@@ -368,7 +368,9 @@ def test_a_model_that_computes_nan_for_many_rows_is_stopped(own_engine):
     own_engine.batch_tokens = 200
     chats = [[{"role": "user", "content": "I am about"}]] * 30 + [CHATS[8]] * 30
     made = []
-    with pytest.raises(EngineError, match=r"computes NaN.* for \d+ of \d+ rows.*Rows made so far are"):
+    with pytest.raises(
+        EngineError, match=r"computes NaN.* for \d+ of \d+ rows.*Rows made so far are"
+    ):
         for batch in own_engine.choose(chats, "ranking:", VERDICTS):
             made += batch
     assert {k for k, _ in made} >= set(range(30, 60))
