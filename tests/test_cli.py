@@ -169,7 +169,9 @@ def test_a_signal_to_the_command_alone_ends_all_of_it_with_one_line_and_keeps_th
     monkeypatch.setattr(pipeline, "FOLDER", folder)
     write(folder, "01_first", "pause = 0.05", MAKE_ROWS)
     made = folder.parent / "results" / "made.jsonl"
-    start = "from sao_utils import cli, pipeline; from pathlib import Path; "
+    # A suite that was started in the background may hand on that SIGINT is ignored.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from sao_utils import cli, pipeline; from pathlib import Path; "
     start += f"pipeline.FOLDER = Path({str(folder)!r}); cli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", start, "run", "--recipe", "tiny", "--run", "mine"],
