@@ -87,6 +87,7 @@ OUTCOMES = (
     ("the one shown second wins", "#BBBBBB", "\\\\"),
     ("loses in both orders", ORANGE, ""),
 )
+DRAWN = 2000  # points of a cloud, above which an SVG holds its picture and not each of them
 STYLE = {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
@@ -321,7 +322,8 @@ def orders(verdicts: list[dict]):
     reach = 1e-9
     for label, (rows, colour, marker) in groups.items():
         x, y = ([row[key] for row in rows] for key in ("margin_12", "margin_21"))
-        axes.scatter(x, y, s=24, color=colour, marker=marker, alpha=0.6, lw=0, label=label)
+        looks = dict(color=colour, marker=marker, alpha=0.6, lw=0, label=label)
+        axes.scatter(x, y, s=24, rasterized=len(x) > DRAWN, **looks)
         reach = max(reach, *(1.15 * abs(value) for value in x + y))
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
     axes.axhline(0, color="black", lw=0.8)
@@ -452,7 +454,8 @@ def sums_and_means(pairs: list[dict], beta: float, gamma: float):
     ):
         _titles(axes, f"{title}\n{_slope(x, values)}", told, "chosen - rejected (nats)")
         ahead = f"chosen ahead: {sum(v > 0 for v in values) / len(x):.0%} of n = {len(x)}"
-        axes.scatter(x, values, s=14, color=BLUE, alpha=0.4, lw=0, label=ahead)
+        looks = dict(color=BLUE, alpha=0.4, lw=0, label=ahead)
+        axes.scatter(x, values, s=14, rasterized=len(x) > DRAWN, **looks)
         axes.axhline(0, color="black", lw=0.8)
     beyond = sum(v > gamma / beta for v in means) / len(x)
     label = f"gamma / beta = {gamma / beta:g}; beyond: {beyond:.0%}"

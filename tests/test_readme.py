@@ -61,7 +61,7 @@ def test_each_recipe_and_setting_in_a_pages_commands_loads(page, tmp_path):
 
 def test_the_reference_run_keeps_tables_and_figures_only_and_no_large_file():
     kept = [p for p in (ROOT / "results/reference").rglob("*") if p.is_file()]
-    ignored = ("rows", "adapters", "notebooks", "variants")
+    ignored = ("rows", "adapters", "notebooks", "variants", "benchmarks")
     for path in kept:
         if path.relative_to(ROOT / "results/reference").parts[0] not in ignored:
             assert path.stat().st_size < 1_000_000, path
