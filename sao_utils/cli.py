@@ -99,8 +99,10 @@ def run(
         _fail(f"\nThe run stopped: {error}", 1)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
-        _say_if_stale(opened.folder)
-        typer.echo("\n" + _headlines(_results(opened.folder), opened.folder.name))
+        if _stale(opened.folder):  # one notebook was made anew by another recipe
+            typer.echo(f"The tables are of another recipe, {_stale(opened.folder)}: not shown.")
+        else:
+            typer.echo("\n" + _headlines(_results(opened.folder), opened.folder.name))
 
 
 @app.command()
@@ -150,7 +152,9 @@ def show(
         command = _command(folder) + (" --only 06" if skipped else "")
         _fail(f"The run '{name}' has no results yet. Make them with\n  {command}", 1)
     results = _results(folder)
-    _say_if_stale(folder)
+    if made_with := _stale(folder):
+        told = f"made with {made_with}; the run's recipe has changed since"
+        typer.echo(f"These results were {told}.", err=True)
     if as_json:
         typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
     else:
@@ -313,11 +317,12 @@ def _command(folder: Path) -> str:
     return shlex.join(words)
 
 
-def _say_if_stale(folder: Path) -> None:
+def _stale(folder: Path) -> Path | None:
+    """The recipe that a run's tables were made with, if it is not the run's of today."""
     made_with = folder / "tables" / "recipe.yaml"
-    if made_with.is_file() and made_with.read_bytes() != (folder / "recipe.yaml").read_bytes():
-        told = f"made with {made_with}; the run's recipe has changed since"
-        typer.echo(f"These results were {told}.", err=True)
+    today = folder / "recipe.yaml"
+    same = not made_with.is_file() or made_with.read_bytes() == today.read_bytes()
+    return None if same else made_with
 
 
 def _headlines(results: dict[str, dict], name: str) -> str:

@@ -68,8 +68,8 @@ def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]
     """The first `count` of a list that is shuffled in place, by the seed."""
     if len(different) < count:
         raise RecipeError(
-            f"{source} has {len(different)} different personas that are free, personas.count asks "
-            f"for {count}. Lower the count."
+            f"{source} has {len(different)} different personas that no earlier seed has taken, "
+            f"personas.count asks for {count}. Lower the count."
         )
     # Not `sample`, which draws others for another count: a run whose count is raised goes on.
     random.Random(seed).shuffle(different)

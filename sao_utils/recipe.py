@@ -337,8 +337,11 @@ def _read(name: str, extended_by: tuple[str, ...] = ()) -> dict:
     elif name in recipe_names() and name not in extended_by:
         text = (files("sao_utils") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
+        near = get_close_matches(name, recipe_names(), 1)
+        hint = f"Did you mean {near[0]}? " if near else ""
         raise RecipeError(
-            f"There is no recipe '{name}'. Recipes: {', '.join(recipe_names())}; or give a .yaml file."
+            f"There is no recipe '{name}'. {hint}Recipes: {', '.join(recipe_names())}; or give a .yaml "
+            "file."
         )
     try:
         data = yaml.safe_load(text)
@@ -370,7 +373,8 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     keys = valid_keys()
     for key, value in (overrides or {}).items():
         if key not in keys:
-            near = get_close_matches(key, keys, 3)
+            leaves = [known for known in keys if known.split(".")[-1] == key]
+            near = leaves or get_close_matches(key, keys, 3)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
             raise RecipeError(f"There is no key '{key}'. {hint}")
         section, _, leaf = key.rpartition(".")

@@ -80,9 +80,11 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     if not pairs:
         lost = ", ".join(f"{-count} {reason}" for reason, count in funnel(run, arm) if count < 0)
         raise ValueError(
-            f"There are no pairs to train on. Discarded, over all seeds: {lost or 'none'}. If most are "
-            "malformed, the model does not follow the template; the tiny one knows personas of its own "
-            "world only (notebook 01 shows some). Else raise personas.count, or lower pairs.min_margin."
+            f"There are no pairs to train the arm '{arm}' on. Discarded, over all seeds: "
+            f"{lost or 'none'}. If most are malformed, the model does not follow the template; the tiny "
+            "one knows personas of its own world only (notebook 01 shows some). If there is no oracle "
+            "for your prompts, leave the arm 'oracle' out of arms. Else raise personas.count, or lower "
+            "pairs.min_margin."
         )
     model, settings = run.recipe.model, run.recipe.training
     algorithm = "sft" if arm == "sft_random" else settings.algorithm

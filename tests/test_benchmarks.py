@@ -6,7 +6,6 @@ import json
 import sys
 import time
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 
@@ -229,14 +228,14 @@ def test_a_small_run_is_kept(small):
     ET.parse(folder / f"{name}.svg")
 
 
-def test_the_paths_for_machines_without_trl_give_the_same_loss():
+def test_the_paths_for_machines_without_trl_give_the_same_loss(tmp_path):
     policy, weights = contenders.random_policy("trial-gemma2", "cpu")
     pairs = contenders.random_pairs([(5, 9, 7), (5, 3, 12), (5, 8, 8)], 2000)
     stand_in = contenders.by_hand(policy, pairs, 3, "cpu", liger=False)()
     gradients = []
     for step in (
         contenders.ours_by_hand(policy, pairs, True, 40, "cpu"),
-        contenders.stock(policy, pairs, 3, "cpu", Path("unused"), fused=False),
+        contenders.stock(policy, pairs, 3, "cpu", tmp_path, fused=False),
     ):
         policy.zero_grad(set_to_none=True)
         assert step()["loss"] == pytest.approx(stand_in["loss"], rel=1e-5)

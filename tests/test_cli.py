@@ -137,6 +137,10 @@ def test_run_executes_and_shows_and_a_failure_is_told_in_plain_words(folder, mon
     said = sao(*words)
     assert said.startswith("[1/1] 01_first ... ") and "oracle_good_rate.base" in said
 
+    (folder.parent / "results/mine/tables/recipe.yaml").write_text("name: another\n")
+    said = sao(*words)
+    assert "tables are of another recipe" in said and "oracle_good_rate.base" not in said
+
     write(folder, "02_second", "raise RuntimeError('no pairs are left')")
     said = sao(*words, code=1)
     assert "[1/2] 01_first: finished before, skipped" in said

@@ -33,13 +33,15 @@ def test_all_weights_cannot_be_trained_in_4_bit():
 
 
 def test_an_unknown_recipe_names_the_recipes_there_are():
-    with pytest.raises(RecipeError, match="tiny"):
-        load_recipe("tyni")
+    with pytest.raises(RecipeError, match="Did you mean tiny.*Recipes: colab-t4, "):
+        load_recipe("tinny")
 
 
 def test_an_unknown_key_names_its_likes_or_lists_the_valid_keys():
     with pytest.raises(RecipeError, match="'training.betta'. Did you mean training.beta"):
         load_recipe("tiny", {"training.betta": 3})
+    with pytest.raises(RecipeError, match="'gamma'. Did you mean training.gamma"):
+        load_recipe("tiny", {"gamma": 3})
     with pytest.raises(RecipeError, match="'xyzzy'. Keys: name, .*training.beta, "):
         load_recipe("tiny", {"xyzzy": 3})
 

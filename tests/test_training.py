@@ -701,5 +701,6 @@ def test_the_probe_sees_repetition_emptiness_and_breaking_off(tokenizer, base, p
 def test_a_run_without_pairs_says_why_none_are_left(monkeypatch, small_run):
     monkeypatch.setattr(training, "build_pairs", lambda run, arm, seed: [])
     monkeypatch.setattr(training, "funnel", lambda run, arm: [("personas", 3), ("malformed", -3)])
-    with pytest.raises(ValueError, match="no pairs to train on. Discarded, .*: 3 malformed"):
+    told = "no pairs to train the arm 'self' on. Discarded, .*: 3 malformed"
+    with pytest.raises(ValueError, match=told):
         training.train(small_run, "self", 0)
