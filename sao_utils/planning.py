@@ -89,7 +89,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
     """
     load = workload(recipe)
     shape = None if recipe.model.engine == "api" else model_shape(recipe.model)
-    problems, notes = [], [_told(load.rates)]
+    problems, notes = [*load.problems], [_told(load.rates)]
     trained = [
         _trained(recipe, shape, gpu, load.rates, load.pairs, arm, seed, processes)
         for arm in recipe.arms
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1) -> Plan:
             "results/reference of a checkout: hours are not planned. --gpu plans for a GPU."
         )
     if gpu is not None:
-        problems = _problems(recipe, shape, gpu, processes, trained, load.works)
+        problems += _problems(recipe, shape, gpu, processes, trained, load.works)
         notes += _assumptions(recipe, gpu, processes, load.works)
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
     disk = _disk(recipe, shape, load.works, len(recipe.arms) * len(recipe.seeds))
@@ -197,21 +197,12 @@ def _problems(recipe, shape, gpu, processes, trained, works) -> list[str]:
     for who, model in {**here, "model": recipe.model}.items():
         if model.engine != "api":
             found += _misfits(who, model, recipe, gpu, processes)
-    most: dict[tuple[str, bool], tuple[Work, dict]] = {}  # lm-eval takes memory of its own
-    longest: dict[str, float] = {}
+    groups: dict[tuple[str, bool], list[Work]] = {}  # lm-eval takes memory of its own
     for work in works:
-        if work.model.engine == "api":
-            continue
-        work = replace(work, model=_running(work.model, gpu))
-        memory, key = _memory(work, gpu), (work.who, work.verb == "exam")
-        if key not in most or sum(memory.values()) > sum(most[key][1].values()):
-            most[key] = work, memory
-        longest[work.who] = max(longest.get(work.who, 0), work.longest + work.most_written)
-    for (who, exam), (work, memory) in most.items():
-        if exam:
-            found += _exam_memory(work.model, gpu, memory)
-        else:
-            found += _engine_memory(DOES[work.verb], who, work.model, gpu, memory, longest[who])
+        if work.model.engine != "api":
+            groups.setdefault((work.who, work.verb == "exam"), []).append(work)
+    for (who, exam), group in groups.items():
+        found += _exam_memory(group, gpu) if exam else _engine_memory(who, group, gpu)
     if shape is not None and trained:
         found += _training_memory_problems(recipe, gpu, processes, trained)
     return list(dict.fromkeys(found))
@@ -275,47 +266,101 @@ def _misfits(key: str, model: Model, recipe: Recipe, gpu: Gpu, processes: int) -
     return found
 
 
-def _engine_memory(
-    label: str, key: str, model: Model, gpu: Gpu, memory: dict, longest: float
-) -> list[str]:
-    """longest: tokens of the longest prompt with its reply, of all that the model is asked."""
-    weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
-    told = f"{model.path} in {_bits(model)} ({weights:.1f} GiB of weights)"
-    fewer = {"transformers": "nf4", "vllm": "fp8"}[model.engine]
-    smaller = f"{key}.quantisation={fewer}"
-    if model.quantisation != "none":
-        smaller = f"a smaller {key}.path"
+def _peak(works: list[Work], gpu: Gpu, **changes) -> tuple[Work, dict[str, float]]:
+    """The work that takes most of the GPU, with its parts; by its model with `changes`."""
+    changed = [replace(w, model=w.model.model_copy(update=changes)) for w in works]
+    changed = [replace(w, model=_running(w.model, gpu)) for w in changed]
+    return max(
+        ((work, _memory(work, gpu)) for work in changed), key=lambda found: sum(found[1].values())
+    )
+
+
+def _room_for_context(model: Model, gpu: Gpu, memory: dict) -> int:
+    """Tokens of keys and values for which vLLM has room beside the weights."""
+    left = model.gpu_memory * gpu.memory - memory["working"] - memory["weights"]
+    return int(left * GIB / model_shape(model).kv_bytes(dtype_of(model)))
+
+
+def _context(model: Model) -> int:
+    return model.max_context or model_shape(model).context or VLLM_TOKENS
+
+
+def _fits(works: list[Work], gpu: Gpu, **changes) -> bool:
+    work, memory = _peak(works, gpu, **changes)
+    model = work.model
     if model.engine == "vllm":  # it wants room for one row of the whole context
-        shape, share = model_shape(model), model.gpu_memory * gpu.memory
-        context = model.max_context or shape.context or VLLM_TOKENS
-        left = (share - memory["working"] - weights) * GIB / shape.kv_bytes(dtype_of(model))
-        if left < context:
-            if (shorter := int(left) // 16 * 16) >= longest:
-                smaller += f", or {key}.max_context={shorter}"
-            return [
-                f"{told} leaves no room for one context of {context} tokens on the {gpu.name} "
-                f"({share:.1f} GiB): {smaller}."
-            ]
+        return _room_for_context(model, gpu, memory) >= _context(model)
+    room = gpu.memory - CONTEXT
+    return memory["weights"] <= 0.95 * room and sum(memory.values()) <= room
+
+
+def _batches(works: list[Work], gpu: Gpu, **changes) -> dict:
+    """The changes with the batch_tokens, the most of some, with which they fit; {} if none do."""
+    work, memory = _peak(works, gpu, **changes)
+    weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
+    if weights >= room or work.model.engine != "transformers":
+        return {}
+    tokens = int(work.model.batch_tokens * min(1, (room - weights) / (need - weights)))
+    while tokens:
+        tokens = tokens // 1024 * 1024 or 1
+        if _fits(works, gpu, **changes, batch_tokens=tokens):
+            return {**changes, "batch_tokens": tokens}
+        tokens //= 2
+    return {}
+
+
+def _engine_memory(key: str, works: list[Work], gpu: Gpu) -> list[str]:
+    """Of a model, whatever it is asked; advised is only what makes it fit."""
+    if _fits(works, gpu):
+        return []
+    work, memory = _peak(works, gpu)
+    model, weights, room = work.model, memory["weights"], gpu.memory - CONTEXT
+    advice = []
+    if model.quantisation == "none":
+        for bits in {"transformers": ("nf4",), "vllm": ("fp8", "bitsandbytes")}[model.engine]:
+            changes = {"quantisation": bits}
+            if model.engine != works[0].model.engine:
+                changes["engine"] = model.engine
+            changes = changes if _fits(works, gpu, **changes) else _batches(works, gpu, **changes)
+            if changes:
+                advice.append(_setting(key, changes))
+                break
+    told = f"{model.path} in {_bits(model)} ({weights:.1f} GiB of weights)"
+    if model.engine == "vllm":
+        shorter = _room_for_context(model, gpu, memory) // 16 * 16
+        longest = max(w.longest + w.most_written for w in works)
+        if shorter >= longest and _fits(works, gpu, max_context=shorter):
+            advice.append(_setting(key, {"max_context": shorter}))
+        share = model.gpu_memory * gpu.memory
+        told += (
+            f" leaves no room for one context of {_context(model)} tokens on the {gpu.name} "
+            f"({share:.1f} GiB)"
+        )
     elif weights > 0.95 * room:
-        return [f"{told} does not fit the {gpu.name} ({room:.1f} GiB): {smaller}."]
-    elif need > room:
-        part = (room - weights) / (need - weights)
-        fitting = max(1, int(model.batch_tokens * part) // 1024 * 1024)
-        return [
-            f"{label} needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: "
-            f"{key}.batch_tokens={fitting}."
-        ]
-    return []
+        told += f" does not fit the {gpu.name} ({room:.1f} GiB)"
+    else:
+        need = sum(memory.values())
+        told = f"{DOES[work.verb]} needs {need:.1f} GiB, the {gpu.name} has {room:.1f}"
+        if fewer := _batches(works, gpu):
+            advice = [_setting(key, fewer)]
+    return [f"{told}: {', or '.join(advice) or f'a smaller {key}.path'}."]
 
 
-def _exam_memory(model: Model, gpu: Gpu, memory: dict) -> list[str]:
+def _setting(section: str, changes: dict) -> str:
+    """Keys to set together, as problems tell them."""
+    first, *more = (f"{section}.{key}={value}" for key, value in changes.items())
+    return f"{first} with {' and '.join(more)}" if more else first
+
+
+def _exam_memory(works: list[Work], gpu: Gpu) -> list[str]:
     """lm-eval takes 16-bit weights of what vLLM runs, and batches of any size."""
+    work, memory = _peak(works, gpu)
     weights, need, room = memory["weights"], sum(memory.values()), gpu.memory - CONTEXT
     if need <= room:
         return []
     return [
-        f"{DOES['exam']}: {model.path} in {_bits(model)} ({weights:.1f} GiB of weights) takes "
-        f"{need:.1f} GiB of the {gpu.name} ({room:.1f}): evaluation.harness=[]."
+        f"{DOES['exam']}: {work.model.path} in {_bits(work.model)} ({weights:.1f} GiB of weights) "
+        f"takes {need:.1f} GiB of the {gpu.name} ({room:.1f}): evaluation.harness=[]."
     ]
 
 
@@ -326,32 +371,57 @@ def _bits(model: Model) -> str:
 
 
 def _training_memory_problems(recipe, gpu, processes, trained) -> list[str]:
-    settings, room = recipe.training, gpu.memory - CONTEXT
-    stage = trained[0]
-    need = sum(stage.memory.values())
+    """Advised is only what makes it fit: each alone, or where nothing does, all together."""
+    config, room = architecture(recipe.model), gpu.memory - CONTEXT
+    pairs = recipe.pairs.max_tokens
+
+    def fits(number: int = processes, longest: int = pairs, **changes) -> bool:
+        settings = recipe.training.model_copy(update=changes)
+        parts = training_memory(config, recipe.model, settings, gpu.memory, longest, number)
+        return sum(parts.values()) <= room
+
+    need = sum(trained[0].memory.values())
     if need <= room:
         return []
-    advice = []
+    settings, advice = recipe.training, []
+    alone: list[dict] = []
     if settings.method == "full":
-        config, longest = architecture(recipe.model), recipe.pairs.max_tokens
-        for number in (2, 4, 8, 16, 32, 64):
-            parts = training_memory(config, recipe.model, settings, gpu.memory, longest, number)
-            if number > processes and sum(parts.values()) <= room:
-                advice.append(f"{number} GPUs (--gpus {number}, see sao_utils/launch)")
-                break
-        advice.append("training.method=lora with training.quantisation=nf4")
+        more = (n for n in (2, 4, 8, 16, 32, 64) if n > processes and fits(n))
+        advice += [f"{n} GPUs (--gpus {n}, see sao_utils/launch)" for n in more][:1]
+        alone.append({"method": "lora", "quantisation": "nf4"})
     elif settings.quantisation == "none":
-        advice.append("training.quantisation=nf4")
+        alone.append({"quantisation": "nf4"})
     if settings.gradient_checkpointing == "off":
-        advice.append("training.gradient_checkpointing=on")
-    elif stage.memory["activations"] + stage.memory["working"] > 0.3 * room:
-        pair = PER_PROMPT * recipe.pairs.max_tokens  # goes alone if it is longer than the budget
-        if settings.token_budget > pair:
-            advice.append(f"training.token_budget={max(pair, settings.token_budget // 2)}")
-        else:
-            advice.append(f"pairs.max_tokens={recipe.pairs.max_tokens // 2}")
+        alone.append({"gradient_checkpointing": "on"})
+    advice += [_setting("training", changes) for changes in alone if fits(**changes)]
+    # A pair goes alone if it is longer than the budget: a smaller budget then changes nothing.
+    budgets = _halves(settings.token_budget, PER_PROMPT * pairs)
+    lengths = _halves(pairs, int(Rates.pair / PER_PROMPT))  # with less, most pairs drop out
+    budget = next((n for n in budgets if fits(token_budget=n)), None)
+    length = next((n for n in lengths if fits(longest=n)), None)
+    if budget:
+        advice.append(f"training.token_budget={budget}")
+    elif length:
+        advice.append(f"pairs.max_tokens={length}")
+    if not advice:
+        every = {key: value for changes in alone for key, value in changes.items()}
+        for length in (pairs, *lengths):
+            every |= {"token_budget": min(settings.token_budget, PER_PROMPT * length)}
+            if fits(longest=length, **every):
+                shorter = f" and pairs.max_tokens={length}" if length < pairs else ""
+                advice.append(_setting("training", every) + shorter)
+                break
     told = ", or ".join(advice) or "a smaller model.path"
     return [f"Training needs {need:.1f} GiB, the {gpu.name} has {room:.1f}: {told}."]
+
+
+def _halves(number: int, least: int) -> list[int]:
+    """Smaller numbers, each half of the one before, and at last the least."""
+    found = []
+    while number > least:
+        number = max(least, number // 2)
+        found.append(number)
+    return found
 
 
 # ---------------------------------------------------------------------------- disk and words

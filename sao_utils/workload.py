@@ -112,13 +112,15 @@ class Work:
 @dataclass(frozen=True)
 class Workload:
     """All `works` of a run in order; `pairs` that a training of one seed has; what could not be counted,
-    or was assumed, in `notes`; `measured`, the stages of the reference run where its rates hold."""
+    or was assumed, in `notes`; `measured`, the stages of the reference run where its rates hold;
+    `problems`, for which the run would stop."""
 
     works: list[Work]
     rates: Rates
     pairs: int
     notes: list[str]
     measured: dict[str, dict]
+    problems: list[str]
 
     @property
     def bill(self) -> dict[str, tuple[float, float]]:
@@ -135,7 +137,8 @@ def workload(recipe: Recipe) -> Workload:
     """What a run of a recipe asks of its models."""
     rates, measured = _rates(recipe)
     notes: list[str] = []
-    works = [*_loop(recipe, rates)]
+    problems: list[str] = []
+    works = [*_loop(recipe, rates, _personas(recipe, problems, notes))]
     if recipe.model.engine == "api":
         notes.append("Notebooks 01 to 03 only: a model behind a server cannot be trained.")
     else:
@@ -145,7 +148,7 @@ def workload(recipe: Recipe) -> Workload:
             *_benchmarks(recipe, rates, notes),
         ]
     pairs = round(recipe.personas.count * rates.prompts_kept * rates.pairs_kept)
-    return Workload([work for work in works if work.rows], rates, pairs, notes, measured)
+    return Workload([work for work in works if work.rows], rates, pairs, notes, measured, problems)
 
 
 def actual(folder: Path) -> dict[str, dict]:
@@ -221,13 +224,13 @@ def _differing(stages: dict) -> dict[str, float]:
 # ---------------------------------------------------------------------------- the loop
 
 
-def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+def _loop(recipe: Recipe, rates: Rates, personas: list[str]) -> Iterator[Work]:
     """Stages 1 to 3, and what notebooks 01 to 03 try beside them."""
     seeds, count = len(recipe.seeds), recipe.personas.count
     asked, tried = count * seeds, TEMPERATURES * min(TRIED, count) * seeds
     beside = seeds * (min(WITHOUT, count) + OWN) + tried
     kept, judged = rates.prompts_kept, rates.prompts_kept * rates.judged
-    instruction, most_instruction = _instruction(recipe, rates)
+    instruction, most_instruction = _instruction(recipe, rates, personas)
 
     def prompts(stage: str, rows: int, part: str = "") -> Work:
         limit = recipe.personas.max_new_tokens
@@ -267,18 +270,34 @@ def _loop(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         yield verdicts("variants", *some, part="verdicts, sampled", sampled=True)
 
 
-def _instruction(recipe: Recipe, rates: Rates) -> tuple[float, float]:
+def _personas(recipe: Recipe, problems: list[str], notes: list[str]) -> list[str]:
+    """Those of the user's own file, if it is here; and whether it has enough for each seed."""
+    source, count = recipe.personas.source, recipe.personas.count
+    if source in ("tiny", "hub"):
+        return []
+    if not Path(source).is_file():
+        notes.append(f"Not looked into: the personas in {source} are not on this machine.")
+        return []
+    try:
+        personas = read_column(source, "persona")
+    except RecipeError as error:  # with which the run would stop, too
+        problems.append(str(error))
+        return []
+    if (different := len(set(personas))) < count:
+        problems.append(
+            f"{source} has {different} different personas, the run asks for {count} of each seed: "
+            f"personas.count={different}, or a longer file."
+        )
+    return personas
+
+
+def _instruction(recipe: Recipe, rates: Rates, personas: list[str]) -> tuple[float, float]:
     """Tokens of the persona template with a persona: in the mean, and the most that the mean may be."""
-    source = recipe.personas.source
-    if source not in ("tiny", "hub") and Path(source).is_file():
-        try:
-            personas = read_column(source, "persona")
-        except RecipeError:  # told when it runs
-            return rates.instruction, 2 * rates.instruction
-        longest = sorted(map(tokens, personas), reverse=True)[: recipe.personas.count]
-        template = tokens(templates.source("persona"))
-        return template + fmean(map(tokens, personas)), template + fmean(longest)
-    return rates.instruction, 2 * rates.instruction
+    if not personas:
+        return rates.instruction, 2 * rates.instruction
+    longest = sorted(map(tokens, personas), reverse=True)[: recipe.personas.count]
+    template = tokens(templates.source("persona"))
+    return template + fmean(map(tokens, personas)), template + fmean(longest)
 
 
 def _labelled(recipe: Recipe) -> list[float] | None:

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from sao_utils import cli, costs, planning, workload
 from sao_utils.costs import PlanError, find_gpu
+from sao_utils.personas import draw_personas
 from sao_utils.planning import plan, render
-from sao_utils.recipe import Model, load_recipe
+from sao_utils.recipe import Model, RecipeError, load_recipe, recipe_names
+from sao_utils.rows import open_run
 from sao_utils.shapes import shape_of
 
 GIB = 2**30
@@ -76,7 +78,7 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
         ("paper", "A100-80", {}, "4 GPUs (--gpus 4"),
         ("paper", "A100-80", {}, "training.method=lora"),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}, "training.quantisation=nf4"),
-        ("gpu-24gb", "4090", {"training.token_budget": 131072}, "training.token_budget=65536"),
+        ("gpu-24gb", "4090", {"training.token_budget": 131072}, "training.token_budget=16384"),
         (
             "gpu-24gb",
             "4090",
@@ -92,7 +94,7 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
             "gpu-24gb",
             "4090",
             {"training.token_budget": 8192, "pairs.max_tokens": 16_384},
-            "pairs.max_tokens=8192",
+            "pairs.max_tokens=4096",
         ),
     ],
 )
@@ -127,12 +129,116 @@ def test_the_advice_helps():
         assert problems == [], (name, changes)
 
 
+#: What a problem is about, whatever its figures are. All that a model takes of a GPU is one problem.
+KINDS = (
+    "workers takes a GPU",
+    "vLLM does not promise",
+    "has no bfloat16",
+    "overflows in float16",
+    r"Training needs",
+    r"lm-eval's tasks",
+    r"GiB of weights|Generating needs|Judging needs",
+    "such pairs get no verdict",
+    r"takes \d+ tokens",
+)
+
+
+def kind(problem):
+    return next(k for k in KINDS if re.search(k, problem))
+
+
+def alternatives(problem):
+    """({key: value}, GPUs) of each thing to do that a problem names."""
+    for told in problem.split(": ")[-1].split(", or "):
+        number = re.search(r"--gpus (\d+)", told)
+        changes = dict(re.findall(r"([a-z_]+\.[a-z_]+)=(\[\]|[\w/.-]*\w)", told))
+        if other := re.search(r"another (\w+\.path), such as (\S+)\.$", told):
+            changes[other[1]] = other[2]
+        assert changes or number, problem
+        yield changes, int(number[1]) if number else None
+
+
+def check_each_alternative(name, gpu, count, changes):
+    """Returns how many there were."""
+    checked = 0
+    for problem in plan(load_recipe(name, changes), gpu, count).problems:
+        for settings, number in alternatives(problem):
+            after = plan(load_recipe(name, {**changes, **settings}), gpu, number or count)
+            assert kind(problem) not in map(kind, after.problems), (problem, settings, number)
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("gpu", costs.gpus())
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_alternative_alone_makes_its_problem_go_away(name, gpu, count):
+    checked = check_each_alternative(name, find_gpu(gpu), count, {})
+    assert checked >= (2 if name.startswith("paper") and find_gpu(gpu).memory < 40 else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "changes"),
+    [
+        ("colab-t4", "T4", {"model.batch_tokens": 500_000}),
+        ("gpu-24gb", "4090", {"training.token_budget": 131_072}),
+        ("gpu-24gb", "4090", {"responses.max_new_tokens": 2048}),
+        ("gpu-24gb", "4090", {"model.engine": "transformers", "model.quantisation": "none"}),
+        ("gpu-24gb", "L4", {"training.quantisation": "none"}),
+        ("gpu-24gb", "T4", {"training.quantisation": "none", "training.token_budget": 65_536}),
+        ("gpu-24gb", "T4", {"training.token_budget": 65_536, "pairs.max_tokens": 8192}),
+        ("gpu-24gb", "4090", {"training.gradient_checkpointing": "off"}),
+        ("gpu-24gb", "4090", {"training.token_budget": 8192, "pairs.max_tokens": 16_384}),
+        ("gpu-24gb", "4090", {"model.max_context": 16}),
+        ("gpu-24gb-llama", "L4", {"model.max_context": None, "model.gpu_memory": 0.76}),
+        ("paper", "4090", {"training.method": "lora", "training.token_budget": 65_536}),
+    ],
+)
+def test_each_alternative_alone_helps_a_changed_recipe_too(name, gpu, changes):
+    assert check_each_alternative(name, find_gpu(gpu), 1, changes)
+
+
+def test_no_length_of_pairs_is_advised_where_the_states_alone_fill_the_gpu():
+    for count in (1, 4):
+        told = plan(load_recipe("paper"), find_gpu("4090"), count).problems[-1]
+        assert "16 GPUs" in told and told.endswith("quantisation=nf4.")
+
+
+@pytest.mark.filterwarnings("ignore:.*repeat a persona")
+@pytest.mark.parametrize("gpu", [None, "4090"])
+def test_a_file_with_too_few_personas_is_a_problem_as_it_is_for_the_run(tmp_path, gpu):
+    people = tmp_path / "people.csv"
+    people.write_text("persona\n" + "".join(f"person {k % 6}\n" for k in range(9)))
+    for count, seeds, enough in ((500, [0], False), (7, [0], False), (6, [0, 1], True)):
+        changes = {"personas.source": str(people), "personas.count": count, "seeds": seeds}
+        made = plan(load_recipe("gpu-24gb", changes), find_gpu(gpu) if gpu else None)
+        assert any("has 6 different personas" in told for told in made.problems) != enough
+        assert ("personas.count=6, or a longer file" in render(made)) != enough
+        run = open_run("gpu-24gb", f"of-{count}", changes)
+        if enough:
+            assert len(draw_personas(run)) == 6 * len(seeds)
+        else:
+            with pytest.raises(RecipeError, match="6 different personas"):
+                draw_personas(run)
+
+
+def test_a_file_of_personas_that_cannot_be_read_is_a_problem_and_a_missing_one_is_noted(tmp_path):
+    people = tmp_path / "people.csv"
+    changes = {"personas.source": str(people)}
+    made = plan(load_recipe("gpu-24gb", changes))
+    assert made.problems == [] and "are not on this machine" in "\n".join(made.notes)
+    people.write_text("name\nAnn\n")
+    (told,) = plan(load_recipe("gpu-24gb", changes)).problems
+    assert "has no column 'persona'" in told
+
+
 def test_the_advice_does_not_contradict_itself():
     """A model that goes to another engine gets that engine's 4 bits, and a context that is far too
     short is made longer, not the answers shorter than nothing."""
     told = plan(load_recipe("gpu-24gb-llama"), find_gpu("T4")).problems
     keys = [re.findall(r"model\.\w+=\w+", problem) for problem in told]
-    assert keys == [["model.engine=transformers"], ["model.dtype=auto"], ["model.quantisation=nf4"]]
+    both = ["model.quantisation=nf4", "model.engine=transformers"]
+    assert keys == [["model.engine=transformers"], ["model.dtype=auto"], both]
     (short,) = plan(load_recipe("gpu-24gb", {"model.max_context": 16}), find_gpu("4090")).problems
     assert short.endswith("no verdict. model.max_context=2228.")
     changes = {"model.max_context": 16, "responses.max_new_tokens": 8192}
