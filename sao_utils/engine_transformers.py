@@ -19,6 +19,7 @@ from sao_utils.engines import (
     over_long,
     parting,
     precision,
+    say_once,
 )
 from sao_utils.recipe import Model
 
@@ -37,7 +38,7 @@ class TransformersEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype, why = precision(model)
         bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
-        print(f"{model.path}: {dtype}{bits} ({why})", flush=True)
+        say_once(f"{model.path}: {dtype}{bits} ({why})")
         whole = adapter is not None and not (adapter / "adapter_config.json").exists()
         weights = model.model_copy(update={"path": str(adapter), "revision": None})
         loaded = load_model(weights if whole else model, device)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
@@ -319,6 +319,12 @@ def precision(model: Model) -> tuple[str, str]:
     if (major, minor) >= (8, 0):
         return "bfloat16", words
     return "float16", f"{words}, bfloat16 needs 8.0"
+
+
+@cache
+def say_once(words: str) -> None:
+    """Print a line, unless this process has printed it before: a run loads many an engine."""
+    print(words, flush=True)
 
 
 def load_model(model: Model, device: str | int | None = "cpu"):

@@ -85,6 +85,7 @@ def test_the_dtype_follows_the_machine_with_the_reason(
 
 
 def test_a_load_says_once_which_precision_it_takes_and_takes_it(capsys):
+    engines.say_once.cache_clear()  # of what other tests have loaded
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         made = TransformersEngine(Model(path="tiny", dtype=dtype), None, dtype)
         assert made.model.dtype == expected

@@ -328,3 +328,11 @@ def test_the_embedded_model_is_small_plain_llama_in_safetensors():
     assert config["head_dim"] in (32, 64) and config["max_position_embeddings"] >= 1024
     assert (folder / "model.safetensors").stat().st_size < 10e6
     assert not list(folder.glob("*.bin"))
+
+
+def test_a_process_says_each_reason_for_a_dtype_once_and_another_one_too(capsys):
+    engines.say_once.cache_clear()  # of what other tests have loaded
+    for dtype in ("float32", "float32", "float16", "float32"):
+        engines._load(TINY.model_copy(update={"dtype": dtype}), None, dtype)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny: ")]
+    assert [line.split()[1] for line in told] == ["float32", "float16"]
