@@ -1,6 +1,6 @@
 """The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
 
-Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit the GPU, 2 something was
+Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 something was
 asked for that there is not, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 """
 
@@ -119,7 +119,7 @@ def plan(
 ) -> None:
     """Tell what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
 
-    Ends with exit code 1 if something does not fit the GPU, after saying which key to change.
+    Ends with exit code 1 if something does not fit, after saying which key to change.
     """
     from sao_utils import costs, planning, workload
     from sao_utils.recipe import RecipeError, load_recipe
