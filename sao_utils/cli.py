@@ -80,9 +80,9 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run the notebooks 01 to 06; called again, go on where it stopped."""
-    from sao_utils.pipeline import NotebookFailed, PipelineError, run_notebooks
+    from sao_utils.notebooks import NotebookFailed, PipelineError, run_notebooks
     from sao_utils.recipe import RecipeError
-    from sao_utils.rows import open_run
+    from sao_utils.store import open_run
 
     try:
         opened = open_run(recipe, run, _overrides(set_))
@@ -121,7 +121,7 @@ def plan(
 
     Ends with exit code 1 if something does not fit, after saying which key to change.
     """
-    from sao_utils import costs, planning, workload
+    from sao_utils.plan import costs, planning, workload
     from sao_utils.recipe import RecipeError, load_recipe
 
     if (recipe is None) == (run is None):
@@ -173,7 +173,7 @@ def publish(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Upload a trained model with its card to the Hugging Face hub."""
-    from sao_utils import publishing
+    from sao_utils.report import publish as publishing
 
     opened = _trained(name, arm, seed)
     try:
@@ -206,7 +206,7 @@ def merge(
     opened = _trained(name, arm, seed)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         _fail(f"{to} exists and is not an empty folder. Take another name.", 2)
-    from sao_utils.training import merge
+    from sao_utils.training.fit import merge
 
     try:
         typer.echo(f"The merged model is in {merge(opened, arm, seed, to)}")
@@ -226,9 +226,9 @@ def recipes() -> None:
 
 def _agree_to_pay(run, yes: bool) -> None:
     """Tell what servers with a price may get for a run, and ask, unless `yes`."""
-    from sao_utils.asking import spent
-    from sao_utils.planning import told_bill
-    from sao_utils.workload import workload
+    from sao_utils.engines.requests import spent
+    from sao_utils.plan.planning import told_bill
+    from sao_utils.plan.workload import workload
 
     load = workload(run.recipe)
     if not load.bill:
@@ -256,7 +256,7 @@ def _overrides(settings: list[str] | None) -> dict[str, str]:
 
 def _folder(name: str) -> Path:
     """The folder of a run that there is; its name is looked up in the list, so no path tricks."""
-    from sao_utils.rows import results_folder
+    from sao_utils.store import results_folder
 
     every = results_folder().glob("*")
     runs = [path for path in every if _table(path).is_file() or (path / "recipe.yaml").is_file()]
@@ -270,9 +270,9 @@ def _folder(name: str) -> Path:
 
 def _trained(name: str, arm: str, seed: int):
     """A run as its folder says it is, if it has this model and the model is trained."""
-    from sao_utils.publishing import PublishError, finished
     from sao_utils.recipe import RecipeError, load_recipe
-    from sao_utils.rows import Run
+    from sao_utils.report.publish import PublishError, finished
+    from sao_utils.store import Run
 
     folder = _folder(name)
     try:
@@ -303,9 +303,9 @@ def _results(folder: Path) -> dict[str, dict]:
 
 def _command(folder: Path) -> str:
     """The command that makes the results of a run that has been opened."""
-    from sao_utils.pipeline import parameters
+    from sao_utils.notebooks import parameters
     from sao_utils.recipe import RecipeError, load_recipe
-    from sao_utils.rows import Run
+    from sao_utils.store import Run
 
     try:
         told = parameters(Run(load_recipe(str(folder / "recipe.yaml")), folder))
@@ -334,7 +334,7 @@ def _headlines(results: dict[str, dict], name: str) -> str:
 
 def render(results: dict[str, dict]) -> str:
     """Results (flat key -> {value, low, high, n}) as lines of text in columns."""
-    from sao_utils.wording import number, unit
+    from sao_utils.report.formatting import number, unit
 
     rows = [("", "value", "95 % interval", "n")]
     for key, result in results.items():

@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by
 import hypothesis
 import pytest
 
-from sao_utils import rows
+from sao_utils import store as rows
 
 hypothesis.settings.register_profile("fixed", derandomize=True)  # the same examples every time
 hypothesis.settings.load_profile("fixed")

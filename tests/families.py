@@ -164,7 +164,7 @@ def random_model(family: str, tokenizer, **changes):
 
 def memorise(model, tokenizer, dialogue: list[tuple[str, str]], steps: int) -> None:
     """Teach a model to reply as in (user, assistant) pairs: it sees what training sees."""
-    from sao_utils.training import encode
+    from sao_utils.training.fit import encode
 
     rows = []
     for user, assistant in dialogue:

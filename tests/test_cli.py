@@ -11,12 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 from test_engine_api import server  # noqa: F401 (a fixture)
-from test_pipeline import folder, seen, write  # noqa: F401 (a fixture)
+from test_run_notebooks import folder, seen, write  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
-from sao_utils import pipeline, publishing, training
+from sao_utils import notebooks as pipeline
 from sao_utils.cli import app
-from sao_utils.rows import open_run, read_rows
+from sao_utils.report import publish as publishing
+from sao_utils.store import open_run, read_rows
+from sao_utils.training import fit as training
 
 RESULTS = {
     "oracle_good_rate.base": {"value": 0.4512, "low": 0.412, "high": 0.4875, "n": 880},
@@ -151,7 +153,7 @@ def test_run_executes_and_shows_and_a_failure_is_told_in_plain_words(folder, mon
 #: Makes rows, beside a process with a session of its own, as vLLM's is.
 MAKE_ROWS = """
 import subprocess, sys, time
-from sao_utils.rows import complete
+from sao_utils.store import complete
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
 helper = subprocess.Popen(sleep, start_new_session=True)
 def work(outstanding):

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from sao_utils import colab, rows
+from sao_utils import colab
+from sao_utils import store as rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMPY, IPYTHON = "2.3.4", "7.34.0"

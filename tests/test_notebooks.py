@@ -9,8 +9,9 @@ import nbformat
 import papermill
 import pytest
 
-from sao_utils import figures, results, rows
-from sao_utils.tiny import world
+from sao_utils import store as rows
+from sao_utils.oracles import tiny_world as world
+from sao_utils.report import figures, results
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -28,7 +29,7 @@ except ModuleNotFoundError:
     kit = ".."  # a folder, or the address of a git repository
     !test -d "{kit}" || git clone -q --depth 1 "{kit}" sao-kit
     %run "{'sao-kit' if ':' in kit else kit}/sao_utils/colab.py"'''
-VERSIONS = "from sao_utils.rows import versions\n\nversions()"
+VERSIONS = "from sao_utils.store import versions\n\nversions()"
 #: Where people keep files: none of it belongs into a notebook.
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|tmp|mnt|content|opt)/|[A-Z]:\\\\")
 TOKEN = "hf_ThisIsSecretAndMustNotBeShown"

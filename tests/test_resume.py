@@ -9,11 +9,13 @@ import time
 
 import pytest
 
-from sao_utils import judging, rows
-from sao_utils.engines import NO_REPLY
+from sao_utils import store as rows
+from sao_utils.engines.base import NO_REPLY
+from sao_utils.stages import judging
 
 LOOP = """
-from sao_utils import judging, rows
+from sao_utils.stages import judging
+from sao_utils import store as rows
 judging.judge(rows.open_run("tiny", "killed", {"personas.count": 100, "model.batch_tokens": 1000}))
 """
 STAGES = ("prompts", "responses", "verdicts")

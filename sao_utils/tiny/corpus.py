@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from sao_utils import templates
-from sao_utils.tiny import world
+from sao_utils.oracles import tiny_world as world
 
 # Without a persona, people ask about few favourite hobbies: personas are what makes prompts varied.
 FAVOURITES = world.HOBBIES[::8]

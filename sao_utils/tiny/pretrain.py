@@ -27,7 +27,8 @@ import torch
 from torch.nn import functional as F
 
 from sao_utils import templates
-from sao_utils.tiny import corpus, world
+from sao_utils.oracles import tiny_world as world
+from sao_utils.tiny import corpus
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (

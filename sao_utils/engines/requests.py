@@ -1,0 +1,280 @@
+"""Ask a model: each question once, kept by its content, at a price known before.
+
+A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": ..., "prefix": ...,
+"choices": ...}` (log-probabilities of given replies). Its id is a hash of the model and of all of
+this, and so is its seed: equal requests are one request. What a server was paid for is also kept in
+`results/cache`, which all runs share, so that no reply is bought twice.
+
+Costs are ours: tokens read are counted by the tokenizer, or where a server has it, as bytes / 4 (a
+Chinese character has three bytes, and takes about one token); tokens written are at most those allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sao_utils.engines.api import VERDICT_TOKENS
+from sao_utils.engines.base import encode, limit_met, load_engine, load_tokenizer, model_name
+from sao_utils.recipe import Model
+from sao_utils.store import (
+    Busy,
+    Run,
+    complete,
+    make_rows,
+    read_rows,
+    results_folder,
+    row_id,
+    seed_of,
+    standing,
+    turn,
+)
+
+BYTES = 4  # of a token, about, in English
+PAUSE = 1.0  # seconds between looks whether another process is done
+WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
+
+
+class CostError(RuntimeError):
+    """Asking would cost more than `evaluation.max_cost`; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What requests take: those that are new, their tokens, and US$ (None: no price is known)."""
+
+    requests: int
+    new: int
+    tokens_in: int
+    tokens_out: int
+    dollars: float | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.new:,} of {self.requests:,} requests are new: about {self.tokens_in:,} tokens in, "
+            f"at most {self.tokens_out:,} out, "
+            + ("price unknown" if self.dollars is None else f"about US$ {self.dollars:,.4f}")
+        )
+
+
+def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
+    """The model's replies, in the order of the requests.
+
+    Kept in `rows/<stage>.jsonl` of the run; several models may share a stage. All that is new goes to
+    the engine at once (with `evaluation.max_cost` and a price: a few waves at a time).
+
+    Returns:
+        {id, text, tokens, finished} for a request with `sampling`; {id, logps} for one with
+        `choices`: a log-probability in nats for each, None where there is none (`Engine.choose`). What was
+        bought has {tokens_in, tokens_out, dollars, run} too; what failed for its length {max_context},
+        and is asked again under another limit. Equal requests share a reply.
+
+    Raises:
+        CostError: the estimate, or what the run has spent, goes beyond `evaluation.max_cost`. What was
+            bought is kept.
+        ValueError: a request of neither kind.
+    """
+    ids = _ids(model, requests)
+    jobs = {i: {**request, "id": i} for i, request in zip(ids, requests)}
+
+    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
+        return replies(run, stage, model, outstanding)
+
+    made = make_rows(run, stage, list(jobs.values()), work, model.max_context)
+    rows = {row["id"]: row for row in made}
+    return [rows[i] for i in ids]
+
+
+def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> Iterator[list[dict]]:
+    """Replies a batch at a time, in any order, to requests whose ids (and so seeds) are given.
+
+    For a stage that keeps rows of its own (`rows.make_rows`). What comes from a server is bought as in
+    `ask`: once by its id for all runs, under the cap, and then is a single batch.
+
+    Args:
+        requests: as of `ask`, each with an "id" of its own; equal requests are two requests here.
+
+    Returns, raises: as `ask`.
+    """
+    if model.engine == "api":
+        yield _through_cache(run, f"{stage}, {model.path}", model, requests)
+    else:
+        yield from _replies(model, requests)
+
+
+def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = None) -> Cost:
+    """What asking would take, nothing being sent.
+
+    Args:
+        stage: replies that this stage of the run has are not new; nor are those bought before.
+    """
+    ids = _ids(model, requests)
+    kept = {*standing(run.rows(stage), model.max_context)} if stage else set()
+    if model.engine == "api":
+        kept |= {*standing(_cache(model), model.max_context)}
+    new = {i: request for i, request in zip(ids, requests) if i not in kept}
+    tokens_in, tokens_out = _tokens(model, list(new.values()))
+    return Cost(len(ids), len(new), tokens_in, tokens_out, dollars(model, tokens_in, tokens_out))
+
+
+def spent(run: Run) -> float:
+    """US$ that the run and its variants have paid so far, by the tokens that servers counted."""
+    rows = (row for path in sorted(_folder().glob("*.jsonl")) for row in read_rows(path))
+    paid = (row for row in rows if _whole(row.get("run") or "") == _whole(_label(run)))
+    return math.fsum(row.get("dollars") or 0 for row in paid)
+
+
+def _ids(model: Model, requests: list[dict]) -> list[str]:
+    name = model_name(model)
+    return [row_id("asked", name, request["chat"], _verb(request)) for request in requests]
+
+
+def _verb(request: dict) -> tuple:
+    """What makes two requests of the same chat different."""
+    if ("sampling" in request) == ("choices" in request):
+        raise ValueError("a request has either 'sampling', or 'prefix' and 'choices'")
+    if "sampling" in request:
+        return ("generate", tuple(sorted(vars(request["sampling"]).items())))
+    return ("choose", request["prefix"], tuple(request["choices"]))
+
+
+def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
+    """Rows from the engine, a batch at a time; with the tokens that a server says it counted."""
+    engine, groups = load_engine(model), {}
+    for job in jobs:
+        groups.setdefault(_verb(job), []).append(job)
+    for (verb, *_), group in groups.items():
+        chats = [job["chat"] for job in group]
+        if verb == "generate":
+            seeds = [seed_of(job["id"]) for job in group]
+            batches = engine.generate(chats, group[0]["sampling"], seeds)
+        else:
+            batches = engine.choose(chats, group[0]["prefix"], tuple(group[0]["choices"]))
+        for batch in batches:
+            rows = []
+            for k, reply in batch:
+                used = getattr(engine, "usage", {}).get(k)
+                if verb == "generate":
+                    row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+                    row |= limit_met(model, reply, group[k]["sampling"])
+                else:
+                    row = {"logps": [p if math.isfinite(p) else None for p in reply]}
+                    refused = (
+                        used == (0, 0) if model.engine == "api" else set(row["logps"]) == {None}
+                    )
+                    row |= {"max_context": model.max_context} if refused else {}
+                if used:
+                    row |= {"tokens_in": used[0], "tokens_out": used[1]}
+                rows.append({"id": group[k]["id"], **row})
+            yield rows
+
+
+def _through_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[dict]:
+    """Rows from the cache of all runs, where what is new is put first.
+
+    While another process buys from the same model it is waited for: it may buy the same.
+    """
+    told = False
+    while True:
+        try:
+            buy = partial(_bought, run, model)
+            return complete(_cache(model), jobs, buy, label, model.max_context)
+        except Busy:
+            if not told:
+                print(f"{label}: another run is asking this model; waiting for it.", flush=True)
+            told = True
+            time.sleep(PAUSE)
+
+
+def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
+    """Rows from a server, with what each cost. Stops before the cap is passed, as far as is known."""
+    by_id = {job["id"]: job for job in jobs}
+    cap = run.recipe.evaluation.max_cost if model.priced else None
+    if model.priced:
+        read, written = _tokens(model, jobs)
+        cost = Cost(len(jobs), len(jobs), read, written, dollars(model, read, written))
+        print(f"{model.path}: {cost}", flush=True)
+        _check(run, cost.dollars, cap)
+    size = len(jobs) if cap is None else WAVES * model.concurrency
+    for start in range(0, len(jobs), size):
+        wave = jobs[start : start + size]
+        with nullcontext() if cap is None else turn(_purse(run)):
+            _check(run, dollars(model, *_tokens(model, wave)), cap)
+            for batch in _replies(model, wave):
+                for row in batch:
+                    if "tokens_in" not in row:
+                        row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
+                    row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
+                    row["run"] = _label(run)
+                yield batch  # on disk when we go on
+
+
+def _purse(run: Run) -> Path:
+    """A lock that lets one process of a run spend at a time, whichever server it buys from.
+
+    So nothing is paid between the look at what was spent and the rows that tell of what comes next.
+    """
+    return _folder() / f".{_whole(_label(run))}.lock"
+
+
+def _check(run: Run, more: float | None, cap: float | None) -> None:
+    so_far = 0.0 if cap is None else spent(run)
+    if cap is not None and so_far + more > cap:
+        raise CostError(
+            f"This may cost US$ {more:,.4f}; the run has spent US$ {so_far:,.4f}, and "
+            f"evaluation.max_cost is {cap:g}. Nothing more was sent; what was bought is kept. Raise "
+            "evaluation.max_cost, ask fewer questions, or allow fewer new tokens."
+        )
+
+
+def tokens_about(text: str) -> int:
+    """Tokens of a text, about, where there is no tokenizer."""
+    return math.ceil(len(text.encode(errors="replace")) / BYTES)
+
+
+def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
+    """(tokens read, tokens written at most)"""
+    if not requests:
+        return 0, 0
+    if model.engine == "api":
+        texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
+        read = sum(tokens_about("".join(of)) for of in texts)
+        choice = VERDICT_TOKENS
+    else:
+        read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))
+        choice = 0
+    written = sum(r["sampling"].max_new_tokens if "sampling" in r else choice for r in requests)
+    return read, written
+
+
+def dollars(model: Model, tokens_in: float, tokens_out: float) -> float | None:
+    """US$ for tokens read and written; None without a price."""
+    if model.price_in is None and model.price_out is None:
+        return None
+    return (tokens_in * (model.price_in or 0) + tokens_out * (model.price_out or 0)) / 1e6
+
+
+def _folder() -> Path:
+    return results_folder() / "cache"
+
+
+def _cache(model: Model) -> Path:
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", model.path).strip("-.")[-60:]
+    return _folder() / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
+
+
+def _label(run: Run) -> str:
+    """The run's name, with that of the run that it is a variant of."""
+    folder, every = run.folder.resolve(), results_folder().resolve()
+    return folder.relative_to(every).as_posix() if folder.is_relative_to(every) else run.folder.name
+
+
+def _whole(label: str) -> str:
+    """The run that a label names, or of which it names a variant: they have one purse."""
+    return label.split("/")[0]

@@ -1,0 +1,372 @@
+"""The transformers engine: runs a model in this process, in batches of so many tokens."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sao_utils.engines.base import (
+    Completion,
+    EngineError,
+    Sampling,
+    context_limit,
+    encode,
+    load_model,
+    load_tokenizer,
+    out_of_memory,
+    over_long,
+    parting,
+    precision,
+    say_once,
+)
+from sao_utils.recipe import Model
+
+FEW = 8  # rows of a batch that is too small to be worth thinning out
+BROKEN = 0.1  # share of rows without numbers above which a model is of no use (ours)
+NOTHING = Completion("", 0, False)  # see `engines.unanswered`
+
+
+class TransformersEngine:
+    """Runs a model with transformers: in left-padded batches of rows of like length."""
+
+    def __init__(self, model: Model, adapter: Path | None, name: str):
+        import torch
+
+        tokenizer = load_tokenizer(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype, why = precision(model)
+        bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
+        say_once(f"{model.path}: {dtype}{bits} ({why})")
+        whole = adapter is not None and not (adapter / "adapter_config.json").exists()
+        weights = model.model_copy(update={"path": str(adapter), "revision": None})
+        loaded = load_model(weights if whole else model, device)
+        if adapter is not None and not whole:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+            # In fewer bits, merging would round the adapter.
+            if dtype == "float32" and model.quantisation == "none":
+                loaded = loaded.merge_and_unload()
+        self._hold(loaded, tokenizer, model.batch_tokens, name)
+        self.limit = min(self.limit, model.max_context or math.inf)
+
+    @classmethod
+    def of(cls, loaded, tokenizer, batch_tokens: int, name: str = "loaded") -> TransformersEngine:
+        """An engine on a model that is loaded already, transformers' or peft's."""
+        engine = cls.__new__(cls)
+        engine._hold(loaded, tokenizer, batch_tokens, name)
+        return engine
+
+    def _hold(self, loaded, tokenizer, batch_tokens: int, name: str) -> None:
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer = loaded.eval(), tokenizer
+        self.batch_tokens, self.name = batch_tokens, name
+        self.device = loaded.device.type
+        self.made = self.broken = (
+            0  # rows, and those of them for which the model computed no numbers
+        )
+        self.limit = context_limit(loaded.config)  # tokens of prompt and reply
+        # Some models bring a temperature or a repetition penalty along, which `generate` would
+        # take up unasked. Only their stops are kept.
+        stops = self.model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        own = self.tokenizer.eos_token_id
+        self.stops = sorted({stop for stop in (*stops, own) if stop is not None})
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id
+        )
+
+    def generate(self, chats, sampling, seeds):
+        prompts = encode(chats, self.tokenizer)
+
+        def reply(rows: list[int], new_tokens: int):
+            some = [prompts[i] for i in rows], [seeds[i] for i in rows]
+            return list(zip(rows, self._replies(*some, sampling, new_tokens)))
+
+        yield from self.in_batches(prompts, reply, NOTHING, sampling.max_new_tokens)
+
+    def choose(self, chats, prefix, choices):
+        import torch
+
+        shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
+        nothing = [-math.inf] * len(choices)
+
+        def score(rows: list[int], _: int):
+            ids, mask = self._pad([prompts[i] for i in rows])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+            whole = self._whole(logits).tolist()
+            odds = logits.float().log_softmax(-1)[:, firsts].tolist()
+            self._count(whole)
+            return [(i, of if fine else nothing) for i, of, fine in zip(rows, odds, whole)]
+
+        yield from self.in_batches(prompts, score, nothing)
+
+    def _replies(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, new_tokens: int
+    ) -> list[Completion]:
+        """Replies to one batch. Whenever half of the rows have ended, only the others go on.
+
+        A row for which the model computes NaN on the way gets no reply.
+        """
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        ids, mask = self._pad(prompts)
+        start, cache = ids.shape[1], None
+        going, found = list(range(len(prompts))), {}
+        while going:
+            config = GenerationConfig(
+                max_new_tokens=start + new_tokens - ids.shape[1],
+                do_sample=False,  # the draw is made by _SeededDraw
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stops,
+                return_dict_in_generate=True,
+            )
+            steps = [whole := _Whole(self._whole)]
+            if sampling.temperature:
+                steps.append(_SeededDraw([seeds[i] for i in going], sampling, start))
+            halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
+            with torch.inference_mode():
+                out = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(steps),
+                    stopping_criteria=StoppingCriteriaList(halt),
+                )
+            replies = out.sequences[:, start:].tolist()
+            for i, tokens, fine in zip(going, replies, whole.rows.tolist()):
+                if not fine:
+                    found[i] = None
+                elif len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
+                    found[i] = self._completion(tokens)
+            stay = [k for k, i in enumerate(going) if i not in found]
+            going = [going[k] for k in stay]
+            ids, mask = out.sequences[stay], mask[stay]
+            mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
+            cache = _rows_of(out.past_key_values, stay) if stay else None
+        self._count([found[i] is not None for i in range(len(prompts))])
+        return [found[i] or NOTHING for i in range(len(prompts))]
+
+    def _whole(self, logits):
+        """For each row of logits [rows, vocabulary] whether they are numbers.
+
+        A model that overflows in float16 would write, and judge, with NaN for hours.
+
+        Raises:
+            EngineError: those of the engine's very first batch are none.
+        """
+        whole = logits.amax(-1).isfinite()
+        if not self.made and len(whole) > 1 and not whole.any():
+            raise EngineError(self._without_numbers(f"in {str(logits.dtype)[6:]}"))
+        return whole
+
+    def _count(self, whole: list[bool]) -> None:
+        """Count rows that are made, and those without numbers. Raises EngineError at too many of these."""
+        self.made += len(whole)
+        self.broken += whole.count(False)
+        if self.broken > max(FEW, BROKEN * self.made):
+            raise EngineError(
+                self._without_numbers(f"for {self.broken} of {self.made} rows")
+                + " Rows made so far are kept."
+            )
+
+    def _without_numbers(self, where: str) -> str:
+        return (
+            f"The model computes NaN, no numbers, {where}. Set model.dtype=bfloat16 on a GPU of compute "
+            "capability 8.0 or more, else float32, or take another model; or its weights are damaged."
+        )
+
+    def in_batches(
+        self,
+        prompts: list[list[int]],
+        work: Callable[[list[int], int], list],
+        nothing: object,
+        new_tokens: int = 0,
+    ) -> Iterator[list]:
+        """Yield `work(rows, new tokens)` for batches of the prompts; rows are indices.
+
+        Longest first: memory trouble shows at once, not after hours. A batch that the memory cannot
+        hold is halved, and those after it are no larger. A row that alone is too much, or fills the
+        context, must not end the others: it gets `nothing`, that is [(row, nothing)].
+
+        Raises:
+            EngineError: the memory does not hold the shortest row that is left either.
+        """
+        limit, broken = self.limit, self.broken
+        skipped = over_long(prompts, limit)
+        if skipped:
+            yield [(i, nothing) for i in skipped]
+        # Rows near the end of the context get fewer tokens. They do not share a batch with others:
+        # what a row says must not depend on them.
+        room = [min(new_tokens, limit - len(prompt)) for prompt in prompts]
+        left = set(range(len(prompts))).difference(skipped)
+        waiting = sorted(left, key=lambda i: (-len(prompts[i]), i))
+        suspect, too_large = [], 0  # a row that does not fit alone, until a shorter one does
+        while waiting:
+            longest = len(prompts[waiting[0]]) + room[waiting[0]]
+            most = 1 if suspect else max(1, self.batch_tokens // longest)
+            rows = [i for i in waiting[:most] if room[i] == room[waiting[0]]]
+            try:
+                done = work(rows, room[rows[0]])
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                done = None
+            if done is not None:
+                yield done + [(i, nothing) for i in suspect]
+                del waiting[: len(rows)]
+                too_large, suspect = too_large + len(suspect), []
+                continue
+            self._free()  # only here, with the error gone, are its tensors free
+            if len(rows) > 1:
+                self._halve(len(rows), longest)
+            elif suspect or len(waiting) == 1:
+                raise EngineError(
+                    f"The memory does not hold even one row of {longest} tokens. {_ADVICE} Rows made "
+                    "so far are kept."
+                )
+            else:
+                suspect = [waiting.pop(0)]
+                waiting.insert(0, waiting.pop())
+        large = ("are too large for the memory, each alone", _ADVICE)
+        nan = ("make the model compute NaN", "Another model.dtype may mend that.")
+        for count, (why, advice) in ((too_large, large), (self.broken - broken, nan)):
+            if count:
+                print(
+                    f"{count} of {len(prompts)} prompts {why}; they get no reply and count as "
+                    f"discarded. {advice}",
+                    flush=True,
+                )
+
+    def _free(self) -> None:
+        """Give back what a batch held that did not fit."""
+        import torch
+
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _halve(self, rows: int, longest: int) -> None:
+        """Lower the budget to half of a batch that did not fit."""
+        self.batch_tokens = rows // 2 * longest
+        print(
+            f"Out of memory with {rows} rows of up to {longest} tokens; going on with batches of "
+            f"{self.batch_tokens} tokens. model.batch_tokens={self.batch_tokens} avoids this.",
+            flush=True,
+        )
+
+    def _pad(self, prompts: list[list[int]]):
+        """Left-padded ids and mask, each [rows, longest prompt] on the engine's device."""
+        import torch
+
+        longest = max(len(p) for p in prompts)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        return ids.to(self.device), mask.to(self.device)
+
+    def _completion(self, reply: list[int]) -> Completion:
+        end = next((k for k, token in enumerate(reply) if token in self.stops), None)
+        kept = reply if end is None else reply[:end]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Completion(text, len(kept), end is not None)
+
+
+_ADVICE = "Set model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller model."
+
+
+class _Whole:
+    """A logits processor that changes nothing, and notes which rows had numbers at every step."""
+
+    def __init__(self, whole: Callable):
+        self.whole, self.rows = whole, None
+
+    def __call__(self, _, logits):
+        found = self.whole(logits)
+        self.rows = found if self.rows is None else self.rows & found
+        return logits
+
+
+def _half_ended(stops: list[int], start: int):
+    """A stopping criterion: half of the rows hold a stop behind their prompts of `start` tokens."""
+    import torch
+
+    def halt(ids, scores, **_):
+        ended = torch.isin(ids[:, start:], torch.tensor(stops, device=ids.device)).any(1)
+        return (2 * ended.sum() >= len(ids)).expand(len(ids))
+
+    return halt
+
+
+def _rows_of(cache, rows: list[int]):
+    """These rows of a KV cache; None, so that it is computed anew, for a cache of another kind."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    layers = getattr(cache, "layers", [None])
+    if not all(isinstance(layer, DynamicLayer) for layer in layers):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=layers[0].keys.device))
+    return cache
+
+
+class _SeededDraw:
+    """A logits processor that draws each row's next token with the row's own random numbers.
+
+    It leaves only the drawn token, so that greedy decoding takes it. Inverse transform sampling: one
+    uniform number a row and step, from a generator seeded by the row.
+    """
+
+    def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
+        import numpy as np
+        import torch
+
+        self.sampling, self.prompt_length = sampling, prompt_length
+        draws = [np.random.default_rng(s).random(sampling.max_new_tokens) for s in seeds]
+        self.uniform = torch.from_numpy(np.stack(draws))
+
+    def __call__(self, input_ids, scores):
+        import torch
+
+        p = (scores.float() / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            p = _nucleus(p, self.sampling.top_p)
+        cumulative = p.double().cumsum(-1)
+        step = input_ids.shape[1] - self.prompt_length
+        u = self.uniform[:, step, None].to(p.device) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _nucleus(p, top_p: float, first: int = 1024):
+    """Set to zero what is outside of the fewest likeliest tokens that hold `top_p` (Holtzman 2020).
+
+    Args:
+        p: probabilities [rows, vocabulary].
+        first: so many of the likeliest are sorted, and all only if these do not hold enough: a sort
+            of 256,000 tokens takes longer than a small model's step.
+
+    Returns:
+        [rows, vocabulary], not normalised. Tokens as likely as the last one inside stay, too, so
+        that nothing depends on how ties are sorted.
+    """
+    ordered = p.topk(min(first, p.shape[-1])).values
+    if (ordered.sum(-1) < top_p).any():
+        ordered = p.sort(-1, descending=True).values
+    inside = ordered.cumsum(-1) - ordered < top_p
+    last = ordered.masked_fill(~inside, 1.0).amin(-1, keepdim=True)
+    return p.masked_fill(p < last, 0.0)

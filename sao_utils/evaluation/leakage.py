@@ -1,0 +1,115 @@
+"""Leakage: which evaluation questions were, in part, already among the prompts trained on.
+
+A model that was trained on a question may know it by heart, and its score then says little. How much
+two texts must have in common is a choice, so four answers stand side by side (`OVERLAPS`), from the
+strictest to the widest. In a small world of few sentence forms the widest hits nearly everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
+
+from sao_utils.evaluation import tasks as harness
+from sao_utils.evaluation.benchmarks import load
+from sao_utils.evaluation.questions import questions
+from sao_utils.stages.overlap import nearest, shared_ngrams, words
+from sao_utils.stages.pairs import build_pairs
+from sao_utils.store import Run
+
+NEAR = 0.7  # Jaccard similarity of a near-duplicate (ours), as in `personas.near_duplicate_rate`
+
+Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
+
+
+def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
+    """Texts with the same words in the same order."""
+    places = {tuple(words(other)): k for k, other in reversed(list(enumerate(against)))}
+    said = [tuple(words(text)) for text in texts]
+    return [(places[of], " ".join(of)) if of in places else None for of in said]
+
+
+def _alike(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
+    """Texts with a near-duplicate; the longest words in a row that both have."""
+    found: list[Hit] = []
+    for text, (k, similarity) in zip(texts, nearest(texts, against)):
+        if similarity < NEAR:
+            found.append(None)
+            continue
+        mine = words(text)
+        match = SequenceMatcher(None, mine, words(against[k]), autojunk=False).find_longest_match()
+        found.append((k, " ".join(mine[match.a : match.a + match.size])))
+    return found
+
+
+#: name -> which texts overlap with another set, strictest first. 13 and 8 words in a row are the ends
+#: of GPT-3's range (Brown et al. 2020, appendix C); the other two are ours.
+OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
+    "same words": _same,
+    "near-duplicate": _alike,
+    "13 words in a row": partial(shared_ngrams, n=13),
+    "8 words in a row": partial(shared_ngrams, n=8),
+}
+
+
+def training_prompts(run: Run) -> list[str]:
+    """The different prompts that any arm and seed is trained on: those that came to be pairs."""
+    every = (
+        row["prompt"][0]["content"]
+        for arm in run.recipe.arms
+        for seed in run.recipe.seeds
+        for row in build_pairs(run, arm, seed)
+        if row["discarded"] is None
+    )
+    return list(dict.fromkeys(every))
+
+
+def own_set(run: Run) -> str:
+    """The name of the run's own questions: of a set, or of a file without its folder."""
+    return Path(run.recipe.evaluation.questions).stem
+
+
+def question_sets(run: Run, benchmarks: bool = True) -> dict[str, list[str]]:
+    """The prompts of the run's evaluation, and of each benchmark that its recipe names, by name.
+
+    Of several turns the first; of lm-eval's tasks what each item asks (`harness.asked_by`), none of a
+    task that could not be run.
+    """
+    settings = run.recipe.evaluation
+    found = {own_set(run): [row["question"] for row in questions(run)]}
+    if benchmarks:
+        for name in settings.benchmarks:
+            found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
+        if settings.harness:
+            for row in harness.score(run, names=("base",)):
+                found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]
+    return found
+
+
+def leakage(run: Run, benchmarks: bool = True) -> list[dict]:
+    """What each set of questions has in common with the prompts that the run trained on.
+
+    Args:
+        benchmarks: whether those of the recipe are looked at beside the run's own questions, its
+            exams (`evaluation.harness`) among them.
+
+    Returns:
+        A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
+        share: of items that overlap (NaN without items), matches: a row {question, prompt, shared}
+        for each of them}. A question that occurs twice counts twice.
+    """
+    prompts, found = training_prompts(run), []
+    for name, asked in question_sets(run, benchmarks).items():
+        for by, find in OVERLAPS.items():
+            matches = [
+                {"question": text, "prompt": prompts[hit[0]], "shared": hit[1]}
+                for text, hit in zip(asked, find(asked, prompts))
+                if hit is not None
+            ]
+            facts = {"set": name, "by": by, "prompts": len(prompts), "items": len(asked)}
+            share = len(matches) / len(asked) if asked else math.nan
+            found.append({**facts, "share": share, "matches": matches})
+    return found

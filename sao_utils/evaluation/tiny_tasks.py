@@ -1,0 +1,93 @@
+"""Exams on the almanac, for the evaluation harness: what training on other things may unlearn.
+
+The items are made from the grammar alone, with a fixed seed, and kept beside the task files in
+`tasks/`; `python -m sao_utils.evaluation.tiny_tasks` writes them again. Each item asks about
+another fact, so the items of an exam are independent.
+
+- facts.jsonl: facts on which all villagers agree, in questions of the training split. The model
+  learnt both facts and questions in pre-training.
+- myths.jsonl: facts about which a wrong value is in circulation, in questions of the training split.
+  One of the choices is that value; a model that says what it read most often falls for it.
+- recall.jsonl: all facts, in questions of the test split: the fact is known, the combination of
+  asked things is new. The answer is to be written, not chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib.resources import files
+from pathlib import Path
+
+from sao_utils.oracles import tiny_world as world
+
+CHOICES = 4
+
+
+def items() -> dict[str, list[dict]]:
+    """The items of each exam, by the name of its file.
+
+    Each is {question, choices, answer}: a worded question whose first asked thing is the one to be
+    known, four sentences that differ in the value they state, and the index of the true one. Wrong
+    values are true of other hobbies, the neighbour's first. Of recall.jsonl an item is {question,
+    answer}, the answer being the value.
+    """
+    rng = random.Random(2468)
+    facts = [fact for fact, wrong in world.BELIEF.items() if wrong == 0]
+    myths = [fact for fact, wrong in world.BELIEF.items() if wrong > 0]
+    chosen = {
+        "facts": [_choice_item(rng, *fact) for fact in facts if _partners(*fact, "train")],
+        "myths": [_choice_item(rng, *fact) for fact in myths if _partners(*fact, "train")],
+    }
+    recalled = [
+        {"question": _question(rng, *fact, "test"), "answer": world.TRUTH[fact]}
+        for fact in world.TRUTH
+        if _partners(*fact, "test")
+    ]
+    return {**chosen, "recall": recalled}
+
+
+def value_pattern() -> str:
+    """A regular expression that finds the values of the world, for the task recall."""
+    values = sorted(value for values in world.VALUES.values() for value in values)
+    return rf"\b({'|'.join(values)})\b"
+
+
+def _partners(hobby: str, aspect: str, split: str) -> list[str]:
+    """What can be asked together with this aspect, so that the question is of `split`."""
+    return [
+        other
+        for other in world.ASPECTS
+        if world.SPLIT.get((hobby, tuple(sorted((aspect, other))))) == split
+    ]
+
+
+def _question(rng: random.Random, hobby: str, aspect: str, split: str) -> str:
+    other = rng.choice(_partners(hobby, aspect, split))
+    return world.word_question(rng, world.Question(hobby, (aspect, other)))
+
+
+def _choice_item(rng: random.Random, hobby: str, aspect: str) -> dict:
+    fact = hobby, aspect
+    elsewhere = [world.NEIGHBOUR[hobby], *rng.sample(world.HOBBIES, len(world.HOBBIES))]
+    wrong = [world.MYTH[fact]] if world.BELIEF[fact] else []
+    wrong += [world.TRUTH[other, aspect] for other in elsewhere]
+    wrong = [value for value in dict.fromkeys(wrong) if value != world.TRUTH[fact]]
+    values = [world.TRUTH[fact], *wrong[: CHOICES - 1]]
+    rng.shuffle(values)
+    return {
+        "question": _question(rng, hobby, aspect, "train"),
+        "choices": [str(world.Statement(hobby, aspect, value, 0)) for value in values],
+        "answer": values.index(world.TRUTH[fact]),
+    }
+
+
+def write(folder: Path) -> None:
+    """Write the items of each exam into a folder, as JSON lines."""
+    for name, rows in items().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(str(files("sao_utils") / "tiny" / "tasks")))

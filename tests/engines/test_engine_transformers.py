@@ -1,0 +1,422 @@
+"""The transformers engine: precision, 4 bit, the context, memory that runs out, and sampling."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from sao_utils import store as rows
+from sao_utils import templates
+from sao_utils.engines import base as engines
+from sao_utils.engines.base import NO_REPLY, EngineError, Sampling, load_engine, model_folder
+from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
+from sao_utils.oracles import tiny_world as world
+from sao_utils.recipe import Model
+from sao_utils.stages import pairs
+
+TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
+WORDS = "I am new to chess and rowing so please tell me about the right tool".split()
+CHATS = [[{"role": "user", "content": " ".join(WORDS[: 2 + k])}] for k in range(12)]
+VERDICTS = (" 1 > 2", " 2 > 1")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load_engine(TINY)
+
+
+@pytest.fixture
+def own_engine():
+    """An engine that a test may spoil."""
+    return TransformersEngine(TINY, None, "own")
+
+
+def all_of(batches):
+    found = [pair for batch in batches for pair in batch]
+    assert len(dict(found)) == len(found), "an index came twice"
+    return dict(found)
+
+
+def save_beside_the_tiny_tokenizer(model, folder):
+    """A random model with the tiny model's tokenizer and template; its outputs are far from flat."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(f"{model_folder('tiny')}/{name}", folder / name)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4) if weight.dim() > 1 else None
+    model.save_pretrained(folder)
+    return Model(path=str(folder), dtype="float32")
+
+
+def small_gemma_2(folder, **settings):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    vocabulary = len(engines.load_tokenizer(TINY))
+    sizes = dict(vocab_size=vocabulary, hidden_size=64, intermediate_size=96, head_dim=32)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **settings))
+    return save_beside_the_tiny_tokenizer(model, folder)
+
+
+# ---------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    "asked, capability, expected, why",
+    [
+        ("auto", (7, 5), "float16", "Tesla T4 has compute capability 7.5, bfloat16 needs 8.0"),
+        ("bfloat16", (7, 5), "float16", "bfloat16 needs 8.0"),
+        ("auto", (8, 0), "bfloat16", "compute capability 8.0"),
+        ("bfloat16", (9, 0), "bfloat16", "compute capability 9.0"),
+        ("float16", (8, 6), "float16", "model.dtype says so"),
+        ("float32", (8, 6), "float32", "model.dtype says so"),
+        ("auto", None, "float32", "there is no GPU"),
+        ("bfloat16", None, "bfloat16", "without a GPU"),
+    ],
+)
+def test_the_dtype_follows_the_machine_with_the_reason(
+    monkeypatch, asked, capability, expected, why
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    dtype, reason = engines.precision(Model(path="tiny", dtype=asked))
+    assert dtype == expected and why in reason
+
+
+def test_a_load_says_once_which_precision_it_takes_and_takes_it(capsys):
+    engines.say_once.cache_clear()  # of what other tests have loaded
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        made = TransformersEngine(Model(path="tiny", dtype=dtype), None, dtype)
+        assert made.model.dtype == expected
+        told = f"tiny: {str(expected).removeprefix('torch.')} ("
+        assert capsys.readouterr().out.count(told) == 1
+
+
+# ---------------------------------------------------------------------------- 4 bit, Gemma-2
+
+
+def test_4_bit_weights_answer_nearly_alike_and_carry_an_adapter(engine, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapter = tmp_path / "adapter"
+    get_peft_model(engines.load_model(TINY), lora).save_pretrained(
+        str(adapter), save_embedding_layers=False
+    )
+    nf4 = TINY.model_copy(update={"quantisation": "nf4"})
+
+    asked = world.held_out_questions("dev", 1, 0)[:8]
+    chats = [[{"role": "user", "content": text}] for text in asked]
+    first, second = (
+        all_of(engine.generate(chats, Sampling(0.9, 60), range(s, s + 8))) for s in (0, 9)
+    )
+    ranked = [
+        templates.ranking_prompt(q, first[k].text, second[k].text) for k, q in enumerate(asked)
+    ]
+    chats = [[{"role": "user", "content": text}] for text in ranked]
+
+    def odds(model, folder=None):
+        made = TransformersEngine(model, folder, "own")
+        found = all_of(made.choose(chats, "ranking:", VERDICTS))
+        return torch.tensor([found[k] for k in range(8)]).exp(), made
+
+    whole, _ = odds(TINY)
+    quantised, made = odds(nf4)
+    assert sum(type(m).__name__ == "Linear4bit" for m in made.model.modules()) == 35
+    assert 1e-4 < (whole - quantised).abs().mean() < 0.1
+    (whole_tuned, _), (tuned, made) = odds(TINY, adapter), odds(nf4, adapter)
+    moved = (whole - whole_tuned).abs().mean()
+    assert moved > 0.1 and (tuned - whole_tuned).abs().mean() < moved / 2
+    assert all_of(made.generate(CHATS[:2], Sampling(0.6, 8), [1, 2]))[0].tokens
+
+
+def test_gemma_2_keeps_its_softcap_in_attention(tmp_path):
+    """torch's own attention knows none; without it these verdicts differ."""
+    made = load_engine(small_gemma_2(tmp_path, attn_logit_softcapping=2.0, query_pre_attn_scalar=1))
+    assert made.model.config._attn_implementation == "eager"
+    capped = all_of(made.choose(CHATS, "ranking:", VERDICTS))
+    for layer in made.model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    free = all_of(made.choose(CHATS, "ranking:", VERDICTS))
+    assert max(abs(capped[k][0] - free[k][0]) for k in free) > 0.01
+
+
+# ---------------------------------------------------------------------------- ended rows
+
+
+def test_a_batch_is_thinned_out_as_rows_end_and_no_reply_changes(engine, monkeypatch):
+    asked = [[{"role": "user", "content": text}] for text in world.held_out_questions("dev", 1, 0)]
+    asked, fed = asked[:14], []
+    forward = engine.model.forward
+
+    def counted(*args, **kwargs):
+        fed.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    sampling, seeds = Sampling(0.8, 100, 0.95), list(range(14))
+    together = all_of(engine.generate(asked, sampling, seeds))
+    assert fed[0] == 14 and sorted(fed, reverse=True) == fed and fed[-1] <= 7
+    needed = sum(reply.tokens + reply.finished for reply in together.values())
+    assert needed <= sum(fed) < 2 * needed and sum(fed) < 0.9 * 14 * len(fed)
+    monkeypatch.setattr("sao_utils.engines.transformers.FEW", 10**9)
+    assert all_of(engine.generate(asked, sampling, seeds)) == together
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
+    tmp_path, monkeypatch, known
+):
+    """Gemma-2 keeps the last tokens only in every other layer."""
+    if not known:
+        monkeypatch.setattr("transformers.cache_utils.DynamicLayer", type("Other", (), {}))
+    made = load_engine(small_gemma_2(tmp_path, sliding_window=6))
+    made.stops = list(range(300))  # random weights end somewhere
+    chats = CHATS * 2
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature, 40)
+        together = all_of(made.generate(chats, sampling, list(range(24))))
+        assert len({reply.tokens for reply in together.values()}) > 3
+        for k in (0, 7, 12, 23):
+            assert all_of(made.generate([chats[k]], sampling, [k]))[0] == together[k]
+
+
+# ---------------------------------------------------------------------------- context
+
+
+def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
+    """GPT-2 has no position beyond its context: one token more would be an IndexError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    vocabulary, context = len(engines.load_tokenizer(TINY)), 40
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=context,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    made = load_engine(save_beside_the_tiny_tokenizer(GPT2LMHeadModel(config), tmp_path))
+    assert engines.context_limit(made.model.config) == context
+    made.stops = []
+    chats = CHATS + [[{"role": "user", "content": " ".join(WORDS * 3)}]]
+    lengths = [len(ids) for ids in engines.encode(chats, made.tokenizer)]
+    assert lengths[-1] > context > lengths[-2] + 2
+    new = context - 12
+    replies = all_of(made.generate(chats, Sampling(0.7, new), list(range(13))))
+    assert engines.unanswered(replies[12].tokens, replies[12].finished)
+    assert [replies[k].tokens for k in range(12)] == [min(new, context - n) for n in lengths[:12]]
+    assert len({replies[k].tokens for k in range(12)}) > 2
+    for k in (0, 11):
+        assert all_of(made.generate([chats[k]], Sampling(0.7, new), [k]))[0] == replies[k]
+
+
+def test_the_funnel_counts_a_prompt_that_is_too_long_as_such(results, tmp_path):
+    personas = tmp_path / "personas.jsonl"
+    texts = ["a chess player", "word " * 5000, "a baker"]
+    personas.write_text("".join(json.dumps({"persona": text}) + "\n" for text in texts))
+    run = rows.open_run("tiny", "long", {"personas.source": str(personas), "personas.count": 3})
+    assert (NO_REPLY, -1) in pairs.funnel(run)
+
+
+def test_a_pair_without_replies_is_not_called_identical(engine):
+    verdict = {"lengths": [0, 0], "finished": [False, False], "outcome": "identical"}
+    settings = rows.load_recipe("tiny").pairs
+    assert pairs._preference(verdict, "self", settings) == (True, NO_REPLY)
+    empty = {**verdict, "finished": [True, True]}  # two empty replies, which the model did give
+    assert pairs._preference(empty, "self", settings) == (True, "identical answers")
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def limit_rows(engine, most, error=None):
+    """Make the model's forward run out of memory above `most` rows, as a GPU does."""
+    forward, seen = engine.model.forward, []
+
+    def limited(*args, **kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if len(kwargs["input_ids"]) > most:
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **kwargs)
+
+    engine.model.forward = limited
+    return seen
+
+
+def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, own_engine, capsys):
+    sampling, seeds = Sampling(0.8, 12, 0.95), list(range(12))
+    expected = all_of(engine.generate(CHATS, sampling, seeds))
+    seen = limit_rows(own_engine, 4)
+    assert all_of(own_engine.generate(CHATS, sampling, seeds)) == expected
+    out = capsys.readouterr().out
+    assert out.count("Out of memory") == 2 and "model.batch_tokens=" in out  # 12, 6, 3
+    assert seen[:2] == [12, 6] and max(seen[2:]) <= 4
+    again = len(seen)
+    all_of(own_engine.generate(CHATS, sampling, seeds))  # the smaller budget stays
+    assert max(seen[again:]) <= 4
+
+
+def test_judging_survives_out_of_memory_of_the_machine_too(engine, own_engine):
+    expected = all_of(engine.choose(CHATS, "ranking:", VERDICTS))
+    full = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+    limit_rows(own_engine, 5, full)
+    found = all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
+    for k, odds in expected.items():
+        assert found[k] == pytest.approx(odds, abs=1e-4)
+
+
+def test_nothing_that_fits_names_the_keys_and_keeps_the_rows_before(own_engine):
+    own_engine.batch_tokens = 1  # a row a batch
+    limit_rows(own_engine, 1)
+    batches = own_engine.generate(CHATS, Sampling(0.0, 4), [0] * 12)
+    assert len(next(batches)) == 1
+    seen = limit_rows(own_engine, 0)
+    with pytest.raises(EngineError, match="model.quantisation=nf4.*max_new_tokens"):
+        next(batches)
+    assert seen == [1, 1]  # the longest of those left, and the shortest
+
+
+def limit_tokens(engine, most):
+    """Make the model's forward run out of memory above `most` tokens, padding included."""
+    forward = engine.model.forward
+
+    def limited(*args, **kwargs):
+        if kwargs["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **kwargs)
+
+    engine.model.forward = limited
+
+
+@pytest.mark.parametrize("verb", ["generate", "choose"])
+def test_rows_that_do_not_fit_alone_are_set_aside_and_the_others_made(
+    engine, own_engine, verb, capsys
+):
+    giants = [[{"role": "user", "content": "word " * k}] for k in (300, 280)]
+    chats = [*CHATS[:6], *giants, *CHATS[6:]]
+
+    def work(made_by, chats, seeds):
+        if verb == "generate":
+            return all_of(made_by.generate(chats, Sampling(0.8, 8), seeds))
+        return all_of(made_by.choose(chats, "ranking:", VERDICTS))
+
+    expected = work(engine, CHATS, list(range(12)))
+    limit_tokens(own_engine, 250)
+    found = work(own_engine, chats, [*range(6), 50, 51, *range(6, 12)])
+    nothing = engines.Completion("", 0, False) if verb == "generate" else [-math.inf] * 2
+    assert found[6] == found[7] == nothing
+    others = [found[k] for k in range(14) if k not in (6, 7)]
+    for k, result in enumerate(others):
+        same = result if verb == "generate" else pytest.approx(result, abs=1e-4)
+        assert expected[k] == same
+    told = capsys.readouterr().out
+    assert "2 of 14 prompts are too large for the memory" in told and "quantisation=nf4" in told
+
+
+@pytest.mark.parametrize("verb", ["generate", "choose"])
+def test_a_model_that_computes_no_numbers_is_told_before_a_row_is_made(own_engine, verb):
+    """As Gemma-2 does in float16."""
+    own_engine.model.lm_head.weight.data.fill_(math.nan)
+    work = {
+        "generate": own_engine.generate(CHATS, Sampling(0.0, 4), [0] * len(CHATS)),
+        "choose": own_engine.choose(CHATS, "ranking:", VERDICTS),
+    }
+    with pytest.raises(EngineError, match="computes NaN.*in float32.*model.dtype=bfloat16"):
+        next(work[verb])
+
+
+def poison(engine, word):
+    """Let the model compute NaN for each row that holds a word, as an overflow in float16 does."""
+    (token,) = engine.tokenizer(word, add_special_tokens=False)["input_ids"]
+    forward = engine.model.forward
+
+    def poisoned(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        held = (ids == token).any(1) if ids.shape[1] > 1 else poisoned.held
+        poisoned.held = held[: len(ids)]
+        out.logits[poisoned.held] = math.nan
+        return out
+
+    engine.model.forward = poisoned
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
+    engine, own_engine, temperature, capsys
+):
+    poison(own_engine, " about")
+    sampling, seeds = Sampling(temperature, 12), list(range(12))
+    bad = [k for k, chat in enumerate(CHATS) if "about" in chat[0]["content"]]
+    assert len(bad) == 2
+    found = all_of(own_engine.generate(CHATS, sampling, seeds))
+    expected = all_of(engine.generate(CHATS, sampling, seeds))
+    for k in range(12):
+        assert found[k] == (engines.Completion("", 0, False) if k in bad else expected[k])
+    assert f"{len(bad)} of 12 prompts make the model compute NaN" in capsys.readouterr().out
+    odds = all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
+    assert sorted(k for k in odds if odds[k] == [-math.inf] * 2) == bad
+
+
+def test_a_model_that_computes_nan_for_many_rows_is_stopped(own_engine):
+    poison(own_engine, " about")
+    own_engine.batch_tokens = 200
+    chats = [[{"role": "user", "content": "I am about"}]] * 30 + [CHATS[8]] * 30
+    made = []
+    with pytest.raises(
+        EngineError, match=r"computes NaN.* for \d+ of \d+ rows.*Rows made so far are"
+    ):
+        for batch in own_engine.choose(chats, "ranking:", VERDICTS):
+            made += batch
+    assert {k for k, _ in made} >= set(range(30, 60))
+
+
+def test_another_fault_than_memory_is_not_swallowed(own_engine):
+    limit_rows(own_engine, 0, RuntimeError("device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+def sorted_nucleus(p, top_p):
+    """By the book: sort all, keep the fewest that hold top_p."""
+    ordered, index = p.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(p).scatter(-1, index, ordered)
+
+
+@pytest.mark.parametrize("flatness", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(flatness, top_p):
+    torch.manual_seed(0)
+    p = (torch.randn(16, 5000) / flatness).softmax(-1)
+    for first in (1, 64, 5000):
+        assert torch.equal(_nucleus(p, top_p, first), sorted_nucleus(p, top_p))
+
+
+def test_equally_likely_tokens_at_the_edge_of_the_nucleus_all_stay():
+    p = torch.tensor([[0.2, 0.2, 0.2, 0.4]])
+    assert _nucleus(p, 0.5, 2).tolist() == p.tolist()
+
+
+def test_draws_with_top_p_are_those_of_a_full_sort():
+    torch.manual_seed(1)
+    sampling, seeds = Sampling(0.7, 3, 0.9), [5, 6, 7, 8]
+    draw = _SeededDraw(seeds, sampling, prompt_length=2)
+    ids, scores = torch.zeros(4, 3, dtype=torch.long), 3 * torch.randn(4, 3000)
+    drawn = draw(ids, scores).argmax(-1).tolist()
+    p = sorted_nucleus((scores / 0.7).softmax(-1), 0.9).double()
+    for row in range(4):
+        u = draw.uniform[row, 1] * p[row].sum()
+        assert drawn[row] == (p[row].cumsum(-1) > u).nonzero()[0].item()

@@ -1,0 +1,259 @@
+"""Each recipe's model family, in small: its tokens, its turns, and every stage on it."""
+
+import json
+import math
+import re
+from importlib.resources import files
+from types import SimpleNamespace
+
+import families
+import pytest
+import torch
+from families import ANSWER, FAMILIES, PROMPT, RECIPES
+
+from sao_utils import store as rows
+from sao_utils import templates
+from sao_utils.engines.base import Sampling, encode, load_engine, load_tokenizer, parting
+from sao_utils.recipe import Model, Training, load_recipe, recipe_names
+from sao_utils.stages import pairs
+from sao_utils.stages.judging import judge
+from sao_utils.stages.prompts import write_prompts
+from sao_utils.stages.responses import write_responses
+from sao_utils.training.fit import encode as encode_pair
+from sao_utils.training.fit import fit, token_rows
+from sao_utils.training.shapes import shape_of
+
+PERSONAS = {"A tea lover.": PROMPT, "A potter of bowls.": "How do I glaze a bowl in 2 steps?"}
+OTHER = "With care, in 1 or 2 steps."
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A small model that has learned to write two prompts and to answer them."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    tokenizer = families.make_tokenizer(name)
+    model = families.random_model(name, tokenizer)
+    asked = [
+        (templates.render("persona", persona=p), f"User prompt: {q}") for p, q in PERSONAS.items()
+    ]
+    answered = [(PROMPT, ANSWER), (PERSONAS["A potter of bowls."], OTHER)]
+    families.memorise(model, tokenizer, asked + answered, steps=80)
+    families.save(model, tokenizer, folder)
+    own = Model(path=str(folder), dtype="float32", batch_tokens=4096)
+    tokenizer = load_tokenizer(own)
+    return SimpleNamespace(**{**FAMILIES[name], "name": name, "model": own, "tokenizer": tokenizer})
+
+
+def ids_of(family, *tokens):
+    return family.tokenizer.convert_tokens_to_ids(list(tokens))
+
+
+def pair(chosen=ANSWER, rejected=OTHER):
+    made = {"id": "a", "prompt": [{"role": "user", "content": PROMPT}]}
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        made[side] = [{"role": "assistant", "content": text}]
+    return made
+
+
+# ---------------------------------------------------------------------------- tokens and turns
+
+DOCUMENTED = {
+    "gemma": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n",
+    "llama": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nYes<|eot_id|>",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant of this family.<|im_end|>\n"
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n",
+}
+
+
+def test_the_template_writes_the_documented_format(family):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = family.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == DOCUMENTED[family.name]
+
+
+def test_gemma_takes_no_system_role_and_the_kit_sends_none():
+    tokenizer = families.make_tokenizer("gemma")
+    with pytest.raises(Exception, match="System role not supported"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_training_sees_one_beginning_and_one_end(family, side):
+    ids, labels = encode_pair(pair(), side, family.tokenizer)
+    begins = [ids.count(token) for token in ids_of(family, family.roles.get("bos_token", "none"))]
+    assert begins == ([1] if "bos_token" in family.roles else [0])
+    if "bos_token" in family.roles:
+        assert family.tokenizer.decode(ids[:1]) == family.roles["bos_token"]
+    stops = ids_of(family, *family.stops)
+    answer = [label for label in labels if label != -100]
+    assert [token for token in answer if token in stops] == ids_of(family, family.closes)
+    assert family.tokenizer.decode(ids[-1:]) == family.closes
+    assert family.tokenizer.decode(answer) == pair()[side][0]["content"] + family.closes
+
+
+def test_training_and_generation_begin_the_reply_at_the_same_tokens(family):
+    (asked,) = encode([pair()["prompt"]], family.tokenizer)
+    (row,) = token_rows([pair()], family.tokenizer, "simpo")
+    assert row["prompt_ids"] == asked
+    assert family.tokenizer.decode(asked).endswith(family.opens)
+    for side in ("chosen", "rejected"):
+        ids, _ = encode_pair(pair(), side, family.tokenizer)
+        assert ids[: len(asked)] == asked
+
+
+def test_special_tokens_in_a_users_text_open_and_close_nothing(family):
+    hostile = "".join(family.special) + " and go on"
+    (plain,) = encode([[{"role": "user", "content": "x"}]], family.tokenizer)
+    (ids,) = encode([[{"role": "user", "content": hostile}]], family.tokenizer)
+    for token in ids_of(family, *family.special):
+        assert ids.count(token) == plain.count(token)
+
+
+def test_pairs_count_the_tokens_that_training_sees(family):
+    verdicts = [{"prompt": PROMPT, "responses": [ANSWER, OTHER]}]
+    run = SimpleNamespace(recipe=SimpleNamespace(model=family.model))
+    (counted,) = pairs._count_tokens(run, verdicts)
+    seen = [len(encode_pair(pair(), side, family.tokenizer)[0]) for side in ("chosen", "rejected")]
+    # A template may put a line break behind the end of a turn, which training cuts off.
+    after = 0 if family.name == "llama" else 1
+    assert counted == [n + after for n in seen]
+
+
+# ---------------------------------------------------------------------------- the engine
+
+
+def test_the_engine_generates_up_to_the_end_of_the_turn(family):
+    engine = load_engine(family.model)
+    chats = [[{"role": "user", "content": q}] for q in PERSONAS.values()]
+    done = {}
+    for batch in engine.generate(chats, Sampling(0.0, 60), [1, 2]):
+        done.update(batch)
+    assert [done[k].text for k in (0, 1)] == [ANSWER, OTHER]
+    assert all(completion.finished for completion in done.values())
+    ends = [
+        len(family.tokenizer(c.text, add_special_tokens=False)["input_ids"]) for c in done.values()
+    ]
+    assert [c.tokens for c in done.values()] == ends
+
+
+def test_the_engine_judges_where_the_digits_part(family):
+    """Digit-splitting tokenizers put a bare space first: it is shared, and the digit decides."""
+    engine = load_engine(family.model)
+    question = templates.ranking_prompt(PROMPT, ANSWER, OTHER)
+    chat = [{"role": "user", "content": question}]
+    choices = templates.VERDICTS
+    shared, firsts = parting(chat, templates.VERDICT_PREFIX, choices, engine.tokenizer)
+    assert [engine.tokenizer.decode([token]).strip() for token in firsts] == ["1", "2"]
+    written = engine.tokenizer.decode(shared) + engine.tokenizer.decode(firsts[:1])
+    assert written == templates.VERDICT_PREFIX + choices[0][: len(written) - 8]
+    (batch,) = engine.choose([chat], templates.VERDICT_PREFIX, choices)
+    ids = encode([chat], engine.tokenizer)[0] + shared
+    with torch.no_grad():
+        scores = engine.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert batch[0][1] == pytest.approx(scores[firsts].tolist(), abs=1e-4)
+
+
+def test_one_simpo_step_starts_at_the_papers_formula(family, tmp_path):
+    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, lora_rank=4)
+    folder = fit(family.model, [pair()], Training(**rate), "simpo", 0, tmp_path / "adapter")
+    (row,) = rows.read_rows(folder / "log.jsonl")
+    model = load_engine(family.model).model
+    means = []
+    for side in ("chosen", "rejected"):
+        ids, labels = encode_pair(pair(), side, family.tokenizer)
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        kept = [k for k in range(1, len(ids)) if labels[k] != -100]
+        means.append(sum(scores[k - 1, ids[k]].item() for k in kept) / len(kept))
+    margin = 10 * (means[0] - means[1]) - 3
+    assert row["loss"] == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-3, abs=1e-5)
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------- recipes
+
+
+def test_every_shipped_recipe_is_looked_at_here():
+    assert {"tiny", *RECIPES} == set(recipe_names())
+    for name, kind in RECIPES.items():
+        assert load_recipe(name).model.path == FAMILIES[kind]["model"]
+        assert len(load_recipe(name).model.revision) == 40
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_value_of_a_recipe_says_whose_it_is(name):
+    text = (files("sao_utils") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    above = ""
+    for line in text.splitlines():
+        if line.strip().startswith("#"):
+            above += line
+            continue
+        named = line.startswith(("name:", "about:", "extends:")) or line.endswith(":")
+        assert named or not line or re.search(r"# ?(paper|ours)|# Ours", above + line), line
+        above = ""
+
+
+SMALL = {
+    "model.revision": None,
+    "model.engine": "transformers",
+    "model.quantisation": "none",
+    "model.workers": 0,
+    "model.max_context": None,
+    "model.dtype": "float32",
+    "model.batch_tokens": 4096,
+    "personas.count": 2,
+    "personas.max_similarity": None,  # there are two
+    "personas.max_new_tokens": 60,
+    "responses.max_new_tokens": 60,
+    "judging.min_mass": 0.0,  # the small models have not learned to judge
+}
+
+
+def test_each_recipe_goes_from_personas_to_pairs_on_its_small_model(family, tmp_path, results):
+    source = tmp_path / "personas.jsonl"
+    source.write_text("".join(json.dumps({"persona": p}) + "\n" for p in PERSONAS))
+    for name in [name for name, kind in RECIPES.items() if kind == family.name]:
+        changes = {"model.path": family.model.path, "personas.source": str(source)}
+        run = rows.open_run(name, name, {**SMALL, **changes})
+        prompts = write_prompts(run)
+        asked = [row["prompt"] for row in prompts if row["discarded"] is None]
+        kept = len(asked)
+        assert kept >= 1
+        assert not any(token in prompt for prompt in asked for token in family.special)
+        assert len(write_responses(run)) == 2 * kept
+        outcomes = {row["outcome"] for row in judge(run)}
+        assert outcomes <= {"identical", "consistent", "inconsistent", "tie", "invalid"}
+        counted = dict(pairs.funnel(run))
+        assert counted["personas"] == 2 and counted["prompts"] == kept
+        lost = -sum(count for count in counted.values() if count < 0)
+        assert counted["pairs"] == 2 - lost
+
+
+# ---------------------------------------------------------------------------- parameters
+
+OTHERS = {
+    "mistral": dict(model_type="mistral", head_dim=24),
+    "qwen3": dict(model_type="qwen3", head_dim=24, tie_word_embeddings=True),
+    "gemma": dict(model_type="gemma", head_dim=24),
+    "llama with biases": dict(model_type="llama", attention_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_parameters_are_counted_as_transformers_counts_them(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=200)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    config = AutoConfig.for_model(**sizes, **heads, **OTHERS[kind])
+    model = AutoModelForCausalLM.from_config(config)
+    assert shape_of(config).parameters == model.num_parameters()
+    assert shape_of(config.to_dict()).parameters == model.num_parameters()
+
+
+def test_parameters_of_the_recipes_families_are_counted_right(family):
+    model = load_engine(family.model).model
+    assert shape_of(model.config).parameters == model.num_parameters()
+    folder = json.loads(open(f"{family.model.path}/config.json").read())
+    assert shape_of(folder).parameters == model.num_parameters()

@@ -1,0 +1,485 @@
+"""The evaluation harness: right values and errors, nothing twice, plain words when something lacks."""
+
+import json
+import math
+import shutil
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from sao_utils import notebooks as pipeline
+from sao_utils import store as rows
+from sao_utils.engines.base import load_engine
+from sao_utils.evaluation import tasks as harness
+from sao_utils.evaluation import tiny_tasks as exam
+from sao_utils.evaluation.answers import models
+from sao_utils.evaluation.tasks import Exam, HarnessError
+from sao_utils.oracles import tiny_world as world
+from sao_utils.recipe import Model
+from sao_utils.statistics.intervals import outside_the_noise
+
+TASKS = Path(harness.__file__).parents[1] / "tiny" / "tasks"
+LIMIT = 6
+SETTINGS = {
+    "arms": ["self"],
+    "personas.count": 16,
+    "pairs.min_margin": 0,
+    "pairs.require_consistent": False,
+    "training.batch_size": 4,
+    "training.warmup_ratio": 0,
+    "training.learning_rate": 5e-3,
+    "training.probe_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run with one trained adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAO_RESULTS", str(tmp_path_factory.mktemp("results")))
+        return rows.open_run("tiny", "exams", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def scored(run):
+    return harness.score(run, ["tiny"], LIMIT)
+
+
+def row(scored, model, task):
+    return next(r for r in scored if r["model"] == model and r["task"] == task)
+
+
+def items(name):
+    return [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def log_likelihood(model, tokenizer, context, answer):
+    """Summed log-probability of an answer's tokens after a context, one sequence at a time."""
+    import torch
+
+    start = tokenizer(context, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(context + answer, add_special_tokens=False)["input_ids"]
+    assert whole[: len(start)] == start
+    with torch.inference_mode():
+        logits = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+    return sum(logits[i - 1, whole[i]].item() for i in range(len(start), len(whole)))
+
+
+# ---------------------------------------------------------------------- the exams
+
+
+def test_the_data_beside_the_tasks_is_what_the_grammar_makes():
+    for name, made in exam.items().items():
+        assert items(name) == made
+
+
+def test_every_item_has_one_true_choice_about_what_is_asked_first():
+    for name in ("facts", "myths"):
+        found = [(world.parse_question(i["question"]), i) for i in items(name)]
+        facts = [(question.hobby, question.aspects[0]) for question, _ in found]
+        assert len(set(facts)) == len(facts)  # another fact each: the items are independent
+        for fact, (question, item) in zip(facts, found):
+            values = [
+                world.inspect_answer(question, choice).flaws["wrong"] for choice in item["choices"]
+            ]
+            assert [k for k, wrong in enumerate(values) if not wrong] == [item["answer"]]
+            has_myth = any(f" {world.MYTH[fact]}" in choice for choice in item["choices"])
+            assert has_myth or name == "facts"
+            assert world.SPLIT[question.combination] == "train"
+    recalled = [world.parse_question(item["question"]) for item in items("recall")]
+    assert {world.SPLIT[question.combination] for question in recalled} == {"test"}
+
+
+def test_recall_reads_every_value_of_the_world():
+    config = yaml.safe_load((TASKS / "tiny_recall.yaml").read_text())
+    assert config["filter_list"][0]["filter"][0]["regex_pattern"] == exam.value_pattern()
+
+
+def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
+    index = harness._manager(False).task_index
+    for sitting in harness.LEADERBOARD:
+        metric, _, kind = sitting.metric.partition(",")
+        folder = index[sitting.task].yaml_path.parent
+        text = "".join(path.read_text() for path in folder.glob("*yaml"))
+        assert f"metric: {metric}\n" in text
+        assert not kind or f'name: "{kind}"' in text
+
+
+def test_names_of_exams_are_read_and_misread_ones_refused(tmp_path):
+    assert [e.task for e in harness.exams(["leaderboard"])] == [e.task for e in harness.LEADERBOARD]
+    assert harness.exams(["gsm8k"]) == [Exam("gsm8k", 5, "exact_match,strict-match")]
+    with pytest.raises(HarnessError, match="named twice: tiny_myths"):
+        harness.exams(["tiny", str(TASKS / "tiny_myths.yaml")])
+    with pytest.raises(HarnessError, match="No tasks"):
+        harness.exams([])
+    with pytest.raises(HarnessError, match="There is no task file"):
+        harness.exams([str(tmp_path / "none.yaml")])
+
+
+def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text((TASKS / "tiny_myths.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    own = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "mmlu"]})
+    assert own.recipe.evaluation.harness == (str(tmp_path / "own.yaml"), "mmlu")
+    assert "HF_HUB_OFFLINE" not in pipeline._environment(own)  # mmlu comes from the hub
+    tiny = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "tiny"]})
+    assert pipeline._environment(tiny)["HF_HUB_OFFLINE"] == "1"
+
+
+# ---------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("name", ["base", "self"])
+def test_scores_are_what_the_log_likelihoods_say(run, scored, name):
+    adapter = next(folder for model, _, folder in models(run) if model == name)
+    engine = load_engine(run.recipe.model, adapter)
+    right = []
+    for item in items("myths")[:LIMIT]:
+        context = f"<|user|>{item['question']}<|assistant|>"
+        found = [
+            log_likelihood(engine.model, engine.tokenizer, context, c) for c in item["choices"]
+        ]
+        right.append(float(np.argmax(found) == item["answer"]))
+    assert row(scored, name, "tiny_myths")["scores"] == {"tiny_myths": right}
+
+
+def test_the_adapter_is_what_is_scored(run):
+    adapter = models(run)[1][2]
+    base, tuned = (load_engine(run.recipe.model, folder) for folder in (None, adapter))
+    item = items("facts")[0]
+    told = []
+    for engine in (base, tuned):
+        found = harness._open(harness.exams([str(TASKS / "tiny_endings.yaml")])[0])
+        harness._sit(engine, found, Exam("tiny_endings", 0), 1)
+        task = found["tasks"]["tiny_endings"]
+        seen = [request.resps[0][0] for request in task.instances]
+        by_hand = [
+            log_likelihood(engine.model, engine.tokenizer, "Fact:", " " + choice)
+            for choice in item["choices"]
+        ]
+        assert seen == pytest.approx(by_hand, abs=1e-3)
+        told.append(seen)
+    assert max(abs(a - b) for a, b in zip(*told)) > 0.01
+
+
+def test_value_and_standard_error_are_lm_evals_own(run, scored):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    engine = load_engine(run.recipe.model)
+    config, _ = harness._config(harness.exams([str(TASKS / "tiny_facts.yaml")])[0])
+    lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=4)
+    manager = harness._manager(False)
+    theirs = simple_evaluate(lm, tasks=[config], task_manager=manager, limit=LIMIT)
+    theirs = theirs["results"]["tiny_facts"]
+    ours = row(scored, "base", "tiny_facts")
+    assert ours["value"] == pytest.approx(theirs["acc,none"])
+    assert ours["error"] == pytest.approx(theirs["acc_stderr,none"])
+    assert (ours["n"], ours["shots"], ours["metric"]) == (LIMIT, 5, "acc")
+
+
+def test_answers_that_are_written_are_read_by_the_filter(scored):
+    found = row(scored, "base", "tiny_recall")
+    assert found["metric"] == "exact_match,first-value" and found["n"] == LIMIT
+    assert found["value"] >= 0.5  # the base model knows most facts by heart
+
+
+def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
+    """As MMLU: groups within a group, whose own aggregate weighs subjects by their size."""
+    from lm_eval.tasks import TaskManager
+
+    for sitting in harness.exams(["tiny"]):
+        config, _ = harness._config(sitting)
+        (tmp_path / f"{sitting.task}.yaml").write_text(yaml.safe_dump(config))
+    aggregate = [{"metric": "acc", "weight_by_size": True}]
+    inner = {"group": "inner", "task": ["tiny_facts", "tiny_myths"]}
+    outer = {"group": "outer", "task": ["inner", "tiny_endings"]}
+    for group in (inner, outer):
+        text = yaml.safe_dump({**group, "aggregate_metric_list": aggregate})
+        (tmp_path / f"{group['group']}.yaml").write_text(text)
+    opened = TaskManager(include_path=tmp_path, include_defaults=False).load(["outer"])
+    found = harness._sit(load_engine(run.recipe.model), opened, Exam("outer", 1, "acc"), 5)
+    assert len(found["scores"]) == 3 and found["n"] == 15 and found["shots"] == 1
+    by_subject = [np.mean(values) for values in found["scores"].values()]
+    assert found["value"] == pytest.approx(np.mean(by_subject))
+
+
+def test_what_does_not_fit_into_the_context_is_counted(run):
+    from lm_eval.models.huggingface import HFLM
+
+    engine = load_engine(run.recipe.model)
+    lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=1, max_length=20)
+    assert not harness._too_long([("Bring a", " kettle.")], lm)
+    assert harness._too_long([("Bring a", " kettle."), ("Bring a " * 20, "kettle.")], lm)
+    assert harness._too_long([("Bring a kettle for chess.", {"max_gen_toks": 15})], lm)
+
+
+def test_no_load_is_counted_on_a_server():
+    import datasets
+
+    assert not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
+# ---------------------------------------------------------------------- nothing twice
+
+
+def test_nothing_is_scored_twice_and_a_stop_costs_one_exam(run, scored, monkeypatch):
+    real, sat = harness._sit, []
+
+    def stops(engine, opened, exam, limit):
+        if len(sat) == 3:
+            raise KeyboardInterrupt
+        sat.append(exam.task)
+        return real(engine, opened, exam, limit)
+
+    monkeypatch.setattr(harness, "_sit", stops)
+    assert harness.score(run, ["tiny"], LIMIT) == scored
+    assert sat == []
+    with pytest.raises(KeyboardInterrupt):
+        harness.score(run, ["tiny"], 2)  # another limit is another exam
+    monkeypatch.setattr(harness, "_sit", real)
+    kept = len(rows.read_rows(run.rows("harness")))
+    found = harness.score(run, ["tiny"], 2)
+    assert kept == len(scored) + 3
+    assert len(rows.read_rows(run.rows("harness"))) == len(scored) + len(found)
+
+
+def test_a_task_whose_files_change_is_another_task(tmp_path):
+    for name in ("tiny_myths.yaml", "myths.jsonl"):
+        shutil.copy(TASKS / name, tmp_path)
+    (sitting,) = harness.exams([str(tmp_path / "tiny_myths.yaml")])
+    before = harness._edition(sitting)
+    with open(tmp_path / "myths.jsonl", "a") as file:
+        file.write(json.dumps(items("myths")[0]) + "\n")
+    assert harness._edition(sitting) != before
+
+
+# ---------------------------------------------------------------------- what may lack
+
+
+def test_a_task_that_cannot_be_run_is_named_and_the_others_go_on(
+    run, scored, tmp_path, capsys, monkeypatch
+):
+    index = harness._manager(False)
+    monkeypatch.setattr(harness, "_manager", lambda every_task: index)  # the whole one takes 20 s
+    shutil.copy(TASKS / "tiny_myths.yaml", tmp_path / "nodata.yaml")
+    text = (tmp_path / "nodata.yaml").read_text().replace("task: tiny_myths", "task: nodata")
+    (tmp_path / "nodata.yaml").write_text(text)
+    tasks = [
+        str(TASKS / "tiny_facts.yaml"),
+        "arc_challenge",
+        "no_such",
+        str(tmp_path / "nodata.yaml"),
+    ]
+    found = harness.score(run, tasks, LIMIT)
+    problems = {r["task"]: r.get("problem", "") for r in found}
+    assert problems["tiny_facts"] == ""
+    assert "allenai/ai2_arc" in problems["arc_challenge"]
+    assert "HF_HUB_OFFLINE" in problems["arc_challenge"]
+    assert "no task 'no_such'" in problems["no_such"]
+    assert "beside the task file" in problems["nodata"]
+    assert "3 of 4 tasks could not be run" in capsys.readouterr().out
+    table = harness.before_after(run, tasks, LIMIT).set_index("task")
+    assert table.loc["tiny_facts", "items"] == "6 (limited)"
+    assert table.loc["arc_challenge", "verdict"].startswith("not measured: its data")
+
+
+def test_without_lm_eval_the_message_says_how_to_install_it(run, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(harness, "version", missing)
+    with pytest.raises(HarnessError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
+        harness.score(run, ["tiny"])
+
+
+def test_a_model_behind_a_server_is_refused():
+    with pytest.raises(HarnessError, match="behind a server"):
+        harness._scorable(Model(path="m", engine="api", url="http://localhost:8000/v1"))
+    vllm = Model(path="m", engine="vllm", quantisation="fp8")
+    assert harness._scorable(vllm) == Model(path="m", engine="transformers")
+
+
+def test_other_models_sit_too_and_those_behind_a_server_are_named(run, scored, capsys):
+    others = {
+        "twin": Model(path="tiny", dtype=run.recipe.model.dtype),
+        "remote": Model(path="gpt", engine="api", url="http://localhost:9/v1"),
+    }
+    with_others = rows.Run(run.recipe.model_copy(update={"others": others}), run.folder)
+    found = harness.score(with_others, [str(TASKS / "tiny_facts.yaml")], LIMIT)
+    base, twin = (row(found, name, "tiny_facts") for name in ("base", "twin"))
+    assert base == row(scored, "base", "tiny_facts") and twin["scores"] == base["scores"]
+    remote = row(found, "remote", "tiny_facts")
+    assert remote["value"] is None and "behind a server" in remote["problem"]
+    shown = capsys.readouterr().out
+    assert "1 of 4 models could not be run:" in shown and "remote: A model behind" in shown
+    compared = {entry["model"]: entry for entry in harness.differences(found)}
+    assert compared["twin"]["difference"].value == 0
+    assert "behind a server" in compared["remote"]["problem"]
+
+
+# ---------------------------------------------------------------------- without some items
+
+
+def test_what_each_item_asks_is_kept_once(scored):
+    for task, name in (("tiny_facts", "facts"), ("tiny_recall", "recall")):
+        asked = [item["question"] for item in items(name)[:LIMIT]]
+        assert row(scored, "base", task)["asked"] == {task: asked}
+    assert not any("asked" in found for found in scored if found["model"] != "base")
+
+
+def test_what_an_item_asks_is_the_field_that_a_task_names_or_its_prompt_or_its_choices():
+    class Task:
+        def __init__(self, named, text):
+            self.config, self.text = SimpleNamespace(doc_to_decontamination_query=named), text
+
+        def doc_to_text(self, doc):
+            return self.text
+
+        def doc_to_choice(self, doc):
+            return ["He ran.", "She ran."]
+
+    doc = {"sentence": "_ ran.", "question": "Who ran?"}
+    assert harness.asked_by(Task("sentence", "x"), doc) == "_ ran."
+    assert harness.asked_by(Task("Q: {{question}}", "x"), doc) == "Who ran?"
+    assert harness.asked_by(Task(None, "A prompt"), {}) == "A prompt"
+    assert harness.asked_by(Task(None, 0), {}) == "He ran.\nShe ran."
+
+
+def test_items_are_left_out_of_all_models_alike():
+    base = made_up("a", "base", [1.0, 0.0, 0.0, 1.0]) | {"asked": {"a": ["p", "q", "r", "p"]}}
+    tuned = made_up("a", "self", [1.0, 1.0, 0.0, 0.0])
+    untold = {"task": "b", "model": "base", "value": None, "problem": "no data"}
+    found = harness.leave_out([base, tuned, untold], {"p"})
+    assert [r.get("scores") for r in found] == [{"a": [0.0, 0.0]}, {"a": [1.0, 0.0]}, None]
+    assert [r["value"] for r in found] == [0.0, 0.5, None] and found[0]["n"] == 2
+    assert harness.leave_out([base, tuned], ()) == [base | {"n": 4}, tuned | {"n": 4}]
+    (nothing,) = harness.differences(harness.leave_out([base, tuned], set("pqr")))
+    assert nothing["problem"] == "no item is left"
+
+
+# ---------------------------------------------------------------------- before and after
+
+
+def test_one_training_gives_the_paired_t_test():
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 2, 80).astype(float)
+    tuned = np.where(rng.random(80) < 0.2, 1, base)
+    theirs = stats.ttest_rel(tuned, base)
+    low, high = theirs.confidence_interval(0.95)
+    gap, error, freedom = harness.paired_difference({"t": list(base)}, [{"t": list(tuned)}])
+    assert (gap.value, gap.low, gap.high) == pytest.approx((np.mean(tuned - base), low, high))
+    assert (gap.value / error, freedom) == pytest.approx((theirs.statistic, theirs.df))
+    (_,), (p,) = outside_the_noise([gap.value], [error], freedoms=[freedom])
+    assert p == pytest.approx(theirs.pvalue)
+    unpaired = stats.ttest_ind(tuned, base).confidence_interval(0.95)
+    assert gap.high - gap.low < unpaired.high - unpaired.low
+
+
+def test_the_interval_holds_the_truth_also_over_a_few_trainings():
+    """Two subjects, items and trainings that all vary: 93 to 97 in 100 intervals hold it."""
+    rng = np.random.default_rng(5)
+    held = []
+    for _ in range(600):
+        training = rng.normal(0.1, 0.05, (3, 1))
+        item = rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (3, 60))
+        gaps = training + item
+        base = {"a": [0.0] * 40, "b": [0.0] * 20}
+        gap, *_ = harness.paired_difference(
+            base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps]
+        )
+        held.append(gap.low <= 0.1 <= gap.high)
+    assert 0.93 <= np.mean(held) <= 0.97
+
+
+def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_changed():
+    rng = np.random.default_rng(6)
+    base = made_up("a", "base", list(rng.integers(0, 2, 60).astype(float)))
+    shares = (0.3, 0.5, 0.7)
+    apart = [made_up("a", "self", list((rng.random(60) < p).astype(float))) for p in shares]
+    alike = [made_up("a", "self", apart[1]["scores"]["a"])] * 3
+    (wide,), (narrow,) = (harness.differences([base, *tuned]) for tuned in (apart, alike))
+    assert narrow["tuned_error"] == pytest.approx(apart[1]["error"])
+    assert wide["tuned_error"] > 1.5 * narrow["tuned_error"]
+    assert wide["base"] == narrow["base"] and wide["base"].value == base["value"]
+    assert wide["base_error"] == pytest.approx(base["error"])
+
+
+def test_nothing_changed_and_too_little_to_tell_are_told_apart():
+    same, error, freedom = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
+    assert same.low < 0 < same.high and (same.value, error) == (0, 0)
+    assert outside_the_noise([same.value], [error], freedoms=[freedom]) == ([False], [1.0])
+    one, error, _ = harness.paired_difference({"t": [1.0]}, [{"t": [0.0]}])
+    assert one.value == -1 and math.isnan(one.low) and math.isnan(error)
+    (entry,) = harness.differences([made_up("a", "base", [1.0]), made_up("a", "self", [0.0])])
+    assert not entry["outside"] and math.isnan(entry["p"])
+
+
+@pytest.mark.parametrize(("items", "p"), [(2, 0.5), (5, 0.0625), (8, 2 / 2**8)])
+def test_a_quick_look_at_which_all_items_moved_alike_is_no_certainty(items, p):
+    base = made_up("a", "base", [0.0] * items)
+    for trainings in (1, 3):
+        tuned = [made_up("a", "self", [1.0] * items)] * trainings
+        (entry,) = harness.differences([base, *tuned])
+        assert entry["p"] == pytest.approx(p) and entry["outside"] == (p < 0.05)
+        assert entry["difference"].low < 0.7 < entry["difference"].high == 1
+    rng, missed = np.random.default_rng(8), 0
+    for _ in range(500):  # nine of ten right before, one of ten after
+        before, after = ((rng.random(items) < share).astype(float) for share in (0.9, 0.1))
+        gap, *_ = harness.paired_difference({"t": list(before)}, [{"t": list(after)}])
+        missed += not gap.low <= -0.8 <= gap.high
+    assert missed <= 0.07 * 500
+    scores = [made_up("a", "self", [30.0] * items)]  # no share: there are no bounds to widen to
+    (entry,) = harness.differences([made_up("a", "base", [20.0] * items), *scores])
+    assert math.isnan(entry["difference"].low) and entry["p"] == pytest.approx(p)
+
+
+def made_up(task, model, scores, items="same"):
+    value, error = harness.mean({task: scores})
+    common = {"shots": 0, "metric": "acc", "limit": None, "truncated": 0, "items": items}
+    return {
+        "task": task,
+        "model": model,
+        "value": value,
+        "error": error,
+        "scores": {task: scores},
+        **common,
+    }
+
+
+def test_the_more_tasks_are_tried_the_more_a_difference_must_stand_out():
+    rng = np.random.default_rng(1)
+    base = list(rng.integers(0, 2, 60).astype(float))
+    slightly = [1.0 if i < 18 and b == 0 else b for i, b in enumerate(base)]
+    alone = [made_up("a", "base", base), made_up("a", "self", slightly)]
+    (only,) = harness.differences(alone)
+    assert 0.001 < only["p"] < 0.025 and only["outside"]
+    others = [made_up(f"t{k}", m, base) for k in range(49) for m in ("base", "self")]
+    among = harness.differences([*alone, *others])
+    first = next(entry for entry in among if entry["task"] == "a")
+    assert first["difference"] == only["difference"]
+    assert first["p"] == pytest.approx(min(1, 50 * only["p"]))
+    assert not any(entry["outside"] for entry in among)
+
+
+def test_answers_to_other_items_are_not_compared():
+    found = harness.differences(
+        [made_up("a", "base", [1.0, 0.0]), made_up("a", "self", [1.0, 1.0], items="other")]
+    )
+    assert "asked other items" in found[0]["problem"] and "difference" not in found[0]
+
+
+def test_the_table_says_what_was_measured(run, scored):
+    table = harness.before_after(run, ["tiny"], LIMIT)
+    assert list(table["task"]) == ["tiny_endings", "tiny_facts", "tiny_myths", "tiny_recall"]
+    assert set(table["model"]) == {"self"} and set(table["items"]) == {"6 (limited)"}
+    told = ("inside the noise", "outside the noise")
+    assert all(verdict in told for verdict in table["verdict"])
+    facts = row(scored, "base", "tiny_facts")
+    shown = table.set_index("task").loc["tiny_facts", "base"]
+    assert shown == f"{100 * facts['value']:.1f} ± {100 * facts['error']:.1f}"

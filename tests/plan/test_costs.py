@@ -1,0 +1,331 @@
+"""What a model costs: the arithmetic against known numbers, the profiler and autograd."""
+
+import json
+import os
+
+import families
+import pytest
+import torch
+
+from sao_utils.plan import costs
+from sao_utils.plan.costs import PlanError, find_gpu
+from sao_utils.plan.workload import Rates
+from sao_utils.recipe import Model, Training
+from sao_utils.training.shapes import WEIGHT_BYTES, shape_of
+
+GIB = 2**30
+
+
+def shape(name):
+    return shape_of(costs.architecture(Model(path=name)))
+
+
+GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
+QWEN, QWEN_3B = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct"
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "kv"),
+    [
+        (GEMMA, 9_241_705_984, 336),
+        (LLAMA, 8_030_261_248, 128),
+        (QWEN, 1_543_714_304, 28),
+        (QWEN_3B, 3_085_938_688, 36),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 56),
+    ],
+)
+def test_known_models_have_the_parameters_that_their_cards_tell(name, parameters, kv):
+    assert shape(name).parameters == parameters
+    assert shape(name).kv_bytes() == kv * 1024
+
+
+def test_the_tiny_model_weighs_what_its_file_weighs():
+    from sao_utils.engines.base import model_folder
+
+    found = shape("tiny").weight_bytes("bfloat16")
+    file = os.path.getsize(f"{model_folder('tiny')}/model.safetensors")
+    assert found == pytest.approx(file, rel=0.01)
+
+
+def test_nf4_weighs_what_bitsandbytes_makes_of_it():
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    bytes_ = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert bytes_ / weight.numel() == pytest.approx(WEIGHT_BYTES["nf4"], rel=1e-3)
+
+
+def test_an_adapter_has_the_parameters_that_peft_gives_it():
+    from sao_utils.training.fit import add_adapter
+
+    tokenizer = families.make_tokenizer("gemma")
+    model = families.random_model("gemma", tokenizer)
+    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
+    adapted = add_adapter(model, Training(**rate, lora_rank=4))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert shape_of(model.config).adapter(4) == trained
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_activations_are_what_autograd_keeps(family, method, tmp_path):
+    """In bfloat16 as on a GPU: bytes saved for the backward pass, a layer and token.
+
+    What does not grow with the width (masks, an adapter's inner values) is left out of the estimate;
+    at this width it is a few percent.
+    """
+    kept, tokens = {}, 0
+    for layers in (1, 3):
+        saved, tokens, config = _saved_bytes(family, method, layers, tmp_path)
+        kept[layers] = saved
+    found = (kept[3] - kept[1]) / 2 / tokens
+    assert shape_of(config).kept_bytes(method == "full") == pytest.approx(found, rel=0.07)
+
+
+def _saved_bytes(family, method, layers, folder):
+    from sao_utils.training import packing
+    from sao_utils.training.fit import add_adapter, pair_trainer
+
+    sizes = dict(num_hidden_layers=layers, hidden_size=384, intermediate_size=1152)
+    torch.manual_seed(0)
+    model = families.random_model(family, families.make_tokenizer(family), **sizes)
+    if family == "gemma":
+        model.set_attn_implementation("eager")
+    rate = dict(
+        learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, method=method, lora_rank=1
+    )
+    settings, policy = Training(**rate, gradient_checkpointing="off"), model
+    if method == "lora":
+        policy = add_adapter(model.to(torch.bfloat16), settings)
+    pair = {"id": "a", "prompt_ids": [5] * 60, "chosen_ids": [7] * 375, "rejected_ids": [8] * 375}
+    trainer = pair_trainer(policy, None, [pair], settings, "simpo", 0, folder)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    sizes = {p.numel() for p in policy.parameters()}
+    seen, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        # 16-bit copies of weights do not grow with the tokens.
+        if storage.data_ptr() not in weights and storage.nbytes() // 2 not in sizes:
+            seen[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    ((microbatch, group),) = trainer._microbatches([pair])
+    with packing.packed(model), torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trainer._loss(policy, microbatch, group)
+    return sum(seen.values()), microbatch.fed, model.config
+
+
+@pytest.mark.parametrize("verb", ["generate", "judge"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_engines_peak_is_what_was_planned(family, verb):
+    """Every tensor that is made and freed, as torch's profiler counts them on a CPU."""
+    from sao_utils.engines.base import Sampling, encode
+    from sao_utils.engines.transformers import TransformersEngine
+
+    tokenizer = families.make_tokenizer(family)
+    tokenizer.padding_side, tokenizer.pad_token = "left", families.FAMILIES[family]["special"][0]
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    model = families.random_model(family, tokenizer, **sizes)
+    if family == "gemma":
+        model.set_attn_implementation("eager")
+    engine = TransformersEngine.of(model, tokenizer, 100_000)
+    engine.stops = []
+    words, new, count = {"generate": (30, 60, 16), "judge": (150, 0, 8)}[verb]
+    chats = [[{"role": "user", "content": "1 " * words}]] * count
+    length = len(encode(chats[:1], tokenizer)[0])
+    settings = Model(path="tiny", dtype="float32", batch_tokens=count * (length + new))
+    if verb == "generate":
+        parts = costs.generation_memory(model.config, settings, length, new)
+        work = engine.generate(chats, Sampling(0.6, new), list(range(count)))
+    else:
+        parts = costs.judging_memory(model.config, settings, length)
+        work = engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1"))
+    peak = _profiled(lambda: list(work))
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.03)
+
+
+@pytest.mark.parametrize("vocabulary", [600, 20_000])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_lm_evals_peak_is_what_was_planned(family, vocabulary):
+    """One row with the logits of all its tokens, computed by lm-eval. The mask that was planned is not
+    made for a single row; with few words in the vocabulary it shows."""
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    tokenizer = families.make_tokenizer(family)
+    model = families.random_model(family, tokenizer, hidden_size=256, num_hidden_layers=3)
+    model.resize_token_embeddings(vocabulary)
+    if family == "gemma":
+        model.set_attn_implementation("eager")
+    lm = models.HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)
+    ids = torch.ones((1, 300), dtype=torch.long)
+    peak = _profiled(lambda: torch.log_softmax(lm._model_call(ids), -1))
+    parts = costs.exam_memory(model.config, Model(path="tiny", dtype="float32"), 300)
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.07)
+
+
+def _profiled(work):
+    """Bytes of all tensors that are alive at a time, at most."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# ---------------------------------------------------------------------------- hours
+
+#: facts of a hand computation: GPU, model, weights, rows at a time -> hours of generating, judging
+#: and training on 10,000 prompts at the data sheet's speed, and the planned total.
+TABLE = [
+    ("4090", GEMMA, "fp8", 134, 0.45, 0.44, 0.88, 4.2),
+    ("4090", LLAMA, "none", 187, 0.32, 0.37, 0.72, 3.3),
+    ("4090", QWEN_3B, "none", 256, 0.11, 0.15, 0.30, 1.3),
+    ("4090", QWEN, "none", 256, 0.06, 0.07, 0.15, 0.6),
+    ("T4", LLAMA, "bitsandbytes", 227, 0.70, 0.93, 1.84, 9.8),
+    ("T4", QWEN, "none", 256, 0.17, 0.17, 0.38, 2.1),
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "bits", "batch", "write", "judge", "train", "total"), TABLE
+)
+def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, batch, write, judge, train, total):
+    card, form = find_gpu(gpu), shape(name)
+    model = Model(path=name, engine="vllm", quantisation=bits, dtype="bfloat16")
+    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, quantisation="nf4")
+    writing = costs.decode_hours(form, card, model, 10_000, 90, 60, batch)
+    writing += costs.decode_hours(form, card, model, 20_000, 60, 375, batch)
+    writing += costs.prefill_hours(form, card, 10_000 * 90 + 20_000 * 60)
+    judging = costs.prefill_hours(form, card, 20_000 * (Rates.verdict - Rates.shared))
+    training = costs.training_hours(form, card, Training(**rate), 9e6, 7.5e6, True)
+    assert writing == pytest.approx(write, rel=0.15)
+    assert judging == pytest.approx(judge, rel=0.16)
+    assert training == pytest.approx(train, rel=0.15)
+    planned = writing / costs.DECODE_SHARE + (judging + training) / card.reached
+    assert planned == pytest.approx(total, rel=0.15)
+
+
+def test_only_vllm_reads_what_two_prompts_share_once():
+    card = find_gpu("4090")
+    config = costs.architecture(Model(path=QWEN))
+    for engine, saved in (("vllm", 0.06), ("transformers", 0.0)):
+        model = Model(path=QWEN, engine=engine, dtype="bfloat16")
+        parts = costs.judging_memory(config, model, 930, card.memory)
+        alone, shared = (
+            costs.reading_hours(model, card, parts, 20_000, 930, shared=tokens)
+            for tokens in (0, Rates.shared)
+        )
+        assert 1 - shared / alone == pytest.approx(saved, abs=1e-3)
+
+
+def test_a_batch_shrinks_as_its_replies_end():
+    """Row-steps and steps against draws of the same lengths."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = (torch.tensor(1 + 0.7**2).log()).sqrt()
+    draws = torch.exp(torch.randn(4000, 32, generator=generator) * sigma - sigma**2 / 2) * 375
+    lengths = draws.clamp(max=1024).sort(1).values
+    steps = rows_fed = done = 0
+    left = 32
+    while left >= costs.FEW:  # as the engine does it
+        length = lengths[:, 32 - left // 2 - 1]
+        rows_fed, steps, done = rows_fed + left * (length - done), steps + length - done, length
+        left //= 2
+    rows_fed, steps = rows_fed + left * (lengths[:, -1] - done), steps + lengths[:, -1] - done
+    found = costs.shrinking(32, 375, 0.7, 1024)
+    assert sum(n for _, n in found) == pytest.approx(steps.mean().item(), rel=0.1)
+    assert sum(r * n for r, n in found) == pytest.approx(rows_fed.mean().item(), rel=0.1)
+    assert costs.shrinking(2000, 375, 0.7, 1024)[-1][1] == 0  # some reach the limit before
+
+
+def test_training_all_weights_costs_more_and_computing_twice_too():
+    form, gpu = shape(LLAMA), find_gpu("A100-80")
+    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
+    hours = {
+        (method, twice): costs.training_hours(
+            form, gpu, Training(**rate, method=method), 1e6, 0, twice
+        )
+        for method in ("lora", "full")
+        for twice in (False, True)
+    }
+    unit = hours["lora", False] / 4
+    assert [hours[k] / unit for k in hours] == pytest.approx([4, 6, 6, 8])
+
+
+# ---------------------------------------------------------------------------- the machine
+
+
+def test_the_gpus_are_sane():
+    for gpu in costs.gpus().values():
+        assert 10 < gpu.memory < 200 and 7 <= gpu.capability <= 12
+        assert 50 < gpu.compute * 1000 / gpu.bandwidth < 450  # operations a byte
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 3090", "3090"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+    ],
+)
+def test_the_machines_own_gpu_is_known_by_its_drivers_name(named, found, driver):
+    driver(f"echo '{named}'")
+    assert find_gpu(None).name == found
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A program in the place of the driver's."""
+
+    def put(script):
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return put
+
+
+def test_an_unknown_gpu_is_told_and_a_broken_driver_is_no_gpu(driver):
+    with pytest.raises(PlanError, match="'RTX 9' is not known; --gpu .*: T4, 3090"):
+        find_gpu("RTX 9")
+    driver("echo 'NVIDIA GeForce GT 1'")
+    with pytest.raises(PlanError, match="GeForce GT 1"):
+        find_gpu(None)
+    driver("echo failed; exit 9")
+    assert find_gpu(None) is None
+
+
+def test_a_shape_comes_from_a_folder_or_the_hubs_cache_or_a_message_says_where(
+    tmp_path, monkeypatch
+):
+    import huggingface_hub.constants
+
+    config = {**costs.architecture(Model(path=QWEN)), "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert costs.architecture(Model(path=str(tmp_path))) == config
+    with pytest.raises(PlanError, match="hf download some/model config.json"):
+        costs.architecture(Model(path="some/model"))
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("1234")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert costs.architecture(Model(path="some/model")) == config

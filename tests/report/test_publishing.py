@@ -1,0 +1,386 @@
+"""Model cards and publishing; the hub is a stand-in, since tests have no network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import httpx
+import huggingface_hub.constants
+import pytest
+import yaml
+from conftest import SMALL
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from sao_utils.report import publish as publishing
+from sao_utils.report.publish import PublishError, card, publish, write_card
+from sao_utils.stages.pairs import build_pairs
+from sao_utils.store import Run, open_run
+from sao_utils.training.fit import train
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "hf_ThisIsSecretAndMustNotBeShown"
+RESULTS = {
+    "oracle_good_rate.base": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 220},
+    "oracle_good_rate.tuned": {"value": 0.75, "low": 0.7, "high": 0.8, "n": 220},
+    "oracle_good_rate.random": {"value": 0.51, "low": 0.4, "high": 0.6, "n": 220},
+    "oracle_good_rate.gain.seed7": {"value": 0.25, "low": 0.1, "high": 0.3, "n": 220},
+    "self_win_rate": {"value": 0.655, "low": 0.585, "high": 0.707, "n": 220},
+    "self_win_rate.random": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 220},
+    "self_judge.accuracy": {"value": None, "low": None, "high": None, "n": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(small_run, tmp_path_factory):
+    """A copy of the small run with an adapter that took a few steps."""
+    build_pairs(small_run, "self", 0)
+    results = tmp_path_factory.mktemp("published")
+    shutil.copytree(small_run.folder / "rows", results / "small" / "rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAO_RESULTS", str(results))
+        run = open_run("tiny", "small", {**SMALL, "training.batch_size": 4})
+    train(run, "self", 0)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a finished run, to be spoilt."""
+    shutil.copytree(trained.folder, tmp_path / "small")
+    return Run(trained.recipe, tmp_path / "small")
+
+
+@pytest.fixture
+def folder(run):
+    return run.folder / "adapters" / "self-0"
+
+
+def changed(run, section, **changes):
+    """The run with another recipe, as if it had been opened anew."""
+    part = getattr(run.recipe, section).model_copy(update=changes)
+    return Run(run.recipe.model_copy(update={section: part}), run.folder)
+
+
+def note_base(folder, **model):
+    """Pretend that the model was trained on another base."""
+    noted = json.loads((folder / "made_with.json").read_text())
+    noted["recipe"]["model"] |= model
+    (folder / "made_with.json").write_text(json.dumps(noted))
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def add_results(run, results=RESULTS):
+    tables = run.folder / "tables"
+    tables.mkdir()
+    shutil.copy(run.folder / "recipe.yaml", tables)
+    (tables / "results.json").write_text(json.dumps(results))
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_training_ends_with_a_card_that_says_what_is_known(trained):
+    folder = trained.folder / "adapters" / "self-0"
+    text = (folder / "README.md").read_text()
+    assert text == card(trained, "self", 0)
+    done = json.loads((folder / "done.json").read_text())
+    assert f"\n{done['pairs']} pairs. " in text and f"| pairs | {done['pairs']} |" in text
+    assert "| personas | 40 |" in text and re.search(r"\| - [a-z ]+ \| -\d+ \|", text)
+    settings = trained.recipe.training
+    assert f"| learning_rate | {settings.learning_rate} |" in text
+    assert "| beta | 10.0 |" in text and f"| steps | {done['steps']} |" in text
+    assert "torch 2" in text and "Not evaluated yet." in text
+    for other in ("dpo_beta", "orpo_lambda", "sft_learning_rate", "checkpoint_minutes"):
+        assert other not in text
+    assert "embedded tiny model" in text and "Not evaluated for safety" in text
+    for secret in (str(ROOT), str(Path.home()) + "/", str(trained.folder.parent), "hf_"):
+        assert secret not in text
+    found = front(text)
+    assert found["library_name"] == "peft" and found["license"] == "unknown"
+    assert "base_model" not in found  # the hub refuses a base that it does not know
+
+
+def test_the_funnel_of_the_card_adds_up(trained):
+    folder = trained.folder / "adapters" / "self-0"
+    counts = json.loads((folder / "made_with.json").read_text())["funnel"]
+    assert [label for label, count in counts if count >= 0] == ["personas", "prompts", "pairs"]
+    left = counts[0][1]
+    for _, count in counts[1:]:
+        left += min(count, 0)
+        assert count < 0 or count == left
+
+
+def test_a_card_names_the_hub_model_and_its_revision(run, folder):
+    note_base(folder, path="some/model-1B", revision="abc123")
+    text = card(run, "self", 0)
+    assert front(text)["base_model"] == "some/model-1B"
+    assert "revision `abc123`" in text and 'from_pretrained(base, revision="abc123")' in text
+    assert "toy" not in text and "states no licence of its own" in text
+
+
+def test_a_card_names_no_folder_and_no_file_of_this_machine(run, folder, tmp_path):
+    note_base(folder, path=str(tmp_path))
+    noted = json.loads((folder / "made_with.json").read_text())
+    noted["recipe"]["personas"]["source"] = str(tmp_path / "people.csv")
+    (folder / "made_with.json").write_text(json.dumps(noted))
+    text = card(run, "self", 0)
+    assert str(tmp_path) not in text and "from a file of whoever made it" in text
+    noted["recipe"]["personas"]["source"] = "hub"
+    (folder / "made_with.json").write_text(json.dumps(noted))
+    assert "CC BY-NC-SA 4.0" in card(run, "self", 0)
+
+
+def test_results_stand_in_the_card_with_interval_n_and_judge(run):
+    add_results(run)
+    text = write_card(run, "self", 0).read_text()
+    oracle = "the tiny world's exact oracle"
+    assert f"| `oracle_good_rate.tuned` | 75.0 [70.0, 80.0] % | 220 | {oracle} |" in text
+    row = "| `self_win_rate` | 65.5 [58.5, 70.7] % | 220 | the base model itself, both orders |"
+    assert row in text and "not comparable with the paper's" in text
+    assert "random`" not in text and "seed7" not in text and "accuracy" not in text
+
+
+@pytest.mark.parametrize("spoil", ["recipe", "older", "seed"])
+def test_results_of_another_model_are_not_taken_for_its_own(run, folder, spoil):
+    add_results(run)
+    made_with = run.folder / "tables" / "recipe.yaml"
+    then = yaml.safe_load(made_with.read_text())
+    if spoil == "recipe":
+        then["training"]["beta"] = 2.5
+    if spoil == "seed":
+        then["seeds"] = [1]
+    made_with.write_text(yaml.safe_dump(then))
+    if spoil == "older":
+        os.utime(run.folder / "tables" / "results.json", (0, 0))
+    assert "Not evaluated yet." in card(run, "self", 0)
+
+
+def test_the_card_tells_of_the_training_that_was_not_of_the_recipe_as_it_is_now(run):
+    other = changed(run, "training", beta=2.5)
+    assert "| beta | 10.0 |" in write_card(other, "self", 0).read_text()
+
+
+def test_a_card_of_what_is_not_trained_is_refused(run, folder):
+    with pytest.raises(PublishError, match="'oracle' of seed 3 in the run 'small' is not trained"):
+        card(run, "oracle", 3)
+    (folder / "done.json").unlink()
+    with pytest.raises(PublishError, match="did not finish"):
+        publish(run, "self", 0, "anna/adapter")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arm", "there", "absent"),
+    [
+        ("dpo", "self", "dpo_beta", "gamma"),
+        ("orpo", "self", "orpo_lambda", "dpo_beta"),
+        ("dpo", "sft_random", "sft_learning_rate", "dpo_beta"),
+    ],
+)
+def test_only_the_settings_that_apply_are_listed(run, algorithm, arm, there, absent):
+    settings = {"algorithm": algorithm, "method": "lora", "beta": 10.0, "gamma": 3.0}
+    settings |= {"dpo_beta": 0.1, "orpo_lambda": 0.1, "learning_rate": 1e-4}
+    settings |= {"sft_learning_rate": 1e-3, "lora_rank": 16}
+    kind = "sft" if arm == "sft_random" else algorithm
+    text = publishing._training(settings, kind, {"steps": 3, "versions": {}})
+    assert f"| {there} |" in text and f"| {absent} |" not in text and "| lora_rank |" in text
+    whole = publishing._training({**settings, "method": "full"}, kind, {"steps": 3, "versions": {}})
+    assert "lora_rank" not in whole
+
+
+# ---------------------------------------------------------------------- publishing
+
+
+class Hub:
+    """Stands in for HfApi: keeps what was asked, and a copy of what was uploaded."""
+
+    def __init__(self, place):
+        self.place, self.private, self.calls, self.error = place, True, [], None
+
+    def __call__(self):
+        return self
+
+    def whoami(self):
+        if self.error:
+            raise self.error
+        return {"name": "anna"}
+
+    def create_repo(self, repo, private, exist_ok):
+        self.calls.append(("create_repo", repo, private, exist_ok))
+        return f"https://huggingface.co/{repo}"
+
+    def model_info(self, repo):
+        return type("Info", (), {"private": self.private})
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        self.calls.append(("upload_folder", repo_id, commit_message))
+        for path in Path(folder_path).iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, self.place)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    (tmp_path / "uploaded").mkdir()
+    stand_in = Hub(tmp_path / "uploaded")
+    monkeypatch.setattr(huggingface_hub, "HfApi", stand_in)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return stand_in
+
+
+def test_what_is_published_holds_neither_rows_nor_paths_nor_a_token(run, folder, hub):
+    add_results(run)
+    for name in ("training_args.bin", "optimizer.pt", "notes.txt", ".env", "config.json"):
+        (folder / name).write_text(TOKEN)
+    (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    said = []
+    url = publish(run, "self", 0, "anna/adapter", say=said.append)
+    assert url == "https://huggingface.co/anna/adapter" and "as anna" in said[0]
+    assert hub.calls[0] == ("create_repo", "anna/adapter", True, True)
+    names = {path.name for path in hub.place.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for path in hub.place.iterdir():
+        content = path.read_bytes()
+        for secret in (TOKEN, str(ROOT), str(Path.home()) + "/", str(run.folder)):
+            assert secret.encode() not in content, f"{secret} in {path.name}"
+    assert (
+        "75.0 [70.0, 80.0] %" in (hub.place / "README.md").read_text()
+    )  # the card is written anew
+    config = json.loads((hub.place / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sao_utils/tiny/model"
+    local = json.loads((folder / "adapter_config.json").read_text())
+    assert Path(local["base_model_name_or_path"]).is_dir()  # left as it was
+
+
+@pytest.mark.slow
+def test_what_is_published_loads_with_plain_peft_as_the_card_says(run, hub):
+    publish(run, "self", 0, "anna/adapter", say=lambda _: None)
+    code = re.search(r"```python\n(.*?)```", (hub.place / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("FOLDER OR NAME OF THIS MODEL", str(hub.place))
+    code += """
+import sys, torch
+assert not any(name.startswith("sao_utils") for name in sys.modules)
+ids = torch.tensor([[5, 6, 7]])
+changed = model(ids).logits
+with model.disable_adapter():
+    print(bool((changed - model(ids).logits).abs().max() > 0), len(tokenizer) > 100)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "True True\n"
+
+
+def test_a_whole_model_goes_with_its_tokenizer_and_configuration(run, folder, hub):
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"/home/anna": 1}}}')
+    (folder / "config.json").write_text('{"_name_or_path": "/home/anna/model", "layers": 2}')
+    publish(run, "self", 0, "anna/model", say=lambda _: None)
+    names = {path.name for path in hub.place.iterdir()}
+    assert names == {"README.md", "model.safetensors", "tokenizer.json", "config.json"}
+    config = json.loads((hub.place / "config.json").read_text())
+    assert config == {"_name_or_path": "sao_utils/tiny/model", "layers": 2}
+
+
+def test_the_base_is_called_by_its_hub_name(run, folder, hub):
+    note_base(folder, path="some/model-1B", revision="abc123")
+    publish(run, "self", 0, "anna/adapter", private=False, say=lambda _: None)
+    config = json.loads((hub.place / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model-1B"
+    assert config["revision"] == "abc123" and hub.calls[0][2] is False
+
+
+def refused(run, told, repo="anna/adapter", **options):
+    with pytest.raises(PublishError, match=told):
+        publish(run, "self", 0, repo, say=lambda _: None, **options)
+
+
+def test_a_base_that_nobody_else_has_is_refused(run, folder, hub, tmp_path):
+    note_base(folder, path=str(tmp_path))
+    refused(run, "a folder on this machine")
+    assert hub.calls == []
+
+
+def test_an_adapter_of_unknown_making_is_refused(run, folder, hub):
+    (folder / "made_with.json").unlink()
+    refused(run, "not noted how this model was made")
+
+
+def test_a_path_in_a_configuration_is_refused(run, folder, hub):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["corda_config"] = {"cache_file": "/home/anna/cache"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    refused(run, "path of this machine under 'cache_file'")
+    assert hub.calls == []
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(run, hub):
+    hub.private = False
+    refused(run, "exists already and is public")
+    assert [call[0] for call in hub.calls] == ["create_repo"]
+    publish(run, "self", 0, "anna/adapter", private=False, say=lambda _: None)
+
+
+def answer(status):
+    request = httpx.Request("GET", "https://huggingface.co")
+    return HfHubHTTPError("no", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LocalTokenNotFoundError("no token"), "not logged in"),
+        (answer(401), "not logged in"),
+        (answer(403), r"The hub refused \(403\)"),
+        (ConnectionError("Name or service not known"), "did not finish: Name or service"),
+        (ValueError("Invalid metadata in README.md."), "did not finish: Invalid metadata"),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_told_in_plain_words(run, hub, error, told):
+    hub.error = error
+    refused(run, told)
+    assert hub.calls == []
+
+
+def test_offline_is_told_before_anything_is_tried(run, hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(run, "HF_HUB_OFFLINE=1 is set")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE=1 is set"),
+        ({}, "You are not logged in"),
+        ({"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}, "The upload did not finish"),
+    ],
+)
+def test_the_real_hub_library_is_called_as_it_wants(run, tmp_path, settings, told):
+    """No token, or nobody who answers: it comes no farther, and the network is not needed."""
+    place = {"SAO_RESULTS": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    words = ["-m", "sao_utils", "publish", "small", "--to", "anna/adapter", "--yes"]
+    said = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=kept | place | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1 and told in said.stderr, said.stderr
+    assert "Traceback" not in said.stderr and TOKEN not in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("repo", ["adapter", "a/b/c", "anna/", "../anna", "anna/--x", ""])
+def test_a_name_that_the_hub_does_not_know_is_refused(run, hub, repo):
+    with pytest.raises(ValueError, match="user/name"):
+        publish(run, "self", 0, repo)

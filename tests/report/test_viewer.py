@@ -1,0 +1,235 @@
+"""The viewer for pairs: model text stays text, nothing is fetched, and its script does its work."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from importlib.resources import files
+
+import pytest
+
+from sao_utils.report.viewer import MAX_BYTES, MAX_TEXT, pair_viewer
+from sao_utils.stages import judging
+
+HOSTILE = (
+    "</script><script>alert(1)</script> <img src=x onerror=alert(2)> --> <!-- ]]> </iframe> "
+    "\u2028\u2029 &lt;b&gt; \"q\" 'q' ${x} `y` \ud800 \x00 DATA"
+)
+TEMPLATE = (files("sao_utils") / "viewer.html").read_text(encoding="utf-8")
+
+
+def row(outcome="consistent", m12=2.0, m21=1.0, **changes):
+    judged = outcome not in ("invalid", "identical")
+    return {
+        "prompt": "Which tool?",
+        "responses": ["A net.", "A bow."],
+        "lengths": [4, 3],
+        "quality": [0, -1],
+        "outcome": outcome,
+        "margin": (m12 + m21) / 2 if judged else None,
+        "margin_12": m12 if judged else None,
+        "margin_21": m21 if judged else None,
+        "mass": 0.9,
+    } | changes
+
+
+class Tags(html.parser.HTMLParser):
+    """All tags of a page with their attributes, and the text inside of each script."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.scripts, self._inside = [], [], False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.scripts[-1] += data
+
+
+def opened(fragment):
+    """The page inside of the viewer's frame, and the data in it."""
+    outside = Tags(fragment)
+    assert [tag for tag, _ in outside.tags] == ["div", "iframe"]
+    frame = outside.tags[1][1]
+    assert frame["sandbox"] == "allow-scripts"
+    page = Tags(frame["srcdoc"])
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return page, json.loads(page.scripts[0], parse_constant=refuse)
+
+
+def test_model_text_can_neither_leave_its_place_nor_get_lost():
+    hostile = row(prompt=HOSTILE, responses=[HOSTILE, HOSTILE[::-1]])
+    fragment = pair_viewer([hostile])
+    page, data = opened(fragment)
+    assert data["rows"][0]["prompt"] == HOSTILE
+    assert data["rows"][0]["responses"] == [HOSTILE, HOSTILE[::-1]]
+    plain, _ = opened(pair_viewer([row()]))
+    assert page.tags == plain.tags and len(page.scripts) == 2
+    assert page.scripts[1] == plain.scripts[1]
+    assert "<" not in page.scripts[0] and "\u2028" not in page.scripts[0]
+
+
+def test_the_page_fetches_nothing_and_never_reads_text_as_markup():
+    page = Tags(TEMPLATE)
+    assert not [a for _, attributes in page.tags for a in attributes if a in ("src", "href")]
+    for word in ("http", "url(", "@import", "fetch", "XMLHttp", "import(", "WebSocket"):
+        assert word not in TEMPLATE
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert word not in TEMPLATE
+
+
+def test_counts_are_of_all_rows_and_rare_outcomes_are_among_those_shown():
+    many = [row() for _ in range(900)] + [row("invalid"), row(m12=-3.0), row("tie", 0.0, 0.0)]
+    _, data = opened(pair_viewer(many, limit=20))
+    assert len(data["rows"]) == 20
+    assert dict(map(tuple, data["counts"])) == {
+        "all": 903, "consistent": 901, "tie": 1, "invalid": 1, "right": 900, "wrong": 1,
+    }  # fmt: skip
+    assert {"invalid", "tie", "consistent"} <= {r["outcome"] for r in data["rows"]}
+    assert any("wrong" in r["groups"] for r in data["rows"])
+
+
+def test_the_page_stays_below_its_size_and_long_texts_say_that_they_were_cut():
+    endless = [row(responses=['"<&' * 100_000, "b"]) for _ in range(300)]
+    fragment = pair_viewer(endless)
+    assert len(fragment.encode()) <= MAX_BYTES
+    _, data = opened(fragment)
+    assert data["rows"], "nothing is left"
+    text = data["rows"][0]["responses"][0]
+    assert len(text) < MAX_TEXT + 100 and text.endswith("280,000 more characters]")
+
+
+def test_rows_without_oracle_lengths_or_finite_numbers_are_shown():
+    bare = row("invalid", quality=None, mass=float("nan"))
+    del bare["lengths"]
+    _, data = opened(pair_viewer([bare, row(margin_12=float("inf"))]))
+    first, second = data["rows"]
+    assert first["lengths"] is first["quality"] is first["mass"] is None
+    assert second["margin_12"] is None
+    assert opened(pair_viewer([]))[1]["counts"] == [["all", 0]]
+
+
+def test_it_shows_the_verdicts_of_a_run(small_run):
+    verdicts = judging.judge(small_run)
+    _, data = opened(pair_viewer(verdicts, limit=1000))
+    assert [r["prompt"] for r in data["rows"]] == [v["prompt"] for v in verdicts]
+    counted = {name: count for name, count in data["counts"]}
+    assert counted["all"] == len(verdicts)
+    known = [v for v in verdicts if v["margin"] and len(set(v["quality"] or "?")) == 2]
+    assert counted.get("right", 0) + counted.get("wrong", 0) == len(known)
+
+
+#: As much of a browser as the page's script asks for; prints what is shown after each step.
+BROWSER = r"""
+class Node {
+  constructor(tag) { this.tagName = tag.toUpperCase(); this.children = []; this.heard = {};
+    this.attributes = {}; this.own = ""; this.value = ""; this.disabled = this.hidden = false; }
+  set textContent(text) { this.own = String(text); this.children = []; }
+  get textContent() { return this.own + this.children.map((c) => c.textContent).join("|"); }
+  appendChild(node) { this.children.push(node); }
+  replaceChildren() { this.children = []; this.own = ""; }
+  setAttribute(name, value) { this.attributes[name] = value; }
+  addEventListener(name, act) { this.heard[name] = act; }
+}
+const input = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const nodes = {};
+const document = new Node("document");
+document.getElementById = (id) => (nodes[id] ??= new Node("div"));
+document.createElement = (tag) => new Node(tag);
+document.getElementById("data").textContent = input.data;
+nodes.order = new Node("select");
+nodes.order.value = "made";
+new Function("document", input.script)(document);
+for (const id of ["prompt", "answers", "facts"]) document.getElementById(id);
+const shown = () => ({ place: nodes.place.textContent, prompt: nodes.prompt.textContent,
+  answers: nodes.answers.textContent, facts: nodes.facts.textContent, hidden: nodes.pair.hidden,
+  pressed: nodes.outcomes.children.filter((b) => b.attributes["aria-pressed"] === "true")
+    .map((b) => b.textContent), next: nodes.next.disabled, about: nodes.about.textContent });
+const steps = [shown()];
+for (const [kind, what] of input.steps) {
+  if (kind === "outcome") nodes.outcomes.children.find((b) => b.value === what).heard.click();
+  if (kind === "order") { nodes.order.value = what; nodes.order.heard.change(); }
+  if (kind === "click") nodes[what].heard.click();
+  if (kind === "key") document.heard.keydown({ key: what, target: nodes.pair });
+  steps.push(shown());
+}
+console.log(JSON.stringify(steps));
+"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Runs the page's script in Node on a stand-in for a document; skips where there is no Node."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no Node here")
+
+    def run(rows, *steps, **options):
+        page, _ = opened(pair_viewer(rows, **options))
+        data, script = page.scripts
+        (tmp_path / "browser.js").write_text(BROWSER, encoding="utf-8")
+        done = subprocess.run(
+            [node, str(tmp_path / "browser.js")],
+            input=json.dumps({"data": data, "script": script, "steps": steps}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_the_script_filters_sorts_and_turns_pages(browse):
+    rows = [
+        row(prompt="first"),
+        row(prompt="sure", m12=-9.0, m21=-9.0),
+        row("invalid", prompt="no"),
+    ]
+    start, sure, unsure, end, beyond, back, wrong, invalid = browse(
+        rows, ("order", "sure"), ("order", "unsure"), ("click", "next"), ("key", "ArrowRight"),
+        ("key", "ArrowLeft"), ("outcome", "wrong"), ("outcome", "invalid"),
+    )  # fmt: skip
+    assert start["prompt"] == "first" and start["place"] == "1 of 3"
+    assert start["pressed"] == ["all 3"]
+    assert sure["prompt"] == "sure" and unsure["prompt"] == "first"
+    assert end["prompt"] == "sure" and beyond["prompt"] == "no" and beyond["next"]
+    assert back["prompt"] == "sure"
+    assert wrong["prompt"] == "sure" and wrong["place"] == "1 of 1"
+    assert wrong["pressed"] == ["wrong 1"]
+    assert invalid["prompt"] == "no" and "margin" not in invalid["facts"]
+
+
+def test_the_script_shows_verdict_margins_lengths_and_truth(browse):
+    (shown,) = browse([row(m12=2.0, m21=-3.0, outcome="inconsistent")], unit="words")
+    a, b = re.split(r"(?=Answer b)", shown["answers"])
+    assert "4 words, quality 0" in a and "A net." in a and "truly better" in a
+    assert "ahead on average" in b and "A bow." in b
+    for part in ("inconsistent", "prefers a, margin +2.00", "prefers b, margin \u22123.00",
+                 "\u22120.50", "0.900", "wrong"):  # fmt: skip
+        assert part in shown["facts"]
+
+
+def test_the_script_keeps_hostile_text_as_it_is_and_takes_no_pairs_at_all(browse):
+    text = HOSTILE.replace("\ud800", "")
+    (shown,) = browse([row(prompt=text, responses=[text, ""])])
+    assert shown["prompt"] == text and text in shown["answers"] and "(empty)" in shown["answers"]
+    (nothing,) = browse([])
+    assert nothing["hidden"] and nothing["place"] == "no pairs"
+    (some,) = browse([row() for _ in range(5)], limit=2)
+    assert "2 of 5 pairs" in some["about"]

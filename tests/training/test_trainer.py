@@ -1,0 +1,357 @@
+"""The trainer against trl's own trainers as shipped, and packing against one pair at a time.
+
+trl keeps SimPO and ORPO in `trl.experimental`: the golden tests here tell the day they change.
+"""
+
+import os
+from types import SimpleNamespace
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from sao_utils.recipe import Training
+from sao_utils.training.fit import add_adapter, pair_trainer
+from sao_utils.training.losses import TrainingFailed
+
+COMMON = dict(
+    vocab_size=257,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON),
+    "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
+    "mistral, sliding window": MistralConfig(**COMMON, sliding_window=9),
+    # Gemma-2 caps both the attention scores and the logits; the caps are low here, to matter.
+    "gemma2": Gemma2Config(
+        **COMMON, sliding_window=9, attn_logit_softcapping=0.7, final_logit_softcapping=1.5
+    ),
+}
+
+
+def random_model(config, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)
+    if config.model_type == "gemma2":  # torch's fused attention has no cap
+        model.set_attn_implementation("eager")
+    return model
+
+
+def with_adapter(model, settings, seed=0):
+    adapted = add_adapter(model, settings)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zeros at the start: half of the gradients would be zero
+            weight.data.normal_(0, 0.05, generator=generator)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return torch.randint(3, 257, (n,), generator=generator).tolist()
+
+    sizes = [(7, 5, 12), (3, 14, 2), (11, 1, 6), (5, 9, 9), (16, 20, 11)]
+    return [
+        {"id": str(k), "prompt_ids": ids(p), "chosen_ids": ids(c), "rejected_ids": ids(r)}
+        for k, (p, c, r) in enumerate(sizes)
+    ]
+
+
+def settings(**changes):
+    plain = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=5, lora_rank=4)
+    plain |= dict(beta=2.0, gamma=0.5)  # beta 10 would multiply the rounding of float32
+    return Training(**{**plain, "token_budget": 90, **changes})
+
+
+def step(trainer, batch):
+    """Loss, gradients and counts of one step."""
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1  # transformers sets it in its loop
+    loss = trainer.training_step(trainer.model, batch).item()
+    named = trainer.model.named_parameters()
+    return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def ours(policy, rows, settings, folder, algorithm="simpo"):
+    return pair_trainer(policy, None, rows, settings, algorithm, 0, folder)
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    assert found.keys() == wanted.keys() and len(wanted) > 10
+    scale = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        error = (found[name] - gradient).norm()
+        assert error <= tolerance * gradient.norm() + 1e-7 * scale, name
+
+
+# ---------------------------------------------------------------------------- trl's trainers
+
+
+def stock(kind, config, model, rows, folder, **arguments):
+    """A trainer of trl as shipped, on the same token ids."""
+    from datasets import Dataset
+
+    class OnTokens(kind):
+        @staticmethod
+        def tokenize_row(feature):
+            return feature
+
+    data = []
+    for row in rows:
+        made = {}
+        for side in ("chosen", "rejected"):
+            ids = row["prompt_ids"] + row[f"{side}_ids"]
+            labels = [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
+            made |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
+            made[f"{side}_attention_mask"] = [1] * len(ids)
+        data.append(made)
+    tokenizer = SimpleNamespace(pad_token="x", pad_token_id=0)
+    common = dict(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], max_length=64)
+    common |= dict(remove_unused_columns=False, gradient_checkpointing=False)
+    args = config(**common, **arguments)
+    made = OnTokens(
+        model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
+    return made, made.data_collator(data)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_simpo_equals_trls_cpo_trainer_in_loss_and_gradients(family, rows, tmp_path):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    set_to = settings()
+    plain = dict(cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5, loss_type="simpo")
+    model = with_adapter(random_model(CONFIGS[family]), set_to)
+    trl, batch = stock(CPOTrainer, CPOConfig, model, rows, tmp_path, **plain)
+    loss, gradients = step(trl, batch)
+    policy = with_adapter(random_model(CONFIGS[family]), set_to)
+    trainer = ours(policy, rows, set_to, tmp_path)
+    found, of_ours = step(trainer, rows)
+    assert trainer.packed and trainer.counts["microbatches"] > 1
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert_close(of_ours, gradients)
+
+
+def test_dpo_equals_trls_dpo_trainer(rows, tmp_path):
+    """Against trl's stable trainer, whose reference is the adapter as it was at the start."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    set_to = settings(dpo_beta=0.3)
+    tokenizer = _tokenizer()
+    data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    args = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.3, max_length=None
+    )
+    args.gradient_checkpointing = False
+    model = with_adapter(random_model(CONFIGS["llama"]), set_to)
+    trl = DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    nudge(trl.model)
+    batch = trl.data_collator([{k: row[k] for k in row if k != "id"} for row in rows])
+    loss, gradients = step(trl, batch)
+
+    trainer = ours(
+        with_adapter(random_model(CONFIGS["llama"]), set_to), rows, set_to, tmp_path, "dpo"
+    )
+    nudge(trainer.model)
+    found, of_ours = step(trainer, trainer.train_dataset)
+    assert abs(loss - 0.6931) > 1e-3, "the policy must have left its reference"
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert_close(of_ours, {k: g for k, g in gradients.items() if ".ref." not in k})
+
+
+def nudge(policy):
+    for name, weight in policy.named_parameters():
+        if "lora_B.default" in name:
+            weight.data.mul_(1.5)
+
+
+def _tokenizer():
+    from sao_utils.engines.base import load_tokenizer
+    from sao_utils.recipe import Model
+
+    return load_tokenizer(Model(path="tiny"))
+
+
+def test_orpo_equals_trls_orpo_trainer_but_for_the_prompts_tokens(rows, tmp_path):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    set_to = settings(orpo_lambda=0.4)
+    policy = with_adapter(random_model(CONFIGS["llama"]), set_to)
+    trainer = ours(policy, rows, set_to, tmp_path, "orpo")
+    found, _ = step(trainer, rows)
+    model = with_adapter(random_model(CONFIGS["llama"]), set_to)
+    trl, batch = stock(ORPOTrainer, ORPOConfig, model, rows, tmp_path, beta=0.4)
+    with torch.no_grad():
+        means_chosen, means_rejected, *_ = trl.concatenated_forward(trl.model, batch)
+        ratios = trl.odds_ratio_loss(means_chosen, means_rejected)[0]
+    # trl's own NLL counts the prompt and weighs long answers more; the paper's is the mean below.
+    assert found == pytest.approx((-means_chosen - ratios).mean().item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("way", ["packed", "shared prompt", "padded", "checkpointed"])
+def test_a_step_equals_its_pairs_one_at_a_time(family, way, rows, tmp_path):
+    set_to = settings(
+        share_prompt=way in ("shared prompt", "checkpointed"),
+        gradient_checkpointing="on" if way == "checkpointed" else "off",
+    )
+    trainer = ours(with_adapter(random_model(CONFIGS[family]), set_to), rows, set_to, tmp_path)
+    assert trainer.packed
+    trainer.packed = way != "padded"
+    loss, gradients = step(trainer, rows)
+
+    alone = settings(share_prompt=False, token_budget=1)
+    single = ours(with_adapter(random_model(CONFIGS[family]), set_to), rows, alone, tmp_path)
+    losses, sums = [], {}
+    for row in rows:
+        one, found = step(single, [row])
+        losses.append(one)
+        sums = {name: sums.get(name, 0) + g / len(rows) for name, g in found.items()}
+    assert loss == pytest.approx(sum(losses) / len(rows), rel=1e-6)
+    assert_close(gradients, sums)
+
+
+def test_sequences_in_a_row_do_not_see_each_other(rows, tmp_path):
+    set_to = settings(token_budget=10_000)
+    trainer = ours(random_model(CONFIGS["gemma2"]), rows, set_to, tmp_path)
+    (together,) = [sums for sums, _ in logps(trainer, rows)]
+    other = [rows[0], {**rows[1], "chosen_ids": [9] * 14}, *rows[2:]]
+    (changed,) = [sums for sums, _ in logps(trainer, other)]
+    touched = ((together - changed).abs() > 1e-5).nonzero().flatten().tolist()
+    assert touched == [place(trainer, rows, 1)]
+
+
+def logps(trainer, batch):
+    with torch.no_grad(), trainer._attention():
+        return [trainer._logps(trainer.model, made) for made, _ in trainer._microbatches(batch)]
+
+
+def place(trainer, rows, index):
+    """Where the chosen answer of a pair stands: the costliest pairs come first."""
+    ((_, group),) = trainer._microbatches(list(rows))
+    return 2 * [row["id"] for row in group].index(str(index))
+
+
+def test_counts_show_no_padding_and_no_idle_head_rows(rows, tmp_path):
+    trainer = ours(random_model(CONFIGS["llama"]), rows, settings(share_prompt=False), tmp_path)
+    step(trainer, rows)
+    counts = trainer.counts
+    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    assert counts["head_rows"] == counts["completion_tokens"] == answers
+    assert counts["padded_tokens"] == counts["real_tokens"]
+    assert counts["real_tokens"] == answers + 2 * sum(len(row["prompt_ids"]) for row in rows)
+    trainer.settings = settings(share_prompt=True)
+    step(trainer, rows)
+    prompts = sum(len(row["prompt_ids"]) for row in rows)
+    assert trainer.counts["padded_tokens"] == counts["real_tokens"] - prompts
+
+
+def test_an_attention_that_cannot_be_replaced_gets_padded_batches(rows, tmp_path, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    truth, gradients = step(ours(random_model(CONFIGS["llama"]), rows, settings(), tmp_path), rows)
+    own = modeling_llama.eager_attention_forward
+
+    class Stubborn:
+        def get_interface(self, name, default):
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            return sdpa_attention_forward
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Stubborn())
+    assert own is modeling_llama.eager_attention_forward
+    trainer = ours(random_model(CONFIGS["llama"]), rows, settings(), tmp_path)
+    assert not trainer.packed and "off by" in trainer.packing_reason
+    found, of_ours = step(trainer, rows)
+    assert found == pytest.approx(truth, rel=1e-6)
+    assert_close(of_ours, gradients)
+
+
+def test_a_model_with_other_logits_is_refused_before_training(rows, tmp_path):
+    model = random_model(CONFIGS["llama"])
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: head(hidden) * 2
+    with pytest.raises(TrainingFailed, match="LlamaForCausalLM computes its logits"):
+        ours(model, rows, settings(), tmp_path)
+
+
+def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):
+    """NF4 + LoRA: packed and chunked against full logits of each sequence alone."""
+    from transformers import BitsAndBytesConfig
+
+    from sao_utils.engines.base import guard_nf4_on_cpu
+    from sao_utils.training.losses import simpo_loss
+
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=nf4
+    )
+    guard_nf4_on_cpu(base)
+    set_to = settings()
+    policy = with_adapter(base, set_to)
+    losses = []
+    for row in rows:
+        ends = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            scores = policy(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            picked = scores.gather(1, ids[0, 1:, None])[-len(row[side]) :, 0]
+            ends += [picked.sum(), len(row[side])]
+        losses.append(simpo_loss(*ends, beta=2.0, gamma=0.5))
+    truth = torch.stack(losses).mean()
+    truth.backward()
+    wanted = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    found, gradients = step(ours(policy, rows, set_to, tmp_path), rows)
+    assert found == pytest.approx(truth.item(), rel=1e-6)
+    assert_close(gradients, wanted)
+
+
+def test_full_fine_tuning_reaches_every_weight_the_tied_head_too(rows, tmp_path):
+    set_to = settings(method="full")
+    model = random_model(CONFIGS["qwen2"])
+    truth = random_model(CONFIGS["qwen2"])
+    total = 0
+    for row in rows:
+        rewards = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            scores = truth(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            picked = scores.gather(1, ids[0, 1:, None])[-len(row[side]) :]
+            rewards.append(2 * picked.mean())
+        total = total - torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - 0.5) / len(rows)
+    total.backward()
+    found, gradients = step(ours(model, rows, set_to, tmp_path), rows)
+    assert found == pytest.approx(total.item(), rel=1e-6)
+    assert_close(gradients, {n: p.grad for n, p in truth.named_parameters() if p.grad is not None})
+    assert gradients["model.embed_tokens.weight"].abs().min(1).values.count_nonzero() > 200
