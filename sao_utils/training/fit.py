@@ -18,18 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from sao_utils.engines import base as engines
-from sao_utils.engines.base import (
-    context_limit,
-    disarm,
-    load_engine,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    model_name,
-    special_tokens,
-    unload_engines,
-)
+from sao_utils.engines import loading as engines
+from sao_utils.engines.base import context_limit, escape_special_tokens, special_tokens
+from sao_utils.engines.loading import load_model, load_tokenizer, model_folder, model_name
+from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.recipe import Arm, Model, Training
 from sao_utils.stages.pairs import build_pairs, funnel
 from sao_utils.store import Run, read_rows, record, row_id, write_whole
@@ -348,7 +340,7 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: fl
     if not all(message["content"].strip() for message in pair[side]):
         raise ValueError(f"{where}: it is empty. Discard such pairs before training.")
     eos = tokenizer.eos_token
-    chat = disarm(pair["prompt"] + pair[side], tokenizer)
+    chat = escape_special_tokens(pair["prompt"] + pair[side], tokenizer)
     asked = chat[: len(pair["prompt"])]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -687,7 +679,7 @@ def probe(model, tokenizer, chats: list[list[dict]]) -> list[dict]:
     from transformers import GenerationConfig
 
     limit = PROBE_TOKENS
-    chats = [disarm(chat, tokenizer) for chat in chats]
+    chats = [escape_special_tokens(chat, tokenizer) for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
