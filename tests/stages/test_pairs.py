@@ -6,7 +6,7 @@ import random
 
 import pytest
 from sao_utils.engines.loading import load_model, load_tokenizer
-from sao_utils.training.encoding import encode
+from sao_utils.training.fit import encode
 
 from sao_utils.oracles import tiny_world as world
 from sao_utils.stages import pairs
