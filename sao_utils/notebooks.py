@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
-from sao_utils.engines.base import EngineError, find, load_engine, model_name
+from sao_utils.engines.base import EngineError
+from sao_utils.engines.loading import find, model_name
+from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.questions import PINNED, official_file, questions
 from sao_utils.evaluation.tasks import HarnessError, exams, local_files
 from sao_utils.recipe import (

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
@@ -19,11 +16,11 @@ class RecipeError(ValueError):
     """A recipe, or a key or value of one, that does not exist or does not fit."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Model(_Section):
+class Model(Section):
     path: str = Field(description='"tiny" (embedded), a folder, or a name on the hub or server')
     revision: str | None = Field(None, description="commit of a hub model")
     adapter: str | None = Field(
@@ -44,6 +41,10 @@ class Model(_Section):
         None, ge=1, description="tokens of prompt and reply; null: what the model takes"
     )
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory (vllm)")
+    template_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="passed to every chat template, such as {enable_thinking: false}",
+    )
     workers: int = Field(0, ge=0, description="Ray Data workers; 0: no Ray")
     url: str | None = Field(None, description="of the server, such as http://localhost:8000/v1")
     key_variable: str | None = Field(
@@ -83,19 +84,42 @@ class Model(_Section):
         return self
 
     @property
+    def label(self) -> str:
+        """What rows and tables call it: no folders of this machine."""
+        local = self.path.startswith((".", "/", "~"))
+        name = Path(self.path).name if local else self.path
+        return f"{name}+{Path(self.adapter).name}" if self.adapter else name
+
+    @property
     def priced(self) -> bool:
         """Whether using it costs money that is known."""
         return bool(self.price_in or self.price_out)
 
 
-class Personas(_Section):
-    source: str = Field(description='"tiny", "hub" (Persona-Hub), or a .jsonl or .csv file')
-    count: int = Field(ge=1, description="personas a seed, one prompt each")
-    with_persona: bool = Field(True, description="false: the template without a persona (ours)")
-    max_similarity: float | None = Field(
-        None, gt=0, le=1, description="drop prompts nearer than this to an earlier one (MinHash)"
+class Prompts(Section):
+    source: Literal["persona", "no_persona", "pre_query", "file"] = Field(
+        "persona",
+        description="persona: the paper's template; no_persona: its ablation; pre_query: the model "
+        "writes the user's turn by itself, with the persona in the system turn; file: your own prompts",
     )
-    ngram: int | None = Field(
+    personas: str | None = Field(
+        "tiny",
+        description='"tiny", "hub" (Persona-Hub), or a file with a column "persona"; null: none',
+    )
+    data: str | None = Field(
+        None, description="of source=file: a file, or the name of a data set on the hub"
+    )
+    config: str | None = Field(None, description="configuration of a data set on the hub")
+    split: str = Field("train", description="split of a data set on the hub")
+    column: str = Field("prompt", description="column of source=file that holds the prompts")
+    count: int = Field(ge=1, description="prompts asked for, a seed")
+    min_usable: float = Field(
+        0.2, ge=0, le=1, description="stop if a smaller share of the prompts is usable"
+    )
+    max_similarity: float | None = Field(
+        None, gt=0, le=1, description="drop prompts nearer than this to an earlier one (Jaccard)"
+    )
+    max_shared_words: int | None = Field(
         None,
         ge=1,
         description="drop prompts that share so many words in a row with an evaluation set",
@@ -104,14 +128,22 @@ class Personas(_Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if (self.source == "file") != (self.data is not None):
+            raise ValueError("source=file and data belong together: set both, or neither")
+        if self.source in ("persona", "no_persona") and self.personas is None:
+            raise ValueError(f"source={self.source} needs personas (tiny, hub or a file)")
+        return self
 
-class Responses(_Section):
+
+class Responses(Section):
     temperature: float = Field(0.6, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
 
 
-class Judging(_Section):
+class Judging(Section):
     method: Literal["logprob", "sampled"] = Field(
         "logprob",
         description="forced choice by log-probability (ours), or the paper's sampled text",
@@ -119,21 +151,21 @@ class Judging(_Section):
     temperature: float = Field(0.6, ge=0, description="of sampled verdicts")
     top_p: float = Field(1.0, gt=0, le=1, description="of sampled verdicts")
     max_new_tokens: int = Field(16, ge=1, description="of sampled verdicts")
-    gold: str | None = Field(
-        None, description="a .jsonl or .csv file of pairs with known labels, to judge the judge by"
+    labelled: str | None = Field(
+        None, description="a file of pairs with known labels, to judge the judge by"
     )
     min_mass: float = Field(
         0.5, ge=0, le=1, description="probability on the two verdicts below which one is invalid"
     )
 
 
-class Pairs(_Section):
+class Pairs(Section):
     require_consistent: bool = Field(True, description="drop pairs whose orders disagree")
     min_margin: float = Field(0.0, ge=0, description="drop pairs with a smaller mean log-odds")
     max_tokens: int = Field(ge=1, description="prompt and response together")
 
 
-class Training(_Section):
+class Training(Section):
     algorithm: Literal["simpo", "dpo", "orpo"] = "simpo"
     method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
     beta: float = Field(10.0, gt=0, description="of SimPO")
@@ -146,8 +178,9 @@ class Training(_Section):
     )
     epochs: float = Field(1, gt=0)
     batch_size: int = Field(ge=1, description="pairs an optimiser step, over all processes")
-    token_budget: int = Field(
-        4096, ge=1, description="tokens a forward pass; a longer pair goes alone"
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="tokens a forward pass; a longer pair goes alone; auto: by the free memory",
     )
     share_prompt: bool = Field(True, description="compute the prompt of a pair once")
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
@@ -178,21 +211,21 @@ class Training(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     questions: str = Field(
         "test",
         description='"test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a '
-        ".jsonl/.csv file",
+        "file with a column prompt",
     )
     per_combination: int = Field(4, ge=1, description="wordings of each held-out combination")
     temperatures: tuple[float, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: int = Field(ge=1)
     bootstrap: int = Field(10_000, ge=100, description="resamples of an interval")
-    harness: tuple[str, ...] = Field(
+    tasks: tuple[str, ...] = Field(
         (), description='tasks of lm-eval: "leaderboard", "tiny", a name, or a local .yaml file'
     )
-    harness_limit: int | None = Field(
+    task_limit: int | None = Field(
         None, ge=1, description="items of a task, for a quick look; null: all"
     )
     benchmarks: tuple[Benchmark, ...] = Field(
@@ -210,11 +243,11 @@ class Evaluation(_Section):
 
 
 def is_task_file(task: str) -> bool:
-    """Whether an entry of `evaluation.harness` is a local task's file, not a name that lm-eval knows."""
+    """Whether an entry of `evaluation.tasks` is a local task's file, not a name that lm-eval knows."""
     return task.endswith((".yaml", ".yml"))
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All settings of a run. `load_recipe` reads one from YAML."""
 
     name: str
@@ -223,7 +256,7 @@ class Recipe(_Section):
     arms: tuple[Arm, ...] = ("self",)
     model: Model
     judge: Model | None = Field(None, description="another judge than the model itself")
-    personas: Personas
+    prompts: Prompts
     responses: Responses
     judging: Judging
     pairs: Pairs
@@ -295,101 +328,3 @@ class Recipe(_Section):
                 if name in taken:
                     raise ValueError(f"{section}: the name '{name}' is taken; give another")
         return self
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the kit."""
-    folder = files("sao_utils") / "recipes"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
-
-
-def valid_keys() -> list[str]:
-    """Every key that a recipe knows, dotted: `training.beta`."""
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        named = get_origin(field.annotation) is dict  # others, judges: set as a whole
-        kinds = () if named else get_args(field.annotation) or (field.annotation,)
-        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, _Section)), None)
-        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
-    return keys
-
-
-def _read_value(key: str, value: Any) -> Any:
-    """Text as a number, list, ... of YAML; a text that YAML would spoil ("a #b") stays what it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"{key}: '{value}' cannot be read (it is read as YAML).") from None
-    return value if isinstance(read, str) else read
-
-
-def _read(name: str, extended_by: tuple[str, ...] = ()) -> dict:
-    """A recipe as data; what it `extends` (the name of a shipped recipe) lies underneath."""
-    if name.endswith((".yaml", ".yml")) and not extended_by:
-        path = Path(name)
-        if not path.is_file():
-            raise RecipeError(f"There is no recipe file {name}.")
-        text = path.read_text(encoding="utf-8")
-    elif name in recipe_names() and name not in extended_by:
-        text = (files("sao_utils") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        near = get_close_matches(name, recipe_names(), 1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(
-            f"There is no recipe '{name}'. {hint}Recipes: {', '.join(recipe_names())}; or give a .yaml "
-            "file."
-        )
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe {name} is no YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"The recipe {name} is not a mapping of keys to values.")
-    if "extends" not in data:
-        return data
-    below = _read(str(data.pop("extends")), (*extended_by, name))
-    for key, value in data.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        below[key] = {**below[key], **value} if both else value
-    return below
-
-
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe and set single keys of it anew.
-
-    Args:
-        name: one of `recipe_names()`, or the path of a YAML file. A recipe may say `extends: <name of
-            a shipped recipe>` and give just the keys that differ.
-        overrides: dotted key -> value; a string is read as YAML ("1e-5" becomes a number).
-
-    Raises:
-        RecipeError: no such recipe, no such key (the valid ones are listed), or a bad value.
-    """
-    data = _read(str(name))
-    keys = valid_keys()
-    for key, value in (overrides or {}).items():
-        if key not in keys:
-            leaves = [known for known in keys if known.split(".")[-1] == key]
-            near = leaves or get_close_matches(key, keys, 3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
-            raise RecipeError(f"There is no key '{key}'. {hint}")
-        section, _, leaf = key.rpartition(".")
-        if section and not isinstance(data.get(section), dict):
-            if value is None:  # a key of a section that is not there
-                continue
-            data[section] = {}
-        (data[section] if section else data)[leaf] = _read_value(key, value)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            key = ".".join(str(part) for part in fault["loc"])
-            known = f" Keys: {', '.join(keys)}." if fault["type"] == "extra_forbidden" else ""
-            said = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"  {key}{': ' if key else ''}{said}{known}")
-        raise RecipeError(f"The recipe {name} does not fit:\n" + "\n".join(faults)) from None

@@ -10,23 +10,28 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
 from sao_utils import colab
-from sao_utils.recipe import Model, Recipe, RecipeError, is_task_file, load_recipe
+from sao_utils.machine import hardware, versions
+from sao_utils.recipe import Model, Recipe, RecipeError, is_task_file
+from sao_utils.recipes import load_recipe
+
+#: section of a recipe -> its keys that may name a file or folder of the user's
+FILE_KEYS = {
+    "prompts": ("personas", "data"),
+    "judging": ("labelled",),
+    "evaluation": ("questions", "data"),
+}
+NAMES = ("tiny", "hub", "test", "dev", "everyday")  # what is no file, whatever lies in the folder
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,21 @@ def results_folder() -> Path:
     return (here.parent if here.name == "notebooks" else here) / "results"
 
 
-def open_run(recipe: str = "tiny", run: str | None = None, overrides: dict | None = None) -> Run:
+def open_run(
+    recipe: str = "tiny", run: str | None = None, overrides: dict | str | None = None
+) -> Run:
     """Open the folder of a run, new or begun.
 
     Args:
         recipe: name or file of a recipe.
         run: name of the run's folder; by default the recipe's name.
-        overrides: dotted keys to set anew, as in `load_recipe`.
+        overrides: dotted keys to set anew, as in `load_recipe` (a mapping, or its text).
 
     Raises:
         RecipeError: a recipe, key, value or run name that does not fit.
     """
     loaded = _with_whole_paths(load_recipe(recipe, overrides))
-    name = run or loaded.name
+    name = str(run or loaded.name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise RecipeError(f"A run's name has letters, digits, '.', '_' and '-' only; not '{name}'.")
     if name in ("reported", "benchmarks", "cache"):
@@ -102,39 +109,37 @@ def _as_yaml(recipe: Recipe) -> str:
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:
     """Local files by their absolute paths: notebooks run in another folder than the command."""
-    changes = {}
-    for section, key in (
-        ("model", "path"),
-        ("judge", "path"),
-        ("judge", "adapter"),
-        ("personas", "source"),
-        ("judging", "gold"),
-        ("evaluation", "questions"),
-        ("evaluation", "data"),
-    ):
-        settings = changes.get(section, getattr(recipe, section))
-        if settings is None or getattr(settings, key) is None:
-            continue
-        path = Path(getattr(settings, key))
-        there = path.is_file() if key in ("source", "gold", "questions") else path.exists()
-        if there and getattr(settings, key) not in ("tiny", "hub"):
-            changes[section] = settings.model_copy(update={key: str(path.resolve())})
-    settings = changes.get("evaluation", recipe.evaluation)
-    harness = tuple(str(Path(t).resolve()) if is_task_file(t) else t for t in settings.harness)
-    changes["evaluation"] = settings.model_copy(update={"harness": harness})
+
+    def whole(value: str | None) -> str | None:
+        return str(Path(value).resolve()) if value and Path(value).exists() else value
+
+    def model(of: Model | None) -> Model | None:
+        if of is None or of.engine == "api":
+            return of
+        path = of.path if of.path == "tiny" else whole(of.path)
+        return of.model_copy(update={"path": path, "adapter": whole(of.adapter)})
+
+    changes: dict = {"model": model(recipe.model), "judge": model(recipe.judge)}
     for section in ("others", "judges"):
-        named = getattr(recipe, section)
-        changes[section] = {name: _with_whole_path(model) for name, model in named.items()}
+        changes[section] = {name: model(of) for name, of in getattr(recipe, section).items()}
+    for section, keys in FILE_KEYS.items():
+        settings = getattr(recipe, section)
+        named = {key: value for key in keys if (value := getattr(settings, key)) not in NAMES}
+        found = {k: whole(v) for k, v in named.items() if v and (k == "data" or Path(v).is_file())}
+        changes[section] = settings.model_copy(update=found)
+    tasks = tuple(whole(t) if is_task_file(t) else t for t in recipe.evaluation.tasks)
+    changes["evaluation"] = changes["evaluation"].model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=changes)
 
 
-def _with_whole_path(model: Model) -> Model:
-    local = {
-        key: str(Path(given).resolve())
-        for key, given in (("path", model.path), ("adapter", model.adapter))
-        if given not in (None, "tiny") and Path(given).exists()
-    }
-    return model.model_copy(update=local)
+def input_files(recipe: Recipe) -> list[Path]:
+    """The user's own files that a recipe names and that are there: no names of sets or of the hub."""
+    named = [
+        getattr(getattr(recipe, section), key)
+        for section, keys in FILE_KEYS.items()
+        for key in keys
+    ]
+    return [Path(name) for name in named if name and name not in NAMES and Path(name).is_file()]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -151,9 +156,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        told = f"{error.strerror}. What was made so far is kept; free some disk and run again"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise OSError(error.errno, told if full else error.strerror, str(path)) from error
+        reason = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason += ". What was made so far is kept; free some disk and run again"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def row_id(*parts: object) -> str:
@@ -335,11 +341,27 @@ def make_rows(
     try:
         rows = complete(run.rows(stage), jobs, counted, stage, max_context)
     except BaseException:  # the next call adds its part
-        with suppress(OSError):  # a full disk has been told of
+        with suppress(OSError):  # the disk may be full, which `complete` has reported
             noted()
         raise
     noted()
     return rows
+
+
+def replace_rows(path: Path, rows: list[dict]) -> None:
+    """Write all rows of a file anew, whole or not at all, while nobody else adds to it.
+
+    Raises:
+        Busy: another process is making rows of this file.
+        OSError: it could not be written, and is as it was before.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        lock(file, path)
+        write_whole(path, text)
 
 
 def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
@@ -355,47 +377,6 @@ def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
         for batch in batches:
             yield batch
             bar.update(len(batch))
-
-
-PACKAGES = ("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
-OPTIONAL = ("vllm", "bitsandbytes", "ray", "lm-eval")  # named where they are installed
-
-
-def versions() -> dict[str, str]:
-    """The versions in use of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    for package in OPTIONAL:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def gpu_name() -> str | None:
-    """The name of this machine's first GPU, from the driver; None without one.
-
-    torch would take seconds, and memory of the GPU beside the process of an engine.
-    """
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    names = told.stdout.splitlines() if told.returncode == 0 else []
-    return names[0].strip() if names else None
-
-
-@cache
-def hardware() -> dict[str, str | int]:
-    """The machine, in words that name no user, host or path."""
-    gpu = gpu_name() or "none"
-    return {"machine": platform.machine(), "cpus": os.cpu_count() or 0, "gpu": gpu}
 
 
 def record(run: Run, stage: str, seconds: float, adds: bool = True, **counts: int) -> None:
@@ -432,14 +413,9 @@ def _manifest(run: Run) -> Iterator[dict]:
             "seeds": run.recipe.seeds,
             "versions": versions(),
             "hardware": hardware(),
-            "inputs": _input_hashes(run.recipe),
+            "inputs": {
+                f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in input_files(run.recipe)
+            },
         }
         yield manifest
         write_whole(path, json.dumps(manifest, indent=1))
-
-
-def _input_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the user's files that the run reads, by file name."""
-    named = (recipe.personas.source, recipe.evaluation.questions, recipe.judging.gold)
-    files = [Path(name) for name in named if name is not None]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}

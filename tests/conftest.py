@@ -6,12 +6,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by
 import hypothesis
 import pytest
 
-from sao_utils import store as rows
+from sao_utils.store import open_run
 
 hypothesis.settings.register_profile("fixed", derandomize=True)  # the same examples every time
 hypothesis.settings.load_profile("fixed")
 
-SMALL = {"personas.count": 40, "evaluation.per_combination": 1, "evaluation.bootstrap": 200}
+SMALL = {"prompts.count": 40, "evaluation.per_combination": 1, "evaluation.bootstrap": 200}
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def small_run(tmp_path_factory):
     """A small run of the tiny recipe that tests share, its stages made as they are asked for."""
     before = os.environ.get("SAO_RESULTS")
     os.environ["SAO_RESULTS"] = str(tmp_path_factory.mktemp("results"))
-    run = rows.open_run("tiny", "small", SMALL)
+    run = open_run("tiny", "small", SMALL)
     if before is None:
         del os.environ["SAO_RESULTS"]
     else:

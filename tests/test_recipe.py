@@ -1,6 +1,7 @@
 import pytest
 
-from sao_utils.recipe import Recipe, RecipeError, load_recipe, recipe_names, valid_keys
+from sao_utils.recipe import Recipe, RecipeError
+from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -11,7 +12,7 @@ def test_each_shipped_recipe_loads_under_its_own_name(name):
 def test_the_tiny_recipe_keeps_the_papers_settings():
     recipe = load_recipe("tiny")
     assert (recipe.training.beta, recipe.training.gamma) == (10, 3)
-    assert (recipe.personas.temperature, recipe.responses.temperature) == (0.6, 0.6)
+    assert (recipe.prompts.temperature, recipe.responses.temperature) == (0.6, 0.6)
     assert (recipe.training.epochs, recipe.training.warmup_ratio) == (1, 0.1)
     assert recipe.training.schedule == "cosine"
 
@@ -23,8 +24,8 @@ def test_the_paper_recipe_keeps_the_papers_settings():
     assert (training.beta, training.gamma, training.learning_rate) == (10, 3, 1e-6)
     assert (training.batch_size, training.epochs, training.warmup_ratio) == (128, 1, 0.1)
     assert training.schedule == "cosine"
-    assert (recipe.personas.temperature, recipe.responses.temperature) == (0.6, 0.6)
-    assert recipe.personas.count == 60_000 and recipe.judging.method == "sampled"
+    assert (recipe.prompts.temperature, recipe.responses.temperature) == (0.6, 0.6)
+    assert recipe.prompts.count == 60_000 and recipe.judging.method == "sampled"
 
 
 def test_all_weights_cannot_be_trained_in_4_bit():
@@ -89,7 +90,7 @@ def test_a_cap_is_refused_while_a_price_is_not_known(key, section):
 
 
 def test_a_path_with_a_hash_mark_stays_whole():
-    assert load_recipe("tiny", {"personas.source": "a #b.csv"}).personas.source == "a #b.csv"
+    assert load_recipe("tiny", {"prompts.personas": "a #b.csv"}).prompts.personas == "a #b.csv"
 
 
 def test_an_empty_section_can_still_be_overridden_or_is_named(tmp_path):
@@ -136,6 +137,62 @@ def test_a_recipe_extends_a_shipped_one_key_by_key(tmp_path):
     path.write_text("extends: nothing\nname: mine\n")
     with pytest.raises(RecipeError, match="nothing"):
         load_recipe(str(path))
+
+
+def test_a_recipe_extends_a_users_file_beside_it_or_by_path_and_circles_are_named(tmp_path):
+    below, above = tmp_path / "below.yaml", tmp_path / "above.yaml"
+    below.write_text("extends: tiny\nname: below\ntraining: {beta: 5}\n")
+    for name in ("below.yaml", str(below)):
+        above.write_text(f"extends: {name}\nname: above\ntraining: {{gamma: 1}}\n")
+        training = load_recipe(str(above)).training
+        assert (training.beta, training.gamma, training.epochs) == (5, 1, 1)
+    below.write_text("extends: above.yaml\n")
+    with pytest.raises(RecipeError, match="circle: above.yaml extends below.yaml extends above"):
+        load_recipe(str(above))
+    above.write_text("extends: gone.yaml\n")
+    with pytest.raises(RecipeError, match="no recipe file gone.yaml. Looked for"):
+        load_recipe(str(above))
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [("name: a\nseeds: [0]\nname: b\n", "'name' stands in line 1 and again in line 3"),
+     ("name: a\ntraining:\n  beta: 1\n  beta: 2\n", "'beta' stands in line 3 .* line 4")],
+)  # fmt: skip
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, text, lines):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"twice.yaml.*{lines}"):
+        load_recipe(str(path))
+
+
+def test_a_key_of_an_earlier_version_names_the_one_of_today(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("extends: tiny\npersonas: {count: 5, with_persona: false}\n")
+    with pytest.raises(RecipeError) as told:
+        load_recipe(str(path))
+    assert "personas.count is now prompts.count" in str(told.value)
+    assert "personas.with_persona is now prompts.source" in str(told.value)
+    with pytest.raises(RecipeError, match="evaluation.harness is now evaluation.tasks"):
+        load_recipe("tiny", {"evaluation.harness": []})
+
+
+def test_overrides_may_come_as_text_as_papermill_gives_them():
+    assert load_recipe("tiny", '{"prompts.count": 5}').prompts.count == 5
+    assert load_recipe("tiny", "prompts.count: 5").prompts.count == 5
+    assert load_recipe("tiny", "") == load_recipe("tiny", "{}") == load_recipe("tiny")
+    with pytest.raises(RecipeError, match='write a mapping, such as {"prompts.count": 5}'):
+        load_recipe("tiny", "prompts.count=5")
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [({"prompts.source": "file"}, "prompts.*data"), ({"prompts.data": "x.csv"}, "prompts.*source"),
+     ({"prompts.personas": None}, "needs personas")],
+)  # fmt: skip
+def test_a_source_of_prompts_without_what_it_reads_is_refused(changes, fault):
+    with pytest.raises(RecipeError, match=fault):
+        load_recipe("tiny", changes)
 
 
 def test_another_judge_may_be_named_and_is_the_model_itself_otherwise():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from sao_utils import machine
 from sao_utils import store as rows
 from sao_utils.recipe import RecipeError
 
@@ -74,6 +75,7 @@ def test_two_jobs_with_one_id_are_refused(tmp_path):
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
+from sao_utils import machine
 from sao_utils import store as rows
 def work(outstanding):
     for job in outstanding:
@@ -105,6 +107,7 @@ def test_after_kills_at_random_moments_no_row_is_lost_or_made_twice(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
+from sao_utils import machine
 from sao_utils import store as rows
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
@@ -126,6 +129,7 @@ def test_a_full_disk_gives_a_clear_message_and_keeps_the_rows(tmp_path):
 
 FULL_DISK_OF_A_RUN = """
 import resource, signal, sys
+from sao_utils import machine
 from sao_utils import store as rows
 run = rows.open_run("tiny", "m")
 rows.note(run, before=True)
@@ -158,9 +162,10 @@ def test_a_disk_that_is_too_full_for_the_manifest_too_is_told_last_of_all(result
 RECORDER = """
 import sys
 from pathlib import Path
+from sao_utils import machine
 from sao_utils import store as rows
 run, name, go = rows.open_run("tiny", "m"), sys.argv[1], Path(sys.argv[2])
-rows.hardware(), rows.versions()
+rows.hardware(), machine.versions()
 go.with_name(name).touch()
 while not go.exists():
     pass
@@ -208,9 +213,9 @@ def test_local_files_are_kept_by_absolute_path_so_that_notebooks_find_them(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.csv").write_text("persona\nA baker\n")
-    run = rows.open_run("tiny", "m", {"personas.source": "mine.csv"})
-    assert run.recipe.personas.source == str(tmp_path / "mine.csv")
-    assert rows.variant(run, "v", {"personas.count": 3}).recipe.personas.count == 3
+    run = rows.open_run("tiny", "m", {"prompts.personas": "mine.csv"})
+    assert run.recipe.prompts.personas == str(tmp_path / "mine.csv")
+    assert rows.variant(run, "v", {"prompts.count": 3}).recipe.prompts.count == 3
 
 
 def test_a_folder_named_like_a_set_of_questions_is_not_taken_for_a_file(
@@ -230,11 +235,11 @@ def test_a_folder_named_like_a_set_of_questions_is_not_taken_for_a_file(
 def test_versions_name_the_engines_that_are_installed_beside_the_kits_own(monkeypatch):
     def said(package):
         if package in ("ray", "lm-eval"):
-            raise rows.PackageNotFoundError(package)
+            raise machine.PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr(rows, "version", said)
-    found = rows.versions()
+    monkeypatch.setattr(machine, "version", said)
+    found = machine.versions()
     assert found["vllm"] == found["torch"] == "1.2" and "ray" not in found
 
 
@@ -260,10 +265,10 @@ def test_folders_that_the_repository_keeps_are_not_overwritten_by_a_run(results)
 
 
 def test_the_manifest_tells_recipe_versions_and_stages_and_survives_a_second_run(results):
-    run = rows.open_run("tiny", "m", {"personas.count": 7})
+    run = rows.open_run("tiny", "m", {"prompts.count": 7})
     rows.make_rows(run, "demo", JOBS, echo)
     first = json.loads((run.folder / "manifest.json").read_text())
-    assert first["recipe"]["personas"]["count"] == 7
+    assert first["recipe"]["prompts"]["count"] == 7
     assert first["versions"]["torch"] and first["stages"]["demo"]["made"] == len(JOBS)
     rows.make_rows(run, "demo", JOBS, echo)
     assert json.loads((run.folder / "manifest.json").read_text()) == first

@@ -74,7 +74,8 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
     Raises:
         EngineError: there is no vLLM.
     """
-    from sao_utils.engines.base import Sampling, load_engine, unload_engines
+    from sao_utils.engines.base import Sampling
+    from sao_utils.engines.registry import load_engine, unload_engines
     from sao_utils.stages.responses import write_responses
     from sao_utils.store import open_run, seed_of
 
@@ -255,7 +256,7 @@ def batching(rows: int = 2000, budget: int = 32_768, fixed: int = 32) -> list[di
 
     Lengths as in `benchmarks.lengths`. The largest batch, in tokens, is what memory must hold.
     """
-    from sao_utils.engines.base import load_model, load_tokenizer
+    from sao_utils.engines.loading import load_model, load_tokenizer
     from sao_utils.engines.transformers import TransformersEngine
     from sao_utils.recipe import Model
 
@@ -293,7 +294,8 @@ def of_shape(
     Yields:
         Rows whose peak_bytes holds everything on the device, weights included.
     """
-    from sao_utils.engines.base import Sampling, load_tokenizer
+    from sao_utils.engines.base import Sampling
+    from sao_utils.engines.loading import load_tokenizer
     from sao_utils.engines.transformers import TransformersEngine
     from sao_utils.recipe import Model
 

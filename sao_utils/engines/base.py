@@ -6,16 +6,10 @@ row by row, so what a row says does not depend on which rows stand beside it.
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import math
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.resources import files
-from pathlib import Path
+from functools import lru_cache
 from typing import Protocol
 
 from sao_utils.recipe import Model
@@ -38,11 +32,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply: its text, its length in tokens, and whether it ended by itself (not at the limit)."""
+    """A reply: its text, its length in tokens, and whether it ended by itself (not at the limit).
+
+    `reasoning` is what a model that thinks wrote before it; it is no part of text and tokens.
+    """
 
     text: str
     tokens: int
     finished: bool
+    reasoning: str = ""
 
 
 #: Why a row is discarded that no model answered.
@@ -97,134 +95,7 @@ class Engine(Protocol):
         ...
 
 
-def model_folder(path: str) -> str:
-    """The folder of the embedded model for "tiny", else the path as it is, absolute if local."""
-    if path == "tiny":
-        return str(files("sao_utils") / "tiny" / "model")
-    return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def model_name(model: Model, adapter: Path | None = None) -> str:
-    """A name that changes when the model does: part of the id of every row made with it.
-
-    `adapter` is the folder of a trained adapter, or of a whole model that was trained. For a local
-    model the name is a hash of its files (weights, tokenizer, template), with the dtype.
-    """
-    adapter = adapter or _own_adapter(model)
-    folder = Path(model_folder(model.path))
-    files_of_it = [
-        path
-        for path in sorted(folder.glob("*"))
-        if folder.is_dir()
-        if path.suffix in (".safetensors", ".json", ".jinja")
-    ]
-    base = (
-        _digest(tuple(files_of_it)) if files_of_it else f"{model.path}@{model.revision or 'main'}"
-    )
-    name = f"{base}:{model.dtype}"
-    if model.quantisation != "none":
-        name += f":{model.quantisation}"
-    if model.engine != "transformers":  # another engine, other random numbers
-        name += f":{model.engine}" + (f":{model.url}" if model.url else "")
-    return f"{name}+{_digest(tuple(sorted(adapter.glob('*.safetensors'))))}" if adapter else name
-
-
-def _own_adapter(model: Model) -> Path | None:
-    """The folder `model.adapter`. Raises EngineError when it holds no weights in safetensors."""
-    if model.adapter is None:
-        return None
-    if not any(Path(model.adapter).glob("*.safetensors")):
-        raise EngineError(f"The folder '{model.adapter}' holds no adapter in safetensors.")
-    return Path(model.adapter)
-
-
-def _digest(paths: tuple[Path, ...]) -> str:
-    return _digest_of_state(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
-
-
-@lru_cache(maxsize=64)
-def _digest_of_state(state: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for path, *_ in state:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def load_engine(model: Model, adapter: Path | None = None) -> Engine:
-    """Load a model, and an adapter (or else `model.adapter`) on it; the last two stay loaded.
-
-    On a GPU only those stay that leave its memory to the new one.
-
-    Raises:
-        EngineError: the model is not there; the message says what to do.
-    """
-    adapter = adapter or _own_adapter(model)
-    model = model.model_copy(update={"adapter": None})  # the same base for every adapter
-    # By name and not by path: an adapter trained anew in the same folder is another one.
-    key = (model, adapter, model_name(model, adapter))
-    engine = _loaded.pop(key, None)
-    if engine is None:
-        find(model)
-    _make_room(model)
-    _loaded[key] = engine or _load(*key)  # now the latest
-    return _loaded[key]
-
-
-_loaded: dict[tuple, Engine] = {}  # the latest last
-
-
-def _load(model: Model, adapter: Path | None, name: str) -> Engine:
-    if model.workers:
-        from sao_utils.engines.ray import RayEngine as Kind
-    elif model.engine == "vllm":
-        from sao_utils.engines.vllm import VllmEngine as Kind
-    elif model.engine == "api":
-        from sao_utils.engines.api import ApiEngine as Kind
-    else:
-        from sao_utils.engines.transformers import TransformersEngine as Kind
-    return Kind(model, adapter, name)
-
-
-def _make_room(coming: Model) -> None:
-    """Let go of all loaded engines but the latest; of that, too, if it is in the way on a GPU."""
-    for key in list(_loaded)[:-1]:
-        del _loaded[key]
-    for key in list(_loaded):
-        if _in_the_way(key[0], coming) and _on_gpu():
-            import torch
-
-            del _loaded[key]
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def _in_the_way(loaded: Model, coming: Model) -> bool:
-    """Whether a loaded model holds GPU memory that another one wants.
-
-    A vLLM process serves a base and its adapters alike, and ends by itself when vLLM loads another
-    model; Ray's workers hold nothing between two calls.
-    """
-    holds = loaded.engine != "api" and not loaded.workers
-    shared = loaded.engine == coming.engine == "vllm" and not coming.workers
-    return holds and coming.engine != "api" and not shared
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def unload_engines() -> None:
-    """Let go of the loaded models, so that their memory is free for training."""
-    from sao_utils.engines.vllm import end_child
-
-    _loaded.clear()
-    end_child()  # a traceback or a notebook may still refer to its engine
-
-
-def disarm(chat: Chat, tokenizer) -> Chat:
+def escape_special_tokens(chat: Chat, tokenizer) -> Chat:
     """Break up special tokens (ends of turns, ...) inside of a chat's texts.
 
     What a model or a user wrote is data; it must not open or close a turn. Not all such tokens have
@@ -244,16 +115,39 @@ ENCODED = 1000  # chats at a time: a tokenizer notes a hundred bytes more for ea
 
 
 def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
-    """Token ids of each chat up to where the assistant's reply begins; special tokens disarmed."""
+    """Token ids of each chat up to where the reply begins; special tokens escaped.
+
+    A chat whose last message is `"open": True` ends inside of that message instead: the model goes on
+    with it (`prompts.source: pre_query`).
+
+    Raises:
+        EngineError: the chat template refuses a chat, as some do with a system turn.
+    """
     ids = []
     for start in range(0, len(chats), ENCODED):
-        safe = [disarm(chat, tokenizer) for chat in chats[start : start + ENCODED]]
-        texts = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-        ids += tokenizer(texts, add_special_tokens=False)["input_ids"]
+        safe = [escape_special_tokens(chat, tokenizer) for chat in chats[start : start + ENCODED]]
+        ids += tokenizer(_rendered(safe, tokenizer), add_special_tokens=False)["input_ids"]
     return ids
 
 
-def parting(
+_HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # stands in for the end of an open message, and is cut off again
+
+
+def _rendered(chats: list[Chat], tokenizer) -> list[str]:
+    if not chats or not chats[0][-1].get("open"):
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    marked = [[*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}] for chat in chats]
+    try:
+        texts = tokenizer.apply_chat_template(marked, tokenize=False)
+    except Exception as error:  # jinja's, of a template that knows no system turn
+        raise EngineError(
+            f"The chat template of this model refuses the chat ({error}). If it has no system turn, set "
+            "prompts.personas=null."
+        ) from None
+    return [text[: text.rindex(_HERE)] for text in texts]
+
+
+def first_divergent_token(
     chat: Chat, prefix: str, choices: tuple[str, ...], tokenizer
 ) -> tuple[list[int], list[int]]:
     """The token ids that all choices share after the chat, and the first of each in which they part.
@@ -289,104 +183,6 @@ def _special_tokens(tokenizer, size: int) -> frozenset[str]:
     return frozenset(special.union(tokenizer.all_special_tokens))
 
 
-def load_tokenizer(model: Model):
-    """The tokenizer of a model, left-padding. Raises EngineError when it is not there."""
-    # A name on a server need not be one of a folder or of the hub.
-    find(model.model_copy(update={"engine": "transformers"}), weights=False)
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, model, padding_side="left")
-    if tokenizer.chat_template is None:
-        raise EngineError(f"{model.path} has no chat template; take an instruction-tuned model.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def precision(model: Model) -> tuple[str, str]:
-    """The dtype that a model's weights get on this machine, and why."""
-    import torch
-
-    if not torch.cuda.is_available():
-        if model.dtype in ("auto", "float32"):
-            return "float32", "there is no GPU"
-        return model.dtype, "model.dtype says so; without a GPU, float32 is more exact"
-    if model.dtype not in ("auto", "bfloat16"):
-        return model.dtype, "model.dtype says so"
-    # A T4 says that it supports bfloat16, and emulates it at a fraction of the speed.
-    major, minor = torch.cuda.get_device_capability()
-    words = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
-    if (major, minor) >= (8, 0):
-        return "bfloat16", words
-    return "float16", f"{words}, bfloat16 needs 8.0"
-
-
-@cache
-def say_once(words: str) -> None:
-    """Print a line, unless this process has printed it before: a run loads many an engine."""
-    print(words, flush=True)
-
-
-def load_model(model: Model, device: str | int | None = "cpu"):
-    """The weights of a model (safetensors only), in 4 bit if `model.quantisation` is "nf4".
-
-    NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023).
-
-    Args:
-        device: where they go; None: to the CPU, for a caller that spreads them.
-
-    Raises:
-        EngineError: they are not there; the message says what to do.
-    """
-    find(model)
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": precision(model)[0], "use_safetensors": True}
-    if device is not None:
-        options["device_map"] = {"": device}
-    if model.quantisation == "nf4":
-        options["quantization_config"] = _nf4(getattr(torch, options["dtype"]))
-    loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
-    if model.quantisation == "nf4" and device == "cpu":
-        guard_nf4_on_cpu(loaded)
-    if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
-        loaded.set_attn_implementation("eager")  # torch's own attention has no softcap (Gemma-2)
-    return loaded
-
-
-def _nf4(dtype):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise EngineError(
-            "quantisation=nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to none."
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def guard_nf4_on_cpu(base) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights under an adapter's feet.
-
-    On a CPU with AVX512-BF16, bitsandbytes (0.50) rearranges a layer's weights in place, for speed,
-    at the first forward pass in evaluation mode. The kernel that then serves the layer has no
-    backward pass: no error, but gradients that have nothing to do with the loss. Each layer asks a
-    switch of its own before it does so. Call this after loading and before any forward pass.
-    """
-    import bitsandbytes
-
-    for module in base.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
 def context_limit(config) -> float:
     """The tokens that a model takes, prompt and reply; infinite if its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -403,115 +199,3 @@ def over_long(prompts: list[list[int]], limit: float) -> list[int]:
             flush=True,
         )
     return found
-
-
-def find(model: Model, weights: bool = True) -> None:
-    """Look whether a model is there, before anything slow is imported or retried.
-
-    A hub model that is not in the local cache is asked for once. A hub that is slow is no reason to
-    stop: the download then decides.
-
-    Raises:
-        EngineError: the folder or the hub's model is not there, not to be had, or not safetensors.
-    """
-    if model.engine == "api":  # the path is a name on a server
-        return
-    path = model_folder(model.path)
-    folder = Path(path)
-    if folder.is_dir():
-        if weights and not (folder / "config.json").exists():
-            raise EngineError(f"The folder '{model.path}' holds no model: it has no config.json.")
-        if weights and not any(folder.glob("*.safetensors")):
-            raise EngineError(
-                f"The folder '{model.path}' holds no weights in safetensors. Other formats (.bin, "
-                ".pt) can run code when they are loaded, so they are refused: load the model where "
-                "you trust it and save it anew with `model.save_pretrained(folder)`."
-            )
-        return
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise EngineError(
-            f"There is no model folder '{model.path}'. Set model.path to a folder with the "
-            'weights, to a name on the hub such as "Qwen/Qwen2.5-1.5B-Instruct", or to "tiny".'
-        )
-    fault = _hub_fault(path, model.revision)
-    if fault:
-        raise EngineError(f"Could not load '{path}': {fault}")
-
-
-HUB_SECONDS = 5.0  # after which a hub counts as slow, not as unreachable
-
-
-def _hub_fault(name: str, revision: str | None) -> str | None:
-    """What keeps a hub model from being loaded, and what to do; None if nothing is known to."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    wanted = "download it where there is a network, or set model.path to a folder"
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return None
-        if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
-            return f"it is not on this machine and HF_HUB_OFFLINE=1 is set. Unset it, {wanted}."
-        asked = hf_hub_url(name, "config.json", revision=revision)
-        get_hf_file_metadata(asked, timeout=HUB_SECONDS)
-    except HFValidationError:
-        return "no model of the hub has such a name."
-    except GatedRepoError:  # a kind of RepositoryNotFoundError
-        return (
-            f"{name} is gated: accept its licence on its page (https://huggingface.co/{name}), "
-            "then log in with `hf auth login`."
-        )
-    except RepositoryNotFoundError:
-        return (
-            "the hub has no such model, or it is private. Check the name; for a private model log "
-            "in with `hf auth login`."
-        )
-    except RevisionNotFoundError:
-        return f"the hub has the model, but not the model.revision '{revision}'."
-    except EntryNotFoundError:
-        return "the hub has it, but without a config.json: it is no model of transformers."
-    except Exception as error:  # by name: the hub's HTTP library has changed before
-        kind = type(error).__name__
-        if "Connect" in kind and "Timeout" not in kind:
-            return f"it is not on this machine and the hub cannot be reached. Go online, {wanted}."
-    return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a GPU or of the machine, ran out."""
-    words = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC")
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _from_pretrained(kind, model: Model, **options):
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar a tensor floods a log
-    path = model_folder(model.path)
-    try:
-        return kind.from_pretrained(
-            path, revision=model.revision, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise EngineError(
-                f"'{model.path}' does not fit into the memory. Set quantisation=nf4 (model.*, "
-                "training.*), or take a smaller model."
-            ) from None
-        if isinstance(error, RuntimeError):
-            raise
-        from huggingface_hub import get_token
-
-        said = str(error).replace(get_token() or "\0", "***")
-        said = re.sub(r"//[^/@\s]+@", "//***@", said)  # a name and key in a mirror's address
-        raise EngineError(
-            f"Could not load '{model.path}': {said}\nCheck that the model is whole (config, "
-            "tokenizer, weights in safetensors) and of a kind that this transformers knows."
-        ) from None

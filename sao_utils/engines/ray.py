@@ -27,12 +27,11 @@ from sao_utils.engines.base import (
     Sampling,
     context_limit,
     encode,
-    load_engine,
-    load_tokenizer,
-    model_folder,
+    first_divergent_token,
     over_long,
-    parting,
 )
+from sao_utils.engines.loading import load_tokenizer, model_folder
+from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 
 SHARE = 64  # rows that a worker gets at a time, and that are on disk when it is done with them
@@ -142,7 +141,9 @@ class RayEngine:
             yield done
 
     def _choose_with_vllm(self, chats, prefix: str, choices: tuple[str, ...]):
-        shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        shared, firsts = (
+            first_divergent_token(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        )
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
         asked = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": firsts}
         nothing = {"odds": [-math.inf] * len(choices)}

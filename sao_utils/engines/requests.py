@@ -1,4 +1,4 @@
-"""Ask a model: each question once, kept by its content, at a price known before.
+"""Requests to models: each made once, kept by its content, at a price known before.
 
 A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": ..., "prefix": ...,
 "choices": ...}` (log-probabilities of given replies). Its id is a hash of the model and of all of
@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 
 from sao_utils.engines.api import VERDICT_TOKENS
-from sao_utils.engines.base import encode, limit_met, load_engine, load_tokenizer, model_name
+from sao_utils.engines.base import encode, limit_met
+from sao_utils.engines.loading import load_tokenizer, model_name
+from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 from sao_utils.store import (
     Busy,
@@ -63,49 +65,76 @@ class Cost:
         )
 
 
-def ask(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
+def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
     """The model's replies, in the order of the requests.
 
     Kept in `rows/<stage>.jsonl` of the run; several models may share a stage. All that is new goes to
-    the engine at once (with `evaluation.max_cost` and a price: a few waves at a time).
+    the engine at once (with `evaluation.max_cost` and a price: a few waves at a time). Requests of
+    equal content get one reply, in a row for each.
+
+    Args:
+        requests: {"chat", "sampling"} or {"chat", "prefix", "choices"}; with "of", a dict of what the
+            row is to say about itself. Its id is then a hash of content and "of".
 
     Returns:
-        {id, text, tokens, finished} for a request with `sampling`; {id, logps} for one with
-        `choices`: a log-probability in nats for each, None where there is none (`Engine.choose`). What was
-        bought has {tokens_in, tokens_out, dollars, run} too; what failed for its length {max_context},
-        and is asked again under another limit. Equal requests share a reply.
+        {id, **of, text, tokens, finished} for a request with `sampling`, with "reasoning" of a model
+        that thinks; {id, **of, logps} for one with `choices`: a log-probability in nats for each, None
+        where there is none (`Engine.choose`). What was bought has {tokens_in, tokens_out, dollars, run}
+        too; what failed for its length {max_context}, and is made again under another limit.
 
     Raises:
         CostError: the estimate, or what the run has spent, goes beyond `evaluation.max_cost`. What was
             bought is kept.
         ValueError: a request of neither kind.
     """
-    ids = _ids(model, requests)
-    jobs = {i: {**request, "id": i} for i, request in zip(ids, requests)}
+    contents = _ids(model, requests)
+    ids = [
+        row_id(content, request["of"]) if "of" in request else content
+        for content, request in zip(contents, requests)
+    ]
+    jobs = {
+        i: {**request, "id": i, "content": content}
+        for i, content, request in zip(ids, contents, requests)
+    }
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
-        return replies(run, stage, model, outstanding)
+        waiting: dict[str, list[dict]] = {}
+        for job in outstanding:
+            waiting.setdefault(job["content"], []).append(job)
+        unique = [{**jobs_[0], "id": content} for content, jobs_ in waiting.items()]
+        for batch in batches_of_replies(run, stage, model, unique):
+            yield [
+                {"id": job["id"], **job.get("of", {}), **_without_id(reply)}
+                for reply in batch
+                for job in waiting[reply["id"]]
+            ]
 
     made = make_rows(run, stage, list(jobs.values()), work, model.max_context)
     rows = {row["id"]: row for row in made}
     return [rows[i] for i in ids]
 
 
-def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> Iterator[list[dict]]:
+def _without_id(reply: dict) -> dict:
+    return {key: value for key, value in reply.items() if key != "id"}
+
+
+def batches_of_replies(
+    run: Run, stage: str, model: Model, requests: list[dict]
+) -> Iterator[list[dict]]:
     """Replies a batch at a time, in any order, to requests whose ids (and so seeds) are given.
 
-    For a stage that keeps rows of its own (`rows.make_rows`). What comes from a server is bought as in
-    `ask`: once by its id for all runs, under the cap, and then is a single batch.
+    For a stage that keeps rows of its own (`store.make_rows`). What comes from a server is bought as in
+    `replies`: once by its id for all runs, under the cap, and then is a single batch.
 
     Args:
-        requests: as of `ask`, each with an "id" of its own; equal requests are two requests here.
+        requests: as of `replies`, each with an "id" of its own; equal requests are two requests here.
 
-    Returns, raises: as `ask`.
+    Returns, raises: as `replies`.
     """
     if model.engine == "api":
         yield _through_cache(run, f"{stage}, {model.path}", model, requests)
     else:
-        yield from _replies(model, requests)
+        yield from _generate(model, requests)
 
 
 def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = None) -> Cost:
@@ -144,7 +173,7 @@ def _verb(request: dict) -> tuple:
     return ("choose", request["prefix"], tuple(request["choices"]))
 
 
-def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
+def _generate(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
     """Rows from the engine, a batch at a time; with the tokens that a server says it counted."""
     engine, groups = load_engine(model), {}
     for job in jobs:
@@ -162,6 +191,8 @@ def _replies(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
                 used = getattr(engine, "usage", {}).get(k)
                 if verb == "generate":
                     row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+                    if reply.reasoning:
+                        row["reasoning"] = reply.reasoning
                     row |= limit_met(model, reply, group[k]["sampling"])
                 else:
                     row = {"logps": [p if math.isfinite(p) else None for p in reply]}
@@ -206,7 +237,7 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
         wave = jobs[start : start + size]
         with nullcontext() if cap is None else turn(_purse(run)):
             _check(run, dollars(model, *_tokens(model, wave)), cap)
-            for batch in _replies(model, wave):
+            for batch in _generate(model, wave):
                 for row in batch:
                     if "tokens_in" not in row:
                         row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
@@ -233,7 +264,7 @@ def _check(run: Run, more: float | None, cap: float | None) -> None:
         )
 
 
-def tokens_about(text: str) -> int:
+def estimated_tokens(text: str) -> int:
     """Tokens of a text, about, where there is no tokenizer."""
     return math.ceil(len(text.encode(errors="replace")) / BYTES)
 
@@ -244,7 +275,7 @@ def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
         return 0, 0
     if model.engine == "api":
         texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
-        read = sum(tokens_about("".join(of)) for of in texts)
+        read = sum(estimated_tokens("".join(of)) for of in texts)
         choice = VERDICT_TOKENS
     else:
         read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))

@@ -13,14 +13,10 @@ from sao_utils.engines.base import (
     Sampling,
     context_limit,
     encode,
-    load_model,
-    load_tokenizer,
-    out_of_memory,
+    first_divergent_token,
     over_long,
-    parting,
-    precision,
-    say_once,
 )
+from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory, precision, say_once
 from sao_utils.recipe import Model
 
 FEW = 8  # rows of a batch that is too small to be worth thinning out
@@ -91,7 +87,9 @@ class TransformersEngine:
     def choose(self, chats, prefix, choices):
         import torch
 
-        shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        shared, firsts = (
+            first_divergent_token(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        )
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
         nothing = [-math.inf] * len(choices)
 

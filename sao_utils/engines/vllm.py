@@ -33,12 +33,10 @@ from sao_utils.engines.base import (
     EngineError,
     Sampling,
     encode,
-    load_tokenizer,
-    model_folder,
-    model_name,
+    first_divergent_token,
     over_long,
-    parting,
 )
+from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
 from sao_utils.recipe import Model
 
 ENCODED = 256  # chats at a time: vLLM takes these in while the next are encoded
@@ -78,7 +76,9 @@ class VllmEngine:
         }
 
     def choose(self, chats, prefix, choices):
-        shared, firsts = parting(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        shared, firsts = (
+            first_divergent_token(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
+        )
         asked = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": firsts}
         seeds = [0] * len(chats)
         nothing = [-math.inf] * len(choices)

@@ -28,7 +28,8 @@ from itertools import combinations
 from types import ModuleType
 
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, load_tokenizer
+from sao_utils.engines.base import Sampling
+from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import ask
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import tiny_benchmarks as counterparts

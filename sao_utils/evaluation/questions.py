@@ -14,7 +14,9 @@ from pathlib import Path
 
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Evaluation, RecipeError
-from sao_utils.store import Run, row_id, write_whole
+from sao_utils.files import read_column, read_table
+from sao_utils.oracles import cluster
+from sao_utils.store import row_id, write_whole
 
 QUESTION_SEED = {"test": 4242, "dev": 2424}  # the same questions in every run
 
@@ -43,7 +45,7 @@ def _everyday() -> list[str]:
     return text.splitlines()
 
 
-def questions(run: Run, source: str | None = None) -> list[dict]:
+def questions(settings: Evaluation, source: str | None = None) -> list[dict]:
     """The evaluation questions: rows {id, question, combination}.
 
     `source`, by default `evaluation.questions` of the recipe, is the name of one of `SETS`, or a
@@ -53,7 +55,6 @@ def questions(run: Run, source: str | None = None) -> list[dict]:
     Raises:
         RecipeError: neither a set nor a file that `read_column` can read.
     """
-    settings = run.recipe.evaluation
     source = source or settings.questions
     if source not in SETS and not Path(source).is_file():
         there = ", ".join(SETS)
@@ -65,13 +66,7 @@ def questions(run: Run, source: str | None = None) -> list[dict]:
     ]
 
 
-def cluster(prompt: str) -> str:
-    """What an interval is clustered by: the question's combination, else the prompt itself."""
-    question = world.parse_question(prompt)
-    return " ".join((question.hobby, *question.combination[1])) if question else prompt
-
-
-def evaluated_prompts(run: Run) -> list[str]:
+def evaluated_prompts(settings: Evaluation) -> list[str]:
     """All that the run's evaluation asks: its questions, and every turn of published benchmarks.
 
     What to keep out of training. lm-eval's tasks are not among it.
@@ -79,7 +74,6 @@ def evaluated_prompts(run: Run) -> list[str]:
     Raises:
         RecipeError: see `questions` and `official_questions`.
     """
-    settings = run.recipe.evaluation
     turns = (
         turn
         for name in settings.benchmarks
@@ -87,69 +81,7 @@ def evaluated_prompts(run: Run) -> list[str]:
         for item in official_questions(settings, name)
         for turn in item["turns"]
     )
-    return list(dict.fromkeys([*(row["question"] for row in questions(run)), *turns]))
-
-
-# --------------------------------------------------------------------- a user's files
-
-
-def read_table(source: str) -> list[dict]:
-    """The rows of a .jsonl or .csv file (also .gz), as they are.
-
-    Raises:
-        RecipeError: the file is missing, of another kind, damaged, or has a line that is no row.
-    """
-    return list(_rows_of(source))
-
-
-def _rows_of(source: str) -> Iterator[dict]:
-    path = Path(source)
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in (".jsonl", ".csv") or not path.is_file():
-        raise RecipeError(f"'{source}' is no .jsonl or .csv file (or .gz of one) that is there.")
-    unpack = gzip.open if path.suffix == ".gz" else open
-    try:  # Excel begins a CSV with a mark, hence "sig"
-        with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind == ".csv":
-                yield from csv.DictReader(file)
-            else:
-                lines = enumerate(file, 1)
-                yield from (_read_line(line, k, source) for k, line in lines if line.strip())
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
-
-
-def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a .jsonl or .csv file (also .gz), stripped.
-
-    Only the texts are held in memory: files may have millions of rows.
-
-    Raises:
-        RecipeError: see `read_table`; or there is no such column, or a row has no text in it.
-    """
-    values = [row.get(column) for row in _rows_of(source)]
-    if not any(values):
-        raise RecipeError(f"{source} has no column '{column}' with text in it.")
-    texts = [value.strip() if isinstance(value, str) else "" for value in values]
-    if not all(texts):
-        k = texts.index("")
-        fault = "holds no text" if values[k] and not isinstance(values[k], str) else "is empty"
-        raise RecipeError(f"{source}: row {k + 1}: '{column}' {fault}. Correct or remove it.")
-    return texts
-
-
-def _read_line(line: str, number: int, source: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(f"{source}, line {number} is no JSON object.")
-    if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-        raise RecipeError(
-            f"{source}, line {number} holds half of a character (\\ud800 to \\udfff)."
-        )
-    return row
+    return list(dict.fromkeys([*(row["question"] for row in questions(settings)), *turns]))
 
 
 # --------------------------------------------------------------------- published benchmarks

@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sao_utils.engines.base import load_engine, model_name
+from sao_utils.engines.loading import model_name
+from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.answers import competitors
 from sao_utils.recipe import Model, is_task_file
 from sao_utils.statistics.intervals import (

@@ -89,7 +89,7 @@ def architecture(model: Model) -> dict:
     Raises:
         PlanError: it is in none of these.
     """
-    from sao_utils.engines.base import model_folder
+    from sao_utils.engines.loading import model_folder
 
     folder = Path(model_folder(model.path))
     if (folder / "config.json").is_file():

@@ -11,7 +11,7 @@ from itertools import compress
 
 import numpy as np
 
-from sao_utils.engines.base import model_name
+from sao_utils.engines.loading import model_name
 from sao_utils.evaluation import answers as evaluation
 from sao_utils.evaluation import comparisons as contests
 from sao_utils.evaluation import tasks as harness

@@ -1,58 +1,77 @@
-"""Stage 4: preference pairs (SAO, Algorithm 1, step 5), the controls' pairs, and the funnel."""
+"""Stage 4: preference pairs (SAO, Algorithm 1, step 5), and the controls' pairs."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 
-from sao_utils.engines.base import NO_REPLY, disarm, load_tokenizer, unanswered
-from sao_utils.engines.requests import tokens_about
-from sao_utils.recipe import Arm, Pairs
-from sao_utils.stages.judging import judge
-from sao_utils.stages.prompts import write_prompts
-from sao_utils.store import Run, row_id
+from sao_utils.engines.base import NO_REPLY, escape_special_tokens, unanswered
+from sao_utils.engines.loading import load_tokenizer, model_name
+from sao_utils.engines.requests import estimated_tokens
+from sao_utils.recipe import Arm, Model, Pairs
+from sao_utils.store import Run, replace_rows, row_id
 
 AT_ONCE = 500  # pairs that are tokenised together: a token takes some 140 bytes until it is counted
 
 
-def build_pairs(run: Run, arm: Arm, seed: int) -> list[dict]:
-    """The training pairs of one arm and seed.
+def build_pairs(run: Run, verdicts: list[dict], policy: Model, arm: Arm = "self") -> list[dict]:
+    """The training pairs of one arm, of all seeds, by `pairs` of the recipe.
 
-    "self": what the model itself preferred. "random": the same pairs, winner drawn by lot.
-    "oracle": the pairs that the oracle can decide, its verdict. "sft_random": the pairs of "self"
-    with one answer drawn by lot as "chosen", to be imitated: what training on own answers does
-    without any judgement.
+    "self": what the judge preferred. "random": the same pairs, the winner drawn at random. "oracle": the
+    pairs that the oracle can decide, its verdict. "sft_random": the pairs of "self" with one answer
+    drawn at random as "chosen", to be imitated: what training on own answers does without any judgement.
+
+    Kept in rows/pairs.jsonl (of the other arms rows/pairs_<arm>.jsonl), which holds what is trained on in
+    trl's conversational form: `datasets.load_dataset("json", data_files=...)` and trl's trainers take
+    it as it is. What is not trained on lies beside it, in discarded_pairs.jsonl, with the reason.
+
+    Args:
+        verdicts: rows of `judge_pairs` on `response_pairs`.
+        policy: the model that is to be trained: its tokens are counted.
 
     Returns:
-        One row a judged prompt, in trl's conversational form: {id, arm, seed, prompt, chosen,
-        rejected (each a list of messages), margin, lengths, discarded}. `discarded` is None or the
-        reason.
+        One row a judged prompt: {id, arm, seed, round, prompt_id, response_ids [chosen, rejected],
+        prompt, chosen, rejected (each a list of messages), outcome, margin, lengths [tokens of chosen,
+        rejected], discarded}. `discarded` is None or the reason.
     """
-    settings = run.recipe.pairs
-    verdicts = [row for row in judge(run) if row["seed"] == seed]
-    rows = []
-    for verdict, tokens in zip(verdicts, _count_tokens(run, verdicts)):
+    settings, rows = run.recipe.pairs, []
+    for verdict, tokens in zip(verdicts, _count_tokens(policy, verdicts)):
         first_wins, discarded = _preference(verdict, arm, settings)
         if arm in ("random", "sft_random") and discarded is None:
-            first_wins = random.Random(f"{verdict['id']} {arm} {seed}").random() < 0.5
+            lot = random.Random(f"{verdict['id']} {arm} {verdict['seed']}")
+            first_wins = lot.random() < 0.5
         if discarded is None:
             discarded = _unusable(verdict, tokens, settings)
-        better, worse = (0, 1) if first_wins else (1, 0)
-        rows.append(
-            {
-                "id": row_id("preference", arm, verdict["id"], first_wins),
-                "arm": arm,
-                "seed": seed,
-                "prompt": [{"role": "user", "content": verdict["prompt"]}],
-                "chosen": [{"role": "assistant", "content": verdict["responses"][better]}],
-                "rejected": [{"role": "assistant", "content": verdict["responses"][worse]}],
-                "margin": None if verdict["margin"] is None else abs(verdict["margin"]),
-                "lengths": [verdict["lengths"][better], verdict["lengths"][worse]],
-                "discarded": discarded,
-            }
-        )
+        rows.append(_row(verdict, arm, first_wins, discarded))
+    _keep(run, arm, rows)
     return rows
+
+
+def _row(verdict: dict, arm: Arm, first_wins: bool, discarded: str | None) -> dict:
+    turn = 1 if first_wins else -1
+    chosen, rejected = verdict["responses"][::turn]
+    return {
+        "id": row_id("preference", arm, verdict["id"], first_wins),
+        "arm": arm,
+        **{key: verdict[key] for key in ("seed", "round", "prompt_id")},
+        "response_ids": verdict["response_ids"][::turn],
+        "prompt": [{"role": "user", "content": verdict["prompt"]}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "outcome": verdict["outcome"],
+        "margin": None if verdict["margin"] is None else abs(verdict["margin"]),
+        "lengths": verdict["lengths"][::turn],
+        "discarded": discarded,
+    }
+
+
+def _keep(run: Run, arm: Arm, rows: list[dict]) -> None:
+    suffix = "" if arm == "self" else f"_{arm}"
+    used = [row for row in rows if row["discarded"] is None]
+    kept = [{key: value for key, value in row.items() if key != "discarded"} for row in used]
+    replace_rows(run.rows(f"pairs{suffix}"), kept)
+    rest = [row for row in rows if row["discarded"] is not None]
+    replace_rows(run.rows(f"discarded_pairs{suffix}"), rest)
 
 
 def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | None]:
@@ -88,53 +107,36 @@ def _unusable(verdict: dict, tokens: list[int], settings: Pairs) -> str | None:
     return None
 
 
-def _count_tokens(run: Run, verdicts: list[dict]) -> Iterator[list[int]]:
+_COUNTED: dict[tuple[str, str], list[int]] = {}  # every arm counts the same pairs
+
+
+def _count_tokens(policy: Model, verdicts: list[dict]) -> Iterator[list[int]]:
     """Tokens of prompt and response together, as in training, for both responses of each verdict.
 
     Of a model behind a server, which cannot be trained, they are an estimate.
     """
-    if run.recipe.model.engine == "api":
+    if policy.engine == "api":
         for row in verdicts:
-            yield [tokens_about(row["prompt"] + text) for text in row["responses"]]
+            yield [estimated_tokens(row["prompt"] + text) for text in row["responses"]]
         return
-    tokenizer = load_tokenizer(run.recipe.model)
-    for start in range(0, len(verdicts), AT_ONCE):
+    name = model_name(policy)
+    new = [row for row in verdicts if (name, row["id"]) not in _COUNTED]
+    tokenizer = load_tokenizer(policy) if new else None
+    for start in range(0, len(new), AT_ONCE):
+        part = new[start : start + AT_ONCE]
         chats = [
-            disarm(
+            escape_special_tokens(
                 [
                     {"role": "user", "content": row["prompt"]},
                     {"role": "assistant", "content": text},
                 ],
                 tokenizer,
             )
-            for row in verdicts[start : start + AT_ONCE]
+            for row in part
             for text in row["responses"]
         ]
         texts = tokenizer.apply_chat_template(chats, tokenize=False)
         counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        yield from map(list, zip(counts[0::2], counts[1::2]))
-
-
-def funnel(run: Run, arm: Arm = "self") -> list[tuple[str, int]]:
-    """What became of every persona, over all seeds, from the persona to the training pair.
-
-    Returns:
-        (label, count) rows: "personas", minus each reason, "prompts", minus each reason, "pairs".
-        The counts of the reasons are negative, so that they add up: nothing is lost unseen.
-    """
-    prompts = write_prompts(run)
-    kept = [row for row in prompts if row["discarded"] is None]
-    pairs = [row for seed in run.recipe.seeds for row in build_pairs(run, arm, seed)]
-    used = [row for row in pairs if row["discarded"] is None]
-    return [
-        ("personas", len(prompts)),
-        *_reasons(prompts),
-        ("prompts", len(kept)),
-        *_reasons(pairs),
-        ("pairs", len(used)),
-    ]
-
-
-def _reasons(rows: list[dict]) -> list[tuple[str, int]]:
-    counts = Counter(row["discarded"] for row in rows if row["discarded"] is not None)
-    return [(reason, -count) for reason, count in counts.most_common()]
+        _COUNTED.update(((name, r["id"]), c) for r, c in zip(part, zip(counts[::2], counts[1::2])))
+    for row in verdicts:
+        yield list(_COUNTED[name, row["id"]])

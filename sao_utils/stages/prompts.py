@@ -1,203 +1,191 @@
-"""Stage 1: personas, and the prompt that each of them would write (SAO, Algorithm 1, steps 1-2)."""
+"""Stage 1b: prompts, from one of several sources (SAO, Algorithm 1, step 2).
+
+`persona` is the paper's way: the model reads its template with a persona in it. `no_persona` is the
+paper's ablation. `pre_query` lets the model write the user's turn after an empty user header, with the
+persona in the system turn: Magpie's way (Xu et al. 2024, arXiv 2406.08464), which small models can go.
+`file` takes prompts that there are already. All give the same rows, and count what they discard.
+"""
 
 from __future__ import annotations
 
 import random
-import time
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from sao_utils import templates
-from sao_utils.engines.base import NO_REPLY, Sampling, model_name, unanswered
-from sao_utils.engines.requests import replies
-from sao_utils.evaluation.questions import evaluated_prompts, read_column
-from sao_utils.oracles import tiny_world as world
-from sao_utils.recipe import RecipeError
+from sao_utils import oracles, templates
+from sao_utils.engines.base import NO_REPLY, Sampling, unanswered
+from sao_utils.engines.loading import model_name
+from sao_utils.engines.requests import batches_of_replies
+from sao_utils.files import is_table, read_column, texts_of
+from sao_utils.recipe import Model, RecipeError
 from sao_utils.stages.overlap import near_duplicates, shared_ngrams
-from sao_utils.store import Run, complete, make_rows, read_rows, row_id
+from sao_utils.store import Run, make_rows, replace_rows, row_id, standing
 
-HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
-TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
 IN_EVALUATION = "in an evaluation set"
-MADE = ("tokens", "finished", "max_context")  # what a row keeps of a reply, beside its text
+NEAR_DUPLICATE = "near-duplicate"
+FEW = 20  # prompts below which no share of them is judged (ours)
 
 
-def draw_personas(run: Run) -> list[dict]:
-    """The personas of every seed.
+class StageFailed(RuntimeError):
+    """A stage ran, and what it made is of no use; the message says what to change."""
+
+
+def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0) -> list[dict]:
+    """The prompts of every seed, by `prompts.source`.
+
+    Args:
+        personas: rows of `draw_personas`; one prompt is written for each. Not read if source is `file`.
+        policy: the model that writes.
 
     Returns:
-        Rows {id, seed, persona}, `personas.count` for each seed. Those of a file, and of the hub, are
-        drawn by lot, without repetition within a seed (of the hub: over all seeds); a persona that
-        the source holds twice counts once. Those of the hub are kept in rows/personas.jsonl, so
-        that the rest of a run needs no hub.
-
-    Raises:
-        RecipeError: the file is missing, empty, has no column "persona" or fewer personas than asked
-            for; the hub cannot be reached.
+        Rows {id, seed, round, source, persona, model, temperature, reply, prompt, discarded, tokens,
+        finished}. `discarded` is None, or says why the row goes no further: "malformed" (the reply
+        does not begin as the template asks), "cut off" (at the token limit), `NO_REPLY`, or "evaluation
+        question" (an oracle keeps it for evaluation, so training on it would leak). `select_prompts`
+        discards more.
     """
-    settings, seeds = run.recipe.personas, run.recipe.seeds
-    if settings.source == "tiny":
-        texts = {seed: _tiny_personas(settings.count, seed) for seed in seeds}
-    elif settings.source == "hub":
-        texts = {seed: _hub_personas(run, seed) for seed in seeds}
-    else:
-        every = read_column(settings.source, "persona")
-        different = list(dict.fromkeys(every))
-        repeats = len(every) - len(different)
-        if repeats:
-            warnings.warn(
-                f"{Path(settings.source).name}: {repeats} of {len(every)} rows repeat a persona and "
-                "are left out.",
-                stacklevel=2,
-            )
-        texts = {seed: _pick([*different], settings.count, seed, settings.source) for seed in seeds}
-    return [
-        {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
-        for seed in seeds
-        for k, text in enumerate(texts[seed])
+    settings = run.recipe.prompts
+    if settings.source == "file":
+        return make_rows(run, "prompts", _own_prompts(run, round), lambda rows: iter([rows]))
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
+    template = None if settings.source == "pre_query" else settings.source
+    made_with = ("prompt", template and templates.fingerprint(template), vars(sampling))
+    of_round = (round,) if round else ()
+    facts = {
+        "round": round,
+        "source": settings.source,
+        "model": policy.label,
+        "temperature": settings.temperature,
+    }
+    jobs = [
+        {**row, **facts, "id": row_id(*made_with, model_name(policy), row["id"], *of_round)}
+        for row in personas
     ]
 
+    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
+        by_id = {job["id"]: job for job in outstanding}
+        requests = [
+            {"id": job["id"], "chat": _chat(template, job["persona"]), "sampling": sampling}
+            for job in outstanding
+        ]
+        for batch in batches_of_replies(run, "prompts", policy, requests):
+            yield [_row(by_id[reply["id"]], reply, template) for reply in batch]
 
-def _tiny_personas(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-    return [world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
-
-
-def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]:
-    """The first `count` of a list that is shuffled in place, by the seed."""
-    if len(different) < count:
-        raise RecipeError(
-            f"{source} has {len(different)} different personas that no earlier seed has taken, "
-            f"personas.count asks for {count}. Lower the count."
-        )
-    # Not `sample`, which draws others for another count: a run whose count is raised goes on.
-    random.Random(seed).shuffle(different)
-    return different[:count]
+    return make_rows(run, "prompts", jobs, work, policy.max_context)
 
 
-def _hub_personas(run: Run, seed: int) -> list[str]:
-    """The kept personas of a seed; or new ones that no other seed of the run has."""
-    count, path = run.recipe.personas.count, run.rows("personas")
-    job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed), "seed": seed, "count": count}
-
-    def fetch(jobs: list[dict]) -> Iterator[list[dict]]:
-        revision = _hub_revision()
-        taken = {
-            text
-            for row in read_rows(path)
-            if row.get("count") == count and row["seed"] != seed
-            for text in row["texts"]
-        }
-        different = dict.fromkeys(text for text in _stream_from_hub(revision) if text not in taken)
-        texts = _pick(list(different), count, seed, HUB_PERSONAS)
-        yield [{**job, "revision": revision, "texts": texts}]
-
-    return complete(path, [job], fetch, "personas")[0]["texts"]
+def _chat(template: str | None, persona: str | None) -> list[dict]:
+    """What the model reads: a filled template, or a user's turn that it is to write itself."""
+    if template:
+        return [{"role": "user", "content": templates.render(template, persona=persona)}]
+    system = [{"role": "system", "content": templates.render("pre_query", persona=persona)}]
+    return (system if persona else []) + [{"role": "user", "content": "", "open": True}]
 
 
-def _hub_revision() -> str | None:
-    """The commit of Persona-Hub, asked for first since it says within seconds if there is no hub."""
-    from huggingface_hub import HfApi
+def _row(job: dict, reply: dict, template: str | None) -> dict:
+    text = reply["text"]
+    prompt = templates.parse_user_prompt(text) if template else text.strip() or None
+    if unanswered(reply["tokens"], reply["finished"]):
+        discarded = NO_REPLY
+    elif prompt is None:
+        discarded = "malformed"
+    elif not reply["finished"]:
+        discarded = "cut off"
+    else:
+        discarded = "evaluation question" if oracles.is_held_out(prompt) else None
+    kept = {key: value for key, value in reply.items() if key not in ("id", "text")}
+    return {**job, "reply": text, "prompt": prompt, "discarded": discarded, **kept}
 
-    try:
-        return HfApi().dataset_info(HUB_PERSONAS, timeout=10).sha
-    except Exception as error:  # offline, no name server, a proxy, gone: the cure is the same
-        raise RecipeError(
-            f"Persona-Hub ({HUB_PERSONAS} on the hub) cannot be reached: {type(error).__name__}. "
-            "personas.source=hub needs the internet once a run; or give a .jsonl or .csv file with a "
-            'column "persona".'
-        ) from error
+
+def _own_prompts(run: Run, round: int) -> list[dict]:
+    """Prompts of a file, or of a data set on the hub: for each seed `prompts.count`, at random."""
+    settings = run.recipe.prompts
+    every = read_column(settings.data, settings.column) if is_table(settings.data) else _of_hub(run)
+    if len(every) < settings.count:
+        print(f"{settings.data} has {len(every)} prompts, fewer than prompts.count: all are taken.")
+    rows = []
+    for seed in run.recipe.seeds:
+        numbered = list(enumerate(every))
+        random.Random(seed).shuffle(numbered)
+        rows += [
+            {
+                "id": row_id("own prompt", seed, k, text, round),
+                "seed": seed,
+                "round": round,
+                "source": "file",
+                "persona": None,
+                "prompt": text,
+                "discarded": "evaluation question" if oracles.is_held_out(text) else None,
+            }
+            for k, text in numbered[: settings.count]
+        ]
+    return rows
 
 
-def _stream_from_hub(revision: str | None) -> Iterator[str]:
-    """Every persona of Persona-Hub's list (200,000 lines), read as a stream.
-
-    Where a read fails, `datasets` tries it again for some two minutes. A connection that is lost for
-    longer is opened anew, and goes on behind the last row (what lies before it in its file is
-    fetched again, but not given twice).
-
-    Raises:
-        RecipeError: after so many `TRIES`.
-    """
+def _of_hub(run: Run) -> list[str]:
+    """A column of a data set on the hub. Raises RecipeError when it cannot be had."""
     from datasets import load_dataset
 
-    stream, read = None, 0
-    for left in reversed(range(TRIES)):
-        try:
-            if stream is None:
-                stream = load_dataset(
-                    HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision
-                )
-            for row in stream:
-                read += 1
-                if text := (row["persona"] or "").strip():
-                    yield text
-            return
-        except Exception as error:  # of no common kind: the HTTP library has changed before
-            said = (
-                f"Reading Persona-Hub stopped after {read:,} rows ({type(error).__name__}: {error})"
-            )
-            if not left:
-                raise RecipeError(
-                    f"{said}, {TRIES} times. Run again once the connection is better; or give a .jsonl "
-                    'or .csv file with a column "persona" as personas.source.'
-                ) from error
-            print(f"{said}; going on in {PAUSE:.0f} s.", flush=True)
-            time.sleep(PAUSE)
-            if stream is not None:
-                stream.load_state_dict(stream.state_dict())
+    settings = run.recipe.prompts
+    try:
+        rows = load_dataset(settings.data, settings.config, split=settings.split)
+    except Exception as error:  # offline, gated, no such name, split or configuration
+        raise RecipeError(
+            f"prompts.data: '{settings.data}' is no file (.jsonl, .json, .csv, .tsv, .parquet), and "
+            f"could not be loaded from the hub ({type(error).__name__}: {error}). Check "
+            "prompts.data, prompts.config and prompts.split."
+        ) from error
+    if settings.column not in rows.column_names:
+        there = ", ".join(rows.column_names)
+        raise RecipeError(f"{settings.data} has no column '{settings.column}'. It has: {there}.")
+    return texts_of(
+        rows.select_columns([settings.column]).to_list(), settings.column, settings.data
+    )
 
 
-def write_prompts(run: Run) -> list[dict]:
-    """Let the model write each persona's prompt.
+def select_prompts(run: Run, prompts: list[dict], avoid: list[str]) -> list[dict]:
+    """Discard what only all rows together can show, once; the rows on disk then say so.
+
+    Args:
+        prompts: rows of `write_prompts`.
+        avoid: the evaluation's prompts, which training must not see; read if
+            `prompts.max_shared_words` is set.
 
     Returns:
-        Rows {id, seed, persona, reply, prompt, discarded, tokens, finished}. `discarded` is None,
-        or says why the row goes no further: "malformed" (the reply does not begin as the template
-        asks), "cut off" (at the token limit), `engines.NO_REPLY`, "evaluation question" (tiny
-        world: it asks for a held-out combination, so training on it would leak), "in an evaluation
-        set" (it shares `personas.ngram` words in a row with one of the evaluation's prompts, see
-        `questions.evaluated_prompts`), or
-        "near-duplicate" (of an earlier prompt of its seed, by `personas.max_similarity`). The last
-        two depend on all prompts; the rows on disk do not have them.
+        The rows, more of them with a `discarded`: "in an evaluation set" (it shares
+        `prompts.max_shared_words` words in a row with one of `avoid`), or "near-duplicate" (of an
+        earlier prompt of its seed, by `prompts.max_similarity`).
+
+    Raises:
+        StageFailed: less than `prompts.min_usable` of the prompts are left.
     """
-    recipe = run.recipe
-    settings = recipe.personas
-    template = "persona" if settings.with_persona else "no_persona"
-    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
-    made_with = (
-        "prompt",
-        templates.fingerprint(template),
-        vars(sampling),
-        model_name(recipe.model),
-    )
-    jobs = [{**person, "id": row_id(*made_with, person["id"])} for person in draw_personas(run)]
-    asked = evaluated_prompts(run) if settings.ngram else []  # a file that is missing: said now
-
-    def work(outstanding):
-        by_id = {job["id"]: job for job in outstanding}
-        requests = []
-        for job in outstanding:
-            content = templates.render(template, persona=job["persona"])
-            chat = [{"role": "user", "content": content}]
-            requests.append({"id": job["id"], "chat": chat, "sampling": sampling})
-        for batch in replies(run, "prompts", recipe.model, requests):
-            yield [_prompt_row(by_id[reply["id"]], reply) for reply in batch]
-
-    rows = make_rows(run, "prompts", jobs, work, recipe.model.max_context)
-    return _discard_overlaps(run, rows, asked)
+    settings, path = run.recipe.prompts, run.rows("prompts")
+    words, similarity = settings.max_shared_words, settings.max_similarity
+    key = row_id([row["id"] for row in prompts], words, similarity, avoid if words else [])
+    if words is None and similarity is None:
+        key = None
+    if any(row.get("selection") != key for row in prompts):
+        prompts = [_without_selection(row) for row in prompts]
+        if words is not None:
+            prompts = _discard(prompts, IN_EVALUATION, lambda p: shared_ngrams(p, avoid, words))
+        if similarity is not None:
+            repeated = lambda p: near_duplicates(p, similarity)  # noqa: E731
+            by_seed = ([r for r in prompts if r["seed"] == seed] for seed in run.recipe.seeds)
+            prompts = [row for part in by_seed for row in _discard(part, NEAR_DUPLICATE, repeated)]
+        if key is not None:
+            prompts = [{**row, "selection": key} for row in prompts]
+        ids = {row["id"] for row in prompts}
+        others = [row for row in standing(path).values() if row["id"] not in ids]
+        replace_rows(path, [*prompts, *others])
+    _refuse_if_few(prompts, settings.min_usable)
+    return prompts
 
 
-def _discard_overlaps(run: Run, rows: list[dict], asked: list[str]) -> list[dict]:
-    settings = run.recipe.personas
-    if settings.ngram is not None:
-        rows = _discard(rows, IN_EVALUATION, lambda p: shared_ngrams(p, asked, settings.ngram))
-    if settings.max_similarity is not None:
-        repeated = lambda p: near_duplicates(p, settings.max_similarity)  # noqa: E731
-        by_seed = ([row for row in rows if row["seed"] == seed] for seed in run.recipe.seeds)
-        rows = [row for part in by_seed for row in _discard(part, "near-duplicate", repeated)]
-    return rows
+def _without_selection(row: dict) -> dict:
+    """A row as `write_prompts` made it, whatever an earlier selection by other settings said."""
+    row = {key: value for key, value in row.items() if key != "selection"}
+    chosen_out = row["discarded"] in (IN_EVALUATION, NEAR_DUPLICATE)
+    return {**row, "discarded": None} if chosen_out else row
 
 
 def _discard(rows: list[dict], reason: str, find: Callable[[list[str]], list]) -> list[dict]:
@@ -208,52 +196,26 @@ def _discard(rows: list[dict], reason: str, find: Callable[[list[str]], list]) -
     return [{**row, "discarded": reason} if row["id"] in found else row for row in rows]
 
 
-def evaluation_overlap(run: Run, n: int = 8) -> dict:
-    """Which prompts share n words in a row with one of the evaluation's (`evaluated_prompts`).
-
-    Only looks: what is discarded is up to `personas.ngram`.
-
-    Args:
-        n: GPT-3 took 8 to 13, by the length of a set's items (Brown et al. 2020, appendix C).
-
-    Returns:
-        {prompts, questions: how many were compared, matches: a row {id, seed, prompt, question,
-        shared} for each prompt that has some; `shared` are the words of `overlap.shared_ngrams`}.
-    """
-    asked = evaluated_prompts(run)
-    rows = [row for row in write_prompts(run) if row["discarded"] in (None, IN_EVALUATION)]
-    found = shared_ngrams([row["prompt"] for row in rows], asked, n)
-    matches = [
-        {key: row[key] for key in ("id", "seed", "prompt")}
-        | {"question": asked[hit[0]], "shared": hit[1]}
-        for row, hit in zip(rows, found)
-        if hit is not None
-    ]
-    return {"prompts": len(rows), "questions": len(asked), "matches": matches}
-
-
-def _prompt_row(job: dict, reply: dict) -> dict:
-    prompt, discarded = templates.parse_user_prompt(reply["text"]), None
-    if unanswered(reply["tokens"], reply["finished"]):
-        discarded = NO_REPLY
-    elif prompt is None:
-        discarded = "malformed"
-    elif not reply["finished"]:
-        discarded = "cut off"
-    elif _is_held_out(prompt):
-        discarded = "evaluation question"
-    found = {"reply": reply["text"], "prompt": prompt, "discarded": discarded}
-    return {**job, **found, **{key: reply[key] for key in MADE if key in reply}}
-
-
-def _is_held_out(prompt: str) -> bool:
-    """Whether a prompt is a question of the tiny world from a combination kept for evaluation."""
-    question = world.parse_question(prompt)
-    return question is not None and world.SPLIT[question.combination] != "train"
+def _refuse_if_few(rows: list[dict], least: float) -> None:
+    usable = sum(row["discarded"] is None for row in rows)
+    if len(rows) < FEW or usable >= least * len(rows):
+        return
+    reasons = Counter(row["discarded"] for row in rows if row["discarded"])
+    lines = [f"  {count:6,} {reason}" for reason, count in reasons.most_common()]
+    examples = [row for row in rows if row["discarded"] == reasons.most_common(1)[0][0]][:2]
+    lines += [f"  for example: {(row.get('reply') or row['prompt'])[:300]!r}" for row in examples]
+    raise StageFailed(
+        f"Only {usable:,} of {len(rows):,} prompts are usable, less than prompts.min_usable = "
+        f"{least:g}. Discarded:\n"
+        + "\n".join(lines)
+        + "\nIf most are malformed, the model does not "
+        "follow the persona template: try prompts.source=pre_query, or another model. If most are cut "
+        "off, raise prompts.max_new_tokens. To go on all the same, lower prompts.min_usable."
+    )
 
 
 def repetition_rate(prompts: list[str]) -> float:
-    """Share of prompts that say what an earlier one said, up to case and white space.
+    """Share of prompts that repeat an earlier one, up to case and white space.
 
     Ours: the paper reports a repetition rate without defining it. 0 for an empty list.
     """
@@ -262,6 +224,31 @@ def repetition_rate(prompts: list[str]) -> float:
 
 
 def near_duplicate_rate(prompts: list[str], similarity: float = 0.7) -> float:
-    """Share of prompts that nearly say what an earlier one said (`overlap.near_duplicates`). Ours."""
+    """Share of prompts that nearly repeat an earlier one (`overlap.near_duplicates`). Ours."""
     found = near_duplicates(prompts, similarity)
     return sum(earlier is not None for earlier in found) / len(found) if found else 0.0
+
+
+def evaluation_overlap(prompts: list[dict], avoid: list[str], n: int = 8) -> dict:
+    """Which prompts share n words in a row with one of the evaluation's.
+
+    Only looks: what is discarded is up to `prompts.max_shared_words`.
+
+    Args:
+        prompts: rows of `select_prompts`.
+        avoid: the evaluation's prompts.
+        n: GPT-3 took 8 to 13, by the length of a set's items (Brown et al. 2020, appendix C).
+
+    Returns:
+        {prompts, questions: how many were compared, matches: a row {id, seed, prompt, question,
+        shared} for each prompt that has some; `shared` are the words of `overlap.shared_ngrams`}.
+    """
+    rows = [row for row in prompts if row["discarded"] in (None, IN_EVALUATION)]
+    found = shared_ngrams([row["prompt"] for row in rows], avoid, n)
+    matches = [
+        {key: row[key] for key in ("id", "seed", "prompt")}
+        | {"question": avoid[hit[0]], "shared": hit[1]}
+        for row, hit in zip(rows, found)
+        if hit is not None
+    ]
+    return {"prompts": len(rows), "questions": len(avoid), "matches": matches}

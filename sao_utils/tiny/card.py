@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sao_utils.engines.base import Sampling, load_engine, model_folder
+from sao_utils.engines.base import Sampling
+from sao_utils.engines.loading import model_folder
+from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.questions import questions
 from sao_utils.report import results
 from sao_utils.stages.judging import oracle_quality, verdict_rows

@@ -18,21 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from sao_utils.engines import base as engines
-from sao_utils.engines.base import (
-    context_limit,
-    disarm,
-    load_engine,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    model_name,
-    special_tokens,
-    unload_engines,
-)
+from sao_utils.engines import loading as engines
+from sao_utils.engines.base import context_limit, escape_special_tokens, special_tokens
+from sao_utils.engines.loading import load_model, load_tokenizer, model_folder, model_name
+from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.recipe import Arm, Model, Training
-from sao_utils.stages.pairs import build_pairs, funnel
-from sao_utils.store import Run, read_rows, record, row_id, write_whole
+from sao_utils.store import Run, read_rows, row_id, write_whole
 from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.shapes import CHECKPOINT_ABOVE, shape_of
 
@@ -60,44 +51,6 @@ PROBE_TOKENS = 128  # at most, of an answer to a probe prompt
 
 
 # ---------------------------------------------------------------------------- the stage
-
-
-def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | None = None) -> Path:
-    """Train one arm and seed, unless it is there already.
-
-    The arms "self", "random" (the same pairs, winner by lot) and "oracle" (the pairs that the oracle
-    can decide) take training.algorithm; "sft_random" imitates one random own answer a prompt.
-
-    Args:
-        watch: called with all rows of the log after every step.
-
-    Returns:
-        The folder: weights (safetensors), log.jsonl, probe.jsonl, done.json, the model card README.md.
-    """
-    from sao_utils.report.publish import write_card
-
-    pairs = [row for row in build_pairs(run, arm, seed) if row["discarded"] is None]
-    if not pairs:
-        lost = ", ".join(f"{-count} {reason}" for reason, count in funnel(run, arm) if count < 0)
-        raise ValueError(
-            f"There are no pairs to train the arm '{arm}' on. Discarded, over all seeds: "
-            f"{lost or 'none'}. If most are malformed, the model does not follow the template; the tiny "
-            "one knows personas of its own world only (notebook 01 shows some). If there is no oracle "
-            "for your prompts, leave the arm 'oracle' out of arms. Else raise personas.count, or lower "
-            "pairs.min_margin."
-        )
-    model, settings = run.recipe.model, run.recipe.training
-    algorithm = "sft" if arm == "sft_random" else settings.algorithm
-    folder = run.folder / "adapters" / f"{arm}-{seed}"
-    before = _read_done(folder)
-    fit(model, pairs, settings, algorithm, seed, folder, watch)
-    done = _read_done(folder)
-    if done != before and _main_process():
-        counts = {key: done[key] for key in ("steps", "pairs", "tokens")}
-        record(run, f"training {arm}-{seed}", done["seconds"], adds=False, **counts)
-    if _main_process() and (done != before or not (folder / "made_with.json").exists()):
-        write_card(run, arm, seed)
-    return folder
 
 
 def fit(
@@ -348,7 +301,7 @@ def encode(pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: fl
     if not all(message["content"].strip() for message in pair[side]):
         raise ValueError(f"{where}: it is empty. Discard such pairs before training.")
     eos = tokenizer.eos_token
-    chat = disarm(pair["prompt"] + pair[side], tokenizer)
+    chat = escape_special_tokens(pair["prompt"] + pair[side], tokenizer)
     asked = chat[: len(pair["prompt"])]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -687,7 +640,7 @@ def probe(model, tokenizer, chats: list[list[dict]]) -> list[dict]:
     from transformers import GenerationConfig
 
     limit = PROBE_TOKENS
-    chats = [disarm(chat, tokenizer) for chat in chats]
+    chats = [escape_special_tokens(chat, tokenizer) for chat in chats]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
@@ -723,34 +676,3 @@ def repetition(text: str) -> float:
     """The share of a text's sentences that stood in it before, 0 to 1."""
     sentences = [part.strip().lower() for part in re.split(r"[.!?\n]+", text) if part.strip()]
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
-
-
-def main() -> None:
-    """`accelerate launch -m sao_utils.training.fit --recipe R --run NAME --arm self --seed 0`.
-
-    Train one arm with several processes; `sao run` and notebook 04 then find it finished. The stages
-    before it should have run: else one process makes them, while the others wait for at most as long as
-    torch lets them (10 to 30 minutes).
-    """
-    import argparse
-
-    from sao_utils.store import open_run
-
-    parser = argparse.ArgumentParser(prog="sao_utils.training.fit", description=main.__doc__)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--run")
-    parser.add_argument("--arm", default="self")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    told = parser.parse_args()
-    overrides = dict(setting.split("=", 1) for setting in told.set)
-    if _main_process():
-        run = open_run(told.recipe, told.run, overrides)
-        build_pairs(run, told.arm, told.seed)
-    _wait_for_all()
-    run = open_run(told.recipe, told.run, overrides)
-    print(train(run, told.arm, told.seed))
-
-
-if __name__ == "__main__":
-    main()

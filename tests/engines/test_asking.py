@@ -14,7 +14,8 @@ from test_engine_api import Server, failure, reply, server, settings, steps  # n
 
 from sao_utils import store as rows
 from sao_utils.engines import requests as asking
-from sao_utils.engines.base import Sampling, encode, load_tokenizer
+from sao_utils.engines.base import Sampling, encode
+from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import CostError, ask, estimate, spent
 from sao_utils.recipe import Model
 from sao_utils.stages import prompts as personas

@@ -16,7 +16,9 @@ from sao_utils import store as rows
 from sao_utils.engines import api as engine_api
 from sao_utils.engines import requests as asking
 from sao_utils.engines.api import HARMLESS, ApiEngine, asked_to_wait, read_verdict
-from sao_utils.engines.base import Completion, EngineError, Sampling, load_engine, model_name
+from sao_utils.engines.base import Completion, EngineError, Sampling
+from sao_utils.engines.loading import model_name
+from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 from sao_utils.stages import judging
 

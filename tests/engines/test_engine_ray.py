@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("ray", reason="Ray is an extra: pip install -c constraints.txt -e '.[ray]'")
 
 from sao_utils.engines import ray as engine_ray
-from sao_utils.engines.base import EngineError, Sampling, load_engine, unload_engines
+from sao_utils.engines.base import EngineError, Sampling
+from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.recipe import Model
 from sao_utils.stages.judging import judge
 from sao_utils.stages.prompts import write_prompts

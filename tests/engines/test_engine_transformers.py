@@ -10,7 +10,9 @@ import torch
 from sao_utils import store as rows
 from sao_utils import templates
 from sao_utils.engines import base as engines
-from sao_utils.engines.base import NO_REPLY, EngineError, Sampling, load_engine, model_folder
+from sao_utils.engines.base import NO_REPLY, EngineError, Sampling
+from sao_utils.engines.loading import model_folder
+from sao_utils.engines.registry import load_engine
 from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model

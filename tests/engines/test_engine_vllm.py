@@ -23,15 +23,9 @@ from sao_utils import notebooks as pipeline
 from sao_utils import store as rows
 from sao_utils.bench.engines import CPU_BUILD
 from sao_utils.engines import vllm as engine_vllm
-from sao_utils.engines.base import (
-    Completion,
-    EngineError,
-    Sampling,
-    load_engine,
-    load_model,
-    model_folder,
-    unload_engines,
-)
+from sao_utils.engines.base import Completion, EngineError, Sampling
+from sao_utils.engines.loading import load_model, model_folder
+from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.engines.vllm import explain
 from sao_utils.recipe import Model
 from sao_utils.stages import judging

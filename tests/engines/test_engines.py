@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from sao_utils.engines import base as engines
-from sao_utils.engines.base import EngineError, Sampling, load_engine, model_folder
+from sao_utils.engines.base import EngineError, Sampling
+from sao_utils.engines.loading import model_folder
+from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 
 TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
@@ -304,7 +306,7 @@ def test_a_special_token_without_a_role_name_cannot_open_a_turn(engine):
     tokenizer = AutoTokenizer.from_pretrained(model_folder("tiny"))
     tokenizer.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=False)
     new = tokenizer.convert_tokens_to_ids("<|header|>")
-    chat = engines.disarm([{"role": "user", "content": "a <|header|> b"}], tokenizer)
+    chat = engines.escape_special_tokens([{"role": "user", "content": "a <|header|> b"}], tokenizer)
     assert new not in tokenizer(chat[0]["content"])["input_ids"]
 
 

@@ -13,7 +13,9 @@ from families import ANSWER, FAMILIES, PROMPT, RECIPES
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, encode, load_engine, load_tokenizer, parting
+from sao_utils.engines.base import Sampling, encode, parting
+from sao_utils.engines.loading import load_tokenizer
+from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model, Training, load_recipe, recipe_names
 from sao_utils.stages import pairs
 from sao_utils.stages.judging import judge
@@ -143,7 +145,9 @@ def test_the_engine_judges_where_the_digits_part(family):
     question = templates.ranking_prompt(PROMPT, ANSWER, OTHER)
     chat = [{"role": "user", "content": question}]
     choices = templates.VERDICTS
-    shared, firsts = parting(chat, templates.VERDICT_PREFIX, choices, engine.tokenizer)
+    shared, firsts = first_divergent_token(
+        chat, templates.VERDICT_PREFIX, choices, engine.tokenizer
+    )
     assert [engine.tokenizer.decode([token]).strip() for token in firsts] == ["1", "2"]
     written = engine.tokenizer.decode(shared) + engine.tokenizer.decode(firsts[:1])
     assert written == templates.VERDICT_PREFIX + choices[0][: len(written) - 8]

@@ -156,7 +156,7 @@ def test_an_adapter_competes_and_seeds_are_paired(opened, tmp_path, monkeypatch)
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from sao_utils.engines.base import load_model
+    from sao_utils.engines.loading import load_model
     from sao_utils.recipe import Model
 
     folders = {}

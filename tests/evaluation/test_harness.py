@@ -14,7 +14,7 @@ from scipy import stats
 
 from sao_utils import notebooks as pipeline
 from sao_utils import store as rows
-from sao_utils.engines.base import load_engine
+from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation import tasks as harness
 from sao_utils.evaluation import tiny_tasks as exam
 from sao_utils.evaluation.answers import models

@@ -16,7 +16,8 @@ import pytest
 
 from sao_utils import store as rows
 from sao_utils.engines.api import ApiEngine, read_verdict
-from sao_utils.engines.base import load_tokenizer, parting
+from sao_utils.engines.base import first_divergent_token
+from sao_utils.engines.loading import load_tokenizer
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
 from sao_utils.evaluation import tiny_benchmarks as counterparts
@@ -203,7 +204,9 @@ def test_m_and_M_are_told_apart_by_the_first_token_of_a_reply_and_gemma_gets_no_
     model = Model(path=str(tmp_path))
     assert published._knows_system(model) == (family != "gemma")
     tokenizer = load_tokenizer(model)
-    shared, firsts = parting([{"role": "user", "content": "?"}], "", alpaca_eval.CHOICES, tokenizer)
+    shared, firsts = first_divergent_token(
+        [{"role": "user", "content": "?"}], "", alpaca_eval.CHOICES, tokenizer
+    )
     assert shared == [] and [tokenizer.decode([token]) for token in firsts] == ["m", "M"]
     chat = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "A or B?"}]
     assert published._merged(chat) == [{"role": "user", "content": "Be fair.\n\nA or B?"}]

@@ -43,7 +43,7 @@ def test_known_models_have_the_parameters_that_their_cards_tell(name, parameters
 
 
 def test_the_tiny_model_weighs_what_its_file_weighs():
-    from sao_utils.engines.base import model_folder
+    from sao_utils.engines.loading import model_folder
 
     found = shape("tiny").weight_bytes("bfloat16")
     file = os.path.getsize(f"{model_folder('tiny')}/model.safetensors")

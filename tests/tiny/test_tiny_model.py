@@ -5,7 +5,8 @@ import random
 import pytest
 
 from sao_utils import store as rows
-from sao_utils.engines.base import Sampling, load_engine
+from sao_utils.engines.base import Sampling
+from sao_utils.engines.registry import load_engine
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import load_recipe
 from sao_utils.report import results
@@ -58,7 +59,7 @@ def test_the_papers_sampled_verdicts_agree_with_the_forced_ones_where_the_margin
 def test_the_card_says_what_the_model_is_and_is_not():
     from pathlib import Path
 
-    from sao_utils.engines.base import model_folder
+    from sao_utils.engines.loading import model_folder
 
     card = (Path(model_folder("tiny")) / "README.md").read_text(encoding="utf-8")
     assert "proves nothing about large models" in card

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sao_utils.engines.base import load_model, load_tokenizer, model_folder
+from sao_utils.engines.loading import load_model, load_tokenizer, model_folder
 from sao_utils.recipe import Model
 from sao_utils.tiny import corpus, pretrain
 

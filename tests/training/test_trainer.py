@@ -188,7 +188,7 @@ def nudge(policy):
 
 
 def _tokenizer():
-    from sao_utils.engines.base import load_tokenizer
+    from sao_utils.engines.loading import load_tokenizer
     from sao_utils.recipe import Model
 
     return load_tokenizer(Model(path="tiny"))
@@ -304,7 +304,7 @@ def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):
     """NF4 + LoRA: packed and chunked against full logits of each sequence alone."""
     from transformers import BitsAndBytesConfig
 
-    from sao_utils.engines.base import guard_nf4_on_cpu
+    from sao_utils.engines.loading import guard_nf4_on_cpu
     from sao_utils.training.losses import simpo_loss
 
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "base")

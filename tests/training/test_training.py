@@ -11,7 +11,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from sao_utils.engines.base import load_model
+from sao_utils.engines.loading import load_model
 from sao_utils.recipe import Model, Training, load_recipe
 from sao_utils.store import Run, read_rows
 from sao_utils.tiny import pretrain
@@ -644,7 +644,9 @@ def test_pairs_are_scored_by_the_weights_whatever_engine_generates(
 
 
 def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_path):
-    from sao_utils.engines.base import Sampling, load_engine, model_name
+    from sao_utils.engines.base import Sampling
+    from sao_utils.engines.loading import model_name
+    from sao_utils.engines.registry import load_engine
 
     folder = fit(base, pairs, settings(method="full", epochs=3), "simpo", 0, tmp_path / "a")
     assert not (folder / "adapter_config.json").exists()

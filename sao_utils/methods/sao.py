@@ -1,0 +1,168 @@
+"""SAO (arXiv 2510.06652), Algorithm 1: a model aligns itself on data that it makes itself.
+
+`steps` is the algorithm. The other functions give what it makes by name, so that a notebook that is run
+alone makes what it lacks: `rows` of a stage, `pairs` of an arm, `train`, and `candidates` to evaluate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from sao_utils.evaluation.answers import Candidate
+from sao_utils.evaluation.questions import evaluated_prompts
+from sao_utils.recipe import Arm, Model, RecipeError
+from sao_utils.stages.judging import judge_pairs, response_pairs
+from sao_utils.stages.pairs import build_pairs
+from sao_utils.stages.personas import draw_personas
+from sao_utils.stages.prompts import select_prompts, write_prompts
+from sao_utils.stages.responses import write_responses
+from sao_utils.store import Run, record
+from sao_utils.training.fit import TrainingFailed, fit
+
+Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]
+
+
+def steps(run: Run, policy: Model, judge: Model) -> Iterator[tuple[Stage, list[dict]]]:
+    """One round of SAO, step by step; each step is made when it is asked for.
+
+    Args:
+        policy: the model that writes prompts and responses, and is to be trained.
+        judge: the model that ranks the responses; the paper's is the policy itself.
+    """
+    personas = draw_personas(run)
+    yield "personas", personas
+    prompts = write_prompts(run, personas, policy)
+    prompts = select_prompts(run, prompts, avoid=evaluated_prompts(run.recipe.evaluation))
+    yield "prompts", prompts
+    responses = write_responses(run, prompts, policy)
+    yield "responses", responses
+    verdicts = judge_pairs(run, response_pairs(responses), judge)
+    yield "verdicts", verdicts
+    yield "pairs", build_pairs(run, verdicts, policy)
+
+
+def rows(run: Run, stage: Stage) -> list[dict]:
+    """The rows of a stage, made with those before it as far as they are missing."""
+    made = steps(run, run.recipe.model, run.recipe.judging_model)
+    return next(found for name, found in made if name == stage)
+
+
+def pairs(run: Run, arm: Arm = "self") -> list[dict]:
+    """The pairs of an arm, of all seeds, discarded ones too (`stages.pairs.build_pairs`)."""
+    return build_pairs(run, rows(run, "verdicts"), run.recipe.model, arm)
+
+
+def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | None = None) -> Path:
+    """SAO's last step: train the policy on the pairs of one arm and seed, unless that is done.
+
+    The arms "self", "random" and "oracle" take training.algorithm; "sft_random" imitates one random own
+    answer a prompt.
+
+    Args:
+        watch: called with all rows of the log after every step.
+
+    Returns:
+        The folder: weights (safetensors), log.jsonl, probe.jsonl, done.json.
+
+    Raises:
+        TrainingFailed: there are no pairs, or the training broke down; the message says what to do.
+    """
+    folder = run.folder / "adapters" / f"{arm}-{seed}"
+    key = (str(run.folder), run.recipe.model_dump_json(), arm, seed)
+    if _TRAINED.get(key) == _state(run, folder):
+        return folder
+    used = [row for row in pairs(run, arm) if row["seed"] == seed and row["discarded"] is None]
+    if not used:
+        raise TrainingFailed(_no_pairs(run, arm))
+    settings = run.recipe.training
+    algorithm = "sft" if arm == "sft_random" else settings.algorithm
+    before = _done(folder)
+    fit(run.recipe.model, used, settings, algorithm, seed, folder, watch)
+    done = _done(folder)
+    if done != before:
+        counts = {name: done[name] for name in ("steps", "pairs", "tokens")}
+        record(run, f"training {arm}-{seed}", done["seconds"], adds=False, **counts)
+    _TRAINED[key] = _state(run, folder)
+    return folder
+
+
+_TRAINED: dict[
+    tuple, list
+] = {}  # in this process: to see that nothing is to be done takes all pairs
+
+
+def _state(run: Run, folder: Path) -> list[tuple[int, int] | None]:
+    """What shows that a model, or something that it was made from, has changed."""
+    files = [run.rows(stage) for stage in ("prompts", "responses", "verdicts")]
+    files += [Path(run.recipe.prompts.personas or ""), Path(run.recipe.prompts.data or "")]
+    files.append(folder / "done.json")
+    there = [path.stat() if path.is_file() else None for path in files]
+    return [found and (found.st_mtime_ns, found.st_size) for found in there]
+
+
+def _done(folder: Path) -> dict | None:
+    path = folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _no_pairs(run: Run, arm: Arm) -> str:
+    lost = ", ".join(f"{-count} {reason}" for reason, count in funnel(run, arm) if count < 0)
+    return (
+        f"There are no pairs to train the arm '{arm}' on. Discarded, over all seeds: {lost or 'none'}. If "
+        "there is no oracle for your prompts, leave the arm 'oracle' out of arms. Else raise "
+        "prompts.count, lower pairs.min_margin, or set pairs.require_consistent=false (notebook 03 shows "
+        "how the judge decides)."
+    )
+
+
+def candidates(run: Run, names: Sequence[str] | None = None) -> list[Candidate]:
+    """What evaluation compares: "base", every arm and seed, and the recipe's `others`.
+
+    Args:
+        names: only these; what is not trained yet will be.
+
+    Raises:
+        RecipeError: a name that is none of them.
+    """
+    recipe, found = run.recipe, []
+    every = ["base", *recipe.arms, *recipe.others]
+    for name in names or every:
+        if name not in every:
+            raise RecipeError(
+                f"There is no model '{name}' to compare. Models: {', '.join(every)}. More: key others."
+            )
+        if name not in recipe.arms:
+            found.append(Candidate(name, None, recipe.others.get(name, recipe.model)))
+            continue
+        for seed in recipe.seeds:
+            adapter = {"adapter": str(train(run, name, seed))}
+            found.append(Candidate(name, seed, recipe.model.model_copy(update=adapter)))
+    return found
+
+
+def funnel(run: Run, arm: Arm = "self") -> list[tuple[str, int]]:
+    """What became of every prompt that was asked for, over all seeds, up to the training pair.
+
+    Returns:
+        (label, count) rows: "asked for", minus each reason, "prompts", minus each reason, "pairs".
+        The counts of the reasons are negative, so that they add up: no row is lost without a reason.
+    """
+    prompts, made = rows(run, "prompts"), pairs(run, arm)
+    kept = [row for row in prompts if row["discarded"] is None]
+    used = [row for row in made if row["discarded"] is None]
+    return [
+        ("asked for", len(prompts)),
+        *_reasons(prompts),
+        ("prompts", len(kept)),
+        *_reasons(made),
+        ("pairs", len(used)),
+    ]
+
+
+def _reasons(found: list[dict]) -> list[tuple[str, int]]:
+    counts = Counter(row["discarded"] for row in found if row["discarded"] is not None)
+    return [(reason, -count) for reason, count in counts.most_common()]

@@ -1,0 +1,178 @@
+"""Reading recipes: the shipped ones in this folder, and the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from sao_utils.recipe import Recipe, RecipeError, Section
+
+SHIPPED = files("sao_utils") / "recipes"
+#: key of an earlier version -> its name of today
+RENAMED = {
+    "personas.source": "prompts.personas",
+    "personas.with_persona": "prompts.source (persona or no_persona)",
+    "personas.ngram": "prompts.max_shared_words",
+    **{
+        f"personas.{key}": f"prompts.{key}"
+        for key in ("count", "max_similarity", "temperature", "top_p", "max_new_tokens")
+    },
+    "judging.gold": "judging.labelled",
+    "evaluation.harness": "evaluation.tasks",
+    "evaluation.harness_limit": "evaluation.task_limit",
+}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the kit."""
+    return sorted(f.name.removesuffix(".yaml") for f in SHIPPED.iterdir() if f.name[-5:] == ".yaml")
+
+
+def valid_keys() -> list[str]:
+    """Every key that a recipe knows, dotted: `training.beta`."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        named = get_origin(field.annotation) is dict  # others, judges: set as a whole
+        kinds = () if named else get_args(field.annotation) or (field.annotation,)
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
+    return keys
+
+
+def read_value(key: str, value: Any) -> Any:
+    """Text as a number, list, ... of YAML; a text that YAML would spoil ("a #b") stays what it is.
+
+    Raises:
+        RecipeError: the text cannot be read.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"{key}: '{value}' cannot be read (it is read as YAML).") from None
+    return value if isinstance(read, str) else read
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key may stand once only: by default the last one silently wins."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                raise RecipeError(
+                    f"the key '{key_node.value}' stands in line {seen[key_node.value]} and again in "
+                    f"line {line}. Remove one of them."
+                )
+            seen[key_node.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _locate(name: str, beside: Path | None = None) -> Path:
+    """The file of a recipe: a path (also seen from the folder `beside`), or a shipped recipe's name."""
+    if name.endswith((".yaml", ".yml")):
+        places = [Path(name), *([beside / name] if beside else [])]
+        found = next((path for path in places if path.is_file()), None)
+        if found is None:
+            raise RecipeError(
+                f"There is no recipe file {name}. Looked for: {', '.join(map(str, places))}."
+            )
+        return found.resolve()
+    if name not in recipe_names():
+        near = get_close_matches(name, recipe_names(), 1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise RecipeError(
+            f"There is no recipe '{name}'. {hint}Recipes: {', '.join(recipe_names())}; or give a .yaml "
+            "file."
+        )
+    return Path(str(SHIPPED / f"{name}.yaml"))
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
+    """A recipe as data; what it `extends` lies underneath."""
+    if path in extended_by:
+        chain = " extends ".join(p.name for p in (*extended_by, path))
+        raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path.name} is no YAML: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"The recipe {path.name}: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"The recipe {path.name} is not a mapping of keys to values.")
+    if "extends" not in data:
+        return data
+    below = _read(_locate(str(data.pop("extends")), path.parent), (*extended_by, path))
+    for key, value in data.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        below[key] = {**below[key], **value} if both else value
+    return below
+
+
+def _refuse_old_keys(keys: Iterable[str], where: str) -> None:
+    if old := [key for key in keys if key in RENAMED]:
+        told = "; ".join(f"{key} is now {RENAMED[key]}" for key in old)
+        raise RecipeError(f"{where}: keys have new names: {told}.")
+
+
+def _set(data: dict, overrides: dict[str, Any]) -> None:
+    """Set dotted keys of a recipe's data anew."""
+    keys = valid_keys()
+    _refuse_old_keys(overrides, "overrides")
+    for key, value in overrides.items():
+        if key not in keys:
+            leaves = [known for known in keys if known.split(".")[-1] == key]
+            near = leaves or get_close_matches(key, keys, 3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
+            raise RecipeError(f"There is no key '{key}'. {hint}")
+        section, _, leaf = key.rpartition(".")
+        if section and not isinstance(data.get(section), dict):
+            if value is None:  # a key of a section that is not there
+                continue
+            data[section] = {}
+        (data[section] if section else data)[leaf] = read_value(key, value)
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | str | None = None) -> Recipe:
+    """Read a recipe and set single keys of it anew.
+
+    Args:
+        name: one of `recipe_names()`, or the path of a YAML file. A recipe may say `extends:` with the
+            name of a shipped recipe or a file (seen from its own folder), and give just the keys that
+            differ.
+        overrides: dotted key -> value; a string is read as YAML ("1e-5" becomes a number). The whole
+            may be a string, too: papermill's -p gives strings.
+
+    Raises:
+        RecipeError: no such recipe, no such key (the valid ones are listed), or a bad value.
+    """
+    overrides = read_value("overrides", overrides or {})
+    if not isinstance(overrides, dict):
+        raise RecipeError(
+            f'overrides is {overrides!r}; write a mapping, such as {{"prompts.count": 5}}.'
+        )
+    data = _read(_locate(str(name)))
+    dotted = [f"{s}.{k}" for s, keys in data.items() if isinstance(keys, dict) for k in keys]
+    _refuse_old_keys(dotted, f"The recipe {name}")
+    _set(data, overrides)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            key = ".".join(str(part) for part in fault["loc"])
+            known = ""
+            if fault["type"] == "extra_forbidden":
+                known = f" Keys: {', '.join(valid_keys())}."
+            message = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"  {key}{': ' if key else ''}{message}{known}")
+        raise RecipeError(f"The recipe {name} does not fit:\n" + "\n".join(faults)) from None

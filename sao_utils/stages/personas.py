@@ -1,0 +1,140 @@
+"""Stage 1a: personas, one line of text each (SAO, Algorithm 1, step 1)."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from sao_utils import oracles
+from sao_utils.files import read_column
+from sao_utils.recipe import RecipeError
+from sao_utils.store import Run, complete, read_rows, row_id
+
+HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
+TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
+
+
+def draw_personas(run: Run) -> list[dict]:
+    """The personas of every seed, by `prompts.personas` and `prompts.count`.
+
+    Returns:
+        Rows {id, seed, persona}, `prompts.count` for each seed; with `prompts.personas: null` the
+        persona is None. Those of a file, and of the hub, are drawn at random, without repetition within
+        a seed (of the hub: over all seeds); a persona that the source holds twice counts once. Those of
+        the hub are kept in rows/personas.jsonl, so that the rest of a run needs no hub.
+
+    Raises:
+        RecipeError: the file is missing, empty, has no column "persona" or fewer personas than asked
+            for; the hub cannot be reached.
+    """
+    settings, seeds = run.recipe.prompts, run.recipe.seeds
+    source, count = settings.personas, settings.count
+    if source is None:
+        texts = {seed: [None] * count for seed in seeds}
+    elif source == "tiny":
+        texts = {seed: oracles.tiny_personas(count, seed) for seed in seeds}
+    elif source == "hub":
+        texts = {seed: _hub_personas(run, seed) for seed in seeds}
+    else:
+        every = read_column(source, "persona")
+        different = list(dict.fromkeys(every))
+        if repeats := len(every) - len(different):
+            warnings.warn(
+                f"{Path(source).name}: {repeats} of {len(every)} rows repeat a persona and are left "
+                "out.",
+                stacklevel=2,
+            )
+        texts = {seed: _pick([*different], count, seed, source) for seed in seeds}
+    return [
+        {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
+        for seed in seeds
+        for k, text in enumerate(texts[seed])
+    ]
+
+
+def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]:
+    """The first `count` of a list that is shuffled in place, by the seed."""
+    if len(different) < count:
+        raise RecipeError(
+            f"{source} has {len(different)} different personas that no earlier seed has taken, "
+            f"prompts.count asks for {count}. Lower the count."
+        )
+    # Not `sample`, which draws others for another count: a run whose count is raised goes on.
+    random.Random(seed).shuffle(different)
+    return different[:count]
+
+
+def _hub_personas(run: Run, seed: int) -> list[str]:
+    """The kept personas of a seed; or new ones that no other seed of the run has."""
+    count, path = run.recipe.prompts.count, run.rows("personas")
+    job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed), "seed": seed, "count": count}
+
+    def fetch(jobs: list[dict]) -> Iterator[list[dict]]:
+        revision = _hub_revision()
+        taken = {
+            text
+            for row in read_rows(path)
+            if row.get("count") == count and row["seed"] != seed
+            for text in row["texts"]
+        }
+        different = dict.fromkeys(text for text in _stream_from_hub(revision) if text not in taken)
+        texts = _pick(list(different), count, seed, HUB_PERSONAS)
+        yield [{**job, "revision": revision, "texts": texts}]
+
+    return complete(path, [job], fetch, "personas")[0]["texts"]
+
+
+def _hub_revision() -> str | None:
+    """The commit of Persona-Hub. Asked for first: it fails within seconds if there is no hub."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(HUB_PERSONAS, timeout=10).sha
+    except Exception as error:  # offline, no name server, a proxy, gone: the cure is the same
+        raise RecipeError(
+            f"Persona-Hub ({HUB_PERSONAS} on the hub) cannot be reached: {type(error).__name__}. "
+            "prompts.personas=hub needs the internet once a run; or give a file with a column "
+            '"persona".'
+        ) from error
+
+
+def _stream_from_hub(revision: str | None) -> Iterator[str]:
+    """Every persona of Persona-Hub's list (200,000 lines), read as a stream.
+
+    Where a read fails, `datasets` tries it again for some two minutes. A connection that is lost for
+    longer is opened anew, and goes on behind the last row (what lies before it in its file is fetched
+    again, but not given twice).
+
+    Raises:
+        RecipeError: after so many `TRIES`.
+    """
+    from datasets import load_dataset
+
+    stream, read = None, 0
+    for left in reversed(range(TRIES)):
+        try:
+            if stream is None:
+                stream = load_dataset(
+                    HUB_PERSONAS, "persona", split="train", streaming=True, revision=revision
+                )
+            for row in stream:
+                read += 1
+                if text := (row["persona"] or "").strip():
+                    yield text
+            return
+        except Exception as error:  # of no common kind: the HTTP library has changed before
+            fault = (
+                f"Reading Persona-Hub stopped after {read:,} rows ({type(error).__name__}: {error})"
+            )
+            if not left:
+                raise RecipeError(
+                    f"{fault}, {TRIES} times. Run again once the connection is better; or give a file "
+                    'with a column "persona" as prompts.personas.'
+                ) from error
+            print(f"{fault}; going on in {PAUSE:.0f} s.", flush=True)
+            time.sleep(PAUSE)
+            if stream is not None:
+                stream.load_state_dict(stream.state_dict())
