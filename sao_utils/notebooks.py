@@ -66,7 +66,7 @@ def open_notebook(
     recipe: str,
     run: str | int = "",
     overrides: dict | str | None = None,
-    default_run: str | None = None,
+    own_run: str | None = None,
     defaults: dict | None = None,
 ) -> Run:
     """The run that a notebook works on, from its parameters.
@@ -74,8 +74,8 @@ def open_notebook(
     Args:
         recipe, run, overrides: the notebook's parameters, as `open_run` takes them; overrides may be
             the text of a mapping, which is all that `papermill -p` can pass.
-        default_run: the run's name where `run` is empty; None: the recipe's name.
-        defaults: the notebook's own settings by dotted key; `overrides` go before them.
+        own_run: the run's name where `run` is empty; None: the recipe's name.
+        defaults: the notebook's own overrides; those of the user go before them.
 
     Raises:
         RunError: papermill passed a name that is no parameter of the notebook.
@@ -85,7 +85,7 @@ def open_notebook(
     overrides = read_value("overrides", overrides or {})
     if defaults and isinstance(overrides, dict):  # what is no mapping is refused by open_run
         overrides = {**defaults, **overrides}
-    return open_run(recipe, run or default_run, overrides)
+    return open_run(recipe, run or own_run, overrides)
 
 
 def check_parameters() -> None:
@@ -244,7 +244,7 @@ def _run_in_order(
             log(f"{time.monotonic() - start:.1f} s")
     finally:
         _stop_kernel(kernel)
-        _stop_kernel(following)
+        _stop_kernel(following, now=True)
 
 
 def _number(path: Path) -> str:
@@ -288,7 +288,9 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
             model_name(model)  # an adapter that is not there
             if new:
                 find(model)
-            if new and len(chosen) > 1 and model.engine == "api":  # one alone may need no server yet
+            if (
+                new and len(chosen) > 1 and model.engine == "api"
+            ):  # one alone may need no server yet
                 load_engine(model)
     except EngineError as error:
         raise RunError(str(error)) from None
@@ -349,8 +351,8 @@ def _environment(run: Run) -> dict[str, str]:
         # The kernel shall import the very package that started it.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
-    if recipe.model.path == "tiny":  # too small to gain by a second thread, which it waits for
-        settings["OMP_NUM_THREADS"] = "1"
+    if recipe.model.path == "tiny":  # too small to gain by a third thread, which it waits for
+        settings["OMP_NUM_THREADS"] = "2"
     needs_hub = recipe.prompts.personas == "hub" or any(
         task != "tiny" and not is_task_file(task) for task in recipe.evaluation.tasks
     )
@@ -378,8 +380,10 @@ def _start_kernel(path: Path, environment: dict[str, str], ahead: bool = False):
     # log_level: else a kernel greets the terminal with a warning about local sockets.
     arguments = ["--IPKernelApp.log_level=50", "--HistoryManager.hist_file=:memory:"]
     if ahead:
-        imports = IMPORTS if gpu_name() else f"{IMPORTS}; {CPU_IMPORTS}"
-        arguments += [f"--IPKernelApp.exec_lines=exec({imports!r}, {{}})"]  # leaves no names
+        code = IMPORTS if gpu_name() else f"{IMPORTS}; {CPU_IMPORTS}"
+        # A kernel looks whether its parent is still there only from when it is ready.
+        code += f"; import os; os.name == 'nt' or os.getppid() == {os.getpid()} or os._exit(1)"
+        arguments += [f"--IPKernelApp.exec_lines=exec({code!r}, {{}})"]  # leaves no names
     run_sync(kernel.start_kernel)(
         cwd=str(path.resolve().parent),
         env={**os.environ, **environment},
@@ -388,11 +392,12 @@ def _start_kernel(path: Path, environment: dict[str, str], ahead: bool = False):
     return kernel
 
 
-def _stop_kernel(kernel) -> None:
+def _stop_kernel(kernel, now: bool = False) -> None:
+    """End a kernel, if it is there and runs; `now` without waiting for what it does."""
     from jupyter_core.utils import run_sync
 
     if kernel is not None and kernel.has_kernel:
-        run_sync(kernel.shutdown_kernel)()
+        run_sync(kernel.shutdown_kernel)(now=now)
 
 
 def _execute(path: Path, out: Path, values: dict[str, Any], kernel) -> None:
