@@ -16,8 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from sao_utils import notebooks
-from sao_utils.notebooks import NotebookFailed, RunError, run_notebooks
+from sao_utils.notebooks import RunError, kernels
+from sao_utils.notebooks.kernels import NotebookFailed, environment_of
+from sao_utils.notebooks.run import fingerprint, notebooks, parameters, run_notebooks
 from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.store import open_run
@@ -35,8 +36,8 @@ with open(Path(os.environ["SAO_RESULTS"], "seen.jsonl"), "a") as file:
 """
 #: Runs the notebooks of a folder in a process of its own.
 ALONE = (
-    "import sys; from pathlib import Path; from sao_utils import notebooks, store; "
-    "notebooks.run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from sao_utils import store; "
+    "from sao_utils.notebooks import run; run.run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
 )
 
 
@@ -44,8 +45,8 @@ ALONE = (
 def folder(tmp_path, monkeypatch):
     """An empty folder of notebooks; results go beside it."""
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(notebooks, "IMPORTS", "import colorsys")  # these notebooks need no more
-    monkeypatch.setattr(notebooks, "CPU_IMPORTS", "pass")
+    monkeypatch.setattr(kernels, "IMPORTS", "import colorsys")  # these notebooks need no more
+    monkeypatch.setattr(kernels, "CPU_IMPORTS", "pass")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
 
@@ -155,34 +156,27 @@ def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(fold
 def test_the_hub_is_out_of_reach_only_when_all_that_a_run_needs_is_local(folder, tmp_path):
     def offline(**overrides):
         overrides = {key.replace("_", ".", 1): value for key, value in overrides.items()}
-        environment = notebooks._environment(open_run("tiny", "mine", overrides))
+        environment = environment_of(open_run("tiny", "mine", overrides))
         return environment.get("HF_HUB_OFFLINE") == "1"
 
     assert offline() and offline(model_path=str(tmp_path))
     assert not offline(model_path="Qwen/Qwen2.5-1.5B-Instruct")
     assert not offline(prompts_personas="hub")
+    assert not offline(prompts_source="file", prompts_data="someone/prompts")
 
 
 def test_a_recipe_of_ones_own_reaches_the_notebooks_as_a_file(folder, tmp_path):
     recipe = load_recipe("tiny", {"prompts.count": 7}).model_dump(mode="json")
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**recipe, "name": "own"}))
-    passed = notebooks.parameters(run := open_run(str(tmp_path / "own.yaml")))
+    passed = parameters(run := open_run(str(tmp_path / "own.yaml")))
     assert passed["run"] == "own" and passed["overrides"] == {}
     assert load_recipe(passed["recipe"]) == run.recipe
     # YAML reads these strings as numbers, so they cannot travel as overrides.
-    passed = notebooks.parameters(run := open_run("tiny", "mine", {"model.revision": "'1234'"}))
+    passed = parameters(run := open_run("tiny", "mine", {"model.revision": "'1234'"}))
     assert load_recipe(passed["recipe"], passed["overrides"]) == run.recipe
 
 
 # ---------------------------------------------------------------------- refused before any runs
-
-
-def test_a_notebook_without_a_parameter_is_refused_before_any_runs(folder):
-    write(folder, "01_first")
-    write(folder, "02_second", parameters="recipe = 'tiny'\nruns = None")
-    with pytest.raises(RunError, match="02_second.*run, overrides.*recipe, runs"):
-        go(folder)
-    assert seen(folder) == []
 
 
 @pytest.mark.parametrize("key", ["evaluation.questions", "judging.labelled"])
@@ -239,7 +233,7 @@ def test_a_run_that_would_train_a_servers_model_is_refused(folder, server):
 
 def test_an_installation_without_notebooks_says_what_to_do(tmp_path):
     with pytest.raises(RunError, match="clone"):
-        notebooks.notebooks(tmp_path)
+        notebooks(tmp_path)
 
 
 # ---------------------------------------------------------------------- failures, and going on
@@ -365,7 +359,7 @@ def test_a_fingerprint_follows_source_and_recipe_but_not_outputs(folder):
     path = folder / "01_first.ipynb"
 
     def mark(**overrides):
-        return notebooks._fingerprint(path, open_run("tiny", "mine", overrides))
+        return fingerprint(path, open_run("tiny", "mine", overrides))
 
     marks = [mark(), mark(**{"training.beta": 2})]
     notebook = nbformat.read(path, 4)
@@ -398,7 +392,7 @@ def test_a_fingerprint_follows_every_file_that_a_run_reads(folder, tmp_path):
 
     def mark():
         run = open_run("tiny", "mine", settings)
-        return notebooks._fingerprint(folder / "01_first.ipynb", run)
+        return fingerprint(folder / "01_first.ipynb", run)
 
     marks = [mark()]
     for key, path in files.items():
