@@ -18,7 +18,9 @@ import yaml
 from sao_utils.engines.base import EngineError
 from sao_utils.engines.loading import find, model_name
 from sao_utils.engines.registry import load_engine
-from sao_utils.evaluation.questions import PINNED, official_file, questions
+from sao_utils.evaluation.benchmark_files import PINNED, official_file
+from sao_utils.evaluation.questions import questions
+from sao_utils.evaluation.tasks import TaskError, local_files, tasks_of
 from sao_utils.notebooks import RunError
 from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, stop_kernel
 from sao_utils.recipe import Recipe, RecipeError
@@ -206,14 +208,12 @@ def fingerprint(path: Path, run: Run) -> str:
 
 def _read_files(recipe: Recipe) -> list[Path]:
     """The files outside of its folder that a run reads."""
-    from sao_utils.evaluation.tasks import HarnessError, exams, local_files
-
     settings, files = recipe.evaluation, input_files(recipe)
     if settings.data != "hub":  # what is downloaded is pinned
         found = [official_file(settings, benchmark, name) for benchmark, name in PINNED]
         files += filter(None, found)
     try:
-        files += [file for exam in exams(settings.tasks) for file in local_files(exam)]
-    except (HarnessError, yaml.YAMLError, AttributeError):  # no tasks; or the notebook says so
+        files += [file for task in tasks_of(settings.tasks) for file in local_files(task)]
+    except (TaskError, yaml.YAMLError, AttributeError):  # no tasks; or the notebook says so
         pass
     return files
