@@ -203,7 +203,7 @@ def publish(
             typer.echo(f"  {path.name}  {path.stat().st_size / 1e3:,.0f} kB")
         if not _agrees("Upload these files?", yes, "Nothing was uploaded."):
             _fail("Nothing was uploaded.", 1)
-        url = publishing.publish(opened, arm, seed, to, private=not public, say=_log)
+        url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
     except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
@@ -248,14 +248,15 @@ def _agrees(question: str, yes: bool, refusal: str, code: int = 1) -> bool:
 
 def _agree_to_pay(run, yes: bool) -> None:
     """Print what servers with a price may get for a run, and ask, unless `yes`."""
+    if not any(model.priced for model in run.recipe.models.values()):
+        return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.planning import told_bill
     from sao_utils.plan.workload import workload
 
     load = workload(run.recipe)
-    if not load.bill:
-        return
-    typer.echo("\n".join([*told_bill(load.bill), *load.notes]))
+    if load.bill:
+        typer.echo("\n".join([*told_bill(load.bill), *load.notes]))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
