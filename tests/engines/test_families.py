@@ -13,7 +13,7 @@ from families import ANSWER, FAMILIES, PROMPT, RECIPES
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, encode, parting
+from sao_utils.engines.base import Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model, Training, load_recipe, recipe_names
