@@ -123,7 +123,7 @@ def _official_request(template: str) -> Callable[[str, str, str], dict]:
 
 def _own_request(instruction: str, first: str, second: str) -> dict:
     texts = {"instruction": instruction, "output_1": first, "output_2": second}
-    text = templates.render("alpaca_judge", **templates.defused(texts))
+    text = templates.render("alpaca_judge", **templates.escaped(texts))
     return {"chat": [{"role": "user", "content": text}], "prefix": "", "choices": CHOICES}
 
 

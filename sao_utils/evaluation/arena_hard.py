@@ -108,7 +108,7 @@ def _official_chat(path) -> Callable[[str, str, str], list[dict]]:
 
 def _own_chat(question: str, a: str, b: str) -> list[dict]:
     texts = {"question_1": question, "answer_1": a, "answer_2": b}
-    text = templates.render("arena_judge", **templates.defused(texts))
+    text = templates.render("arena_judge", **templates.escaped(texts))
     return [{"role": "user", "content": text}]
 
 

@@ -118,7 +118,7 @@ def _official_chat(rows: list[dict]) -> Callable[[dict, list[str]], tuple[list[d
 
 def _own_chat(item: dict, texts: list[str]) -> tuple[list[dict], str]:
     every = ("question_1", "answer_1", "ref_answer_1", "question_2", "answer_2", "ref_answer_2")
-    values = dict.fromkeys(every, "") | templates.defused(_values(item, texts))
+    values = dict.fromkeys(every, "") | templates.escaped(_values(item, texts))
     text = templates.render("mt_judge", **values)
     return [{"role": "user", "content": text}], "ours"
 
