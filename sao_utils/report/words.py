@@ -70,9 +70,9 @@ def in_words(row) -> str:
 def what(row) -> str:
     """What a row of the table measures, without the models: `good answers, greedy`."""
     parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
-    if row.section in ("benchmark", "task", "leakage", "pairs") or (
-        row.section == "judge" and row.questions != "training pairs"
-    ):
+    if row.section == "judge":
+        parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
+    if row.section in ("benchmark", "task", "leakage", "pairs"):
         parts.insert(0, f"{row.questions}:")
     if row.section in ("quality", "leakage") and row.temperature is not None:
         parts[-1] += f", {decoding(row.temperature)}"
@@ -88,9 +88,9 @@ def decoding(temperature: float) -> str:
     return f"T = {temperature:g}" if temperature else "greedy"
 
 
-def model_in_words(name: str) -> str:
+def model_in_words(name: str | None) -> str:
     """A model's name in the table, in words where it is one of ours."""
-    return MODELS.get(name, name)
+    return MODELS.get(name, name or "")
 
 
 def models(row) -> str:
@@ -148,6 +148,16 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
         for measured in [(base, tuned, gain)]
     ]
     return pd.DataFrame(cells, columns=columns)
+
+
+def markdown(shown: pd.DataFrame) -> str:
+    """A data frame of texts as a Markdown table."""
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: object) -> str:
+    return " ".join(str(text).replace("|", "/").split())
 
 
 def check(statement: str, holds: bool, otherwise: str) -> bool:
