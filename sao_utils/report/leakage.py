@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 import pandas as pd
 
 from sao_utils import oracles
-from sao_utils.evaluation import comparisons
-from sao_utils.evaluation import leakage as overlap
-from sao_utils.evaluation.benchmarks import load, run_benchmark
-from sao_utils.evaluation.questions import questions
-from sao_utils.evaluation.tasks import differences, leave_out, score_tasks
+from sao_utils.evaluation.benchmarks import run_benchmark
+from sao_utils.evaluation.leakage import leakage, own_set, question_sets
+from sao_utils.evaluation.task_differences import differences, leave_out
+from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
-from sao_utils.report.sections import benchmark_row
+from sao_utils.report.sections import of_benchmark, rate
 from sao_utils.report.table import make_row, select
 from sao_utils.report.words import in_words
 from sao_utils.statistics.intervals import Interval, clustered_difference
@@ -23,35 +21,20 @@ from sao_utils.store import Run
 
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
 #: metrics of benchmarks that are computed without the questions that overlap
-BENCHMARKED = ("win_rate", "lc_win_rate", "score")
+WITHOUT = ("win_rate", "lc_win_rate", "score")
 
 
 def overlaps(run: Run) -> list[dict]:
     """What each set of questions has in common with the prompts that the run trained on.
 
     Returns:
-        The rows of `evaluation.leakage.overlaps`, for the run's own questions, the first turns of each
+        The rows of `evaluation.leakage.leakage`, for the run's own questions, the first turns of each
         benchmark and the items of each task of lm-eval: {set, by, prompts, items, share, matches}.
     """
     used = (row for arm in run.recipe.arms for row in sao.pairs(run, arm))
     prompts = dict.fromkeys(r["prompt"][0]["content"] for r in used if r["discarded"] is None)
-    return overlap.overlaps(list(prompts), _question_sets(run))
-
-
-def _own(run: Run) -> str:
-    """The name of the run's own questions: of a set, or of a file without its folder."""
-    return Path(run.recipe.evaluation.questions).stem
-
-
-def _question_sets(run: Run) -> dict[str, list[str]]:
-    settings = run.recipe.evaluation
-    found = {_own(run): [row["question"] for row in questions(settings)]}
-    for name in settings.benchmarks:
-        found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
-    if settings.tasks:
-        for row in score_tasks(run, sao.candidates(run, ["base"])):
-            found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]
-    return found
+    tasks = score_tasks(run, sao.candidates(run, ["base"])) if run.recipe.evaluation.tasks else ()
+    return leakage(list(prompts), question_sets(run, tasks))
 
 
 def rows(run: Run) -> Iterator[dict]:
@@ -81,14 +64,13 @@ def _without(name: str, by: str) -> str:
 
 def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator[dict]:
     """What the tuned model is judged by, on the questions of a set that are not left out."""
-    if name == _own(run):
+    if name == own_set(run):
         yield from _own_results(run, left_out)
     elif name in run.recipe.evaluation.benchmarks:
         both = sao.candidates(run, ["base", "self"])
-        for row in run_benchmark(run, name, both, evaluate.judges(run), left_out):
-            first = row["seed"] in (None, run.recipe.seeds[0])
-            if row["model"] == "self" and first and row["metric"] in BENCHMARKED:
-                yield from benchmark_row("leakage", row, name)
+        for row in run_benchmark(run, name, both, evaluate.judges(run), left_out, False):
+            if row["metric"] in WITHOUT and row["model"] in ("self", f"self-{run.recipe.seeds[0]}"):
+                yield of_benchmark(run, row, "leakage")
     else:
         scores = score_tasks(run, sao.candidates(run, ["base", "self"]))
         of_task = [row for row in scores if row["task"] == name]
@@ -115,7 +97,7 @@ def _own_results(run: Run, left_out: Collection[str]) -> Iterator[dict]:
             bounds=(0, 1),
         )
         yield make_row("leakage", "good answers", gain, "points", judge="oracle", **names)
-    yield make_row("leakage", "win rate", comparisons.rate_of(rows), judge="self", **names)
+    yield make_row("leakage", "win rate", rate(rows), judge="self", **names)
 
 
 def leakage_frame(table: pd.DataFrame, found: list[dict]) -> pd.DataFrame:
