@@ -150,9 +150,14 @@ def _price(table: pd.DataFrame) -> list[str]:
         base, tuned = (value_of(first, metric=flaw, model=name) for name in ("base", "self"))
         if base and tuned and tuned.value > base.value:
             more.add(flaw)
-    kept = first[first["metric"].isin(more) | (first["section"] != "flaws")]
-    lines = [[f"  {row[0]}", *row[2:]] for row in compare(kept).itertuples(index=False, name=None)]
-    return _grid([["Price paid", "base", "tuned", "difference", "n"], *lines]) if lines else []
+    shown = compare(first[first["metric"].isin(more) | (first["section"] != "flaws")])
+    lines = [["Price paid", "base", "tuned", "difference", "n"]]
+    for line in shown.drop(columns="model").itertuples(index=False, name=None):
+        label, *cells = (text.replace(" points", "") for text in line)
+        if cells[0].endswith(" tokens"):
+            label, cells = f"{label}, tokens", [text.removesuffix(" tokens") for text in cells]
+        lines.append([f"  {label}", *cells])
+    return _grid(lines) if len(lines) > 1 else []
 
 
 def reference_table(folder: Path) -> str:
