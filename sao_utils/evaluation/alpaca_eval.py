@@ -25,12 +25,7 @@ from pathlib import Path
 from sao_utils import templates
 from sao_utils.evaluation.benchmark_files import official_file, official_questions
 from sao_utils.recipe import Evaluation, RecipeError
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_mean,
-    from_preferences,
-    win_rate,
-)
+from sao_utils.statistics.intervals import Interval, clustered_mean, from_preferences, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
 
 REFERENCE = "gpt4_1106_preview"  # who wrote the reference answers

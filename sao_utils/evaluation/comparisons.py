@@ -13,12 +13,7 @@ from statistics import fmean, variance
 
 from sao_utils.recipe import Model
 from sao_utils.stages.judging import first_shown, judge_pairs
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_difference,
-    clustered_mean,
-    win_rate,
-)
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
 from sao_utils.statistics.power import design_effect, prompts_needed
 from sao_utils.statistics.ratings import Strength, bradley_terry

@@ -8,12 +8,7 @@ import numpy as np
 
 from sao_utils.oracles import cluster
 from sao_utils.stages.judging import ORDERS, first_shown
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_difference,
-    clustered_mean,
-    win_rate,
-)
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.ratings import kappa
 
 ABOUT_EQUAL = 0.1  # lengths that differ by less than this share of the longer (ours)

@@ -8,13 +8,9 @@ from itertools import compress
 
 import numpy as np
 
-from sao_utils.statistics.intervals import (
-    Interval,
-    add_trainings,
-    outside_the_noise,
-    students_t,
-    unvaried,
-)
+from sao_utils.statistics.errors import add_trainings, students_t
+from sao_utils.statistics.intervals import Interval, unvaried
+from sao_utils.statistics.power import outside_the_noise
 
 
 def mean(scores: dict[str, list[float]]) -> tuple[float, float]:
