@@ -31,10 +31,14 @@ def overlaps(run: Run) -> list[dict]:
         The rows of `evaluation.leakage.leakage`, for the run's own questions, the first turns of each
         benchmark and the items of each task of lm-eval: {set, by, prompts, items, share, matches}.
     """
-    used = (row for arm in run.recipe.arms for row in sao.pairs(run, arm))
-    prompts = dict.fromkeys(r["prompt"][0]["content"] for r in used if r["discarded"] is None)
     tasks = score_tasks(run, sao.candidates(run, ["base"])) if run.recipe.evaluation.tasks else ()
-    return leakage(list(prompts), question_sets(run, tasks))
+    return leakage(training_prompts(run), question_sets(run, tasks))
+
+
+def training_prompts(run: Run) -> list[str]:
+    """The different prompts that any arm and seed is trained on: those that came to be pairs."""
+    used = (row for arm in run.recipe.arms for row in sao.pairs(run, arm))
+    return list({r["prompt"][0]["content"]: None for r in used if r["discarded"] is None})
 
 
 def rows(run: Run) -> Iterator[dict]:

@@ -47,7 +47,9 @@ def make_row(
     note: str = "",
 ) -> dict:
     """A row of the table from an estimate."""
-    notes = [text for text in (note, getattr(found, "note", "")) if text]
+    notes = [text for text in (note, found.note) if text]
+    if math.isnan(found.value) and not notes:
+        notes = ["cannot be estimated from these values"]  # kappa, say, where all are alike
     return {
         "section": section,
         "metric": metric,
