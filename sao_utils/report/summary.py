@@ -113,11 +113,11 @@ def _result(table: pd.DataFrame) -> list[str]:
             _by(select(of, against=None), "model"),
             _by(select(gains, model="self"), "against"),
         )
-    columns["win rate against the base"] = (_by(wins, "model"), _by(ahead, "against"))
+    columns["win rate over base"] = (_by(wins, "model"), _by(ahead, "against"))
     columns = {heading: both for heading, both in columns.items() if both[0]}
     sizes = [_sizes([*alone.values(), *gains.values()]) for alone, gains in columns.values()]
     lines = [["Result, on held-out questions", *columns], ["", *sizes]]
-    for k, heading in ((0, ""), (1, "Self-judged pairs ahead of")):
+    for k, heading in ((0, ""), (1, "Self-judged ahead, in points, of")):
         models = dict.fromkeys(model for both in columns.values() for model in both[k])
         if heading and models:
             lines.append([heading, *("" for _ in columns)])
@@ -139,7 +139,7 @@ def _sizes(rows: list) -> str:
 
 def _short(row) -> str:
     """A value in a narrow column: why there is none is for `all_rows`."""
-    return "not estimated" if math.isnan(row.value) else in_words(row)
+    return "not estimated" if math.isnan(row.value) else in_words(row).removesuffix(" points")
 
 
 def _price(table: pd.DataFrame) -> list[str]:
@@ -153,7 +153,8 @@ def _price(table: pd.DataFrame) -> list[str]:
     shown = compare(first[first["metric"].isin(more) | (first["section"] != "flaws")])
     lines = [["Price paid", "base", "tuned", "difference", "n"]]
     for line in shown.drop(columns="model").itertuples(index=False, name=None):
-        label, *cells = (text.replace(" points", "") for text in line)
+        label, *cells = (text.removesuffix(" points") for text in line)
+        label = f"task {label.split(':')[0]}" if ":" in label else label
         if cells[0].endswith(" tokens"):
             label, cells = f"{label}, tokens", [text.removesuffix(" tokens") for text in cells]
         lines.append([f"  {label}", *cells])
