@@ -23,7 +23,6 @@ from sao_utils.report.words import NOT_COMPARABLE, in_words, models, what
 from sao_utils.stages.personas import HUB_PERSONAS
 from sao_utils.store import Run, write_whole
 
-PAPER = "https://arxiv.org/abs/2510.06652"
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.
 TINY = "sao_utils/tiny/model"
@@ -47,7 +46,7 @@ OWN = {
     "sft_learning_rate": ("sft",),
     "share_prompt": ("simpo", "dpo", "orpo"),
 }
-_PROMPTS = {
+PROMPTS = {
     "persona": "plays personas to write prompts",
     "no_persona": "writes prompts",
     "pre_query": "writes the prompts of users",
@@ -85,15 +84,6 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
     write_whole(folder / "made_with.json", json.dumps(facts, indent=1))
     write_whole(folder / "README.md", _render(run, arm, seed, facts))
     return folder / "README.md"
-
-
-def card(run: Run, arm: Arm, seed: int) -> str:
-    """The model card as text: base model, data, recipe, results, limits, and how to load it.
-
-    Raises:
-        PublishError: the model is not trained yet.
-    """
-    return _render(run, arm, seed, _facts(run, arm, seed, finished(run, arm, seed)))
 
 
 def noted(folder: Path) -> dict:
@@ -159,30 +149,18 @@ def _render(run: Run, arm: Arm, seed: int, facts: dict) -> str:
     results, seeds = _results(run, arm, seed, recipe)
     text = template.from_string(source).render(
         what="All weights" if full else "A LoRA adapter",
-        base_words={"tiny": "the embedded tiny model", "folder": "a local model"}.get(
-            where, model["path"]
-        ),
-        base_name={"tiny": TINY, "folder": "FOLDER OF THE BASE MODEL"}.get(where, model["path"]),
+        base={"tiny": TINY, "folder": "FOLDER OF THE BASE MODEL"}.get(where, model["path"]),
         revision=f', revision="{model["revision"]}"' if model["revision"] else "",
-        paper=PAPER,
-        prompts_words=_PROMPTS[recipe["prompts"]["source"]],
-        judge_words="judges its own two answers" if not recipe["judge"] else "has them judged",
-        own_judge=not recipe["judge"] and arm != "oracle",
-        arm=arm,
+        prompts_words=PROMPTS[recipe["prompts"]["source"]],
+        own_judge=not recipe["judge"],
         arm_words=ARMS[arm],
-        seed=seed,
         run=run.folder.name,
         kind=where,
-        full=full,
-        model=model,
-        pairs=f"{facts['pairs']:,}",
         data_words=_data(recipe, arm),
-        funnel=facts["funnel"],
         settings=_settings(recipe["training"], algorithm, facts["steps"]),
-        versions=", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
-        results=results,
-        seeds=seeds,
         not_comparable=NOT_COMPARABLE,
+        **{"arm": arm, "seed": seed, "full": full, "model": model, "facts": facts},
+        **{"results": results, "seeds": seeds},
     )
     return f"---\n{front}\n---\n\n{text}\n"
 
@@ -233,7 +211,7 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
     if not (same and after and arm in then["arms"] and seed in then["seeds"]):
         return [], []
     judge = "the base model itself, both orders" if not recipe["judge"] else "the recipe's judge"
-    judges = {"oracle": "the tiny world's exact oracle", "self": judge}
+    judges = {"oracle": "the tiny world's exact oracle", "self": judge}  # who says so
     table = read_table(run.folder)
     parts = [
         select(table, section="judge", metric=("accuracy", "first position"), judge="self")

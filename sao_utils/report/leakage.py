@@ -13,7 +13,7 @@ from sao_utils.evaluation.leakage import leakage, own_set, question_sets
 from sao_utils.evaluation.task_differences import differences, leave_out
 from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
-from sao_utils.report.sections import of_benchmark, rate
+from sao_utils.report.sections import of_benchmark, rate, remembered
 from sao_utils.report.table import make_row, select
 from sao_utils.report.words import in_words
 from sao_utils.statistics.intervals import Interval, clustered_difference
@@ -31,6 +31,10 @@ def overlaps(run: Run) -> list[dict]:
         The rows of `evaluation.leakage.leakage`, for the run's own questions, the first turns of each
         benchmark and the items of each task of lm-eval: {set, by, prompts, items, share, matches}.
     """
+    return remembered(run, "overlaps", _overlaps)
+
+
+def _overlaps(run: Run) -> list[dict]:
     tasks = score_tasks(run, sao.candidates(run, ["base"])) if run.recipe.evaluation.tasks else ()
     return leakage(training_prompts(run), question_sets(run, tasks))
 

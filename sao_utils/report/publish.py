@@ -18,21 +18,10 @@ from sao_utils.store import Run
 #: checkpoints are not among them, nor is anything pickled.
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 WHOLE = (
-    "README.md",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "README.md config.json generation_config.json model.safetensors model-*-of-*.safetensors "
+    "model.safetensors.index.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json "
+    "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja"
+).split()
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 _LOGIN = (
     "You are not logged in to the hub, or your token is not valid. Run `hf auth login`, or set "

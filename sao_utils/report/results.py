@@ -11,20 +11,11 @@ from sao_utils.engines.loading import model_name
 from sao_utils.methods import sao
 from sao_utils.report import leakage, sections, tables
 from sao_utils.report.card import write_card
-from sao_utils.report.leakage import leakage_frame, overlaps
+from sao_utils.report.leakage import leakage_frame, overlaps  # noqa: F401 - for notebooks
+from sao_utils.report.sections import remembered
 from sao_utils.report.table import as_csv, as_json, make_table
 from sao_utils.report.words import NOT_COMPARABLE, markdown, show
-from sao_utils.store import Run, input_files, note, write_whole
-
-__all__ = [
-    "SECTIONS",
-    "judge_matrix",
-    "leakage_frame",
-    "overlaps",
-    "pair_lengths",
-    "results",
-    "write_tables",
-]
+from sao_utils.store import Run, note, write_whole
 
 #: section of the table -> what gives its rows, in the order of the table
 SECTIONS: dict[str, Callable[[Run], Iterator[dict]]] = {
@@ -55,25 +46,9 @@ def results(run: Run, *names: str) -> pd.DataFrame:
     unknown = set(names) - set(SECTIONS)
     if unknown:
         raise ValueError(f"no section {', '.join(unknown)}; there are: {', '.join(SECTIONS)}")
-    found = []
-    for name in names or SECTIONS:
-        key = (str(run.folder), run.recipe.model_dump_json(), name)
-        state, rows = _MADE.get(key, (None, []))
-        if state != _state(run):
-            rows = list(SECTIONS[name](run))
-            _MADE[key] = (_state(run), rows)
-        found += rows
-    return make_table(found)
-
-
-_MADE: dict[tuple, tuple[list, list[dict]]] = {}  # in this process: intervals take seconds
-
-
-def _state(run: Run) -> list[tuple]:
-    """What shows that something that results are made from has changed."""
-    paths = [*(run.folder / "rows").glob("*.jsonl"), *(run.folder / "adapters").glob("*/done.json")]
-    there = [(path, path.stat()) for path in sorted(paths) + input_files(run.recipe)]
-    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in there]
+    return make_table(
+        row for name in names or SECTIONS for row in remembered(run, name, SECTIONS[name])
+    )
 
 
 def write_tables(run: Run) -> pd.DataFrame:
@@ -89,7 +64,8 @@ def write_tables(run: Run) -> pd.DataFrame:
     write_whole(folder / "recipe.yaml", (run.folder / "recipe.yaml").read_text(encoding="utf-8"))
     write_whole(folder / "results.json", as_json(table))
     write_whole(folder / "results.csv", as_csv(table))
-    write_whole(folder / "results.md", f"{markdown(show(table))}\n\n{NOT_COMPARABLE}\n")
+    remark = f"\n{NOT_COMPARABLE}\n" if run.recipe.model.path == "tiny" else ""
+    write_whole(folder / "results.md", f"{markdown(show(table))}\n{remark}")
     counts = [(arm, *row) for arm in run.recipe.arms for row in sao.funnel(run, arm)]
     _write_csv(folder / "funnel.csv", counts, ["arm", "step", "count"])
     examples = [

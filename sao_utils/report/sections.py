@@ -7,7 +7,7 @@ missing. What cannot be estimated has a row without a value, and a note that say
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,7 @@ from sao_utils.statistics.intervals import (
     clustered_mean,
     wilson,
 )
-from sao_utils.store import Run
+from sao_utils.store import Run, input_files
 
 NAN = float("nan")
 #: metric -> its unit, where it is no share
@@ -59,6 +59,25 @@ BENCHMARKED = {
     "kappa": "kappa",
 }
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
+
+
+_MADE: dict[tuple, tuple[list, list]] = {}  # in this process: intervals take seconds
+
+
+def remembered(run: Run, what: str, make: Callable[[Run], Iterable[dict]]) -> list[dict]:
+    """The rows that `make(run)` gives, made anew only if something that they come from has changed."""
+    key = (str(run.folder), run.recipe.model_dump_json(), what)
+    state, rows = _MADE.get(key, (None, []))
+    if state != _state(run):
+        rows = list(make(run))
+        _MADE[key] = (_state(run), rows)
+    return rows
+
+
+def _state(run: Run) -> list[tuple]:
+    paths = [*(run.folder / "rows").glob("*.jsonl"), *(run.folder / "adapters").glob("*/done.json")]
+    there = [(path, path.stat()) for path in sorted(paths) + input_files(run.recipe)]
+    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in there]
 
 
 def missing(why: str) -> Interval:

@@ -32,41 +32,19 @@ _NUMBERS = ("value", "low", "high")
 
 
 def make_row(
-    section: str,
-    metric: str,
-    found: Interval,
-    unit: str = "%",
-    *,
-    model: str = "base",
-    against: str | None = None,
-    judge: str | None = None,
-    questions: str | None = None,
-    temperature: float | None = None,
-    seed: int | None = None,
-    round: int = 0,
-    note: str = "",
+    section: str, metric: str, found: Interval, unit: str = "%", note: str = "", **names: object
 ) -> dict:
-    """A row of the table from an estimate."""
+    """A row of the table from an estimate.
+
+    Args:
+        names: the columns from `model` (by default "base") to `round`.
+    """
     notes = [text for text in (note, found.note) if text]
     if math.isnan(found.value) and not notes:
         notes = ["cannot be estimated from these values"]  # kappa, say, where all are alike
-    return {
-        "section": section,
-        "metric": metric,
-        "model": model,
-        "against": against,
-        "judge": judge,
-        "questions": questions,
-        "temperature": temperature,
-        "seed": seed,
-        "round": round,
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "n": found.n,
-        "unit": unit,
-        "note": "; ".join(notes),
-    }
+    row = {"section": section, "metric": metric, "model": "base", "round": 0, **names}
+    numbers = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    return row | numbers | {"unit": unit, "note": "; ".join(notes)}
 
 
 def make_table(rows: Iterable[dict]) -> pd.DataFrame:

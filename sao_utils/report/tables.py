@@ -59,8 +59,7 @@ OWN_BASE = "against its own base model (50 is no change), both orders"
 OWN_DEFINITION = (
     "repeated up to case and white space (ours); the paper does not define its repetition rate"
 )
-WITHOUT_VALUE = {"judge": "", "metric": "", "value": None, "low": None, "high": None, "unit": ""}
-COLUMNS = "table by benchmark model judge metric value low high unit n differs remarks".split()
+COLUMNS = "table by benchmark model judge metric value low high unit n remarks".split()
 
 
 def reported(paper: str = "sao") -> pd.DataFrame:
@@ -86,8 +85,8 @@ def rows(run: Run, table: pd.DataFrame) -> list[dict]:
 
     Returns:
         Rows of `COLUMNS`: `by` is "paper" or "run"; value, low, high as in the tidy table, None where
-        the paper gives none or nothing was measured; `differs`: whether it is another measurement than
-        the paper's, or doubtful; `remarks`: why, or what to do to measure it.
+        the paper gives none or nothing was measured; `remarks`: how ours is another measurement than
+        the paper's, or doubtful, or what to do to measure it.
     """
     paper, found = reported("sao").to_dict("records"), []
     for name, (_, benchmarks) in TABLES.items():
@@ -109,68 +108,49 @@ def _is_shown(row: dict, table: str) -> bool:
     return small or row["model"] in MODELS and row["method"] in ("base", "SAO")
 
 
+def _row(table: str, by: str, benchmark: str, model: str, found=None, **more) -> dict:
+    """A row of `COLUMNS`; `found` is a row of the tidy table, None where nothing was measured."""
+    names = {"table": table, "by": by, "benchmark": benchmark, "model": model}
+    row = {**dict.fromkeys(COLUMNS, ""), **dict.fromkeys(("value", "low", "high", "n")), **names}
+    if found is not None:
+        ends = {k: getattr(found, k) for k in ("value", "low", "high")}
+        row |= {k: end if math.isfinite(end) else None for k, end in ends.items()}
+        row |= {"metric": found.metric, "unit": found.unit, "n": found.n}
+    return row | more
+
+
 def _of_paper(row: dict) -> dict:
     graded = row["metric"] == "score"
-    return {
-        "table": row["table"],
-        "by": "paper",
-        "benchmark": row["benchmark"].removeprefix("Open LLM Leaderboard: "),
-        "model": " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
-        "judge": row["judge"],
-        "metric": METRICS.get(row["metric"], row["metric"]),
-        "value": float(row["value"]) / (1 if graded else 100),
-        "low": None,
-        "high": None,
-        "unit": "of 10" if graded else "%",
-        "n": None,
-        "differs": False,
-        "remarks": "as reported",
-    }
-
-
-def _of_run(table: str, benchmark: str, model: str, row, judge: str, remarks: list[str]) -> dict:
-    """A row of the tidy table as a row here."""
-    ends = {k: getattr(row, k) for k in ("value", "low", "high")}
-    return {
-        "table": table,
-        "by": "run",
-        "benchmark": benchmark,
-        "model": model,
-        "judge": judge,
-        "metric": row.metric,
-        **{key: value if math.isfinite(value) else None for key, value in ends.items()},
-        "unit": row.unit,
-        "n": row.n,
-        "differs": bool(remarks),
-        "remarks": "; ".join(remarks),
-    }
-
-
-def _missing(table: str, benchmark: str, what: str, how: str) -> dict:
-    """A row for what was not measured; `how` says what to do for it."""
-    names = {"table": table, "by": "run", "benchmark": benchmark, "model": what}
-    return {**names, **WITHOUT_VALUE, "n": None, "differs": False, "remarks": how}
+    return _row(
+        row["table"],
+        "paper",
+        row["benchmark"].removeprefix("Open LLM Leaderboard: "),
+        " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
+        judge=row["judge"],
+        metric=METRICS.get(row["metric"], row["metric"]),
+        value=float(row["value"]) / (1 if graded else 100),
+        unit="of 10" if graded else "%",
+        remarks="as reported",
+    )
 
 
 def _of_benchmark(run: Run, table: pd.DataFrame, name: str, benchmark: str) -> list[dict]:
     """Base, tuned model and the recipe's others by every judge."""
     there = select(table, section="benchmark", questions=benchmark)
-    if there.empty and benchmark.startswith("tiny_") and run.recipe.model.path != "tiny":
-        return []
     if there.empty:
+        if benchmark.startswith("tiny_") and run.recipe.model.path != "tiny":
+            return []
         how = f"add {benchmark} to evaluation.benchmarks"
-        return [_missing(name, benchmark, "this run", how)]
+        return [_row(name, "run", benchmark, "this run", remarks=how)]
     judges, found = {"self": run.recipe.judging_model, **run.recipe.judges}, []
+    theirs = JUDGES.get(benchmark, ())
     for row in there.itertuples(index=False):
-        remarks, judge = [row.note] if row.note else [], judges.get(row.judge)
-        theirs = JUDGES.get(benchmark, ())
+        remarks, judge = row.note, judges.get(row.judge)
         if judge and theirs and not any(part in judge.path.lower() for part in theirs):
-            remarks.append(f"the paper's judge is {' or '.join(theirs)}")
+            remarks += f"; the paper's judge is {' or '.join(theirs)}"
         shown = f"{judge.label} ({row.judge})" if judge else row.judge
-        found.append(_of_run(name, benchmark, _model(run, row), row, shown, remarks))
-        if row.metric == "valid verdicts" and row.value == 0:
-            how = f"no verdict of the judge {shown} is valid"
-            found.append(_missing(name, benchmark, _model(run, row), how))
+        more = {"judge": shown, "remarks": remarks.removeprefix("; ")}
+        found.append(_row(name, "run", benchmark, _model(run, row), row, **more))
     return found
 
 
@@ -178,29 +158,21 @@ def _model(run: Run, row) -> str:
     if row.model in run.recipe.others:
         return f"{run.recipe.others[row.model].label} ({row.model})"
     name = "self-judged" if row.model == "self" else row.model
-    seed = "" if row.seed is None else f", seed {row.seed}"
-    return f"{run.recipe.model.label}, {name}{seed}"
+    return f"{run.recipe.model.label}, {name}" + ("" if row.seed is None else f", seed {row.seed}")
 
 
 def _of_tasks(run: Run, table: pd.DataFrame, name: str) -> list[dict]:
     """Base, tuned model and others on each task, and whether the change is more than noise."""
     if not run.recipe.evaluation.tasks:
         how = 'set evaluation.tasks, to ["leaderboard"] say'
-        return [_missing(name, "leaderboard", "this run", how)]
-    found = []
-    for row in select(table, section="task", against=None).itertuples(index=False):
+        return [_row(name, "run", "leaderboard", "this run", remarks=how)]
+    found, tasks = [], select(table, section="task")
+    for row in select(tasks, against=None).itertuples(index=False):
         task = LEADERBOARD.get(row.questions, row.questions)
-        remarks = [] if task != row.questions else ["a task of the tiny world, or one's own"]
-        remarks += [row.note] if row.note else []
-        change = value_of(
-            table, section="task", questions=row.questions, model=row.model, against="base"
-        )
-        if change is not None and change.note:
-            remarks.append(change.note)
-        if math.isnan(row.value):
-            found.append(_missing(name, task, _model(run, row), row.note))
-        else:
-            found.append(_of_run(name, task, _model(run, row), row, "", remarks))
+        change = value_of(tasks, questions=row.questions, model=row.model, against="base")
+        own = "" if row.questions in LEADERBOARD else "a task of the tiny world, or one's own"
+        remarks = "; ".join(filter(None, (own, row.note, change and change.note)))
+        found.append(_row(name, "run", task, _model(run, row), row, remarks=remarks))
     return found
 
 
@@ -210,40 +182,45 @@ def _of_ablation(run: Run, table: pd.DataFrame, name: str) -> list[dict]:
     def win(arm: str, metric: str = "win rate"):
         return value_of(table, section="win rate", metric=metric, model=arm, against="base")
 
-    pairs, algorithm = _pairs_in_words(run), run.recipe.training.algorithm
-    equal, repeated = (
-        "win rate at equal length",
-        value_of(table, section="prompts", metric="repeated prompts"),
-    )
-    own = "without persona" if run.recipe.prompts.source == "no_persona" else "with persona"
-    other = {"with persona": "without persona", "without persona": "with persona"}[own]
+    algorithm = run.recipe.training.algorithm
+    pairs = _pairs_in_words(run) if name == "Figure 3a dataset size" else ""
+    personas = ["with persona", "without persona"]
+    if run.recipe.prompts.source == "no_persona":
+        personas.reverse()
     lines = {
         "Figure 3a dataset size": [
             (pairs, win("self")),
-            (pairs, win("self", equal)),
+            (pairs, win("self", "win rate at equal length")),
             ("other sizes", None),
         ],
         "Figure 3d algorithm": [
             (each, win("self") if each == algorithm else None) for each in ("simpo", "dpo", "orpo")
         ],
-        "Figure 3e persona": [(own, win("self")), (own, repeated), (other, None)],
+        "Figure 3e persona": [
+            (personas[0], win("self")),
+            (personas[0], value_of(table, section="prompts", metric="repeated prompts")),
+            (personas[1], None),
+        ],
         "Figure 3f judge": [
             ("labels of the model itself", win("self")),
             ("random labels", win("random")),
             ("labels of the oracle (in the reward model's place)", win("oracle")),
         ],
     }[name]
-    found, judge = [], f"{run.recipe.judging_model.label} (self)"
+    found = []
     for words, row in lines:
-        if row is None or math.isnan(row.value):
-            how = "takes a run of its own, or another arm" if row is None else row.note
-            found.append(_missing(name, "", words, how))
-            continue
-        of_prompts = row.section == "prompts"
-        where = "prompt repetition" if of_prompts else "held-out questions"
-        model = f"{run.recipe.model.label}, {words}"
-        remarks = [OWN_DEFINITION if of_prompts else OWN_BASE]
-        found.append(_of_run(name, where, model, row, "" if of_prompts else judge, remarks))
+        if row is None:
+            how = "takes a run of its own, or another arm"
+            found.append(_row(name, "run", "", words, remarks=how))
+        elif row.section == "prompts":
+            more = {"remarks": OWN_DEFINITION}
+            model = f"{run.recipe.model.label}, {words}"
+            found.append(_row(name, "run", "prompt repetition", model, row, **more))
+        else:
+            judge = f"{run.recipe.judging_model.label} (self)"
+            more = {"judge": judge, "remarks": "; ".join(filter(None, (OWN_BASE, row.note)))}
+            model = f"{run.recipe.model.label}, {words}"
+            found.append(_row(name, "run", "held-out questions", model, row, **more))
     return found
 
 
@@ -258,14 +235,11 @@ def _shown(row: dict) -> str:
     """The value of a row in words: `71.2 [68.0, 74.1] % †`, `not measured`."""
     if row["value"] is None:
         return "not measured"
-    value, low, high = (
-        None if row[key] is None else number(row[key], row["unit"])
-        for key in ("value", "low", "high")
-    )
     if row["by"] == "paper":  # as many decimals as it reports
-        value = f"{row['value'] * (100 if row['unit'] == '%' else 1):.6g}"
-    interval = "" if low is None else f"[{low}, {high}]"
-    return " ".join(filter(None, (value, interval, row["unit"], DAGGER if row["differs"] else "")))
+        return f"{row['value'] * (100 if row['unit'] == '%' else 1):.6g} {row['unit']}"
+    value, low, high = (number(row[key], row["unit"]) for key in ("value", "low", "high"))
+    interval = "" if low == "nan" else f"[{low}, {high}]"
+    return " ".join(filter(None, (value, interval, row["unit"], DAGGER if row["remarks"] else "")))
 
 
 def frame(found: list[dict], table: str) -> pd.DataFrame:

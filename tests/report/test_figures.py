@@ -177,7 +177,7 @@ def svg(run, figure, name="picture") -> bytes:
 
 
 def test_every_figure_is_tested():
-    drawing = {name for name in figures.__all__ if hasattr(getattr(figures, name), "__wrapped__")}
+    drawing = {name for name, value in vars(figures).items() if hasattr(value, "__wrapped__")}
     assert drawing - {"as_svg"} == set(DRAWN)
 
 
@@ -249,7 +249,7 @@ def test_what_the_pictures_say():
     assert "20.0" not in rates and "labels" not in rates  # neither gains nor arms without a value
     forest = texts(DRAWN["differences"]())
     assert "self-judged pairs - base model" in forest and "random labels" not in forest
-    assert "right, both orders together (n = 8)" in texts(DRAWN["judge_shares"]())
+    assert "accuracy (n = 8)" in texts(DRAWN["judge_shares"]())
     wins = texts(DRAWN["win_rates"]())
     assert "raw" in wins and "at equal length" in wins and "(n = 7 to 8)" in wins
     control = texts(DRAWN["length_control"]())

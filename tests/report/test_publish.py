@@ -17,7 +17,7 @@ from conftest import SMALL
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from sao_utils.methods.sao import pairs, train
-from sao_utils.report.card import PublishError, _settings, card, write_card
+from sao_utils.report.card import PublishError, _settings, write_card
 from sao_utils.report.publish import publish
 from sao_utils.report.table import as_json, make_row, make_table
 from sao_utils.statistics.intervals import Interval
@@ -110,7 +110,7 @@ def add_results(run, results=RESULTS):
 def test_a_card_says_what_is_known_and_no_secret(trained):
     folder = trained.folder / "adapters" / "self-0"
     text = (folder / "README.md").read_text()
-    assert text == card(trained, "self", 0)
+    assert text == write_card(trained, "self", 0).read_text()
     done = json.loads((folder / "done.json").read_text())
     assert f"\n{done['pairs']} pairs. " in text and f"| pairs | {done['pairs']} |" in text
     assert "| asked for | 40 |" in text and re.search(r"\| - [a-z ]+ \| -\d+ \|", text)
@@ -140,7 +140,7 @@ def test_the_funnel_of_the_card_adds_up(trained):
 
 def test_a_card_names_the_hub_model_and_its_revision(run, folder):
     note_base(folder, path="some/model-1B", revision="abc123")
-    text = card(run, "self", 0)
+    text = write_card(run, "self", 0).read_text()
     assert front(text)["base_model"] == "some/model-1B"
     assert "revision `abc123`" in text and 'from_pretrained(base, revision="abc123")' in text
     assert "toy" not in text and "states no licence of its own" in text
@@ -151,11 +151,11 @@ def test_a_card_names_no_folder_and_no_file_of_this_machine(run, folder, tmp_pat
     noted = json.loads((folder / "made_with.json").read_text())
     noted["recipe"]["prompts"]["personas"] = str(tmp_path / "people.csv")
     (folder / "made_with.json").write_text(json.dumps(noted))
-    text = card(run, "self", 0)
+    text = write_card(run, "self", 0).read_text()
     assert str(tmp_path) not in text and "from a file of whoever made it" in text
     noted["recipe"]["prompts"]["personas"] = "hub"
     (folder / "made_with.json").write_text(json.dumps(noted))
-    assert "CC BY-NC-SA 4.0" in card(run, "self", 0)
+    assert "CC BY-NC-SA 4.0" in write_card(run, "self", 0).read_text()
 
 
 def test_results_stand_in_the_card_with_interval_n_and_judge(run):
@@ -182,7 +182,7 @@ def test_results_of_another_model_are_not_taken_for_its_own(run, folder, spoil):
     made_with.write_text(yaml.safe_dump(then))
     if spoil == "older":
         os.utime(run.folder / "tables" / "results.json", (0, 0))
-    assert "Not evaluated yet." in card(run, "self", 0)
+    assert "Not evaluated yet." in write_card(run, "self", 0).read_text()
 
 
 def test_the_card_tells_of_the_training_that_was_not_of_the_recipe_as_it_is_now(run):
@@ -192,7 +192,7 @@ def test_the_card_tells_of_the_training_that_was_not_of_the_recipe_as_it_is_now(
 
 def test_a_card_of_what_is_not_trained_is_refused(run, folder):
     with pytest.raises(PublishError, match="'oracle' of seed 3 in the run 'small' is not trained"):
-        card(run, "oracle", 3)
+        write_card(run, "oracle", 3).read_text()
     (folder / "done.json").unlink()
     with pytest.raises(PublishError, match="did not finish"):
         publish(run, "self", 0, "anna/adapter")

@@ -151,6 +151,7 @@ def test_benchmarks_and_tasks_leave_the_controls_out_and_take_other_models(loop)
 
 def trained_on(monkeypatch, prompts):
     monkeypatch.setattr(leakage, "training_prompts", lambda run: prompts)
+    monkeypatch.setattr(leakage, "remembered", lambda run, what, make: make(run))
 
 
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
@@ -263,7 +264,7 @@ def test_every_table_of_the_paper_has_reported_and_live_rows_and_says_what_is_mi
 def test_what_is_ours_has_interval_n_and_a_mark_where_it_was_measured_otherwise(loop, written):
     ours = [row for row in tables.rows(loop, written) if row["by"] == "run" and row["n"]]
     for row in ours:
-        assert row["differs"] and row["remarks"]
+        assert row["remarks"]
         if row["metric"] != "repeated prompts":  # a property of the whole set
             assert row["low"] <= row["value"] <= row["high"] and row["judge"]
     assert all(text.endswith("†") for text in tables.frame(ours, "Figure 3f judge").iloc[:, 5])

@@ -5,6 +5,7 @@ cell's last value. Where there is nothing to draw, the picture says so: a small 
 can be told apart by colour-blind readers (Okabe and Ito), and never carry a meaning alone.
 """
 
+# ruff: noqa: F401 - what notebooks call as `figures.<name>`
 from sao_utils.report.figures.data import distinct_prompts, funnel, lengths, near_duplicates
 from sao_utils.report.figures.judge import calibration, judge_matrix, judge_shares, margins, orders
 from sao_utils.report.figures.results import (
@@ -24,29 +25,3 @@ from sao_utils.report.figures.training import (
     sums_and_means,
     training_curves,
 )
-
-__all__ = [
-    "as_svg",
-    "calibration",
-    "differences",
-    "distinct_prompts",
-    "funnel",
-    "good_answers",
-    "judge_matrix",
-    "judge_shares",
-    "learning_rates",
-    "length_control",
-    "lengths",
-    "live_curves",
-    "margins",
-    "near_duplicates",
-    "orders",
-    "outcomes",
-    "probe",
-    "save",
-    "search_table",
-    "simpo_loss",
-    "sums_and_means",
-    "training_curves",
-    "win_rates",
-]

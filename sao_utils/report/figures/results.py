@@ -7,21 +7,7 @@ from collections import Counter
 
 import pandas as pd
 
-from sao_utils.report.figures.style import (
-    BLUE,
-    COLOURS,
-    GREY,
-    LIGHT,
-    ORANGE,
-    SKY,
-    interval_chart,
-    name_rows,
-    new,
-    nothing,
-    points,
-    styled,
-    titles,
-)
+from sao_utils.report.figures import style
 from sao_utils.report.table import select
 from sao_utils.report.words import decoding, is_difference, model_in_words, models
 from sao_utils.statistics.intervals import win_rate
@@ -29,15 +15,15 @@ from sao_utils.statistics.length_control import length_curve
 
 #: outcome of a comparison in both orders -> its colour and pattern, from the best to the worst
 OUTCOMES = (
-    ("wins in both orders", BLUE, ""),
-    ("the one shown first wins", LIGHT, "//"),
+    ("wins in both orders", style.BLUE, ""),
+    ("the one shown first wins", style.LIGHT, "//"),
     ("tie, identical or invalid", "#E5E5E5", ""),
-    ("the one shown second wins", LIGHT, "\\\\"),
-    ("loses in both orders", ORANGE, ""),
+    ("the one shown second wins", style.LIGHT, "\\\\"),
+    ("loses in both orders", style.ORANGE, ""),
 )
 
 
-@styled
+@style.styled
 def good_answers(table: pd.DataFrame):
     """The share of good answers of every model, at each temperature (rows of `results.results`)."""
     rows = select(table, section="quality", metric="good answers", against=None, seed=None)
@@ -50,7 +36,7 @@ def good_answers(table: pd.DataFrame):
     )
 
 
-@styled
+@style.styled
 def win_rates(table: pd.DataFrame):
     """The self-judged win rate against the base of every arm, raw and at equal length."""
     kinds = {"win rate": "raw", "win rate at equal length": "at equal length"}
@@ -70,19 +56,19 @@ def _by_model(found: list[tuple], title: str, x: str, why: str, at: float | None
     ways = dict(zip(dict.fromkeys(way for way, _ in found), "osD^v"))
     first = next(iter(ways), None)
     lines: dict[str, list[tuple]] = {}
-    for name in dict.fromkeys([*COLOURS, *(row.model for _, row in found)]):
+    for name in dict.fromkeys([*style.COLOURS, *(row.model for _, row in found)]):
         dots = {way: row for way, row in found if row.model == name}
         if dots:
             lines[model_in_words(name)] = [
-                (dots[way], COLOURS.get(name, SKY), marker, way == first)
+                (dots[way], style.COLOURS.get(name, style.SKY), marker, way == first)
                 for way, marker in ways.items()
                 if way in dots
             ]
     legend = [(marker, way == first, way) for way, marker in ways.items()]
-    return interval_chart(lines, title, x, why, at, legend)
+    return style.interval_chart(lines, title, x, why, at, legend)
 
 
-@styled
+@style.styled
 def differences(table: pd.DataFrame):
     """Differences between models with their intervals (a forest plot).
 
@@ -97,13 +83,13 @@ def differences(table: pd.DataFrame):
     lines = {}
     for row in rows:
         clear = row.low > 0 or row.high < 0
-        lines[models(row)] = [(row, BLUE if clear else GREY, "o", True)]
+        lines[models(row)] = [(row, style.BLUE if clear else style.GREY, "o", True)]
     title = "Differences; an interval that crosses zero may be none"
     x = "percentage points, with 95 % interval"
-    return interval_chart(lines, title, x, "none was measured", at=0)
+    return style.interval_chart(lines, title, x, "none was measured", at=0)
 
 
-@styled
+@style.styled
 def length_control(rows: list[dict], groups: int = 8):
     """Won against the difference in length, and the curve that length control reads at 0.
 
@@ -112,49 +98,49 @@ def length_control(rows: list[dict], groups: int = 8):
         groups: so many points at most, of as many prompts each (20 or more), in order of the
             difference.
     """
-    figure, axes = new(3.8)
+    figure, axes = style.new(3.8)
     x, y = "characters of the tuned answer - of the base's", "won by the tuned model (%)"
-    titles(axes, "How much of the win rate is length?", x, y)
+    style.titles(axes, "How much of the win rate is length?", x, y)
     there = sorted(
         (len(row["responses"][0]) - len(row["responses"][1]), row["win"], row["combination"])
         for row in rows
         if row["win"] is not None
     )
     if not there:
-        nothing(axes, "no valid verdict")
+        style.nothing(axes, "no valid verdict")
         return figure
     size = math.ceil(len(there) / max(1, min(groups, len(there) // 20)))
     for start in range(0, len(there), size):
         longer, wins, by = zip(*there[start : start + size])
         at = sum(longer) / len(longer)
         label = f"mean of {size} prompts, with 95 % interval" if not start else None
-        points(axes, [at], [win_rate(wins, by).rate], color=BLUE, label=label)
+        style.points(axes, [at], [win_rate(wins, by).rate], color=style.BLUE, label=label)
     longer, wins, _ = zip(*there)
     low, high = axes.get_xlim()
     at = [low + (high - low) * k / 100 for k in range(101)]
     fitted = length_curve(wins, longer, [0.0, *at])
     if fitted:
         label = f"fitted curve; at equal length: {100 * fitted[0]:.1f}"
-        axes.plot(at, [100 * p for p in fitted[1:]], color=ORANGE, lw=2, label=label)
+        axes.plot(at, [100 * p for p in fitted[1:]], color=style.ORANGE, lw=2, label=label)
     raw = 100 * sum(wins) / len(wins)
-    axes.axhline(raw, color=GREY, ls="--", label=f"all, raw: {raw:.1f} (n = {len(wins)})")
+    axes.axhline(raw, color=style.GREY, ls="--", label=f"all, raw: {raw:.1f} (n = {len(wins)})")
     axes.axvline(0, color="black", lw=0.8)
     axes.set_ylim(-2, 102)
     axes.legend(loc="lower right", fontsize=9)
     return figure
 
 
-@styled
+@style.styled
 def outcomes(rows: list[dict]):
     """What both orders said of each model and its opponent (rows of `methods.evaluate.comparison`)."""
     counts: dict[str, Counter] = {}
     for row in rows:
         counts.setdefault(row["model"], Counter())[_outcome(row)] += 1
-    figure, axes = new(0.5 * len(counts) + 1.6)
+    figure, axes = style.new(0.5 * len(counts) + 1.6)
     title = "Both orders: who wins, and where the place decides"
-    titles(axes, title, "share of prompts (%)")
+    style.titles(axes, title, "share of prompts (%)")
     if not counts:
-        nothing(axes, "no comparisons")
+        style.nothing(axes, "no comparisons")
         return figure
     left = [0.0] * len(counts)
     for kind, colour, hatch in OUTCOMES:
@@ -166,7 +152,7 @@ def outcomes(rows: list[dict]):
                 axes.text(left[k] + width / 2, k, f"{width:.0f}", ha="center", va="center")
         left = [a + b for a, b in zip(left, widths)]
     names = (f"{model_in_words(m)} (n = {of.total()})" for m, of in counts.items())
-    name_rows(axes, list(names))
+    style.name_rows(axes, list(names))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
 

@@ -11,20 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sao_utils.report.figures.style import (
-    BLUE,
-    COLOURS,
-    DRAWN,
-    GREY,
-    ORANGE,
-    RED,
-    coloured,
-    new,
-    nothing,
-    plain,
-    styled,
-    titles,
-)
+from sao_utils.report.figures import style
 from sao_utils.report.words import MODELS, decoding
 from sao_utils.store import results_folder
 
@@ -59,16 +46,18 @@ GUIDANCE = {
 }
 
 
-@styled
+@style.styled
 def simpo_loss(beta: float, gamma: float):
     """SimPO's loss of one pair against the margin between its two rewards."""
-    figure, axes = new()
+    figure, axes = style.new()
     x = [gamma + k / 20 for k in range(-160, 161)]
     title = "SimPO asks for a lead, not just for the right order"
-    titles(axes, title, "reward of chosen - reward of rejected", "loss (nats)")
-    axes.plot(x, [math.log1p(math.exp(gamma - d)) for d in x], color=BLUE, lw=2)
-    axes.axvline(0, color=GREY, ls=":", label="equal rewards")
-    axes.axvline(gamma, color=RED, ls="--", label=f"gamma = {gamma:g}: the lead that is asked for")
+    style.titles(axes, title, "reward of chosen - reward of rejected", "loss (nats)")
+    axes.plot(x, [math.log1p(math.exp(gamma - d)) for d in x], color=style.BLUE, lw=2)
+    axes.axvline(0, color=style.GREY, ls=":", label="equal rewards")
+    axes.axvline(
+        gamma, color=style.RED, ls="--", label=f"gamma = {gamma:g}: the lead that is asked for"
+    )
     axes.set_ylim(bottom=0)
     scale = axes.secondary_xaxis("top", functions=(lambda d: d / beta, lambda d: d * beta))
     scale.set_xlabel(f"difference in mean log-probability a token (beta = {beta:g})", fontsize=9)
@@ -76,7 +65,7 @@ def simpo_loss(beta: float, gamma: float):
     return figure
 
 
-@styled
+@style.styled
 def sums_and_means(pairs: list[dict], beta: float, gamma: float):
     """What dividing by the length changes, on real pairs: their difference by length difference.
 
@@ -84,10 +73,10 @@ def sums_and_means(pairs: list[dict], beta: float, gamma: float):
         pairs: rows {logp_chosen, len_chosen, logp_rejected, len_rejected} of `training.fit.pair_logps`;
             logp summed over the answer, nats.
     """
-    figure, (left, right) = new(3.8, 1, 2, sharex=True)
+    figure, (left, right) = style.new(3.8, 1, 2, sharex=True)
     x = [row["len_chosen"] - row["len_rejected"] for row in pairs]
     if not x:
-        nothing(left, "no pairs")
+        style.nothing(left, "no pairs")
         right.set_axis_off()
         return figure
     sums = [row["logp_chosen"] - row["logp_rejected"] for row in pairs]
@@ -100,14 +89,14 @@ def sums_and_means(pairs: list[dict], beta: float, gamma: float):
         (left, sums, "summed log-probability"),
         (right, means, "mean log-probability a token"),
     ):
-        titles(axes, f"{title}\n{_slope(x, values)}", across, "chosen - rejected (nats)")
+        style.titles(axes, f"{title}\n{_slope(x, values)}", across, "chosen - rejected (nats)")
         ahead = f"chosen ahead: {sum(v > 0 for v in values) / len(x):.0%} of n = {len(x)}"
-        looks = dict(color=BLUE, alpha=0.4, lw=0, label=ahead)
-        axes.scatter(x, values, s=14, rasterized=len(x) > DRAWN, **looks)
+        looks = dict(color=style.BLUE, alpha=0.4, lw=0, label=ahead)
+        axes.scatter(x, values, s=14, rasterized=len(x) > style.DRAWN, **looks)
         axes.axhline(0, color="black", lw=0.8)
     beyond = sum(v > gamma / beta for v in means) / len(x)
     label = f"gamma / beta = {gamma / beta:g}; beyond: {beyond:.0%}"
-    right.axhline(gamma / beta, color=RED, ls="--", label=label)
+    right.axhline(gamma / beta, color=style.RED, ls="--", label=label)
     for axes in (left, right):
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
@@ -124,20 +113,20 @@ def _slope(x: list[float], y: list[float]) -> str:
     return f"correlation with length: {corrcoef(x, y)[0, 1]:+.2f}"
 
 
-@styled
+@style.styled
 def learning_rates(rows: list[dict]):
     """Good rate of the arm self against its learning rate (`search_table`), with 95 % intervals."""
-    figure, axes = new(3.2)
+    figure, axes = style.new(3.2)
     x = "learning rate of the adapter"
-    titles(axes, "How the tiny recipe's learning rate was chosen", x, "good answers (%)")
+    style.titles(axes, "How the tiny recipe's learning rate was chosen", x, "good answers (%)")
     plain = re.compile(r"training\.learning_rate=([\d.e-]+)")
     # Only the rows that change nothing but the rate.
     found = [(plain.fullmatch(row["setting"]), row) for row in rows if row["arm"] == "self"]
     found = [(float(match[1]), row) for match, row in found if match]
     if not found:
-        nothing(axes, "the table of the search is not in this checkout")
+        style.nothing(axes, "the table of the search is not in this checkout")
         return figure
-    for temperature, colour, marker in ((0.0, BLUE, "o-"), (0.6, ORANGE, "s--")):
+    for temperature, colour, marker in ((0.0, style.BLUE, "o-"), (0.6, style.ORANGE, "s--")):
         line = sorted((k, row) for k, row in found if float(row["temperature"]) == temperature)
         rates = [rate for rate, _ in line]
         value, low, high = (
@@ -169,7 +158,7 @@ def search_table() -> list[dict]:
     return []
 
 
-@styled
+@style.styled
 def training_curves(logs: dict[str, list[dict]], window: int = 5, guidance: bool = True):
     """Every curve of `CURVES` over the steps, and beneath each what is healthy and what is not.
 
@@ -179,15 +168,15 @@ def training_curves(logs: dict[str, list[dict]], window: int = 5, guidance: bool
         guidance: whether the lines of `GUIDANCE` are written beneath the curves.
     """
     if not any(logs.values()):
-        figure, axes = new()
-        nothing(axes, "no training log")
+        figure, axes = style.new()
+        style.nothing(axes, "no training log")
         return figure
-    figure, grid = new(9.6, 3, 2) if guidance else new(4.6, 2, 3)
+    figure, grid = style.new(9.6, 3, 2) if guidance else style.new(4.6, 2, 3)
     for axes, (curve, (title, unit, keys)) in zip(grid.flat, CURVES.items(), strict=True):
         both = ": chosen (line), rejected (dots)" if guidance else ""
-        titles(axes, title + (both if curve == "rewards" else ""), "", unit)
-        for name, rows, colour in coloured(logs, COLOURS):
-            words = MODELS.get(name, plain(name))
+        style.titles(axes, title + (both if curve == "rewards" else ""), "", unit)
+        for name, rows, colour in style.coloured(logs, style.COLOURS):
+            words = MODELS.get(name, style.plain(name))
             for key, dash in zip(keys, "-:", strict=False):
                 points = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
                 label = f"{words}, {len(rows)} steps" if key == "loss" else None
@@ -206,7 +195,7 @@ def training_curves(logs: dict[str, list[dict]], window: int = 5, guidance: bool
     return figure
 
 
-@styled
+@style.styled
 def probe(probes: dict[str, list[dict]]):
     """How the replies to a few prompts change while a model is trained: signs of degeneration.
 
@@ -215,14 +204,14 @@ def probe(probes: dict[str, list[dict]]):
             before training.
     """
     if not any(probes.values()):
-        figure, axes = new(1.6)
-        nothing(axes, "training.probe_steps is 0, so nothing was probed")
+        figure, axes = style.new(1.6)
+        style.nothing(axes, "training.probe_steps is 0, so nothing was probed")
         return figure
-    figure, grid = new(6.4, 2, 2)
+    figure, grid = style.new(6.4, 2, 2)
     for axes, (curve, (title, unit)) in zip(grid.flat, PROBES.items(), strict=True):
-        titles(axes, title, "", unit)
-        for name, rows, colour in coloured(probes, COLOURS):
-            words = MODELS.get(name, plain(name))
+        style.titles(axes, title, "", unit)
+        for name, rows, colour in style.coloured(probes, style.COLOURS):
+            words = MODELS.get(name, style.plain(name))
             steps: dict[int, list[float]] = {}
             for row in rows:
                 value = not row["finished"] if curve == "unfinished" else row[curve]
