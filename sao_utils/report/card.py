@@ -18,7 +18,7 @@ from sao_utils.machine import versions
 from sao_utils.methods.sao import pairs as pairs_of
 from sao_utils.methods.sao import rows as rows_of
 from sao_utils.recipe import Arm
-from sao_utils.report.table import make_table, read_table, select
+from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import NOT_COMPARABLE, in_words, models, what
 from sao_utils.stages.personas import HUB_PERSONAS
 from sao_utils.store import Run, write_whole
@@ -109,6 +109,11 @@ def _facts(run: Run, arm: Arm, seed: int, folder: Path) -> dict:
     if "funnel" in facts:
         return facts
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    recipe = run.recipe.model_dump(mode="json")
+    facts = {"recipe": recipe, "versions": versions(), **facts, "fingerprint": done["fingerprint"]}
+    facts |= {"pairs": done["pairs"], "steps": done["steps"], "funnel": []}
+    if any(facts["recipe"][key] != recipe[key] for key in MAKING):
+        return facts  # the run's rows are of another recipe now
     prompts = [row for row in rows_of(run, "prompts") if row["seed"] == seed]
     pairs = [row for row in pairs_of(run, arm) if row["seed"] == seed]
     funnel = [["asked for", len(prompts)]]
@@ -116,15 +121,7 @@ def _facts(run: Run, arm: Arm, seed: int, folder: Path) -> dict:
         lost = Counter(row["discarded"] for row in rows if row["discarded"] is not None)
         funnel += [[reason, -count] for reason, count in lost.most_common()]
         funnel.append([name, len(rows) - lost.total()])
-    return {
-        "fingerprint": done["fingerprint"],
-        "recipe": run.recipe.model_dump(mode="json"),
-        "versions": versions(),
-        **facts,
-        "pairs": done["pairs"],
-        "steps": done["steps"],
-        "funnel": funnel,
-    }
+    return facts | {"funnel": funnel}
 
 
 def _render(run: Run, arm: Arm, seed: int, facts: dict) -> str:
@@ -211,20 +208,18 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
     if not (same and after and arm in then["arms"] and seed in then["seeds"]):
         return [], []
     judge = "the base model itself, both orders" if not recipe["judge"] else "the recipe's judge"
-    judges = {"oracle": "the tiny world's exact oracle", "self": judge}  # who says so
+    judges = {"oracle": "the tiny world's exact oracle", "self": judge}
     table = read_table(run.folder)
-    parts = [
-        select(table, section="judge", metric=("accuracy", "first position"), judge="self")
-        if arm in ("self", "random")
-        else make_table([]),
-        select(table, section=("quality", "flaws", "win rate", "length"), model=("base", arm)),
-    ]
+    found = select(table, section=("quality", "flaws", "win rate", "length"), model=("base", arm))
     rows = [
         [what(row), models(row), in_words(row), f"{row.n:,}", judges.get(row.judge, "a count")]
-        for part in parts
-        for row in part.itertuples(index=False)
+        for row in found.itertuples(index=False)
         if row.seed in (None, seed) and row.value == row.value and _is_about(row, arm)
     ]
+    own = {"section": "judge", "judge": "self", "questions": "training pairs"}
+    right = value_of(table, metric="accuracy", **own) if arm in ("self", "random") else None
+    if rows and right:
+        rows.append([what(right), "", in_words(right), f"{right.n:,}", judges["oracle"]])
     return rows, then["seeds"] if rows else []
 
 

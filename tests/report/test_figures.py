@@ -6,6 +6,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sao_utils.recipes import load_recipe
@@ -61,9 +62,9 @@ LOGPS = [
     {"logp_chosen": -3.0, "len_chosen": 8, "logp_rejected": -9.0, "len_rejected": 9},
 ]
 SEARCH = [
-    {"arm": arm, "setting": setting, "temperature": t, "good rate": "0.5", "low": "0.4"}
-    | {"high": "0.6", "n": "400"}
-    for t in ("0", "0.6")
+    {"arm": arm, "setting": setting, "temperature": t, "good rate": 0.5, "low": 0.4}
+    | {"high": 0.6, "n": 400}
+    for t in (0.0, 0.6)
     for arm, setting in (
         ("base", ""),
         ("self", "training.learning_rate=0.0001"),
@@ -117,7 +118,7 @@ DRAWN = {
     "judge_shares": lambda: figures.judge_shares(TABLE),
     "simpo_loss": lambda: figures.simpo_loss(10.0, 3.0),
     "sums_and_means": lambda: figures.sums_and_means(LOGPS, 10.0, 3.0),
-    "learning_rates": lambda: figures.learning_rates(SEARCH),
+    "learning_rates": lambda: figures.learning_rates(pd.DataFrame(SEARCH)),
     "training_curves": lambda: figures.training_curves({"self": SIMPO, "sft_random": SFT}),
     "probe": lambda: figures.probe({"self": PROBE, "random": PROBE[:2], "oracle": []}),
     "good_answers": lambda: figures.good_answers(TABLE),
@@ -137,7 +138,7 @@ EMPTY = {
     "calibration": lambda: figures.calibration([]),
     "judge_shares": lambda: figures.judge_shares(NOTHING),
     "sums_and_means": lambda: figures.sums_and_means([], 10.0, 3.0),
-    "learning_rates": lambda: figures.learning_rates([]),
+    "learning_rates": lambda: figures.learning_rates(pd.DataFrame()),
     "training_curves": lambda: figures.training_curves({"self": []}),
     "probe": lambda: figures.probe({"self": []}),
     "good_answers": lambda: figures.good_answers(NOTHING),

@@ -128,16 +128,6 @@ def test_a_card_says_what_is_known_and_no_secret(trained):
     assert "base_model" not in found  # the hub refuses a base that it does not know
 
 
-def test_the_funnel_of_the_card_adds_up(trained):
-    folder = trained.folder / "adapters" / "self-0"
-    counts = json.loads((folder / "made_with.json").read_text())["funnel"]
-    assert [label for label, count in counts if count >= 0] == ["asked for", "prompts", "pairs"]
-    left = counts[0][1]
-    for _, count in counts[1:]:
-        left += min(count, 0)
-        assert count < 0 or count == left
-
-
 def test_a_card_names_the_hub_model_and_its_revision(run, folder):
     note_base(folder, path="some/model-1B", revision="abc123")
     text = write_card(run, "self", 0).read_text()
@@ -198,22 +188,13 @@ def test_a_card_of_what_is_not_trained_is_refused(run, folder):
         publish(run, "self", 0, "anna/adapter")
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "arm", "there", "absent"),
-    [
-        ("dpo", "self", "dpo_beta", "gamma"),
-        ("orpo", "self", "orpo_lambda", "dpo_beta"),
-        ("dpo", "sft_random", "sft_learning_rate", "dpo_beta"),
-    ],
-)
-def test_only_the_settings_that_apply_are_listed(run, algorithm, arm, there, absent):
-    settings = {"algorithm": algorithm, "method": "lora", "beta": 10.0, "gamma": 3.0}
-    settings |= {"dpo_beta": 0.1, "orpo_lambda": 0.1, "learning_rate": 1e-4}
-    settings |= {"sft_learning_rate": 1e-3, "lora_rank": 16}
-    kind = "sft" if arm == "sft_random" else algorithm
-    listed = dict(_settings(settings, kind, 3))
-    assert there in listed and absent not in listed and "lora_rank" in listed
-    assert "lora_rank" not in dict(_settings({**settings, "method": "full"}, kind, 3))
+def test_only_the_settings_that_apply_are_listed():
+    settings = {"algorithm": "dpo", "method": "lora", "beta": 10.0, "dpo_beta": 0.1}
+    settings |= {"learning_rate": 1e-4, "sft_learning_rate": 1e-3, "lora_rank": 16}
+    dpo, sft = (dict(_settings(settings, name, 3)) for name in ("dpo", "sft"))
+    assert {"dpo_beta", "learning_rate", "lora_rank"} <= set(dpo) and "beta" not in dpo
+    assert "sft_learning_rate" in sft and not {"dpo_beta", "learning_rate"} & set(sft)
+    assert "lora_rank" not in dict(_settings({**settings, "method": "full"}, "dpo", 3))
 
 
 # ---------------------------------------------------------------------- publishing
@@ -377,17 +358,10 @@ def test_offline_is_told_before_anything_is_tried(run, hub, monkeypatch):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE=1 is set"),
-        ({}, "You are not logged in"),
-        ({"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}, "The upload did not finish"),
-    ],
-)
-def test_the_real_hub_library_is_called_as_it_wants(run, tmp_path, settings, message):
-    """No token, or nobody who answers: it comes no farther, and the network is not needed."""
-    place = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+def test_the_real_hub_library_is_called_as_it_wants(run, tmp_path):
+    """Nobody answers: it comes no farther, and the network is not needed."""
+    place = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    place["HF_ENDPOINT"] = "http://127.0.0.1:9"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     code = f"""if True:
         from pathlib import Path
@@ -398,15 +372,15 @@ def test_the_real_hub_library_is_called_as_it_wants(run, tmp_path, settings, mes
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=kept | place | settings,
+        env=kept | place,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and f"PublishError: {message}" in done.stderr, done.stderr
+    assert done.returncode == 1 and "PublishError: The upload did not" in done.stderr, done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("repo", ["adapter", "a/b/c", "anna/", "../anna", "anna/--x", ""])
+@pytest.mark.parametrize("repo", ["adapter", "a/b/c", "../anna"])
 def test_a_name_that_the_hub_does_not_know_is_refused(run, hub, repo):
     with pytest.raises(ValueError, match="user/name"):
         publish(run, "self", 0, repo)

@@ -13,8 +13,7 @@ def funnel(counts: list[tuple[str, int]]):
     figure, axes = style.new(0.32 * len(counts) + 1.2)
     style.titles(axes, "From prompts to training pairs: nothing is lost unseen", "rows")
     if not counts:
-        style.nothing(axes, "no rows")
-        return figure
+        return style.nothing(axes, "no rows")
     left = 0
     for row, (_, count) in enumerate(counts):
         start = left if count < 0 else 0
@@ -37,8 +36,7 @@ def distinct_prompts(prompts: dict[str, list[str]]):
     style.titles(axes, "Do prompts repeat?", "prompts drawn", "different prompts among them")
     longest = max(map(len, prompts.values()), default=0)
     if not longest:
-        style.nothing(axes, "no prompts")
-        return figure
+        return style.nothing(axes, "no prompts")
     axes.plot([0, longest], [0, longest], "--", color=style.GREY, label="all different")
     for name, texts, colour in style.coloured(prompts):
         seen, height = set(), [0]
@@ -63,8 +61,7 @@ def near_duplicates(rates: dict[str, dict[float, float]], n: int):
     x, y = "similarity that counts as a repetition", "prompts that repeat another (%)"
     style.titles(axes, f"Do prompts nearly repeat? (n = {n} each)", x, y)
     if not n:
-        style.nothing(axes, "no prompts")
-        return figure
+        return style.nothing(axes, "no prompts")
     for name, found, colour in style.coloured(rates):
         shares = [100 * share for share in found.values()]
         axes.plot(list(found), shares, "o-", color=colour, label=style.plain(name))
@@ -79,8 +76,7 @@ def lengths(groups: dict[str, list[int]]):
     style.titles(axes, "How long the answers are (dashed: mean)", "tokens", "share of answers (%)")
     every = [value for values in groups.values() for value in values]
     if not every:
-        style.nothing(axes, "no answers")
-        return figure
+        return style.nothing(axes, "no answers")
     low, high = min(every), max(every)
     step = max(1, math.ceil((high - low) / 30))
     bins = [low - 0.5 + step * k for k in range((high - low) // step + 2)]

@@ -34,8 +34,7 @@ def margins(verdicts: list[dict]):
     )
     groups = _by_agreement(verdicts)
     if not groups:
-        style.nothing(axes, "no pair was judged")
-        return figure
+        return style.nothing(axes, "no pair was judged")
     values = [[abs(row["margin"]) for row in rows] for rows, _, _ in groups.values()]
     colours = [colour for _, colour, _ in groups.values()]
     looks = dict(color=colours, label=list(groups), edgecolor="white", lw=0.5)
@@ -52,8 +51,7 @@ def orders(verdicts: list[dict]):
     style.titles(axes, "Does the verdict depend on which answer is shown first?", x, y)
     groups = _by_agreement(verdicts)
     if not groups:
-        style.nothing(axes, "no pair was judged")
-        return figure
+        return style.nothing(axes, "no pair was judged")
     reach = 1e-9
     for label, (rows, colour, marker) in groups.items():
         x, y = ([row[key] for row in rows] for key in ("margin_12", "margin_21"))
@@ -80,8 +78,7 @@ def judge_matrix(counts: list[list[int]], columns: list[str]):
     total = sum(map(sum, counts))
     style.titles(axes, f"What the judge says, and what is true (n = {total} pairs)")
     if not total:
-        style.nothing(axes, "no pair with a known quality was judged")
-        return figure
+        return style.nothing(axes, "no pair with a known quality was judged")
     axes.imshow(counts, cmap="Blues", vmin=0, aspect="auto")
     highest = max(map(max, counts))
     for i, line in enumerate(counts):
@@ -102,8 +99,7 @@ def calibration(groups: list[tuple]):
     title = "Is the judge more often right where it is surer?"
     style.titles(axes, title, "size of the margin (nats)", "verdicts that are right (%)")
     if not groups:
-        style.nothing(axes, "no pair with a known better answer has a margin in nats")
-        return figure
+        return style.nothing(axes, "no pair with a known better answer has a margin in nats")
     x, found = zip(*groups)
     axes.set_title(f"{title} (n = {sum(one.n for one in found)} pairs)")
     line = [1.05 * max(*x, 0.1) * k / 100 for k in range(101)]

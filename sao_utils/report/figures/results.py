@@ -107,8 +107,7 @@ def length_control(rows: list[dict], groups: int = 8):
         if row["win"] is not None
     )
     if not there:
-        style.nothing(axes, "no valid verdict")
-        return figure
+        return style.nothing(axes, "no valid verdict")
     size = math.ceil(len(there) / max(1, min(groups, len(there) // 20)))
     for start in range(0, len(there), size):
         longer, wins, by = zip(*there[start : start + size])
@@ -140,8 +139,7 @@ def outcomes(rows: list[dict]):
     title = "Both orders: who wins, and where the place decides"
     style.titles(axes, title, "share of prompts (%)")
     if not counts:
-        style.nothing(axes, "no comparisons")
-        return figure
+        return style.nothing(axes, "no comparisons")
     left = [0.0] * len(counts)
     for kind, colour, hatch in OUTCOMES:
         widths = [100 * of[kind] / of.total() for of in counts.values()]

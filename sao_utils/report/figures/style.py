@@ -86,10 +86,11 @@ def titles(axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y)
 
 
-def nothing(axes, why: str) -> None:
-    """Say in an empty chart why it is empty."""
+def nothing(axes, why: str):
+    """Say in an empty chart why it is empty. Returns its figure."""
     axes.text(0.5, 0.5, f"Nothing to show: {why}.", ha="center", transform=axes.transAxes)
     axes.set_axis_off()
+    return axes.figure
 
 
 def name_rows(axes, labels: Sequence[str]) -> None:
@@ -155,8 +156,7 @@ def interval_chart(
     titles(axes, title, x)
     every = [dot[0] for dots in lines.values() for dot in dots]
     if not every:
-        nothing(axes, why)
-        return figure
+        return nothing(axes, why)
     axes.set_title(f"{title} ({sizes(every)})")
     if at is not None:
         axes.axvline(at, color="black", lw=0.8)

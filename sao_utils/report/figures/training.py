@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pandas as pd
 
 from sao_utils.report.figures import style
 from sao_utils.report.words import MODELS, decoding
@@ -114,48 +114,38 @@ def _slope(x: list[float], y: list[float]) -> str:
 
 
 @style.styled
-def learning_rates(rows: list[dict]):
+def learning_rates(table: pd.DataFrame):
     """Good rate of the arm self against its learning rate (`search_table`), with 95 % intervals."""
     figure, axes = style.new(3.2)
-    x = "learning rate of the adapter"
-    style.titles(axes, "How the tiny recipe's learning rate was chosen", x, "good answers (%)")
-    plain = re.compile(r"training\.learning_rate=([\d.e-]+)")
+    title, x = "How the tiny recipe's learning rate was chosen", "learning rate of the adapter"
+    style.titles(axes, title, x, "good answers (%)")
+    if table.empty:
+        return style.nothing(axes, "the table of the search is not in this checkout")
     # Only the rows that change nothing but the rate.
-    found = [(plain.fullmatch(row["setting"]), row) for row in rows if row["arm"] == "self"]
-    found = [(float(match[1]), row) for match, row in found if match]
-    if not found:
-        style.nothing(axes, "the table of the search is not in this checkout")
-        return figure
-    for temperature, colour, marker in ((0.0, style.BLUE, "o-"), (0.6, style.ORANGE, "s--")):
-        line = sorted((k, row) for k, row in found if float(row["temperature"]) == temperature)
-        rates = [rate for rate, _ in line]
-        value, low, high = (
-            [100 * float(row[key]) for _, row in line] for key in ("good rate", "low", "high")
-        )
-        reach = [[v - a for v, a in zip(value, low)], [b - v for v, b in zip(value, high)]]
-        looks = dict(fmt=marker, color=colour, capsize=3, label=decoding(temperature))
-        axes.errorbar(rates, value, reach, **looks)
-        for row in rows:
-            if row["arm"] == "base" and float(row["temperature"]) == temperature:
-                label = f"base model, {decoding(temperature)}"
-                axes.axhline(100 * float(row["good rate"]), color=colour, ls=":", label=label)
-    n = sorted({int(row["n"]) for _, row in found})
-    axes.set_title(f"How the tiny recipe's learning rate was chosen (n = {n[0]} questions a point)")
+    rates = table["setting"].str.extract(r"^training\.learning_rate=([\d.e-]+)$")[0].astype(float)
+    table = table.assign(rate=rates, value=table["good rate"]).sort_values("rate")
+    base = table[table["arm"] == "base"]
+    tuned = table[table["rate"].notna() & (table["arm"] == "self")]
+    looks = zip(tuned.groupby("temperature"), (style.BLUE, style.ORANGE), ("o-", "s--"))
+    for (temperature, of), colour, line in looks:
+        how = decoding(temperature)
+        style.points(axes, of["rate"], list(of.itertuples()), line, color=colour, label=how)
+        for value in base[base["temperature"] == temperature]["value"]:
+            axes.axhline(100 * value, color=colour, ls=":", label=f"base model, {how}")
+    axes.set_title(f"{title} (n = {tuned['n'].min()} questions a point)")
     axes.set_xscale("log")
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks(tuned["rate"], [f"{rate:g}" for rate in tuned["rate"]])
     axes.minorticks_off()
     axes.legend(ncols=2, fontsize=8)
     return figure
 
 
-def search_table() -> list[dict]:
-    """Rows of results/reference/search.csv, [] where the kit came without it."""
+def search_table() -> pd.DataFrame:
+    """The rows of results/reference/search.csv; empty where the kit came without it."""
     for folder in (results_folder(), Path(__file__).resolve().parents[3] / "results"):
-        path = folder / "reference" / "search.csv"
-        if path.is_file():
-            with open(path, encoding="utf-8", newline="") as file:
-                return list(csv.DictReader(file))
-    return []
+        if (folder / "reference" / "search.csv").is_file():
+            return pd.read_csv(folder / "reference" / "search.csv", keep_default_na=False)
+    return pd.DataFrame()
 
 
 @style.styled
@@ -169,8 +159,7 @@ def training_curves(logs: dict[str, list[dict]], window: int = 5, guidance: bool
     """
     if not any(logs.values()):
         figure, axes = style.new()
-        style.nothing(axes, "no training log")
-        return figure
+        return style.nothing(axes, "no training log")
     figure, grid = style.new(9.6, 3, 2) if guidance else style.new(4.6, 2, 3)
     for axes, (curve, (title, unit, keys)) in zip(grid.flat, CURVES.items(), strict=True):
         both = ": chosen (line), rejected (dots)" if guidance else ""
@@ -205,8 +194,7 @@ def probe(probes: dict[str, list[dict]]):
     """
     if not any(probes.values()):
         figure, axes = style.new(1.6)
-        style.nothing(axes, "training.probe_steps is 0, so nothing was probed")
-        return figure
+        return style.nothing(axes, "training.probe_steps is 0, so nothing was probed")
     figure, grid = style.new(6.4, 2, 2)
     for axes, (curve, (title, unit)) in zip(grid.flat, PROBES.items(), strict=True):
         style.titles(axes, title, "", unit)
