@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sao_utils.recipe import load_recipe, recipe_names, valid_keys
+from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 from sao_utils.report.results import in_words, unit
 
 ROOT = Path(__file__).resolve().parents[1]

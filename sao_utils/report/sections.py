@@ -24,12 +24,7 @@ from sao_utils.report.table import make_row
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.stages.prompts import near_duplicate_rate, repetition_rate
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_difference,
-    clustered_mean,
-    wilson,
-)
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, wilson
 from sao_utils.store import Run, input_files
 
 NAN = float("nan")
