@@ -525,7 +525,7 @@ def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):
 
 def test_a_judge_behind_a_url_judges_a_stage_and_its_key_is_nowhere(server, results):
     judge = {f"judge.{key}": value for key, value in settings(server).model_dump().items()}
-    run = rows.open_run("tiny", "api", {**judge, "personas.count": 6})
+    run = rows.open_run("tiny", "api", {**judge, "prompts.count": 6})
     likely = steps(("ranking", {"ranking": 0.0}), (":", {":": 0.0}), (" 1", LIKELY))
     every_prompt = type("Any", (dict,), {"get": lambda *_: [(200, reply("x", likely), {})]})
     server.answers = every_prompt()

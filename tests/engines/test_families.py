@@ -206,7 +206,7 @@ SMALL = {
     "model.max_context": None,
     "model.dtype": "float32",
     "model.batch_tokens": 4096,
-    "personas.count": 2,
+    "prompts.count": 2,
     "personas.max_similarity": None,  # there are two
     "personas.max_new_tokens": 60,
     "responses.max_new_tokens": 60,
@@ -218,7 +218,7 @@ def test_each_recipe_goes_from_personas_to_pairs_on_its_small_model(family, tmp_
     source = tmp_path / "personas.jsonl"
     source.write_text("".join(json.dumps({"persona": p}) + "\n" for p in PERSONAS))
     for name in [name for name, kind in RECIPES.items() if kind == family.name]:
-        changes = {"model.path": family.model.path, "personas.source": str(source)}
+        changes = {"model.path": family.model.path, "prompts.personas": str(source)}
         run = rows.open_run(name, name, {**SMALL, **changes})
         prompts = write_prompts(run)
         asked = [row["prompt"] for row in prompts if row["discarded"] is None]
