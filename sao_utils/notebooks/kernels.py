@@ -44,8 +44,9 @@ def environment_of(run: Run) -> dict[str, str]:
         # The kernel shall import the very package that started it.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
-    if recipe.model.path == "tiny":  # too small to gain by a third thread, which it waits for
-        settings["OMP_NUM_THREADS"] = "2"
+    if recipe.model.path == "tiny":
+        # More threads only wait for each other; awake, while another program has their core, for minutes.
+        settings |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     prompts, models = recipe.prompts, recipe.models.values()
     here = [
         prompts.personas != "hub",
