@@ -125,7 +125,7 @@ def plan(
 
     Ends with exit code 1 if something does not fit, after naming the key to change.
     """
-    from sao_utils.plan import costs, planning, workload
+    from sao_utils.plan import hardware, planning, render, workload
     from sao_utils.recipe import RecipeError
     from sao_utils.recipes import load_recipe
 
@@ -134,10 +134,10 @@ def plan(
     folder = _folder(run) if run else None
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
-        made = planning.plan(loaded, costs.find_gpu(gpu), gpus)
-    except (RecipeError, costs.PlanError) as error:
+        made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
+    except (RecipeError, hardware.PlanError) as error:
         _fail(error, 2)
-    typer.echo(planning.render(made, workload.actual(folder) if folder else None))
+    typer.echo(render.render(made, workload.actual(folder) if folder else None))
     if made.problems:
         raise typer.Exit(1)
 
@@ -251,12 +251,12 @@ def _agree_to_pay(run, yes: bool) -> None:
     if not any(model.priced for model in run.recipe.models.values()):
         return
     from sao_utils.engines.requests import spent
-    from sao_utils.plan.planning import told_bill
+    from sao_utils.plan.render import bill_lines
     from sao_utils.plan.workload import workload
 
     load = workload(run.recipe)
     if load.bill:
-        typer.echo("\n".join([*told_bill(load.bill), *load.notes]))
+        typer.echo("\n".join([*bill_lines(load.bill), *load.notes]))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
