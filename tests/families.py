@@ -101,7 +101,7 @@ TEXTS = [
 
 
 def true_config(family: str) -> dict:
-    text = (files("sao_utils") / "architectures.yaml").read_text(encoding="utf-8")
+    text = (files("sao_utils") / "plan" / "architectures.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)[FAMILIES[family]["model"]]
 
 
@@ -164,7 +164,7 @@ def random_model(family: str, tokenizer, **changes):
 
 def memorise(model, tokenizer, dialogue: list[tuple[str, str]], steps: int) -> None:
     """Teach a model to reply as in (user, assistant) pairs: it sees what training sees."""
-    from sao_utils.training.fit import encode
+    from sao_utils.training.encoding import encode
 
     rows = []
     for user, assistant in dialogue:

@@ -38,6 +38,8 @@ from sao_utils.store import (
     turn,
 )
 
+#: What a stage that keeps rows of its own takes over from a reply, beside its text.
+MADE = ("tokens", "finished", "reasoning", "max_context")
 BYTES = 4  # of a token, about, in English
 PAUSE = 1.0  # seconds between looks whether another process is done
 WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again

@@ -21,7 +21,7 @@ from sao_utils.stages.pairs import build_pairs
 from sao_utils.stages.personas import draw_personas
 from sao_utils.stages.prompts import select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
-from sao_utils.store import Run, record, write_whole
+from sao_utils.store import Run, input_files, record, write_whole
 from sao_utils.training.fit import fit
 from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.processes import is_main
@@ -50,8 +50,12 @@ def steps(run: Run, policy: Model, judge: Model) -> Iterator[tuple[Stage, list[d
 
 def rows(run: Run, stage: Stage) -> list[dict]:
     """The rows of a stage, made with those before it as far as they are missing."""
-    made = steps(run, run.recipe.model, run.recipe.judging_model)
-    return next(found for name, found in made if name == stage)
+    key = (str(run.folder), run.recipe.model_dump_json(), stage)
+    if key not in _MADE or _MADE[key][0] != _state(run):
+        made = steps(run, run.recipe.model, run.recipe.judging_model)
+        found = next(rows_ for name, rows_ in made if name == stage)
+        _MADE[key] = _state(run), found
+    return _MADE[key][1]
 
 
 def pairs(run: Run, arm: Arm = "self") -> list[dict]:
@@ -97,16 +101,15 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     return folder
 
 
-_TRAINED: dict[
-    tuple, list
-] = {}  # in this process: to see that nothing is to be done takes all pairs
+# In this process: to see that nothing is to be done takes reading all rows.
+_MADE: dict[tuple, tuple[list, list[dict]]] = {}
+_TRAINED: dict[tuple, list] = {}
 
 
-def _state(run: Run, folder: Path) -> list[tuple[int, int] | None]:
-    """What shows that a model, or something that it was made from, has changed."""
-    files = [run.rows(stage) for stage in ("prompts", "responses", "verdicts")]
-    files += [Path(run.recipe.prompts.personas or ""), Path(run.recipe.prompts.data or "")]
-    files.append(folder / "done.json")
+def _state(run: Run, folder: Path | None = None) -> list[tuple[int, int] | None]:
+    """What shows that rows, a trained model, or something that these were made from, has changed."""
+    files = [run.rows(stage) for stage in ("personas", "prompts", "responses", "verdicts")]
+    files += [*input_files(run.recipe), *([folder / "done.json"] if folder else [])]
     there = [path.stat() if path.is_file() else None for path in files]
     return [found and (found.st_mtime_ns, found.st_size) for found in there]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from sao_utils import oracles, templates
 from sao_utils.engines.base import NO_REPLY, Sampling, unanswered
 from sao_utils.engines.loading import model_name
-from sao_utils.engines.requests import batches_of_replies
+from sao_utils.engines.requests import MADE, batches_of_replies
 from sao_utils.files import is_table, read_column, texts_of
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.stages.overlap import near_duplicates, shared_ngrams
@@ -49,7 +49,8 @@ def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0)
         return make_rows(run, "prompts", _own_prompts(run, round), lambda rows: iter([rows]))
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
     template = None if settings.source == "pre_query" else settings.source
-    made_with = ("prompt", template and templates.fingerprint(template), vars(sampling))
+    fingerprint = template and templates.fingerprint(template)
+    made_with = ("prompt", fingerprint, vars(sampling), model_name(policy))
     of_round = (round,) if round else ()
     facts = {
         "round": round,
@@ -57,10 +58,7 @@ def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0)
         "model": policy.label,
         "temperature": settings.temperature,
     }
-    jobs = [
-        {**row, **facts, "id": row_id(*made_with, model_name(policy), row["id"], *of_round)}
-        for row in personas
-    ]
+    jobs = [{**row, **facts, "id": row_id(*made_with, row["id"], *of_round)} for row in personas]
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         by_id = {job["id"]: job for job in outstanding}
@@ -93,7 +91,7 @@ def _row(job: dict, reply: dict, template: str | None) -> dict:
         discarded = "cut off"
     else:
         discarded = "evaluation question" if oracles.is_held_out(prompt) else None
-    kept = {key: value for key, value in reply.items() if key not in ("id", "text")}
+    kept = {key: reply[key] for key in MADE if key in reply}
     return {**job, "reply": text, "prompt": prompt, "discarded": discarded, **kept}
 
 

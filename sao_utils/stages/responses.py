@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
-from sao_utils.engines.requests import batches_of_replies
+from sao_utils.engines.requests import MADE, batches_of_replies
 from sao_utils.recipe import Model
 from sao_utils.store import Run, make_rows, row_id
 
@@ -56,6 +56,9 @@ def write_responses(
             for job in outstanding
         ]
         for batch in batches_of_replies(run, "responses", policy, requests):
-            yield [{**by_id[reply["id"]], **reply} for reply in batch]
+            yield [
+                {**by_id[reply["id"]], **{k: reply[k] for k in ("text", *MADE) if k in reply}}
+                for reply in batch
+            ]
 
     return make_rows(run, "responses", jobs, work, policy.max_context)

@@ -14,13 +14,14 @@ import pytest
 
 from sao_utils import store as rows
 from sao_utils.engines import api as engine_api
-from sao_utils.engines import requests as asking
-from sao_utils.engines.api import HARMLESS, ApiEngine, asked_to_wait, read_verdict
+from sao_utils.engines import requests as module
+from sao_utils.engines import verdicts
+from sao_utils.engines.api import HARMLESS, ApiEngine, asked_to_wait
 from sao_utils.engines.base import Completion, EngineError, Sampling
 from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
+from sao_utils.methods import sao
 from sao_utils.recipe import Model
-from sao_utils.stages import judging
 
 KEY = "sk-very-secret-0123456789"
 CHOICES = (" 1 > 2", " 2 > 1")
@@ -291,7 +292,7 @@ def test_a_fault_of_the_settings_loses_no_row(server, words, results):
     run = rows.open_run("tiny", "fault")
     requests = [{"chat": chat, "sampling": Sampling(0.0, 3)} for chat in chats("a", "b")]
     with pytest.raises(EngineError, match=f"{words}(.|\\n)*change the setting") as told:
-        asking.ask(run, "s", settings(server), requests)
+        module.replies(run, "s", settings(server), requests)
     assert KEY not in str(told.value)
     assert rows.read_rows(run.rows("s")) == []
 
@@ -344,7 +345,7 @@ def test_half_a_character_at_the_end_of_a_cut_reply_can_be_kept(server, results)
     server.answers["a"] = [(200, reply("Hello \ud83d\ude00 \ud83d", finish="length"), {})]
     run, model = rows.open_run("tiny", "halves"), settings(server)
     request = {"chat": [{"role": "user", "content": "a"}], "sampling": Sampling(0.0, 3)}
-    (row,) = asking.ask(run, "s", model, [request])
+    (row,) = module.replies(run, "s", model, [request])
     assert row["text"] == "Hello \U0001f600 \ufffd"
     assert rows.read_rows(run.rows("s")) == [row]
 
@@ -463,13 +464,13 @@ def test_a_vllm_server_is_made_to_begin_with_the_prefix(server):
 
 def test_a_bare_blank_before_the_choice_is_passed_over():
     tokens = [(" ", {" ": -0.1, "1": -9.0}), ("2", {"2": -0.2, "1": -1.8, " 1": -5.0})]
-    first, second = read_verdict(tokens, "", CHOICES)
+    first, second = verdicts.read_verdict(tokens, "", CHOICES)
     assert second == pytest.approx(-0.2)
     assert first == pytest.approx(math.log(math.exp(-1.8) + math.exp(-5.0)))
 
 
 def test_a_choice_too_unlikely_to_be_reported_gets_the_least_alternative():
-    found = read_verdict([(" 1", {" 1": -0.001, "x": -8.0})], "", CHOICES)
+    found = verdicts.read_verdict([(" 1", {" 1": -0.001, "x": -8.0})], "", CHOICES)
     assert found == pytest.approx([-0.001, -8.0])
 
 
@@ -480,18 +481,18 @@ def of(*steps):
 
 @pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, verdicts.SURE)])
 def test_a_choice_that_a_server_reports_alone_wins_by_what_is_left(sure, left):
-    found = read_verdict(of({" ": 1.0}, {"1": sure}), "", CHOICES)
+    found = verdicts.read_verdict(of({" ": 1.0}, {"1": sure}), "", CHOICES)
     assert found == pytest.approx([math.log(sure), math.log(left)])
 
 
 def test_a_choice_that_may_be_as_likely_as_the_other_is_not_guessed_at():
-    found = read_verdict(of({"x": 0.5, "1": 0.1}), "", CHOICES)
+    found = verdicts.read_verdict(of({"x": 0.5, "1": 0.1}), "", CHOICES)
     assert found == [pytest.approx(math.log(0.1)), -math.inf]
 
 
 def test_a_token_counts_for_the_choice_that_it_begins():
     said = of({"1": 0.6, "10": 0.1, "1>": 0.1, " 2 >": 0.1, "2nd": 0.05})
-    assert read_verdict(said, "", CHOICES) == pytest.approx([math.log(0.7), math.log(0.1)])
+    assert verdicts.read_verdict(said, "", CHOICES) == pytest.approx([math.log(0.7), math.log(0.1)])
 
 
 @pytest.mark.parametrize(
@@ -506,7 +507,7 @@ def test_a_token_counts_for_the_choice_that_it_begins():
 )
 def test_a_choice_of_one_letter_is_that_letter_and_nothing_else(said, expected):
     """As in alpaca_eval: a missing letter has probability 0."""
-    found = read_verdict(of(*said), "", ("m", "M"))
+    found = verdicts.read_verdict(of(*said), "", ("m", "M"))
     assert [math.exp(p) for p in found] == pytest.approx(expected)
 
 
@@ -529,7 +530,7 @@ def test_a_judge_behind_a_url_judges_a_stage_and_its_key_is_nowhere(server, resu
     likely = steps(("ranking", {"ranking": 0.0}), (":", {":": 0.0}), (" 1", LIKELY))
     every_prompt = type("Any", (dict,), {"get": lambda *_: [(200, reply("x", likely), {})]})
     server.answers = every_prompt()
-    verdicts = judging.judge(run)
+    verdicts = sao.rows(run, "verdicts")
     judged = [row for row in verdicts if row["outcome"] != "identical"]
     assert judged and {row["outcome"] for row in judged} == {"inconsistent"}
     assert all(row["margin_12"] == pytest.approx(math.log(0.9 / 0.08)) for row in judged)
@@ -538,3 +539,23 @@ def test_a_judge_behind_a_url_judges_a_stage_and_its_key_is_nowhere(server, resu
         assert file.is_dir() or KEY.encode() not in file.read_bytes()
     engine = load_engine(run.recipe.judging_model)
     assert KEY not in repr(engine) + str(vars(engine))
+
+
+def test_every_sampling_setting_is_in_a_request_so_that_no_models_own_default_shows(server):
+    """A vLLM server takes a model's generation_config for what a request leaves out."""
+    engine = ApiEngine(settings(server), None, "n")
+    all_of(engine.generate(chats("a"), Sampling(0.6, 3, 0.95), [7]))
+    body = server.requests[-1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.6, 0.95, 3)
+    assert body["presence_penalty"] == body["frequency_penalty"] == 0
+    assert "top_k" not in body, "another server may refuse what is no name of OpenAI's"
+    engine._forces = True  # a vLLM server
+    all_of(engine.generate(chats("b"), Sampling(0.6, 3), [7]))
+    body = server.requests[-1]
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
+
+
+def test_template_options_are_sent_to_a_server(server):
+    model = settings(server, template_options={"enable_thinking": False})
+    all_of(ApiEngine(model, None, "n").generate(chats("a"), Sampling(0.0, 3), [0]))
+    assert server.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}

@@ -14,10 +14,8 @@ pytest.importorskip("ray", reason="Ray is an extra: pip install -c constraints.t
 from sao_utils.engines import ray as engine_ray
 from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.registry import load_engine, unload_engines
+from sao_utils.methods import sao
 from sao_utils.recipe import Model
-from sao_utils.stages.judging import judge
-from sao_utils.stages.prompts import write_prompts
-from sao_utils.stages.responses import write_responses
 from sao_utils.store import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +65,11 @@ def test_two_workers_make_the_rows_of_one_process_also_when_one_is_killed(tmp_pa
         monkeypatch.setenv("SAO_RESULTS", str(tmp_path / str(workers)))
         settings = {"prompts.count": 16, "responses.max_new_tokens": 96}
         run = open_run("tiny", "small", settings | {"model.workers": workers})
-        made[workers] = write_prompts(run), write_responses(run), judge(run)
+        made[workers] = (
+            sao.rows(run, "prompts"),
+            sao.rows(run, "responses"),
+            sao.rows(run, "verdicts"),
+        )
     assert killed and not killed[0].is_running()
     assert made[2][0] == made[0][0] and made[2][1] == made[0][1]
     assert [row["id"] for row in made[2][2]] == [row["id"] for row in made[0][2]]

@@ -9,11 +9,12 @@ import torch
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines import base as engines
+from sao_utils.engines import base, loading
 from sao_utils.engines.base import NO_REPLY, EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
 from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
+from sao_utils.methods import sao
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 from sao_utils.stages import pairs
@@ -56,7 +57,7 @@ def small_gemma_2(folder, **settings):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    vocabulary = len(engines.load_tokenizer(TINY))
+    vocabulary = len(loading.load_tokenizer(TINY))
     sizes = dict(vocab_size=vocabulary, hidden_size=64, intermediate_size=96, head_dim=32)
     sizes |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     model = Gemma2ForCausalLM(Gemma2Config(**sizes, **settings))
@@ -85,12 +86,12 @@ def test_the_dtype_follows_the_machine_with_the_reason(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    dtype, reason = engines.precision(Model(path="tiny", dtype=asked))
+    dtype, reason = loading.precision(Model(path="tiny", dtype=asked))
     assert dtype == expected and why in reason
 
 
 def test_a_load_says_once_which_precision_it_takes_and_takes_it(capsys):
-    engines.say_once.cache_clear()  # of what other tests have loaded
+    loading.say_once.cache_clear()  # of what other tests have loaded
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         made = TransformersEngine(Model(path="tiny", dtype=dtype), None, dtype)
         assert made.model.dtype == expected
@@ -107,7 +108,7 @@ def test_4_bit_weights_answer_nearly_alike_and_carry_an_adapter(engine, tmp_path
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapter = tmp_path / "adapter"
-    get_peft_model(engines.load_model(TINY), lora).save_pretrained(
+    get_peft_model(loading.load_model(TINY), lora).save_pretrained(
         str(adapter), save_embedding_layers=False
     )
     nf4 = TINY.model_copy(update={"quantisation": "nf4"})
@@ -196,7 +197,7 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    vocabulary, context = len(engines.load_tokenizer(TINY)), 40
+    vocabulary, context = len(loading.load_tokenizer(TINY)), 40
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=context,
@@ -207,14 +208,14 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
         eos_token_id=1,
     )
     made = load_engine(save_beside_the_tiny_tokenizer(GPT2LMHeadModel(config), tmp_path))
-    assert engines.context_limit(made.model.config) == context
+    assert base.context_limit(made.model.config) == context
     made.stops = []
     chats = CHATS + [[{"role": "user", "content": " ".join(WORDS * 3)}]]
-    lengths = [len(ids) for ids in engines.encode(chats, made.tokenizer)]
+    lengths = [len(ids) for ids in base.encode(chats, made.tokenizer)]
     assert lengths[-1] > context > lengths[-2] + 2
     new = context - 12
     replies = all_of(made.generate(chats, Sampling(0.7, new), list(range(13))))
-    assert engines.unanswered(replies[12].tokens, replies[12].finished)
+    assert base.unanswered(replies[12].tokens, replies[12].finished)
     assert [replies[k].tokens for k in range(12)] == [min(new, context - n) for n in lengths[:12]]
     assert len({replies[k].tokens for k in range(12)}) > 2
     for k in (0, 11):
@@ -222,11 +223,15 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
 
 
 def test_the_funnel_counts_a_prompt_that_is_too_long_as_such(results, tmp_path):
-    personas = tmp_path / "personas.jsonl"
+    personas = tmp_path / "prompts.jsonl"
     texts = ["a chess player", "word " * 5000, "a baker"]
     personas.write_text("".join(json.dumps({"persona": text}) + "\n" for text in texts))
-    run = rows.open_run("tiny", "long", {"prompts.personas": str(personas), "prompts.count": 3})
-    assert (NO_REPLY, -1) in pairs.funnel(run)
+    run = rows.open_run(
+        "tiny",
+        "long",
+        {"prompts.personas": str(personas), "prompts.count": 3, "prompts.min_usable": 0},
+    )
+    assert (NO_REPLY, -1) in sao.funnel(run)
 
 
 def test_a_pair_without_replies_is_not_called_identical(engine):
@@ -314,7 +319,7 @@ def test_rows_that_do_not_fit_alone_are_set_aside_and_the_others_made(
     expected = work(engine, CHATS, list(range(12)))
     limit_tokens(own_engine, 250)
     found = work(own_engine, chats, [*range(6), 50, 51, *range(6, 12)])
-    nothing = engines.Completion("", 0, False) if verb == "generate" else [-math.inf] * 2
+    nothing = base.Completion("", 0, False) if verb == "generate" else [-math.inf] * 2
     assert found[6] == found[7] == nothing
     others = [found[k] for k in range(14) if k not in (6, 7)]
     for k, result in enumerate(others):
@@ -363,7 +368,7 @@ def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
     found = all_of(own_engine.generate(CHATS, sampling, seeds))
     expected = all_of(engine.generate(CHATS, sampling, seeds))
     for k in range(12):
-        assert found[k] == (engines.Completion("", 0, False) if k in bad else expected[k])
+        assert found[k] == (base.Completion("", 0, False) if k in bad else expected[k])
     assert f"{len(bad)} of 12 prompts make the model compute NaN" in capsys.readouterr().out
     odds = all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
     assert sorted(k for k in odds if odds[k] == [-math.inf] * 2) == bad

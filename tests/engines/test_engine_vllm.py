@@ -27,11 +27,9 @@ from sao_utils.engines.base import Completion, EngineError, Sampling
 from sao_utils.engines.loading import load_model, model_folder
 from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.engines.vllm import explain
+from sao_utils.methods import sao
 from sao_utils.recipe import Model
 from sao_utils.stages import judging
-from sao_utils.stages.judging import judge
-from sao_utils.stages.prompts import write_prompts
-from sao_utils.stages.responses import write_responses
 
 TINY = Model(path="tiny", dtype="float32")
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
@@ -207,8 +205,8 @@ def test_a_prompt_longer_than_the_context_does_not_end_the_others(engine, capsys
 def test_one_load_serves_prompts_responses_and_verdicts(engine, results):
     used = set()
     run = rows.open_run("tiny", "one", {**flat(SERVED), "prompts.count": 10})
-    for stage in (write_prompts, write_responses, judge):
-        assert stage(run)
+    for stage in ("prompts", "responses", "verdicts"):
+        assert sao.rows(run, stage)
         used.add(load_engine(run.recipe.model).child.process.pid)
     assert used == {engine.child.process.pid}
 
@@ -220,7 +218,7 @@ def flat(model, section="model"):
 @vllm_test
 def test_rows_stream_in_and_after_a_killed_child_a_notebook_makes_the_rest(results, monkeypatch):
     run = rows.open_run("tiny", "killed", {**flat(SERVED), "prompts.count": 500})
-    write_prompts(run)
+    sao.rows(run, "prompts")
     child = load_engine(run.recipe.model).child
     sizes = []
 
@@ -234,14 +232,14 @@ def test_rows_stream_in_and_after_a_killed_child_a_notebook_makes_the_rest(resul
     with monkeypatch.context() as patch:
         patch.setattr(rows, "progress", watched)
         with pytest.raises(EngineError, match="was killed"):
-            write_responses(run)
+            sao.rows(run, "responses")
     kept = rows.read_rows(run.rows("responses"))
     assert len(kept) == sum(sizes) > 0
     with watched_children() as children:
         pipeline.run_notebooks(run, only="02", say=lambda *_, **__: None)
     every = rows.read_rows(run.rows("responses"))
     assert every[: len(kept)] == kept and len(every) > len(kept)
-    assert len({row["id"] for row in every}) == len(every) == len(write_responses(run))
+    assert len({row["id"] for row in every}) == len(every) == len(sao.rows(run, "responses"))
     assert len(children) == 1 and all(gone(pid) for pid in children)
 
 
@@ -288,7 +286,7 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     assert all(reply.finished and reply.tokens for reply in theirs.values())
     run = rows.open_run("tiny", "judged", {**flat(TINY), "prompts.count": 15})
     other = rows.variant(run, "server", flat(by_url, "judge"))
-    mine, served = judge(run), judging.judge(other)
+    mine, served = sao.rows(run, "verdicts"), judging.judge(other)
     assert [row["outcome"] for row in mine] == [row["outcome"] for row in served]
     judged = [(a, b) for a, b in zip(mine, served) if a["margin"] is not None]
     assert judged

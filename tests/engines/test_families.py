@@ -16,14 +16,13 @@ from sao_utils import templates
 from sao_utils.engines.base import Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
+from sao_utils.methods import sao
 from sao_utils.recipe import Model, Training
 from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages import pairs
-from sao_utils.stages.judging import judge
-from sao_utils.stages.prompts import write_prompts
-from sao_utils.stages.responses import write_responses
-from sao_utils.training.fit import encode as encode_pair
-from sao_utils.training.fit import fit, token_rows
+from sao_utils.training.encoding import encode as encode_pair
+from sao_utils.training.encoding import token_rows
+from sao_utils.training.fit import fit
 from sao_utils.training.shapes import shape_of
 
 PERSONAS = {"A tea lover.": PROMPT, "A potter of bowls.": "How do I glaze a bowl in 2 steps?"}
@@ -114,9 +113,8 @@ def test_special_tokens_in_a_users_text_open_and_close_nothing(family):
 
 
 def test_pairs_count_the_tokens_that_training_sees(family):
-    verdicts = [{"prompt": PROMPT, "responses": [ANSWER, OTHER]}]
-    run = SimpleNamespace(recipe=SimpleNamespace(model=family.model))
-    (counted,) = pairs._count_tokens(run, verdicts)
+    verdicts = [{"id": family.name, "prompt": PROMPT, "responses": [ANSWER, OTHER]}]
+    (counted,) = pairs._count_tokens(family.model, verdicts)
     seen = [len(encode_pair(pair(), side, family.tokenizer)[0]) for side in ("chosen", "rejected")]
     # A template may put a line break behind the end of a turn, which training cuts off.
     after = 0 if family.name == "llama" else 1
@@ -208,29 +206,29 @@ SMALL = {
     "model.dtype": "float32",
     "model.batch_tokens": 4096,
     "prompts.count": 2,
-    "personas.max_similarity": None,  # there are two
-    "personas.max_new_tokens": 60,
+    "prompts.max_similarity": None,  # there are two
+    "prompts.max_new_tokens": 60,
     "responses.max_new_tokens": 60,
     "judging.min_mass": 0.0,  # the small models have not learned to judge
 }
 
 
 def test_each_recipe_goes_from_personas_to_pairs_on_its_small_model(family, tmp_path, results):
-    source = tmp_path / "personas.jsonl"
+    source = tmp_path / "prompts.jsonl"
     source.write_text("".join(json.dumps({"persona": p}) + "\n" for p in PERSONAS))
     for name in [name for name, kind in RECIPES.items() if kind == family.name]:
         changes = {"model.path": family.model.path, "prompts.personas": str(source)}
         run = rows.open_run(name, name, {**SMALL, **changes})
-        prompts = write_prompts(run)
+        prompts = sao.rows(run, "prompts")
         asked = [row["prompt"] for row in prompts if row["discarded"] is None]
         kept = len(asked)
         assert kept >= 1
         assert not any(token in prompt for prompt in asked for token in family.special)
-        assert len(write_responses(run)) == 2 * kept
-        outcomes = {row["outcome"] for row in judge(run)}
+        assert len(sao.rows(run, "responses")) == 2 * kept
+        outcomes = {row["outcome"] for row in sao.rows(run, "verdicts")}
         assert outcomes <= {"identical", "consistent", "inconsistent", "tie", "invalid"}
-        counted = dict(pairs.funnel(run))
-        assert counted["personas"] == 2 and counted["prompts"] == kept
+        counted = dict(sao.funnel(run))
+        assert counted["asked for"] == 2 and counted["prompts"] == kept
         lost = -sum(count for count in counted.values() if count < 0)
         assert counted["pairs"] == 2 - lost
 

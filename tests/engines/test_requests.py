@@ -1,4 +1,4 @@
-"""Asking a model: by content, once, resumable; a server's replies bought once, under a cap.
+"""Requests to models: by content, once, resumable; a server's replies bought once, under a cap.
 
 The server is a real one on loopback (test_engine_api.py), standing in for one that is paid.
 """
@@ -13,17 +13,24 @@ import pytest
 from test_engine_api import Server, failure, reply, server, settings, steps  # noqa: F401 (a fixture)
 
 from sao_utils import store as rows
-from sao_utils.engines import requests as asking
+from sao_utils.engines import requests as module
 from sao_utils.engines.base import Sampling, encode
 from sao_utils.engines.loading import load_tokenizer
-from sao_utils.engines.requests import CostError, ask, estimate, spent
+from sao_utils.engines.requests import CostError, estimate, replies, spent
+from sao_utils.methods import sao
 from sao_utils.recipe import Model
-from sao_utils.stages import prompts as personas
-from sao_utils.stages import responses
 
 TINY = Model(path="tiny", dtype="float32")
 SHORT = Sampling(0.6, 8)
 PRICES = {"price_in": 2.0, "price_out": 10.0}  # US$ per million tokens
+
+
+def prompts(run):
+    return sao.rows(run, "prompts")
+
+
+def responses(run):
+    return sao.rows(run, "responses")
 
 
 def write(*texts, sampling=SHORT):
@@ -41,20 +48,20 @@ def open_run(name="asked", **overrides):
 
 def test_replies_come_in_the_order_asked_and_equal_requests_are_one(results):
     run, requests = open_run(), write("Hello?", "What is tea?", "Hello?") + choose("a", "b", "a")
-    replies = ask(run, "s", TINY, requests)
-    assert replies[0] == replies[2] != replies[1] and replies[3] == replies[5] != replies[4]
+    found = replies(run, "s", TINY, requests)
+    assert found[0] == found[2] != found[1] and found[3] == found[5] != found[4]
     assert len(rows.read_rows(run.rows("s"))) == 4
-    assert {*replies[0]} == {"id", "text", "tokens", "finished"} and {*replies[3]} == {
+    assert {*found[0]} == {"id", "text", "tokens", "finished"} and {*found[3]} == {
         "id",
         "logps",
     }
-    assert all(p < 0 for p in replies[4]["logps"])
+    assert all(p < 0 for p in found[4]["logps"])
 
 
 def test_what_is_asked_beside_a_request_does_not_change_its_reply(results):
     run = open_run()
-    alone = ask(run, "alone", TINY, write("What is tea?"))
-    among = ask(run, "among", TINY, write("Hello?", "What is tea?") + choose("What is tea?"))
+    alone = replies(run, "alone", TINY, write("What is tea?"))
+    among = replies(run, "among", TINY, write("Hello?", "What is tea?") + choose("What is tea?"))
     assert alone[0] == among[1]
 
 
@@ -62,23 +69,23 @@ def test_another_temperature_model_or_choice_is_another_request(results):
     asked = write("a") + write("a", sampling=Sampling(0.0, 8)) + choose("a")
     asked += [{**choose("a")[0], "prefix": "Ranking:"}, *choose("a ")]
     other = TINY.model_copy(update={"dtype": "auto"})
-    ids = {i for model in (TINY, other) for i in asking._ids(model, asked)}
+    ids = {i for model in (TINY, other) for i in module._ids(model, asked)}
     assert len(ids) == 10
 
 
 def test_a_killed_stage_goes_on_where_it_was(results):
     run, requests = open_run(), write("a", "b", "c")
-    whole = ask(run, "s", TINY, requests)
+    whole = replies(run, "s", TINY, requests)
     path = run.rows("s")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:10])
-    assert ask(run, "s", TINY, requests) == whole
+    assert replies(run, "s", TINY, requests) == whole
     assert path.read_bytes().splitlines(keepends=True)[0] == lines[0]
 
 
 def test_a_request_of_neither_kind_is_refused(results):
     with pytest.raises(ValueError, match="sampling"):
-        ask(open_run(), "s", TINY, [{"chat": []}])
+        replies(open_run(), "s", TINY, [{"chat": []}])
 
 
 def test_tokens_are_counted_by_the_tokenizer_where_there_is_one(results):
@@ -87,20 +94,20 @@ def test_tokens_are_counted_by_the_tokenizer_where_there_is_one(results):
     chats = [request["chat"] for request in requests]
     assert cost.tokens_in == sum(map(len, encode(chats, load_tokenizer(TINY))))
     assert (cost.requests, cost.new, cost.tokens_out, cost.dollars) == (2, 2, 16, None)
-    ask(run, "s", TINY, requests)
+    replies(run, "s", TINY, requests)
     assert estimate(run, TINY, requests, "s").new == 0
 
 
 def test_nothing_is_bought_twice_by_a_run_or_another_run(results, server, capsys):  # noqa: F811
     model, requests = settings(server, **PRICES), write("a", "b", "a")
-    first = ask(open_run("one"), "s", model, requests)
+    first = replies(open_run("one"), "s", model, requests)
     said = capsys.readouterr().out
     assert "2 of 2 requests are new" in said and "US$ 0.0002" in said
-    assert ask(open_run("one"), "s", model, requests) == first
-    assert ask(open_run("two"), "other", model, requests) == first
+    assert replies(open_run("one"), "s", model, requests) == first
+    assert replies(open_run("two"), "other", model, requests) == first
     assert len(server.requests) == 2 and capsys.readouterr().out == ""
     (results / "one" / "rows" / "s.jsonl").unlink()
-    assert ask(open_run("one"), "s", model, requests) == first and len(server.requests) == 2
+    assert replies(open_run("one"), "s", model, requests) == first and len(server.requests) == 2
     assert spent(open_run("one")) == pytest.approx(2 * (5 * 2 + 3 * 10) / 1e6)  # as the server says
     assert spent(open_run("two")) == 0
     assert estimate(open_run("two"), model, requests).new == 0
@@ -116,7 +123,7 @@ def test_the_estimate_is_shown_before_anything_is_sent(results, server, capsys):
 def test_an_estimate_above_the_cap_sends_nothing(results, server):  # noqa: F811
     model = settings(server, price_out=1e6)
     with pytest.raises(CostError, match="max_cost") as error:
-        ask(open_run(max_cost=7), "s", model, write("a"))
+        replies(open_run(max_cost=7), "s", model, write("a"))
     assert "Raise" in str(error.value) and not server.requests
 
 
@@ -125,21 +132,21 @@ def test_the_cap_stops_by_what_was_really_used_and_keeps_the_rows(results, serve
     requests = write(*(f"{k}" for k in range(20)))  # 1 each, by their characters
     run = open_run(max_cost=22)
     with pytest.raises(CostError, match="spent US\\$ 20"):
-        ask(run, "s", model, requests)
-    assert len(server.requests) == asking.WAVES and spent(run) == 20
+        replies(run, "s", model, requests)
+    assert len(server.requests) == module.WAVES and spent(run) == 20
     with pytest.raises(CostError):  # also in a new process: what was spent is known from the rows
-        ask(open_run(max_cost=22), "s", model, requests)
+        replies(open_run(max_cost=22), "s", model, requests)
     assert len(server.requests) == 4
-    replies = ask(open_run(max_cost=1000), "s", model, requests)
+    found = replies(open_run(max_cost=1000), "s", model, requests)
     assert len(server.requests) == 20
-    assert [r["text"] for r in replies] == [f"You said {k}" for k in range(20)]
+    assert [r["text"] for r in found] == [f"You said {k}" for k in range(20)]
 
 
 def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server):  # noqa: F811
     silent = {**reply("yes"), "usage": None}
     server.answers["a" * 40] = [(200, silent, {})]
     run, model = open_run(), settings(server, **PRICES)
-    (row,) = ask(run, "s", model, write("a" * 40))
+    (row,) = replies(run, "s", model, write("a" * 40))
     assert (row["tokens_in"], row["tokens_out"]) == (10, 8)
     assert spent(run) == pytest.approx((10 * 2 + 8 * 10) / 1e6)
 
@@ -154,16 +161,16 @@ def test_a_fault_keeps_what_was_bought_before(results, server):  # noqa: F811
     server.answers["bad"] = [failure(401, "no key")]
     model = settings(server, concurrency=1)
     with pytest.raises(RuntimeError):
-        ask(open_run(), "s", model, write("a", "bad", "b"))
+        replies(open_run(), "s", model, write("a", "bad", "b"))
     server.answers.clear()
     before = len(server.requests)
-    ask(open_run(), "s", model, write("a", "bad"))
+    replies(open_run(), "s", model, write("a", "bad"))
     assert len(server.requests) == before + 1
 
 
 def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, server):  # noqa: F811
     server.answers["long"] = [failure(400, "maximum context length is 8192 tokens")]
-    (row,) = ask(open_run(), "s", settings(server, **PRICES), choose("long"))
+    (row,) = replies(open_run(), "s", settings(server, **PRICES), choose("long"))
     assert row["logps"] == [None, None] and row["dollars"] == 0
     for path in results.rglob("*.jsonl"):
         assert "Infinity" not in path.read_text()
@@ -175,14 +182,14 @@ def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results,
     server.answers = {"short": [(200, sure, {})]}
     server.answers["long"] = [failure(400, "maximum context length is 512 tokens")]
     small, requests = settings(server, **PRICES), kind("long", "short")
-    ask(open_run(), "s", small, requests)
+    replies(open_run(), "s", small, requests)
     before = len(server.requests)
-    refused, _ = ask(open_run(), "s", small, requests)
+    refused, _ = replies(open_run(), "s", small, requests)
     assert refused["max_context"] is None and len(server.requests) == before  # once under one limit
     server.answers["long"] = server.answers["short"]
     large = small.model_copy(update={"max_context": 4096})
     assert estimate(open_run(), large, requests, "s").new == 1
-    (first, _), (second, _) = (ask(open_run(), "s", large, requests) for _ in range(2))
+    (first, _), (second, _) = (replies(open_run(), "s", large, requests) for _ in range(2))
     assert first == second and "max_context" not in first and first["id"] == refused["id"]
     assert len(server.requests) == before + 1
     manifest = json.loads((open_run().folder / "manifest.json").read_text())
@@ -207,38 +214,35 @@ def writer(server, name="written", count=6, **evaluation):  # noqa: F811
 
 def test_prompts_and_responses_of_a_server_are_bought_once_and_counted(results, server):  # noqa: F811
     server.answers = Writer()
-    made = responses.write_responses(writer(server, "one"))
+    made = responses(writer(server, "one"))
     assert len(made) == 12 and len({row["text"] for row in made}) == 12  # two of each prompt
     assert len(server.requests) == 18 and spent(writer(server, "one")) == 18 * 5
     assert len({body["seed"] for body in server.requests}) == 18
-    assert {*made[0]} == {"id", "seed", "prompt_id", "prompt", "sample", "text"} | {
-        "tokens",
-        "finished",
-    }
-    assert responses.write_responses(writer(server, "two")) == made
+    assert not {"dollars", "run", "tokens_in"} & {*made[0]}, "what was paid stays with the cache"
+    assert responses(writer(server, "two")) == made
     assert len(server.requests) == 18 and spent(writer(server, "two")) == 0
 
 
 def test_the_cap_holds_for_prompts_and_responses_of_a_server_and_for_variants(results, server):  # noqa: F811
     server.answers = Writer()
     with pytest.raises(CostError, match="Nothing more was sent"):
-        responses.write_responses(writer(server, max_cost=10))
+        responses(writer(server, max_cost=10))
     assert not server.requests
     run = writer(server, max_cost=1100)  # a persona's prompt is estimated at some 120 tokens
-    assert len(personas.write_prompts(run)) == 6 and spent(run) == 30
-    beside = rows.variant(run, "without", {"personas.with_persona": False})
-    personas.write_prompts(beside)
+    assert len(prompts(run)) == 6 and spent(run) == 30
+    beside = rows.variant(run, "without", {"prompts.source": "no_persona"})
+    prompts(beside)
     assert spent(run) == spent(beside) == 60
-    small = rows.variant(run, "hot", {"personas.temperature": 1.0, "evaluation.max_cost": 60})
+    small = rows.variant(run, "hot", {"prompts.temperature": 1.0, "evaluation.max_cost": 60})
     with pytest.raises(CostError, match="spent US\\$ 60"):
-        personas.write_prompts(small)
+        prompts(small)
     assert len(server.requests) == 12
 
 
 BUYER = """
 import sys, time
 from pathlib import Path
-from sao_utils.engines import requests as asking
+from sao_utils.engines import requests as module
 from sao_utils import store as rows
 from sao_utils.engines.base import Sampling
 from sao_utils.recipe import Model
@@ -250,7 +254,7 @@ asked = [dict(chat=[dict(role="user", content=str(k))], sampling=Sampling(0.6, 8
 Path(folder, stage).touch()
 while not Path(folder, "go").exists():
     time.sleep(0.01)
-asking.ask(run, stage, model, asked)
+module.replies(run, stage, model, asked)
 """
 
 
@@ -278,7 +282,7 @@ def test_two_processes_that_buy_from_two_servers_keep_under_the_cap_together(
     other.shutdown()
     other.server_close()
     assert all("CostError" in text and "has spent US$ 20" in text for text in said)
-    assert len(server.requests) + len(other.requests) == asking.WAVES
+    assert len(server.requests) + len(other.requests) == module.WAVES
     assert spent(open_run()) == 20
 
 
@@ -290,8 +294,8 @@ def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
 ):
     fcntl = pytest.importorskip("fcntl")
     model, requests = settings(server), write("a", "b")
-    (bought,) = ask(open_run("first"), "s", model, requests[:1])
-    path, seen = asking._cache(model), []
+    (bought,) = replies(open_run("first"), "s", model, requests[:1])
+    path, seen = module._cache(model), []
     content = path.read_bytes()
     path.write_bytes(b"")
     with open(path, "ab") as file:
@@ -303,16 +307,16 @@ def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
             file.flush()
             fcntl.flock(file, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(asking, "PAUSE", 0.05)
+        monkeypatch.setattr(module, "PAUSE", 0.05)
         threading.Timer(0.3, other_process_ends).start()
-        assert ask(open_run("second"), "s", model, requests)[0] == bought
+        assert replies(open_run("second"), "s", model, requests)[0] == bought
     asked = [request["messages"][-1]["content"] for request in server.requests]
     assert seen == [1] and asked == ["a", "b"]
     assert "waiting" in capsys.readouterr().out
 
 
 def test_no_key_is_written_anywhere(results, server):  # noqa: F811
-    ask(open_run(), "s", settings(server, **PRICES), write("a"))
+    replies(open_run(), "s", settings(server, **PRICES), write("a"))
     written = [p.read_text() for p in results.rglob("*") if p.is_file()]
     assert written and not any("sk-very-secret" in text for text in written)
     assert all(json.loads(line) for p in results.rglob("*.jsonl") for line in p.open())
