@@ -19,9 +19,9 @@ from statistics import NormalDist
 import yaml
 
 from sao_utils.engines.transformers import FEW
+from sao_utils.machine import gpu_name
 from sao_utils.recipe import Model, Training
 from sao_utils.stages.responses import PER_PROMPT
-from sao_utils.store import gpu_name
 from sao_utils.training.losses import CHUNK_BYTES
 from sao_utils.training.shapes import CHECKPOINT_ABOVE, WEIGHT_BYTES, Shape, shape_of
 

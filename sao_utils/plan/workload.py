@@ -21,8 +21,10 @@ import yaml
 from sao_utils import templates
 from sao_utils.engines.api import VERDICT_TOKENS
 from sao_utils.engines.requests import BYTES, dollars
-from sao_utils.evaluation.questions import SETS, read_column, read_table
-from sao_utils.recipe import Evaluation, Model, Recipe, RecipeError, load_recipe
+from sao_utils.evaluation.questions import SETS
+from sao_utils.files import read_column, read_table
+from sao_utils.recipe import Evaluation, Model, Recipe, RecipeError
+from sao_utils.recipes import load_recipe
 from sao_utils.stages.responses import PER_PROMPT
 
 #: The committed run of a checkout, whose rates hold for the tiny model.

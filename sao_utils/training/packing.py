@@ -37,6 +37,11 @@ def cost(row: dict, share_prompt: bool) -> int:
     return prompts + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
+def longest(row: dict) -> int:
+    """Tokens of the longer sequence of a pair {prompt_ids, chosen_ids, rejected_ids}."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
 def plan(costs: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
     """Indices of the pairs of each microbatch: first fit, the costliest first.
 
@@ -45,7 +50,7 @@ def plan(costs: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for index in _descending(costs):
         place = next((k for k, left in enumerate(room) if costs[index] <= left), None)
         if place is None:
             bins.append([])
@@ -53,10 +58,7 @@ def plan(costs: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
             place = len(bins) - 1
         bins[place].append(index)
         room[place] -= costs[index]
-    while len(bins) < min(at_least, len(costs)):
-        longest = max(bins, key=len)
-        bins.append([longest.pop()])
-    return bins
+    return _split_up(bins, min(at_least, len(costs)))
 
 
 def plan_padded(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
@@ -66,14 +68,21 @@ def plan_padded(lengths: list[int], budget: int, at_least: int = 1) -> list[list
         lengths: of each pair, its longer sequence.
     """
     bins: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in _descending(lengths):
         if bins and 2 * lengths[bins[-1][0]] * (len(bins[-1]) + 1) <= budget:
             bins[-1].append(index)
         else:
             bins.append([index])
-    while len(bins) < min(at_least, len(lengths)):
-        longest = max(bins, key=len)
-        bins.append([longest.pop()])
+    return _split_up(bins, min(at_least, len(lengths)))
+
+
+def _descending(sizes: list[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+
+
+def _split_up(bins: list[list[int]], count: int) -> list[list[int]]:
+    while len(bins) < count:
+        bins.append([max(bins, key=len).pop()])
     return bins
 
 
@@ -176,7 +185,8 @@ def packed_attention(
     Args:
         query, key, value: [1, heads, tokens, head size] (key and value may have fewer heads).
         packed_segments: (start, end, prefix start, prefix end) of each segment; its tokens also see
-            the prefix (a shared prompt). Segments together cover the row.
+            the prefix, which is an earlier segment (a shared prompt). Segments together cover the
+            row, in order.
         softcap: c of Gemma-2's c * tanh(scores / c), which torch's fused attention lacks.
         sliding_window: how many tokens back a token sees, itself included.
 
@@ -189,23 +199,26 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    # One split for all: the backward pass of a slice writes zeros as long as the whole row.
+    lengths = [end - start for start, end, *_ in packed_segments]
+    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
+    at = {start: k for k, (start, *_) in enumerate(packed_segments)}
     parts = []
-    for start, end, prefix_start, prefix_end in packed_segments:
-        seen = [x[:, :, start:end] for x in (key, value)]
+    for k, (_, _, prefix_start, prefix_end) in enumerate(packed_segments):
+        q, seen = queries[k], [keys[k], values[k]]
         if prefix_end > prefix_start:
-            prefix = (x[:, :, prefix_start:prefix_end] for x in (key, value))
-            seen = [torch.cat(both, 2) for both in zip(prefix, seen)]
-        q, columns = query[:, :, start:end], seen[0].shape[2]
+            prefix = at[prefix_start]
+            seen = [torch.cat(both, 2) for both in zip((keys[prefix], values[prefix]), seen)]
+        columns = seen[0].shape[2]
         window = sliding_window if sliding_window and sliding_window < columns else None
         drop = dropout if module.training else 0.0
+        plain = window is None and columns == lengths[k] and not softcap
+        allowed = None if plain else _causal(lengths[k], columns, window, query.device)
         if softcap:  # its scores are large: they are computed again instead of kept
-            allowed = _causal(end - start, columns, window, query.device)
             part = checkpoint(
                 _capped, q, *seen, allowed, scaling, softcap, drop, use_reentrant=False
             )
         else:
-            plain = window is None and columns == end - start
-            allowed = None if plain else _causal(end - start, columns, window, query.device)
             part = torch.nn.functional.scaled_dot_product_attention(
                 q, *seen, attn_mask=allowed, dropout_p=drop, scale=scaling, is_causal=plain
             )

@@ -33,9 +33,6 @@ FAMILIES = {
     "gemma2": (4, None, False),
 }
 
-#: Share of the free memory that activations may fill; above it they are computed twice.
-CHECKPOINT_ABOVE = 0.7
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -97,20 +94,23 @@ class Shape:
         """Bytes of the KV cache for a token."""
         return 2 * self.layers * self.kv_heads * self.head * WEIGHT_BYTES[dtype]
 
-    def kept_bytes(self, full: bool = False) -> float:
+    def kept_bytes(self, full: bool = False, dtype: str = "bfloat16") -> float:
         """Bytes that a layer keeps of a token for the backward pass, as packed rows are trained.
 
-        With 16-bit weights and a LoRA adapter, in values of 16 bit: each norm its input in float32
-        (2); the adapters a copy of each layer's input (width: 5, queries: 1, inner: 1); attention
-        query, repeated key and value and their copies behind a shared prompt (6, with a softcap 5);
-        the gated layer three. Training all weights (`full`) keeps the residual stream in float32.
-        Masks and the adapter's inner values are left out. Checked against what autograd keeps, on a
-        CPU, in tests/test_costs.py.
+        In 16 bit with a LoRA adapter: each norm its input in float32 (2 values); the adapters a copy of
+        each layer's input (width: 5, queries: 1, inner: 1); attention query, repeated key and value and
+        their copies behind a shared prompt (6, with a softcap 5); the gated layer three. Training all
+        weights (`full`) keeps the residual stream in float32. In float32 nothing is copied to be
+        rounded. Masks and the adapter's inner values are left out. Checked against what autograd keeps,
+        on a CPU, in tests/plan/test_costs.py and tests/training/test_memory.py.
         """
-        norms = FAMILIES.get(self.family, (2,))[0]
+        norms, queries = FAMILIES.get(self.family, (2,))[0], self.heads * self.head
+        if dtype == "float32":
+            wide = norms * (2 if full else 1) + 2
+            return 4 * (wide * self.width + 8 * queries + 4 * self.inner)
         wide = norms * (4 if full else 2) + 5
         query = 6 if self.softcap and not full else 9 if self.softcap else 7
-        return 2 * (wide * self.width + query * self.heads * self.head + 4 * self.inner)
+        return 2 * (wide * self.width + query * queries + 4 * self.inner)
 
     def adapter(self, rank: int) -> int:
         """Parameters of a LoRA adapter on all linear layers but the output head."""

@@ -5,7 +5,7 @@ metrics, the loop with its optimiser, checkpoints, FSDP and DeepSpeed. What is r
 packed by a budget of tokens instead of padded, and log-probabilities are computed in chunks on the
 answers' tokens only, instead of full logits of everything.
 
-Importing this module costs seconds: `training` does so when it trains.
+Importing this module costs seconds: `fit` does so when it trains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read at import
@@ -30,10 +30,9 @@ from trl.experimental.orpo import ORPOTrainer
 
 from sao_utils.training import packing
 from sao_utils.training.losses import TrainingFailed, token_logps
+from sao_utils.training.watch import COUNTS
 
 __all__ = ["Config", "PairTrainer", "answer_logps"]
-KEYS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COUNTS = ("real_tokens", "padded_tokens", "head_rows", "completion_tokens", "microbatches")
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -117,8 +116,8 @@ def add_scoring(policy) -> None:
 class PairTrainer(CPOTrainer):
     """Trains on pairs {prompt_ids, chosen_ids, rejected_ids}; rejected_ids are empty for SFT.
 
-    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `counts` tells
-    of the last step: see `COUNTS`.
+    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `counts` are
+    those of the last step: see `watch.COUNTS`.
     """
 
     def __init__(self, policy, tokenizer, rows, settings, algorithm, arguments, callbacks=()):
@@ -180,9 +179,7 @@ class PairTrainer(CPOTrainer):
             if self.packed:
                 costs = [packing.cost(row, sharing) for row in batch]
                 return packing.plan(costs, budget, at_least)
-            answers = [max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in batch]
-            longest = [len(r["prompt_ids"]) + n for r, n in zip(batch, answers)]
-            return packing.plan_padded(longest, budget, at_least)
+            return packing.plan_padded(list(map(packing.longest, batch)), budget, at_least)
 
         bins = split()
         if self.sharded:  # all processes must take part in the same number of forward passes
@@ -192,19 +189,21 @@ class PairTrainer(CPOTrainer):
             bins = split(wanted)
         for indices in bins:
             pairs = [batch[i] for i in indices]
-            made = packing.pack(pairs, sharing) if self.packed else packing.pad(pairs)
-            yield made, pairs
+            yield packing.pack(pairs, sharing) if self.packed else packing.pad(pairs), pairs
 
-    def _logps(self, model, made: packing.Microbatch):
+    def _logps(self, model, microbatch: packing.Microbatch):
         """Summed log-probabilities and lengths, [2 * pairs]: chosen and rejected in turn."""
-        device = self.accelerator.device
-        inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in made.inputs.items()}
-        rows, targets, owner = (x.to(device) for x in (made.rows, made.targets, made.owner))
+        device, count = self.accelerator.device, 2 * microbatch.pairs
+        inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in microbatch.inputs.items()}
+        rows, targets = microbatch.rows.to(device), microbatch.targets.to(device)
+        owner = microbatch.owner.to(device)
         logps = model(**inputs, rows=rows, targets=targets)
-        sums = torch.zeros(2 * made.pairs, device=device).index_add(0, owner, logps)
-        return sums, torch.bincount(owner, minlength=2 * made.pairs)
+        sums = torch.zeros(count, device=device).index_add(0, owner, logps)
+        return sums, torch.bincount(owner, minlength=count)
 
     def _attention(self):
+        if not self.packed:
+            return nullcontext()
         return packing.packed(_inner(self.accelerator.unwrap_model(self.model)))
 
     # ------------------------------------------------------------------ a step
@@ -216,16 +215,16 @@ class PairTrainer(CPOTrainer):
         all processes, however they are packed.
         """
         model.train()
-        made = list(self._microbatches(list(batch)))
-        real = [p for _, group in made for p in group if p.get("weight", 1.0)]
-        pairs = len(real)
+        microbatches = list(self._microbatches(list(batch)))
+        real = [p for _, group in microbatches for p in group if p.get("weight", 1.0)]
         tokens = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in real)
-        total = self._over_processes([tokens if self.algorithm == "sft" else pairs])[0]
+        count = tokens if self.algorithm == "sft" else len(real)
+        total = self._over_processes([count])[0]
         share = self.accelerator.num_processes / total  # gradients are averaged over processes
         summed = torch.zeros(7, device=self.accelerator.device)
-        with self._attention() if self.packed else nullcontext():
-            for k, (microbatch, group) in enumerate(made):
-                last = k == len(made) - 1
+        with self._attention():
+            for k, (microbatch, group) in enumerate(microbatches):
+                last = k == len(microbatches) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)
                 plain = last or self.sharded  # else whole gradients would stand on every GPU
                 with nullcontext() if plain else self.accelerator.no_sync(model):
@@ -233,20 +232,25 @@ class PairTrainer(CPOTrainer):
                         loss, metrics = self._loss(model, microbatch, group)
                     self.accelerator.backward(loss * share)
                 summed += metrics
-        seen = self._over_processes([*summed.tolist(), pairs])
-        loss, *rewards = (value / total for value in seen[:5])
-        # `seen` counts pairs; for SFT the loss is a mean over tokens.
-        of_pairs = dict(zip(("chosen", "rejected", "margins", "accuracies"), rewards))
-        if self.algorithm != "sft":
-            self.store_metrics({f"rewards/{k}": v for k, v in of_pairs.items()})
-            self.store_metrics({"tokens/rejected": seen[6] / seen[7]})
-        self.store_metrics({"tokens/chosen": seen[5] / seen[7]})
-        fed, rows = sum(m.fed for m, _ in made), sum(len(m.rows) for m, _ in made)
         prompts = (1 if self.algorithm == "sft" else 2) * sum(len(p["prompt_ids"]) for p in real)
-        counted = self._over_processes([prompts + tokens, fed, rows, tokens, len(made)])
-        self.counts = dict(zip(COUNTS, map(int, counted)))
-        self.store_metrics({key: float(value) for key, value in self.counts.items()})
-        return torch.tensor(loss, device=self.args.device)
+        fed, rows = (
+            sum(values) for values in zip(*((m.fed, len(m.rows)) for m, _ in microbatches))
+        )
+        counts = [prompts + tokens, fed, rows, tokens, len(microbatches)]
+        seen = self._over_processes([*summed.tolist(), len(real), *counts])
+        self._note(seen[:7], seen[7], total, seen[8:])
+        return torch.tensor(seen[0] / total, device=self.args.device)
+
+    def _note(self, summed: list[float], pairs: float, total: float, counts: list[float]) -> None:
+        """Store what the log shows of a step: see `_loss` and COUNTS. `total` of SFT counts tokens."""
+        _, *rewards, of_chosen, of_rejected = summed
+        shown = {"tokens/chosen": of_chosen / pairs}
+        if self.algorithm != "sft":
+            names = ("chosen", "rejected", "margins", "accuracies")
+            shown |= {f"rewards/{name}": value / total for name, value in zip(names, rewards)}
+            shown["tokens/rejected"] = of_rejected / pairs
+        self.counts = dict(zip(COUNTS, map(int, counts)))
+        self.store_metrics(shown | {key: float(value) for key, value in self.counts.items()})
 
     def _loss(self, model, microbatch, group):
         """Summed loss of a microbatch, and [loss, rewards chosen, rejected, margin, accuracy, tokens
@@ -268,10 +272,9 @@ class PairTrainer(CPOTrainer):
             losses = -means[0] - ratios
         else:
             losses, better, worse = self.cpo_loss(chosen / of_chosen, rejected / of_rejected)
-        loss = (losses * weight).sum()
         each = (losses.detach(), better, worse, better - worse, better > worse)
         kept = [(value * weight).sum() for value in (*each, of_chosen, of_rejected)]
-        return loss, torch.stack([value.float() for value in kept])
+        return (losses * weight).sum(), torch.stack([value.float() for value in kept])
 
     def _over_processes(self, values: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -281,47 +284,61 @@ class PairTrainer(CPOTrainer):
 
     # ------------------------------------------------------------------ before the first step
 
-    def _check_scoring(self) -> None:
-        """Compare with the model's own logits on a few tokens: an architecture may do more to its
-        attention or its logits than is known here. Falls back to padding, or refuses."""
-        few = [{key: row[key][:12] for key in KEYS} for row in self.train_dataset[:2]]
-        model = _inner(self.model)
+    @contextmanager
+    def _quiet(self):
+        """The model in evaluation mode and without gradients, then as it was."""
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            truth = []
-            for row in few:
-                for key in KEYS[1:]:
-                    if row[key]:
-                        ids = torch.tensor([row["prompt_ids"] + row[key]], device=model.device)
-                        logits = self.model(input_ids=ids).logits[0].float()
-                        start = len(row["prompt_ids"])
-                        scores = logits[start - 1 : -1].log_softmax(-1)
-                        truth.append(scores.gather(1, ids[0, start:, None]).sum())
-            truth = torch.stack(truth)
-            if not truth.isfinite().all():  # broken weights: the first step will say so
-                self.model.train(training)
-                return
-            off, tokens = [], sum(len(row[key]) for row in few for key in KEYS[1:])
-            for way in (lambda: packing.pack(few, self.settings.share_prompt), None):
-                try:
-                    with packing.packed(model) if way else nullcontext():
-                        sums, _ = self._logps(self.model, way() if way else packing.pad(few))
-                    found = sums[sums != 0] if few[0]["rejected_ids"] == [] else sums
-                    off.append(((found - truth).abs().sum() / tokens).item())
-                except (TypeError, ValueError, RuntimeError) as error:
-                    off.append(f"{type(error).__name__}: {error}")
-                close = 1e-3 if model.dtype == torch.float32 else 0.1
-                if not isinstance(off[-1], str) and off[-1] < close:
-                    break
-            else:
-                raise TrainingFailed(
-                    f"{type(model).__name__} computes its logits in a way that is not known here "
-                    f"(off by {off[1]} a token). Take another base model."
-                )
+            yield
         self.model.train(training)
-        if len(off) == 2:
-            self.packed, self.packing_reason = False, f"packed: off by {off[0]}"
+
+    def _check_scoring(self) -> None:
+        """Compare with the model's own logits on a few tokens: an architecture may do more to its
+        attention or its logits than is known here. Falls back to padding, or refuses."""
+        keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+        few = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
+        model = _inner(self.model)
+        with self._quiet():
+            truth = self._answers_by_logits(few)
+            if not truth.isfinite().all():  # broken weights: the first step will say so
+                return
+            self.packed, reason = True, self._error(few, truth)
+            if reason is None:
+                return
+            self.packed, self.packing_reason = False, f"packed: off by {reason}"
+            reason = self._error(few, truth)
+        if reason is not None:
+            raise TrainingFailed(
+                f"{type(model).__name__} computes its logits in a way that is not known here "
+                f"(off by {reason} a token). Take another base model."
+            )
+
+    def _answers_by_logits(self, rows: list[dict]):
+        """Summed log-probability of each answer by the model's own logits, one at a time."""
+        found = []
+        for row in rows:
+            for answer in filter(None, (row["chosen_ids"], row["rejected_ids"])):
+                ids = torch.tensor([row["prompt_ids"] + answer], device=_inner(self.model).device)
+                logits = self.model(input_ids=ids).logits[0].float()
+                scores = logits[-len(answer) - 1 : -1].log_softmax(-1)
+                found.append(scores.gather(1, ids[0, -len(answer) :, None]).sum())
+        return torch.stack(found)
+
+    def _error(self, rows: list[dict], truth) -> str | None:
+        """How far off `_logps` is a token, or its error; None if it is right up to rounding."""
+        model = _inner(self.model)
+        close = 1e-3 if model.dtype == torch.float32 else 0.1
+        try:
+            made = (
+                packing.pack(rows, self.settings.share_prompt) if self.packed else packing.pad(rows)
+            )
+            with self._attention():
+                sums, lengths = self._logps(self.model, made)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        off = ((sums[lengths > 0] - truth).abs().sum() / lengths.sum()).item()
+        return None if off < close else str(off)
 
     def _add_reference(self) -> None:
         """DPO compares with the model before training: its log-probabilities, once for all pairs."""
@@ -330,15 +347,14 @@ class PairTrainer(CPOTrainer):
                 "training.algorithm=dpo does not run under FSDP or ZeRO-3 here: its reference is "
                 "computed before the model is spread. Take simpo or orpo, or one GPU."
             )
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self._attention() if self.packed else nullcontext():
-            with self.accelerator.autocast():
-                for made, group in self._microbatches(list(self.train_dataset)):
-                    sums, _ = self._logps(self.model, made)
+        rows = list(self.train_dataset)
+        with self._quiet(), self._attention(), self.accelerator.autocast():
+            for start in range(0, len(rows), self.settings.batch_size):
+                batch = rows[start : start + self.settings.batch_size]
+                for microbatch, group in self._microbatches(batch):
+                    sums, _ = self._logps(self.model, microbatch)
                     for pair, reference in zip(group, sums.view(-1, 2).tolist()):
                         pair["reference"] = reference
-        self.model.train(training)
 
     # ------------------------------------------------------------------ the loop's loose ends
 

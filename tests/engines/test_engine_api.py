@@ -478,7 +478,7 @@ def of(*steps):
     return [(next(iter(p)), {token: math.log(q) for token, q in p.items()}) for p in steps]
 
 
-@pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, engine_api.SURE)])
+@pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, verdicts.SURE)])
 def test_a_choice_that_a_server_reports_alone_wins_by_what_is_left(sure, left):
     found = read_verdict(of({" ": 1.0}, {"1": sure}), "", CHOICES)
     assert found == pytest.approx([math.log(sure), math.log(left)])

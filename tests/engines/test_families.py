@@ -13,10 +13,11 @@ from families import ANSWER, FAMILIES, PROMPT, RECIPES
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, encode, parting
+from sao_utils.engines.base import Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
-from sao_utils.recipe import Model, Training, load_recipe, recipe_names
+from sao_utils.recipe import Model, Training
+from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages import pairs
 from sao_utils.stages.judging import judge
 from sao_utils.stages.prompts import write_prompts

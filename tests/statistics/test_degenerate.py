@@ -4,12 +4,7 @@ import math
 
 import pytest
 
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_difference,
-    clustered_mean,
-    win_rate,
-)
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate, length_curve
 from sao_utils.statistics.power import design_effect
 from sao_utils.statistics.ratings import bradley_terry, kappa

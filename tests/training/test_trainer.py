@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from sao_utils.recipe import Training
-from sao_utils.training.fit import add_adapter, pair_trainer
 from sao_utils.training.losses import TrainingFailed
+from sao_utils.training.setup import add_adapter, pair_trainer
 
 COMMON = dict(
     vocab_size=257,

@@ -1,0 +1,36 @@
+"""Train one arm with several processes: `accelerate launch ... -m sao_utils.methods --recipe R`."""
+
+from __future__ import annotations
+
+import argparse
+
+from sao_utils.training.processes import is_main, wait_for_all
+
+
+def main() -> None:
+    """`accelerate launch -m sao_utils.methods --recipe R --run NAME --arm self --seed 0`.
+
+    `sao run` and notebook 04 then find the arm finished. The stages before it should have run: else
+    one process makes them, while the others wait for at most as long as torch lets them (10 to 30
+    minutes).
+    """
+    from sao_utils.methods import sao
+    from sao_utils.store import open_run
+
+    parser = argparse.ArgumentParser(prog="sao_utils.methods", description=main.__doc__)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--run")
+    parser.add_argument("--arm", default="self")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    overrides = dict(setting.split("=", 1) for setting in given.set)
+    if is_main():
+        sao.pairs(open_run(given.recipe, given.run, overrides), given.arm)
+    wait_for_all()
+    run = open_run(given.recipe, given.run, overrides)
+    print(sao.train(run, given.arm, given.seed))
+
+
+if __name__ == "__main__":
+    main()

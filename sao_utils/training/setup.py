@@ -1,0 +1,225 @@
+"""The trainer of a training: base model, adapter, and every setting of trl and transformers."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+from sao_utils.engines import loading
+from sao_utils.engines.base import context_limit
+from sao_utils.engines.registry import unload_engines
+from sao_utils.recipe import Model, Training
+from sao_utils.training import memory, packing, processes
+from sao_utils.training.encoding import token_rows
+from sao_utils.training.shapes import shape_of
+
+
+def make_trainer(
+    model: Model,
+    pairs: list[dict],
+    settings: Training,
+    algorithm: str,
+    seed: int,
+    folder: Path,
+    watch: Callable[[list[dict]], None] | None = None,
+):
+    """The trainer with model, data and every setting in place; `.train()` runs it."""
+    from transformers import AutoConfig, set_seed
+
+    from sao_utils.training.watch import Watch
+
+    tokenizer = loading.load_tokenizer(model)
+    config = AutoConfig.from_pretrained(loading.model_folder(model.path), revision=model.revision)
+    # Before the weights: faults show at once.
+    rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
+    free_gpu()
+    policy = load_base(model, settings)
+    set_seed(seed)
+    if settings.method == "lora":
+        policy = add_adapter(policy, settings)
+    dtype = training_precision(model)[0]
+    trainer = pair_trainer(
+        policy,
+        tokenizer,
+        rows,
+        settings,
+        algorithm,
+        seed,
+        folder,
+        callbacks=[Watch(folder, settings, tokenizer, pairs, rows, watch)],
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+    )
+    if trainer.accelerator.num_processes > 1 and processes.is_main():
+        kind = trainer.accelerator.distributed_type.value
+        print(f"{trainer.accelerator.num_processes} processes, {kind}", flush=True)
+    if trainer.packing_reason:
+        print(f"Padding instead of packing; {trainer.packing_reason}", flush=True)
+    return trainer
+
+
+def free_gpu() -> None:
+    """Give the GPU's memory back: an engine that stays loaded leaves no room for training."""
+    import torch
+
+    if torch.cuda.is_available():
+        unload_engines()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def training_precision(model: Model) -> tuple[str, str]:
+    """The dtype to train in on this machine, and why: the engines', but float32 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "float32", "there is no GPU"
+    return loading.precision(model)
+
+
+def load_base(model: Model, settings: Training):
+    """The base model for training: plain, or in 4 bit (QLoRA).
+
+    With method=full the weights are float32 and only computed with in fewer bits: a step of a
+    learning rate of 1e-6 is too small for a 16-bit weight to move at all.
+    """
+    import torch
+
+    dtype, why = training_precision(model)
+    print(f"Computing in {dtype}: {why}", flush=True)
+    kept = "float32" if settings.method == "full" else dtype
+    changes = {"dtype": kept, "quantisation": settings.quantisation}
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    left_to_trainer = processes.world_size() > 1 and settings.quantisation == "none"
+    return loading.load_model(model.model_copy(update=changes), None if left_to_trainer else device)
+
+
+def add_adapter(base, settings: Training):
+    """A LoRA adapter in float32 on all linear layers of a model but its output head."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+    )
+    return get_peft_model(base, lora)
+
+
+def pair_trainer(
+    policy,
+    tokenizer,
+    rows: list[dict],
+    settings: Training,
+    algorithm: str,
+    seed: int,
+    folder: Path,
+    callbacks: Sequence = (),
+    **arguments,
+):
+    """The trainer of a loaded model on rows of token ids (see `token_rows`).
+
+    Args:
+        policy: a causal language model of transformers, or peft's wrapping of one.
+        tokenizer: is saved beside whole models; None will do for a benchmark.
+        arguments: further ones of transformers' TrainingArguments.
+    """
+    import torch
+    from transformers import PrinterCallback
+
+    from sao_utils.training.trainer import Config, PairTrainer
+
+    cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
+    choice = _choose_memory(policy, rows, settings, cuda)
+    if choice.twice:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    rate = settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate
+    optimiser = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
+    known = {field.name for field in fields(Config)}
+    off = [name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known]
+    settings_of_trl = dict(
+        output_dir=str(Path(folder) / "checkpoints"),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=1,  # one batch is a whole step: see PairTrainer
+        learning_rate=rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_ratio,  # a number below 1 is a share of the steps
+        max_grad_norm=settings.max_grad_norm,
+        optim=optimiser[settings.optimiser],
+        use_cpu=not cuda,
+        bf16=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # by default a NaN is hidden in a mean of earlier losses
+        save_strategy="no",  # by time instead: see Watch
+        save_total_limit=2,  # while one is written, the one before is whole
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        max_length=max(map(packing.longest, rows)),
+        **{off[0]: False},  # done above: without the reentrant kind, which asks for more
+        # None of these three is trl's default: 1.0 (a hidden NLL term), 0.1 and 0.5.
+        cpo_alpha=0.0,
+        beta=settings.dpo_beta if algorithm == "dpo" else settings.beta,
+        simpo_gamma=settings.gamma,
+        loss_type="sigmoid" if algorithm == "dpo" else "simpo",
+        disable_dropout=False,
+    )
+    stand_in = SimpleNamespace(pad_token="", pad_token_id=0, save_pretrained=lambda *_, **__: None)
+    trainer = PairTrainer(
+        policy,
+        tokenizer or stand_in,
+        rows,
+        settings.model_copy(update={"token_budget": choice.budget}),
+        algorithm,
+        Config(**settings_of_trl | arguments),
+        callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if cuda:
+        torch.cuda.empty_cache()
+    return trainer
+
+
+def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> memory.Choice:
+    """Token budget and gradient checkpointing by what is free now; says what was chosen, and why."""
+    import psutil
+    import torch
+
+    longest = max(packing.cost(row, settings.share_prompt) for row in rows)
+    # A trained weight still wants its gradient, Adam's two moments and a 16-bit copy; weights that a
+    # GPU lacks will be spread to it.
+    coming = 0
+    for weight in policy.parameters():
+        coming += 14 * weight.numel() * weight.requires_grad
+        coming += weight.nbytes * (cuda and weight.device.type == "cpu")
+    if settings.method == "full":
+        coming /= processes.world_size()
+    if cuda:
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available / processes.world_size()
+    choice = memory.choose(
+        shape_of(policy.config),
+        settings,
+        longest,
+        max(0, free - coming),
+        "float32" if policy.dtype == torch.float32 and not cuda else "bfloat16",
+        "cuda" if cuda else "cpu",
+    )
+    auto = "auto" in (settings.token_budget, settings.gradient_checkpointing)
+    if auto and processes.is_main():
+        twice = "on" if choice.twice else "off"
+        print(
+            f"Token budget {choice.budget:,}, gradient checkpointing {twice}: {choice.reason}",
+            flush=True,
+        )
+    return choice

@@ -1,0 +1,98 @@
+"""Token ids of pairs: the prompt as in generation, exactly one end token, the model's own template."""
+
+import shutil
+
+import pytest
+from training_cases import ANSWERS, load, pair, settings
+
+from sao_utils.engines.loading import load_tokenizer
+from sao_utils.tiny import pretrain
+from sao_utils.training.encoding import encode
+from sao_utils.training.fit import fit
+from sao_utils.training.probe import probe
+
+PLAIN = pretrain.CHAT_TEMPLATE
+CHATML_LIKE = PLAIN.replace("<|end|>{%", "<|end|>\n{%")
+NO_END = PLAIN.replace("<|end|>{%", "{%")
+TWO_ENDS = PLAIN.replace("<|end|>{%", "<|end|>.<|end|>{%")
+
+
+@pytest.fixture
+def templated(tokenizer, monkeypatch):
+    def use(template):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        return tokenizer
+
+    return use
+
+
+@pytest.mark.parametrize("template", [PLAIN, CHATML_LIKE, NO_END])
+def test_an_answer_ends_in_exactly_one_end_token(templated, pairs, template):
+    assert CHATML_LIKE != PLAIN != NO_END
+    tokenizer = templated(template)
+    ids, labels = encode(pairs[0], "chosen", tokenizer)
+    end = tokenizer.eos_token_id
+    assert ids.count(end) == 1 and ids[-1] == end
+    answer = [token for token in labels if token != -100]
+    assert tokenizer.decode(answer) == ANSWERS[0][0] + "<|end|>"
+    prompt = tokenizer.apply_chat_template(
+        pairs[0]["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert ids[: -len(answer)] == prompt, "trained on another prompt than is generated from"
+
+
+def test_a_turn_that_closes_with_another_token_than_eos_ends_there(templated, pairs):
+    """As Gemma's <end_of_turn>: an eos after it could never be generated, but would be scored."""
+    tokenizer = templated(PLAIN.replace("<|end|>{%", "<|user|>\n{%"))
+    ids, labels = encode(pairs[0], "chosen", tokenizer)
+    answer = [token for token in labels if token != -100]
+    assert tokenizer.decode(answer) == ANSWERS[0][0] + "<|user|>"
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_an_end_token_inside_an_answer_is_data(tokenizer):
+    ids, _ = encode(pair("p", "Yes.<|end|><|user|>More?", "No."), "chosen", tokenizer)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+
+
+def test_what_cannot_be_trained_on_is_refused_by_name(base, templated, pairs, tmp_path):
+    def attempt(*bad):
+        fit(base, [*pairs, *bad], settings(), "simpo", 0, tmp_path / "a")
+
+    with pytest.raises(ValueError, match="Pair long, rejected .* 2048.*max_tokens"):
+        attempt(pair("long", "Yes.", "no " * 3000))
+    with pytest.raises(ValueError, match="Pair blank, chosen .*empty"):
+        attempt(pair("blank", " \n", "No."))
+    with pytest.raises(ValueError, match="no pairs .*funnel"):
+        fit(base, [], settings(), "simpo", 0, tmp_path / "a")
+    with pytest.raises(ValueError, match="pair-0, chosen .*2 end tokens"):
+        encode(pairs[0], "chosen", templated(TWO_ENDS))
+    assert not list(tmp_path.glob("**/done.json"))
+
+
+THINKING = PLAIN.replace("<|assistant|>", "<|assistant|>{{ '' if think else 'No thinking. ' }}")
+
+
+def test_template_options_reach_the_pairs_and_the_probe(base, pairs, tmp_path, monkeypatch):
+    """As Qwen3's enable_thinking: training and probe see the prompt that generation sees."""
+    assert THINKING.count("think else") > 0
+    folder = tmp_path / "model"
+    shutil.copytree(base.path, folder)
+    (folder / "chat_template.jinja").write_text(THINKING)
+    plain = base.model_copy(update={"path": str(folder)})
+    thinking = plain.model_copy(update={"template_options": {"think": True}})
+    for model, marked in ((plain, True), (thinking, False)):
+        loaded = load_tokenizer(model)
+        ids, labels = encode(pairs[0], "chosen", loaded)
+        prompt = [token for token, label in zip(ids, labels) if label == -100]
+        assert ("No thinking." in loaded.decode(prompt)) == marked
+    seen, fill = [], loaded.apply_chat_template
+
+    def noted(*chats, **options):
+        seen.extend(fill(*chats, **options))
+        return seen
+
+    monkeypatch.setattr(loaded, "apply_chat_template", noted)
+    probe(load(base), loaded, [pairs[0]["prompt"]])
+    assert len(seen) == 1 and "No thinking." not in seen[0]

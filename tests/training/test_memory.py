@@ -1,0 +1,144 @@
+"""The token budget by free memory: what is chosen, and that it changes no gradient."""
+
+import pytest
+import torch
+from training_cases import settings
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sao_utils.training import packing
+from sao_utils.training.memory import GIB, choose, training_memory_bytes
+from sao_utils.training.setup import add_adapter, pair_trainer
+from sao_utils.training.shapes import shape_of
+
+SMOLLM2 = LlamaConfig(  # SmolLM2-135M
+    vocab_size=49_152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+GEMMA = dict(  # Gemma-2-9B
+    model_type="gemma2",
+    vocab_size=256_000,
+    hidden_size=3584,
+    intermediate_size=14_336,
+    num_hidden_layers=42,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=256,
+    attn_logit_softcapping=50.0,
+)
+
+
+def cpu_choice(free, longest=300, **changes):
+    shape = shape_of(SMOLLM2)
+    return choose(shape, settings(**changes), longest, free * GIB, "float32", "cpu")
+
+
+def test_the_budget_follows_the_free_memory_of_a_machine_without_a_gpu():
+    found = [cpu_choice(free).budget for free in (30, 12, 6, 2)]
+    assert found[0] == 4096 and found[-1] == 512
+    assert found == sorted(found, reverse=True) and len(set(found)) >= 3
+    assert not any(cpu_choice(free).twice for free in (30, 12, 6, 2))
+    assert cpu_choice(0.5).twice, "nothing fits: at least compute the activations twice"
+    assert "GiB, 6.0 GiB are free" in cpu_choice(6).reason
+
+
+def test_the_budget_is_never_below_the_longest_pair_and_a_number_stays():
+    assert cpu_choice(0.5, longest=1900).budget == 1900
+    assert cpu_choice(0.5, longest=1900, token_budget=700).budget == 700
+    assert cpu_choice(30, token_budget=700).budget == 700
+
+
+def test_activations_are_computed_twice_only_where_they_do_not_fit():
+    shape = shape_of(GEMMA)
+    found = {
+        free: choose(shape, settings(token_budget=4096), 4000, free * GIB) for free in (15, 130)
+    }
+    assert found[15].twice and not found[130].twice
+    assert not choose(shape, settings(gradient_checkpointing="off"), 4000, 15 * GIB).twice
+    assert choose(shape, settings(gradient_checkpointing="on"), 4000, 130 * GIB).twice
+    few, many = (choose(shape, settings(), 900, free * GIB) for free in (15, 130))
+    assert few.twice and few.budget >= 4096, "a small budget without costs more"
+    assert (many.twice, many.budget) == (False, 8192)
+
+
+def test_the_plan_is_what_a_model_of_135_million_parameters_took():
+    """Measured, SmolLM2-135M on a CPU in float32: 4.3 GB at 1,024 tokens, 9.9 GB at 4,096.
+
+    Beside the training the process held the libraries and an engine of the same model.
+    """
+    shape, beside = shape_of(SMOLLM2), 1.4e9
+    for tokens, measured in ((1024, 4.3e9), (4096, 9.9e9)):
+        parts = training_memory_bytes(
+            shape, settings(lora_rank=16), tokens, False, None, "float32", "cpu"
+        )
+        assert sum(parts.values()) + beside == pytest.approx(measured, rel=0.12)
+
+
+@pytest.fixture
+def small():
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(3, 500, (count,), generator=generator).tolist()
+
+    rows = [
+        {"id": str(k), "prompt_ids": ids(60), "chosen_ids": ids(90), "rejected_ids": ids(100)}
+        for k in range(10)
+    ]
+    return config, rows
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_activations_in_float32_are_what_autograd_keeps(small, method, tmp_path):
+    config, rows = small
+    set_to = settings(method=method, gradient_checkpointing="off", lora_rank=1)
+    policy = model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if method == "lora":
+        policy = add_adapter(model, set_to)
+    trainer = pair_trainer(policy, None, rows, set_to, "simpo", 0, tmp_path)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept, alive = {}, []
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    ((microbatch, group),) = trainer._microbatches(rows)
+    with packing.packed(model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        trainer._loss(policy, microbatch, group)
+    estimate = shape_of(config).kept_bytes(method == "full", "float32") * 3 * microbatch.fed
+    assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)
+
+
+def test_the_gradient_does_not_depend_on_the_budget(small, tmp_path):
+    config, rows = small
+    found = {}
+    for budget in (512, 4096):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        set_to = settings(method="full", token_budget=budget, beta=2.0, gamma=0.5)
+        trainer = pair_trainer(model, None, rows, set_to, "simpo", 0, tmp_path)
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(trainer.model, rows).item()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        found[budget] = loss, gradients, trainer.counts["microbatches"]
+    (loss, gradients, few), (same, of_same, many) = found[4096], found[512]
+    assert (few, many) == (1, 5)
+    assert same == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(of_same[name], gradient, rtol=1e-4, atol=1e-7), name
