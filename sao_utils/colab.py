@@ -3,10 +3,9 @@
 The first cell of each notebook runs this file where the kit is missing: on Colab, above all, whose
 torch and numpy fit its GPU and are partly loaded. It needs Python's standard library only.
 
-pip leaves an installed package alone as long as all that asks for it agrees. Three kinds of lines
-hold it to that: what is loaded in this kernel, or compiled against the GPU's software, stays as it
-is; the libraries that the kit was tested with as one, and all that the machine lacks, come in the
-kit's versions.
+pip gets constraints of three kinds. What is loaded in this kernel, or compiled against the GPU's
+software, stays as it is. The libraries that were tested together come in the kit's versions. So does
+all that the machine lacks.
 """
 
 import re
@@ -26,7 +25,7 @@ STACK = (
     *("transformers", "tokenizers", "trl", "peft", "accelerate", "datasets"),
     *("huggingface-hub", "safetensors", "bitsandbytes"),
 )
-#: Asked for by the kit, but the notebook that runs this is a Jupyter already.
+#: Needs of the kit that the notebook which runs this has already.
 LEFT_OUT = ("jupyterlab", "ipykernel")
 #: peft raises an error at every LoRA where it finds torchao below 0.16, as Colab has it (0.10). 0.17
 #: needs no other package, and newer ones a newer torch.

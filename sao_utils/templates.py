@@ -1,7 +1,7 @@
 """The prompts that the model sees, kept as data in `prompts/*.jinja`, and reading its replies.
 
 Text that a model wrote is data: `render` never interprets it, and the markers by which the
-ranking prompt tells the two responses apart are defused inside of it.
+ranking prompt tells the two responses apart are escaped inside of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fill(template: str, **values: str) -> str:
     return re.sub(rf"\{{({names})\}}", lambda place: values[place[1]], template)
 
 
-def defuse(text: str) -> str:
+def escape(text: str) -> str:
     """Make the judge's markers (`<Response 1>`, `</Response 2>`, ...) in a text harmless.
 
     The angle bracket becomes a round one, so that an answer cannot close its own section of the
@@ -68,15 +68,15 @@ def defuse(text: str) -> str:
     return _MARKER.sub("(", text)
 
 
-def defused(texts: dict[str, str]) -> dict[str, str]:
-    """`defuse` on each text."""
-    return {name: defuse(text) for name, text in texts.items()}
+def escaped(texts: dict[str, str]) -> dict[str, str]:
+    """`escape` on each text."""
+    return {name: escape(text) for name, text in texts.items()}
 
 
 def ranking_prompt(prompt: str, response_1: str, response_2: str) -> str:
     """The paper's ranking prompt for one order of two responses."""
     texts = {"prompt": prompt, "response_1": response_1, "response_2": response_2}
-    return render("ranking", **defused(texts))
+    return render("ranking", **escaped(texts))
 
 
 def parse_ranking(text: str) -> int | None:

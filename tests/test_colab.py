@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from sao_utils import colab
-from sao_utils import store as rows
+from sao_utils import colab, store
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMPY, IPYTHON = "2.3.4", "7.34.0"
@@ -70,11 +69,11 @@ def machine(tmp_path_factory):
     for name, version in STAND_INS.items():
         (packages / name).mkdir()
         (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
-        said = packages / f"{name}-{version}.dist-info"
-        said.mkdir()
-        (said / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (said / "INSTALLER").write_text("pip\n")
-        (said / "RECORD").write_text(f"{name}/__init__.py,,\n{said.name}/METADATA,,\n")
+        info = packages / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "INSTALLER").write_text("pip\n")
+        (info / "RECORD").write_text(f"{name}/__init__.py,,\n{info.name}/METADATA,,\n")
     return python, packages
 
 
@@ -97,12 +96,10 @@ def address(tmp_path):
     for name in ("README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, copy / name)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    asked = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL).group(1)
-    few = "".join(
-        f"{line}\n" for line in asked.splitlines() if re.match(rf' *"({"|".join(FEW)})\b', line)
-    )
+    every = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL).group(1)
+    few = "".join(re.findall(rf' *"(?:{"|".join(FEW)})\b.*\n', every))
     assert len(few.splitlines()) == len(FEW)
-    (copy / "pyproject.toml").write_text(project.replace(asked, few), encoding="utf-8")
+    (copy / "pyproject.toml").write_text(project.replace(every, few), encoding="utf-8")
     author = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
     call("git", "init", "-q", copy)
     call("git", "-C", copy, "add", ".")
@@ -118,15 +115,15 @@ def test_the_guard_cell_fetches_the_kit_and_leaves_torch_and_numpy_alone(
     kept = files_of(packages, "torch", "numpy")
     content = tmp_path / "content"  # where Colab opens a notebook: without a checkout beside it
     content.mkdir()
-    after = "from sao_utils import recipe; print('recipe', recipe.load_recipe('tiny').name)"
+    after = "from sao_utils.recipes import load_recipe; print('recipe', load_recipe('tiny').name)"
     filled = guard().replace('".."', f'"{address}"')
     assert address in filled
     (content / "cells.ipy").write_text(f"import google.colab, numpy, torch\n{filled}\n{after}\n")
     place = {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": ""}
     ipython = (python, "-m", "IPython", "--colors=NoColor", "cells.ipy")
 
-    said = call(*ipython, cwd=content, env={**os.environ, **place})
-    assert "Done." in said and "recipe tiny" in said and "drive.mount" in said
+    shown = call(*ipython, cwd=content, env={**os.environ, **place})
+    assert "Done." in shown and "recipe tiny" in shown and "drive.mount" in shown
     assert files_of(packages, "torch", "numpy") == kept and kept
     there = call(python, "-m", "pip", "list", "--format=freeze").split()
     assert f"numpy=={NUMPY}" in there and f"torch=={STAND_INS['torch']}" in there
@@ -138,8 +135,8 @@ def test_the_guard_cell_fetches_the_kit_and_leaves_torch_and_numpy_alone(
     assert (packages / "sao_utils" / "recipe.py").is_file(), "an editable install is not imported"
 
     again = files_of(packages, "sao_utils")
-    said = call(*ipython, cwd=content, env={**os.environ, **place, "PIP_NO_INDEX": "1"})
-    assert "recipe tiny" in said and "Installing" not in said and "fatal" not in said
+    shown = call(*ipython, cwd=content, env={**os.environ, **place, "PIP_NO_INDEX": "1"})
+    assert "recipe tiny" in shown and "Installing" not in shown and "fatal" not in shown
     assert files_of(packages, "sao_utils") == again
 
 
@@ -188,7 +185,7 @@ def test_constraints_hold_what_is_loaded_or_bound_to_the_gpu_and_pin_the_rest():
     ]  # and rich: there, not loaded, so pip keeps it if it can
 
 
-def test_a_library_that_is_loaded_and_must_go_asks_for_a_restart(monkeypatch):
+def test_a_loaded_library_of_another_version_needs_a_restart(monkeypatch):
     monkeypatch.setattr(colab, "installed", lambda: {"transformers": "4.57.0"})
     monkeypatch.setattr(colab, "loaded", lambda: {"transformers"})
     monkeypatch.setattr(colab, "_pip", lambda *a: pytest.fail("pip was called"))
@@ -196,14 +193,16 @@ def test_a_library_that_is_loaded_and_must_go_asks_for_a_restart(monkeypatch):
         colab.install(ROOT)
 
 
-def test_what_is_said_of_gpu_and_drive(monkeypatch, tmp_path, capsys):
+def test_advice_names_the_recipe_for_a_gpu_and_where_rows_outlive_the_machine(
+    monkeypatch, tmp_path, capsys
+):
     colab.advice()
     assert capsys.readouterr().out == ""  # not on Colab
     monkeypatch.setattr(colab, "on_colab", lambda: True)
     monkeypatch.setattr(colab.shutil, "which", lambda name: f"/usr/bin/{name}")
     colab.advice()
-    said = capsys.readouterr().out
-    assert 'recipe = "colab-t4"' in said and "Rows are lost" in said and "drive.mount(" in said
+    shown = capsys.readouterr().out
+    assert 'recipe = "colab-t4"' in shown and "Rows are lost" in shown and "drive.mount(" in shown
     monkeypatch.setattr(colab, "DRIVE", tmp_path)
     colab.advice()
     assert "Rows are kept on your Drive, in sao-results" in capsys.readouterr().out
@@ -212,14 +211,14 @@ def test_what_is_said_of_gpu_and_drive(monkeypatch, tmp_path, capsys):
 def test_rows_go_to_a_mounted_drive_unless_the_user_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.delenv("SAO_RESULTS", raising=False)
     monkeypatch.setattr(colab, "DRIVE", tmp_path)
-    assert rows.results_folder() == ROOT / "results"  # not on Colab, whatever folder there is
+    assert store.results_folder() == ROOT / "results"  # not on Colab, whatever folder there is
     monkeypatch.setattr(colab, "on_colab", lambda: True)
-    assert rows.results_folder() == tmp_path / "sao-results"
+    assert store.results_folder() == tmp_path / "sao-results"
     monkeypatch.setattr(colab, "DRIVE", tmp_path / "not mounted")
-    assert rows.results_folder() == ROOT / "results"
+    assert store.results_folder() == ROOT / "results"
     monkeypatch.setattr(colab, "DRIVE", tmp_path)
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "mine"))
-    assert rows.results_folder() == tmp_path / "mine"
+    assert store.results_folder() == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
@@ -231,5 +230,5 @@ def test_a_disk_without_locks_such_as_a_mounted_drive_keeps_rows(fault, monkeypa
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     jobs = [{"id": "a"}, {"id": "b"}]
-    made = rows.complete(tmp_path / "rows.jsonl", jobs, lambda left: iter([left]), "rows")
-    assert made == jobs == rows.read_rows(tmp_path / "rows.jsonl")
+    made = store.complete(tmp_path / "rows.jsonl", jobs, lambda left: iter([left]), "rows")
+    assert made == jobs == store.read_rows(tmp_path / "rows.jsonl")

@@ -1,17 +1,19 @@
 """The notebooks: the house rules they are written by, and each of them run from end to end."""
 
 import json
+import math
 import re
 import statistics
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
-from sao_utils import store as rows
-from sao_utils.oracles import tiny_world as world
-from sao_utils.report import figures, results
+from sao_utils import oracles
+from sao_utils.store import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -20,7 +22,6 @@ NAMES = (
     "05_evaluation 06_results"
 ).split()
 EVERY = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-KEYS = ("gain", "gain_over_sft_random")  # of `results.good_rates`, that the notebooks check
 
 GUARD = '''\
 try:
@@ -29,7 +30,7 @@ except ModuleNotFoundError:
     kit = ".."  # a folder, or the address of a git repository
     !test -d "{kit}" || git clone -q --depth 1 "{kit}" sao-kit
     %run "{'sao-kit' if ':' in kit else kit}/sao_utils/colab.py"'''
-VERSIONS = "from sao_utils.store import versions\n\nversions()"
+VERSIONS = "from sao_utils.machine import versions\n\nversions()"
 #: Where people keep files: none of it belongs into a notebook.
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|work|tmp|mnt|content|opt)/|[A-Z]:\\\\")
 TOKEN = "hf_ThisIsSecretAndMustNotBeShown"
@@ -92,10 +93,10 @@ def test_a_notebook_begins_as_all_do(name):
         "overrides: dict = {}",
     ]
     assert all("  # " in line for line in lines), "a parameter without its comment"
-    assert "current = open_run(recipe, run or " in code[3].source
+    assert "current = open_notebook(recipe, run, overrides" in code[3].source
 
 
-def test_the_guard_cell_finds_what_it_runs_and_says_the_same_everywhere():
+def test_the_guard_cell_finds_what_it_runs_and_is_the_same_everywhere():
     """What it then does is tested on a machine without the kit, in test_colab.py."""
     default, below = re.search(r'kit = "(.+)"', GUARD), re.search(r'%run "{.+}/(.+)"', GUARD)
     assert (FOLDER / default.group(1) / below.group(1)).is_file()
@@ -110,8 +111,8 @@ def test_the_guard_cell_finds_what_it_runs_and_says_the_same_everywhere():
     above = {name: read(name).cells[1] for name in EVERY}
     assert {cell.cell_type for cell in above.values()} == {"markdown"}
     assert len({cell.source for cell in above.values()}) == 1
-    said = above[EVERY[0]].source
-    assert all(word in said for word in ("`git clone`", "Drive", "colab-t4", "no public address"))
+    text = above[EVERY[0]].source
+    assert all(word in text for word in ("`git clone`", "Drive", "colab-t4", "no public address"))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -133,45 +134,6 @@ def test_a_notebook_is_thin(name):
     assert 3 <= words / sum(sizes) <= 9, "words of prose per line of code"
 
 
-# ---------------------------------------------------------------------- other recipes
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_no_notebook_takes_the_first_temperature_to_be_greedy(name):
-    code = "\n".join(sources(name, "code"))
-    assert "oracle_good_rate." not in code and '["temperature"] == 0' not in code
-
-
-@pytest.mark.parametrize(
-    ("name", "cell", "names"),
-    [
-        ("04_simpo_training", "04-34", dict(near=[True], finite=True, moved=[1.0], margins=[])),
-        ("05_evaluation", "05-21", dict(found={}, rate="x", wanted=dict.fromkeys(KEYS, "gain"))),
-        ("06_results", "06-27", dict(found={}, rate="x", claims=dict.fromkeys(KEYS, "gain"))),
-    ],
-)
-def test_what_a_recipe_leaves_out_is_neither_ok_nor_not_so(name, cell, names, capsys):
-    """Arms, or an oracle, that are not there: the cells with checks, as they stand."""
-    (source,) = (c.source for c in read(name).cells if c.id == cell)
-    nothing = dict(by_hand=[], by_code=[], order=[], repeats=[], check=results.check)
-    exec(source, {**nothing, "results": results, **names})
-    shown = capsys.readouterr().out
-    assert "pull ahead" not in shown and "above zero" not in shown and "LOOK" not in shown
-
-
-def test_a_run_that_samples_its_verdicts_is_not_compared_with_itself(tmp_path, monkeypatch):
-    """Nor is it asked how sure it is: a sampled margin has no size."""
-    monkeypatch.setenv("SAO_RESULTS", str(tmp_path))
-    changes = {"judging.method": "sampled", "pairs.min_margin": 0}
-    current = rows.open_run("tiny", "drawn", changes)
-    cells = {cell.id: cell.source for cell in read("03_self_judging").cells}
-    names = {"current": current, "figures": figures, "valid": [{"id": "a"}]}
-    exec(cells["03-36"], names)
-    exec(cells["03-22"], names)
-    assert names["sampled"] == []
-    assert (current.folder / "figures" / "calibration.svg").is_file()
-
-
 # ---------------------------------------------------------------------- from end to end
 
 
@@ -180,24 +142,27 @@ class Workplace:
 
     def __init__(self, folder):
         self.folder, self.results = folder, folder / "results"
-        questions = world.held_out_questions("test", 1, seed=1)[::8]
-        path = folder / "questions.jsonl"
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
         self.overrides = {
-            "personas.count": 40,
+            "prompts.count": 40,
             "responses.max_new_tokens": 64,
             "evaluation.max_new_tokens": 64,
             "training.batch_size": 8,
-            "evaluation.questions": str(path),
+            "evaluation.questions": self.questions(oracles.held_out_questions("test", 1, 1)[::8]),
             "evaluation.bootstrap": 200,
             "evaluation.benchmark_limit": 12,
-            "evaluation.harness_limit": 8,
+            "evaluation.task_limit": 8,
         }
         self.run = self.results / "small"
 
+    def questions(self, texts, name="questions"):
+        """A file of prompts."""
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        return str(path)
+
     def execute(self, name, cwd=FOLDER, **overrides):
-        """Run a notebook with papermill; raises when a cell does. Returns the executed notebook."""
-        return papermill.execute_notebook(
+        """Run a notebook by papermill; raises when a cell does. Returns the text that it shows."""
+        executed = papermill.execute_notebook(
             str(FOLDER / f"{name}.ipynb"),
             str(self.folder / f"{name}.ipynb"),
             parameters={
@@ -210,6 +175,9 @@ class Workplace:
             cwd=str(cwd),
             iopub_timeout=120,
         )
+        outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
+        assert not [out for out in outputs if out.output_type == "error"]
+        return json.dumps([out.get("text") or out.get("data", {}) for out in outputs])
 
     def rows(self):
         """Every file of rows and every adapter, with its content."""
@@ -224,7 +192,7 @@ def make_workplace(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "HF_TOKEN": TOKEN,
         "JUPYTER_PREFER_ENV_PATH": "1",
-        "OMP_NUM_THREADS": "1",  # a model this small gains nothing from more
+        "OMP_NUM_THREADS": "1",  # other tests run beside these
         "PYTHONPATH": str(ROOT),  # the kernel shall import the package beside these tests
         "PIP_NO_INDEX": "1",  # the guard cell has nothing to install here
     }
@@ -246,23 +214,14 @@ def shared(make_workplace):
     return make_workplace("shared")
 
 
-def texts_of(executed):
-    """All text that the outputs of an executed notebook show."""
-    outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
-    assert not [out for out in outputs if out.output_type == "error"]
-    shown = [out.get("text") or out.get("data", {}) for out in outputs]
-    return json.dumps(shown)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_to_its_end(name, shared):
     pictures = shared.run / "figures"
     for path in pictures.glob("*.svg"):
         path.unlink()
-    executed = shared.execute(name)
+    text = shared.execute(name)
 
-    text = texts_of(executed)
     assert TOKEN not in text and "Traceback" not in text
     assert str(ROOT) not in text and str(Path.home()) + "/" not in text, "a path of this machine"
     assert str(shared.folder) not in text, "a path of this machine"
@@ -272,14 +231,6 @@ def test_a_notebook_runs_to_its_end(name, shared):
     assert promised and promised == {path.stem for path in pictures.glob("*.svg")}
     assert all("<svg" in path.read_text(encoding="utf-8")[:600] for path in pictures.glob("*.svg"))
     assert '"image/png"' in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["01_personas_and_prompts", "02_responses"])
-def test_no_check_is_ok_where_every_reply_is_discarded(name, make_workplace):
-    nothing = make_workplace("nothing")
-    text = texts_of(nothing.execute(name, **{"personas.max_new_tokens": 1}))
-    assert "LOOK  " in text and "ok    " not in text
 
 
 @pytest.mark.slow
@@ -301,4 +252,121 @@ def test_the_training_notebook_runs_alone_in_a_fresh_folder(make_workplace):
     stages = [f"small/rows/{stage}.jsonl" for stage in ("prompts", "responses", "verdicts")]
     adapters = [f"small/adapters/{a}-0/adapter_model.safetensors" for a in ("self", "sft_random")]
     assert {*stages, *adapters} <= set(made)
-    assert not {"small/rows/answers.jsonl", "small/rows/duels.jsonl"} & set(made)
+    assert not {"small/rows/answers.jsonl", "small/rows/comparisons.jsonl"} & set(made)
+
+
+# ---------------------------------------------------------------------- where little can be estimated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["01_personas_and_prompts", "02_responses"])
+def test_no_check_is_ok_where_every_reply_is_discarded(name, make_workplace):
+    nothing = make_workplace("nothing")
+    text = nothing.execute(name, **{"prompts.max_new_tokens": 1, "prompts.min_usable": 0})
+    assert "LOOK  " in text and "ok    " not in text
+
+
+@pytest.mark.slow
+def test_verdicts_that_were_sampled_are_not_compared_with_themselves(make_workplace):
+    """Nor is it shown how sure they are: a sampled margin has no size."""
+    drawn = make_workplace("drawn")
+    sampled = {"judging.method": "sampled", "pairs.min_margin": 0, "prompts.count": 20}
+    drawn.execute("03_self_judging", **sampled)
+    assert (drawn.run / "figures" / "calibration.svg").is_file()
+    assert not list(drawn.run.glob("variants/sampled/rows/*.jsonl"))
+
+
+@pytest.mark.slow
+def test_one_pair_and_one_question_stop_no_notebook(make_workplace):
+    one = make_workplace("one")
+    prompts = [q for q in oracles.held_out_questions("dev", 1, seed=3)[:40:8]]
+    settings = {
+        "prompts.source": "file",
+        "prompts.data": one.questions(prompts, "prompts"),
+        "prompts.count": len(prompts),
+        "prompts.max_shared_words": None,
+        "pairs.min_margin": 0,
+        "evaluation.questions": one.questions(oracles.held_out_questions("test", 1, 1)[:1], "one"),
+        "arms": ["self", "random"],
+    }
+    one.execute("03_self_judging", **settings)
+    margins = sorted(abs(row["margin"]) for row in read_rows(one.run / "rows" / "pairs.jsonl"))
+    assert len(margins) >= 2, "too few prompts for this test"
+    settings["pairs.min_margin"] = (margins[-1] + margins[-2]) / 2
+    for name in NAMES[3:]:
+        text = one.execute(name, **settings)
+        assert "Traceback" not in text
+    assert len(read_rows(one.run / "rows" / "pairs.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_identical_answers_to_questions_of_one_kind_stop_no_notebook(make_workplace):
+    """A training that changes nothing: every comparison is between the same two texts."""
+    same = make_workplace("same")
+    texts = oracles.held_out_questions("test", 3, seed=1)[:3]
+    assert len({*map(oracles.cluster, texts)}) == 1
+    settings = {
+        "evaluation.questions": same.questions(texts, "three"),
+        "evaluation.temperatures": [0.0],
+        "training.learning_rate": 1e-12,
+        "arms": ["self", "random"],
+    }
+    for name in NAMES[5:]:
+        text = same.execute(name, **settings)
+        assert "ok    self is better" not in text
+    answers = read_rows(same.run / "rows" / "answers.jsonl")
+    assert len({(row["question_id"], row["text"]) for row in answers}) == len(texts)
+
+
+@pytest.mark.slow
+def test_ties_only_stop_no_notebook_and_what_a_recipe_leaves_out_is_neither_ok_nor_not_so(
+    make_workplace, undecided_server
+):
+    """A judge that finds all answers equal leaves pairs to the oracle alone; there is no arm "self"."""
+    ties = make_workplace("ties")
+    judge = {"path": "undecided", "engine": "api", "url": undecided_server}
+    settings = {f"judge.{key}": value for key, value in judge.items()}
+    for name in NAMES[3:]:
+        text = ties.execute(name, arms=["oracle"], **settings)
+        assert "self is better than" not in text and "pairs of self" not in text
+    verdicts = read_rows(ties.run / "rows" / "verdicts.jsonl")
+    assert verdicts and {row["log_odds"] for row in verdicts} == {0.0}
+
+
+@pytest.fixture
+def undecided_server():
+    """The address of an OpenAI-compatible server whose model finds both answers equally good."""
+    tokens = ["Ranking", ":", " 1", " >", " 2"]
+    either = [{"token": t, "logprob": math.log(0.5), "bytes": None} for t in (" 1", " 2")]
+    steps = [{"token": t, "logprob": 0.0, "bytes": None, "top_logprobs": either} for t in tokens]
+    message = {"role": "assistant", "content": "".join(tokens)}
+    choice = {"index": 0, "message": message, "finish_reason": "length"}
+    reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "undecided"}
+    reply |= {"choices": [{**choice, "logprobs": {"content": steps}}]}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.send({"object": "list", "data": [{"id": "undecided", "object": "model"}]})
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send(reply)
+
+        def send(self, answer):
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()

@@ -1,9 +1,9 @@
 """The files that set up the environment agree with each other and with what is installed."""
 
-import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -64,28 +64,75 @@ def test_constraints_serve_cpu_and_gpu_machines_alike():
     assert not [line for line in constraint_lines() if tied.match(line)]
 
 
-#: A range where Colab must keep its own build; everything else is installed with constraints.txt.
-ASKED = {"torch": ">=2.6"}
-
-
 @pytest.mark.parametrize(
-    ("name", "version"),
-    [("torch", "2.13.0"), ("transformers", "5.23.0"), ("trl", "1.16.0"), ("vllm", "0.30.0")],
+    ("name", "version", "required"),
+    [
+        ("torch", "2.13.0", ">=2.6"),  # a range: Colab must keep its own build
+        ("transformers", "5.23.0", "==5.23.0"),
+        ("trl", "1.16.0", "==1.16.0"),
+        ("vllm", "0.30.0", "==0.30.0"),
+    ],
 )
-def test_the_model_stack_stays_on_the_versions_that_were_tested_together(name, version):
+def test_the_model_stack_stays_on_the_versions_that_were_tested_together(name, version, required):
     assert pins()[name] == version
-    asked = [requirement for requirement in DIRECT if requirement.name == name]
-    assert [str(requirement.specifier) for requirement in asked] == [
-        ASKED.get(name, f"=={version}")
-    ]
+    assert [str(r.specifier) for r in DIRECT if r.name == name] == [required]
 
 
-@pytest.mark.parametrize("name", ["Makefile", "docs/real-models.md", "docs/training.md"])
+@pytest.mark.parametrize("name", ["docs/real-models.md", "docs/training.md"])
 def test_whoever_installs_the_kit_takes_the_constraints(name):
     """torch is a range: without them, pip would take another version, and gigabytes of CUDA."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     installs = [line for line in lines if "pip install" in line and " -e " in line]
     assert installs and all("-c constraints.txt" in line for line in installs)
+
+
+#: Stand-ins that only note what they would install.
+PIP = """#!/bin/sh
+case "$*" in
+*"config list") echo "global.find-links='/wheels /more'" ;;
+*install*) echo "pip $*" >> calls ;;
+esac
+"""
+UV = """#!/bin/sh
+echo "uv $* $UV_FIND_LINKS" >> calls
+exit {status}
+"""
+
+
+@pytest.fixture
+def installed_by_make(tmp_path):
+    """What make installs with; `uv` is the status that uv ends with, None: there is no uv."""
+
+    def run(uv=None):
+        scripts = {".venv/bin/python": PIP, "tools/uv": uv is not None and UV.format(status=uv)}
+        for name, text in scripts.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text or "")
+            path.chmod(0o755 if text else 0o644)
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = {"PATH": f"{tmp_path / 'tools'}:/usr/bin:/bin"}
+        subprocess.run(
+            ["make", "-sB", ".venv/.installed"], cwd=tmp_path, env=environment, check=True
+        )
+        return (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_make_installs_with_uv_from_the_folders_that_pip_knows(installed_by_make):
+    (call,) = installed_by_make(uv=0)
+    assert call.startswith("uv pip install") and call.endswith("/more,/wheels")
+    assert "-c constraints.txt -e .[dev]" in call and "--python .venv/bin/python" in call
+
+
+@pytest.mark.parametrize(("uv", "tools"), [(None, ["pip"]), (2, ["uv", "pip"])])
+def test_make_installs_with_pip_where_uv_is_missing_or_fails(installed_by_make, uv, tools):
+    calls = installed_by_make(uv)
+    assert [call.split()[0] for call in calls] == tools
+    assert "-c constraints.txt -e .[dev]" in calls[-1]
 
 
 def test_environment_yml_installs_the_project_itself_with_the_constraints():
@@ -157,25 +204,3 @@ def test_installed_versions_equal_the_pins(requirement):
         pytest.skip(f"{requirement.name} belongs to an extra that is not installed")
     # The public part only: a CPU build of torch calls itself 2.13.0+cpu.
     assert Version(installed).public == pins()[canonicalize_name(requirement.name)]
-
-
-def test_modules_import_from_lower_floors_only():
-    """The floors are listed in the package's docstring, with every module."""
-    package = ROOT / "sao_utils"
-    modules = {path.stem for path in package.glob("[!_]*.py")} | {"tiny"}
-    listed = re.split(
-        r"^\d\. ", ast.get_docstring(ast.parse((package / "__init__.py").read_text())), flags=re.M
-    )
-    floors = {
-        word: floor
-        for floor, text in enumerate(listed)
-        for word in re.findall(r"\w+", text)
-        if floor and word in modules
-    }
-    assert set(floors) == modules
-    for path in package.rglob("[!_]*.py"):
-        name = "tiny" if "tiny" in path.parts else path.stem
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sao_utils"):
-                taken = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                assert all(floors.get(one, 0) <= floors[name] for one in taken), (path.name, taken)

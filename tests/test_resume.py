@@ -9,28 +9,29 @@ import time
 
 import pytest
 
-from sao_utils import store as rows
 from sao_utils.engines.base import NO_REPLY
-from sao_utils.stages import judging
+from sao_utils.methods import sao
+from sao_utils.store import open_run, read_rows, standing
 
-LOOP = """
-from sao_utils.stages import judging
-from sao_utils import store as rows
-judging.judge(rows.open_run("tiny", "killed", {"personas.count": 100, "model.batch_tokens": 1000}))
+OVERRIDES = {"prompts.count": 100, "model.batch_tokens": 1000}
+LOOP = f"""
+from sao_utils.methods import sao
+from sao_utils.store import open_run
+sao.rows(open_run("tiny", "killed", {OVERRIDES}), "verdicts")
 """
+FEW = {"prompts.count": 20, "prompts.min_usable": 0}
 STAGES = ("prompts", "responses", "verdicts")
 
 
 def made(run):
-    return {stage: rows.read_rows(run.rows(stage)) for stage in STAGES}
+    return {stage: read_rows(run.rows(stage)) for stage in STAGES}
 
 
 def test_three_kills_lose_nothing_and_make_nothing_twice(results):
-    overrides = {"personas.count": 100, "model.batch_tokens": 1000}
-    whole = rows.open_run("tiny", "whole", overrides)
-    judging.judge(whole)
+    whole = open_run("tiny", "whole", OVERRIDES)
+    sao.rows(whole, "verdicts")
     rng = random.Random(1)
-    killed = rows.open_run("tiny", "killed", overrides)
+    killed = open_run("tiny", "killed", OVERRIDES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     size = 0
     for _ in range(3):
@@ -65,8 +66,8 @@ def _bytes(run):
 
 def test_what_a_small_context_ended_is_made_again_under_a_larger_one_and_nothing_else(results):
     def run_with(name, limit):
-        run = rows.open_run("tiny", name, {"personas.count": 20, "model.max_context": limit})
-        return run, judging.judge(run)
+        run = open_run("tiny", name, {**FEW, "model.max_context": limit})
+        return run, sao.rows(run, "verdicts")
 
     whole, verdicts = run_with("whole", None)
     wanted = {stage: {row["id"]: row for row in made(whole)[stage]} for stage in STAGES}
@@ -90,7 +91,7 @@ def test_what_a_small_context_ended_is_made_again_under_a_larger_one_and_nothing
     assert any(row["tokens"] for row in cut)  # begun, and ended by the context
     stages = json.loads((small.folder / "manifest.json").read_text())["stages"]
     for stage in STAGES:
-        got = rows.standing(small.rows(stage))
+        got = standing(small.rows(stage))
         assert not any("max_context" in row for row in got.values())
         if stage == "verdicts":  # of pairs that were cut at first, too
             assert set(wanted[stage]) <= set(got)

@@ -1,22 +1,26 @@
-"""The pipeline, with small notebooks that papermill really runs."""
+"""Running notebooks in order, with small ones that papermill really runs."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 import yaml
-from test_engine_api import failure, server, settings  # noqa: F401 (a fixture)
 
-from sao_utils import notebooks as pipeline
-from sao_utils.notebooks import NotebookFailed, PipelineError, run_notebooks
-from sao_utils.recipe import RecipeError, load_recipe
+from sao_utils.notebooks import RunError, kernels
+from sao_utils.notebooks.kernels import NotebookFailed, environment_of
+from sao_utils.notebooks.run import fingerprint, notebooks, parameters, run_notebooks
+from sao_utils.recipe import RecipeError
+from sao_utils.recipes import load_recipe
 from sao_utils.store import open_run
 
 PARAMETERS = "recipe = 'tiny'  # name or file\nrun = None\noverrides = {}"
@@ -30,14 +34,45 @@ seen = dict(number={number!r}, recipe=recipe, run=run, overrides=overrides,
 with open(Path(os.environ["SAO_RESULTS"], "seen.jsonl"), "a") as file:
     file.write(json.dumps(seen) + "\\n")
 """
+#: Runs the notebooks of a folder in a process of its own.
+ALONE = (
+    "import sys; from pathlib import Path; from sao_utils import store; "
+    "from sao_utils.notebooks import run; run.run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
+)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder of notebooks; results go beside it."""
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(kernels, "IMPORTS", "import colorsys")  # these notebooks need no more
+    monkeypatch.setattr(kernels, "CPU_IMPORTS", "pass")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server that only lists its models, or refuses to with `status`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            refused = {"error": {"message": "this key is not known"}}
+            listed = {"object": "list", "data": [{"id": "judge", "object": "model"}]}
+            self.send_response(server.status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(listed if server.status == 200 else refused).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.status, server.url = 200, f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def write(folder, name, *cells, parameters=PARAMETERS):
@@ -52,25 +87,22 @@ def write(folder, name, *cells, parameters=PARAMETERS):
 
 def seen(folder, key="number"):
     path = folder.parent / "results" / "seen.jsonl"
-    return (
-        [json.loads(line)[key] for line in path.read_text().splitlines()] if path.exists() else []
-    )
-
-
-class Log:
-    """Collects what a run says, as `print` would show it."""
-
-    def __init__(self):
-        self.text = ""
-
-    def __call__(self, text, end="\n", flush=False):
-        self.text += text + end
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)[key] for line in lines]
 
 
 def go(folder, overrides=None, only=None):
-    log = Log()
-    run_notebooks(open_run("tiny", "mine", overrides), only=only, say=log, folder=folder)
-    return log.text
+    """Run the notebooks; returns the lines that it logs."""
+    logged = []
+
+    def log(text, end="\n", flush=False):
+        logged.append(text + end)
+
+    run_notebooks(open_run("tiny", "mine", overrides), only=only, log=log, folder=folder)
+    return "".join(logged).splitlines()
+
+
+# ---------------------------------------------------------------------- what a run passes on
 
 
 def test_notebooks_run_in_order_with_the_parameters_of_the_run(folder, monkeypatch):
@@ -81,108 +113,133 @@ def test_notebooks_run_in_order_with_the_parameters_of_the_run(folder, monkeypat
     overrides = {
         "training.learning_rate": "1e-5",
         "evaluation.temperatures": [0.0],
-        "personas.count": 3,
+        "prompts.count": 3,
     }
     first = go(folder, overrides)
 
     assert seen(folder) == ["01", "02"]
     assert set(seen(folder, "recipe")) == {"tiny"} and set(seen(folder, "run")) == {"mine"}
-    told = seen(folder, "overrides")[0]
-    expected = {**overrides, "training.learning_rate": 1e-5}
-    assert told == expected and isinstance(told["training.learning_rate"], float)
+    passed = seen(folder, "overrides")[0]
+    assert passed == {**overrides, "training.learning_rate": 1e-5}
+    assert isinstance(passed["training.learning_rate"], float)
     assert set(seen(folder, "cwd")) == {str(folder)}
     for environment in seen(folder, "environment"):
         assert environment == {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     assert dict(os.environ) == before
 
-    lines = first.splitlines()
-    assert [line.split(" ... ")[0] for line in lines] == ["[1/2] 01_first", "[2/2] 02_second"]
-    assert all(line.endswith(" s") for line in lines)
+    assert [line.split(" ... ")[0] for line in first] == ["[1/2] 01_first", "[2/2] 02_second"]
+    assert all(line.endswith(" s") for line in first)
     out = folder.parent / "results" / "mine" / "notebooks"
-    assert sorted(p.name for p in out.iterdir()) == [
-        "01_first.ipynb",
-        "02_second.ipynb",
-        "done.json",
-    ]
+    kept = {"01_first.ipynb", "02_second.ipynb", "done.json"}
+    assert {path.name for path in out.iterdir()} == kept
     for executed in out.glob("*.ipynb"):
         assert "hf_this_is_secret" not in executed.read_text()
         assert str(folder.parent) not in executed.read_text()
 
-    assert go(folder, overrides).count("finished before, skipped") == 2
+    assert [line.endswith("finished before, skipped") for line in go(folder, overrides)] == [1, 1]
     assert seen(folder) == ["01", "02"]
 
 
-def test_a_notebook_without_a_parameter_is_refused_before_any_runs(folder):
+def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(folder):
+    """It has imported what is slow while the notebook before ran."""
     write(folder, "01_first")
-    write(folder, "02_second", parameters="recipe = 'tiny'\nruns = None")
-    with pytest.raises(PipelineError, match="02_second.*run, overrides.*recipe, runs"):
-        go(folder)
-    assert seen(folder) == []
+    look = "import sys\nprint('colorsys' in sys.modules, 'colorsys' in dir())"
+    draw = "from matplotlib import pyplot\npyplot.plot([1, 2]);"
+    write(folder, "02_second", look, draw)
+    go(folder)
+    executed = nbformat.read(folder.parent / "results/mine/notebooks/02_second.ipynb", 4)
+    assert [cell.execution_count for cell in executed.cells] == [1, 2, 3, 4, 5]
+    looked, drawn = (cell.outputs[0] for cell in executed.cells[-2:])
+    assert looked.text == "True False\n" and "image/png" in drawn.data
 
 
-@pytest.mark.parametrize("key", ["evaluation.questions", "judging.gold"])
-def test_a_new_run_with_a_file_that_cannot_be_read_stops_before_any_notebook(folder, key):
+def test_the_hub_is_out_of_reach_only_when_all_that_a_run_needs_is_local(folder, tmp_path):
+    def offline(**overrides):
+        overrides = {key.replace("_", ".", 1): value for key, value in overrides.items()}
+        environment = environment_of(open_run("tiny", "mine", overrides))
+        return environment.get("HF_HUB_OFFLINE") == "1"
+
+    assert offline() and offline(model_path=str(tmp_path))
+    assert not offline(model_path="Qwen/Qwen2.5-1.5B-Instruct")
+    assert not offline(prompts_personas="hub")
+    assert not offline(prompts_source="file", prompts_data="someone/prompts")
+
+
+def test_a_recipe_of_ones_own_reaches_the_notebooks_as_a_file(folder, tmp_path):
+    recipe = load_recipe("tiny", {"prompts.count": 7}).model_dump(mode="json")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**recipe, "name": "own"}))
+    passed = parameters(run := open_run(str(tmp_path / "own.yaml")))
+    assert passed["run"] == "own" and passed["overrides"] == {}
+    assert load_recipe(passed["recipe"]) == run.recipe
+    # YAML reads these strings as numbers, so they cannot travel as overrides.
+    passed = parameters(run := open_run("tiny", "mine", {"model.revision": "'1234'"}))
+    assert load_recipe(passed["recipe"], passed["overrides"]) == run.recipe
+
+
+# ---------------------------------------------------------------------- refused before any runs
+
+
+@pytest.mark.parametrize("key", ["evaluation.questions", "judging.labelled"])
+def test_a_file_that_cannot_be_read_stops_a_new_run(folder, key):
     write(folder, "01_first")
-    run = open_run("tiny", "lost", {key: "nonsense.csv"})
     with pytest.raises(RecipeError, match="nonsense.csv"):
-        run_notebooks(run, folder=folder, say=Log())
+        go(folder, {key: "nonsense.csv"})
     assert seen(folder) == []
 
 
-def test_a_new_run_of_a_model_that_is_not_there_stops_before_any_notebook(folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    write(folder, "01_first.ipynb", "raise RuntimeError('it ran')")
-    for model in ({"model.path": "nobody/no-such-model"}, {"judge.path": "nobody/no-such-model"}):
-        run = open_run("tiny", "wrong", model)
-        with pytest.raises(PipelineError, match="nobody/no-such-model.*model.path to a folder"):
-            run_notebooks(run, folder=folder)
-    assert not (run.folder / "notebooks").exists()
+@pytest.mark.parametrize("key", ["model.path", "judge.path"])
+def test_a_model_that_is_not_there_stops_a_new_run(folder, key):
+    write(folder, "01_first")
+    with pytest.raises(RunError, match="nobody/no-such-model.*model.path to a folder"):
+        go(folder, {key: "nobody/no-such-model"})
+    assert seen(folder) == []
 
 
 @pytest.mark.parametrize("section", ["judge", "judges"])
-def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run_before_any_notebook(
-    folder,
-    server,  # noqa: F811
-    monkeypatch,
-    section,
-):
-    write(folder, "01_first")
-    model = settings(server, concurrency=1).model_dump()
+def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run(folder, server, monkeypatch, section):
+    for name in ("01_first", "02_second"):
+        write(folder, name)
 
     def changes(**more):
+        model = {"path": "judge", "engine": "api", "url": server.url, **more}
         if section == "judges":
-            return {"judges": {"x": {**model, **more}}}
-        return {f"judge.{key}": value for key, value in {**model, **more}.items()}
+            return {"judges": {"x": model}}
+        return {f"judge.{key}": value for key, value in model.items()}
 
-    server.models = failure(401, "this key is not known")
-    with pytest.raises(PipelineError, match="this key is not known"):
+    server.status = 401
+    with pytest.raises(RunError, match="this key is not known"):
         go(folder, changes())
-    with pytest.raises(PipelineError, match="Is the server running"):
+    with pytest.raises(RunError, match="Is the server running"):
         go(folder, changes(url="http://127.0.0.1:9/v1"))
-    monkeypatch.delenv("SAO_TEST_KEY")
-    with pytest.raises(PipelineError, match="SAO_TEST_KEY"):
-        go(folder, changes(url="http://far.invalid/v1"))
+    monkeypatch.delenv("SAO_TEST_KEY", raising=False)
+    with pytest.raises(RunError, match="SAO_TEST_KEY"):
+        go(folder, changes(url="http://far.invalid/v1", key_variable="SAO_TEST_KEY"))
     assert seen(folder) == []
     go(folder, changes(url="http://127.0.0.1:9/v1"), only="01")  # a judge may come up later
     assert seen(folder) == ["01"]
 
 
-def test_a_run_that_would_train_a_servers_model_is_refused_before_anything_is_bought(
-    folder,
-    server,  # noqa: F811
-):
+def test_a_run_that_would_train_a_servers_model_is_refused(folder, server):
     for name in ("01_first", "04_training"):
         write(folder, name)
-    changes = {f"model.{key}": value for key, value in settings(server).model_dump().items()}
+    model = {"model.path": "judge", "model.engine": "api", "model.url": server.url}
     for only in (None, "04"):
-        with pytest.raises(PipelineError, match="training needs its weights.*model.path"):
-            go(folder, changes, only)
-    assert seen(folder) == [] and not server.requests
-    go(folder, changes, "01")
+        with pytest.raises(RunError, match="training needs its weights.*model.path"):
+            go(folder, model, only)
+    assert seen(folder) == []
+    go(folder, model, "01")
     assert seen(folder) == ["01"]
 
 
-def test_a_failing_cell_is_told_in_plain_words_and_the_run_goes_on_from_there(folder):
+def test_an_installation_without_notebooks_says_what_to_do(tmp_path):
+    with pytest.raises(RunError, match="clone"):
+        notebooks(tmp_path)
+
+
+# ---------------------------------------------------------------------- failures, and going on
+
+
+def test_a_failing_cell_is_reported_in_plain_words_and_the_run_goes_on_from_there(folder):
     message = "\\n".join(f"line {i}" for i in range(30)) + "\\n\\x1b[31mno persona is left\\x1b[0m"
     write(folder, "01_first")
     write(folder, "02_second", f"raise ValueError('{message}')")
@@ -197,21 +254,22 @@ def test_a_failing_cell_is_told_in_plain_words_and_the_run_goes_on_from_there(fo
     assert "no persona is left" in text and "\x1b" not in text and "line 3\n" not in text
     assert "cell [4]" in text and str(failure.value.path) in text
     assert not (out / "02_second.ipynb").exists()
+    assert not psutil.Process().children(recursive=True), "a kernel that was started ahead"
 
-    write(folder, "02_second")
+    write(folder, "02_second", "{}.get('beta')")
     again = go(folder)
     assert seen(folder) == ["01", "02", "02", "03"]
-    assert again.splitlines()[0] == "[1/3] 01_first: finished before, skipped"
+    assert again[0] == "[1/3] 01_first: finished before, skipped"
     assert not list(out.glob("*.failed.ipynb")) and not list(out.glob(".*"))
 
 
-def test_the_name_of_the_error_is_told(folder):
+def test_the_name_of_the_error_is_reported(folder):
     write(folder, "01_first", "{}['beta']")
     with pytest.raises(NotebookFailed, match="KeyError: 'beta'"):
         go(folder)
 
 
-def test_a_killed_kernel_is_told_in_plain_words(folder):
+def test_a_killed_kernel_is_reported_in_plain_words(folder):
     write(folder, "01_first", "os.kill(os.getpid(), 9)")
     with pytest.raises(NotebookFailed, match="ran out of memory") as failure:
         go(folder)
@@ -229,7 +287,7 @@ def test_what_builds_on_a_changed_notebook_runs_again_even_when_the_next_try_fai
     with pytest.raises(NotebookFailed):
         go(folder)
     flag.unlink()
-    assert go(folder).splitlines()[0].endswith("skipped")
+    assert go(folder)[0].endswith("skipped")
     # The second is as it was when it first finished, but what it builds on is not.
     assert seen(folder) == ["01", "02"] * 2 + ["02"]
 
@@ -237,87 +295,80 @@ def test_what_builds_on_a_changed_notebook_runs_again_even_when_the_next_try_fai
 def test_only_runs_one_notebook_though_it_is_done_and_what_follows_counts_as_not_done(folder):
     write(folder, "01_first")
     write(folder, "02_second")
-    assert go(folder, only="2").startswith("[1/1] 02_second ... ")
-    assert go(folder, only="02").startswith("[1/1] 02_second ... ")
-    assert seen(folder) == ["02", "02"]
+    for number in ("2", "02"):
+        assert go(folder, only=number)[0].startswith("[1/1] 02_second ... ")
     go(folder)
     go(folder, only="01")
+    assert seen(folder) == ["02", "02", "01", "02", "01"]
     done = json.loads((folder.parent / "results/mine/notebooks/done.json").read_text())
     assert list(done) == ["01_first.ipynb"]
-    with pytest.raises(PipelineError, match="no notebook '09'. Notebooks: 01, 02"):
+    with pytest.raises(RunError, match="no notebook '09'. Notebooks: 01, 02"):
         go(folder, only="09")
 
 
 def test_a_second_process_of_a_run_is_refused_and_does_not_disturb_the_first(folder):
-    again = (
-        "from sao_utils.notebooks import *; from sao_utils.store import open_run; "
-        f"run_notebooks(open_run('tiny', 'mine'), folder=Path({str(folder)!r}))"
-    )
-    second = f"[{sys.executable!r}, '-c', {again!r}]"
-    told = folder.parent / "told"
+    second = [sys.executable, "-c", ALONE, str(folder)]
+    error = folder.parent / "error"
     write(
         folder,
         "01_first",
-        f"import subprocess\ntold = Path({str(told)!r})\nif not told.exists():\n    told.touch()\n"
-        f"    said = subprocess.run({second}, capture_output=True, text=True).stderr\n"
-        "    told.write_text(said)",
+        f"import subprocess\nerror = Path({str(error)!r})\nif not error.exists():\n"
+        "    error.touch()\n"
+        f"    done = subprocess.run({second!r}, capture_output=True, text=True)\n"
+        "    error.write_text(done.stderr)",
     )
     go(folder)
-    last = told.read_text().strip().splitlines()[-1]
-    assert "PipelineError: Another process is making notebooks of this run" in last
+    last = error.read_text().strip().splitlines()[-1]
+    assert "RunError: Another process is making notebooks of this run" in last
     assert seen(folder) == ["01"]
-    assert go(folder).strip().endswith("skipped")
+    assert go(folder)[0].endswith("skipped")
 
 
 def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
     slow = folder.parent / "slow"
     slow.touch()
-    write(folder, "01_first")
     wait = f"import time\nwhile Path({str(slow)!r}).exists():\n    time.sleep(0.1)"
-    write(folder, "02_second", wait)
-    code = (
-        "from sao_utils.notebooks import *; from sao_utils.store import open_run; "
-        f"run_notebooks(open_run('tiny', 'mine'), folder=Path({str(folder)!r}))"
-    )
+    for name, cells in (("01_first", ()), ("02_second", (wait,)), ("03_third", ())):
+        write(folder, name, *cells)
     root = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE, folder], cwd=root, stdout=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 60
         while seen(folder) != ["01", "02"]:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         kernels = psutil.Process(process.pid).children(recursive=True)
-        assert kernels
+        assert len(kernels) >= 2  # that of 02, and the next
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    _, alive = psutil.wait_procs(kernels, timeout=10)
+    _, alive = psutil.wait_procs(kernels, timeout=20)
     assert not alive
     slow.unlink()
-    assert go(folder).splitlines()[0].endswith("skipped")
-    assert seen(folder) == ["01", "02", "02"]
+    assert go(folder)[0].endswith("skipped")
+    assert seen(folder) == ["01", "02", "02", "03"]
 
 
-def test_a_fingerprint_follows_source_recipe_and_input_files_but_not_outputs(folder, tmp_path):
-    personas = tmp_path / "personas.csv"
-    personas.write_text("persona\na cook\n")
+# ---------------------------------------------------------------------- what counts as done
+
+
+def test_a_fingerprint_follows_source_and_recipe_but_not_outputs(folder):
     write(folder, "01_first")
     path = folder / "01_first.ipynb"
 
     def mark(**overrides):
-        overrides = {"personas.source": str(personas), **overrides}
-        return pipeline._fingerprint(path, open_run("tiny", "mine", overrides))
+        return fingerprint(path, open_run("tiny", "mine", overrides))
 
     marks = [mark(), mark(**{"training.beta": 2})]
     notebook = nbformat.read(path, 4)
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="hello")]
     nbformat.write(notebook, path)
     assert mark() == marks[0]
-    personas.write_text("persona\na nurse\n")
-    marks.append(mark())
     write(folder, "01_first", "1")
     marks.append(mark())
-    assert len(set(marks)) == 4
+    assert len(set(marks)) == 3
 
 
 def test_a_fingerprint_follows_every_file_that_a_run_reads(folder, tmp_path):
@@ -325,53 +376,76 @@ def test_a_fingerprint_follows_every_file_that_a_run_reads(folder, tmp_path):
     data = tmp_path / "official"
     task = {"task": "mine", "dataset_kwargs": {"data_files": {"test": "mine.jsonl"}}}
     files = {
-        "judging.gold": tmp_path / "gold.csv",
-        "evaluation.questions": tmp_path / "asked.csv",
+        "prompts.personas": tmp_path / "personas.csv",
+        "judging.labelled": tmp_path / "labelled.csv",
+        "evaluation.questions": tmp_path / "questions.csv",
         "evaluation.data": data / "mt_bench" / "reference_answer" / "gpt-4.jsonl",
-        "evaluation.harness": tmp_path / "mine.yaml",
+        "evaluation.tasks": tmp_path / "mine.yaml",
         "data of a task": tmp_path / "mine.jsonl",
     }
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("prompt,chosen,rejected\nP,x,y\n")
-    files["evaluation.harness"].write_text(yaml.safe_dump(task))
+    files["evaluation.tasks"].write_text(yaml.safe_dump(task))
     settings = {key: str(path) for key, path in files.items() if "." in key}
-    settings |= {"evaluation.data": str(data), "evaluation.harness": [str(tmp_path / "mine.yaml")]}
+    settings |= {"evaluation.data": str(data), "evaluation.tasks": [str(tmp_path / "mine.yaml")]}
 
     def mark():
-        return pipeline._fingerprint(folder / "01_first.ipynb", open_run("tiny", "mine", settings))
+        run = open_run("tiny", "mine", settings)
+        return fingerprint(folder / "01_first.ipynb", run)
 
     marks = [mark()]
     for key, path in files.items():
         path.write_text(path.read_text() + "\n")
         marks.append(mark())
         assert marks[-1] == mark() != marks[-2], key
-    files["evaluation.harness"].write_text("[no: task")  # told when it is sat
+    files["evaluation.tasks"].write_text("[no: task")  # reported when it is scored
     assert mark() not in marks
 
 
-def test_the_hub_is_out_of_reach_only_when_model_and_personas_are_local(folder, tmp_path):
-    def offline(**overrides):
-        overrides = {key.replace("_", ".", 1): value for key, value in overrides.items()}
-        environment = pipeline._environment(open_run("tiny", "mine", overrides))
-        return environment.get("HF_HUB_OFFLINE") == "1"
+# ---------------------------------------------------------------------- a notebook's own parameters
 
-    assert offline() and offline(model_path=str(tmp_path))
-    assert not offline(model_path="Qwen/Qwen2.5-1.5B-Instruct")
-    assert not offline(personas_source="hub")
+OPEN = """
+from sao_utils.notebooks import open_notebook
+current = open_notebook(recipe, run, overrides, "first", {"prompts.count": 9, "seeds": [7]})
+print(current.folder.name, current.recipe.prompts.count, [*current.recipe.seeds])"""
 
 
-def test_a_recipe_of_ones_own_reaches_the_notebooks_as_a_file(folder, tmp_path):
-    recipe = load_recipe("tiny", {"personas.count": 7}).model_dump(mode="json")
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**recipe, "name": "own"}))
-    told = pipeline.parameters(run := open_run(str(tmp_path / "own.yaml")))
-    assert told["run"] == "own" and told["overrides"] == {}
-    assert load_recipe(told["recipe"]) == run.recipe
-    # YAML reads these strings as numbers, so they cannot travel as overrides.
-    told = pipeline.parameters(run := open_run("tiny", "mine", {"model.revision": "'1234'"}))
-    assert load_recipe(told["recipe"], told["overrides"]) == run.recipe
+def papermill(folder, *words):
+    """The command `papermill` on a notebook that opens its run; its exit code, and what is shown."""
+    write(folder, "01_first", OPEN, parameters=PARAMETERS + "\nextra = 1")
+    (folder.parent / "results").mkdir()
+    command = [sys.executable, "-m", "papermill", "01_first.ipynb", "out.ipynb", "-k", "python3"]
+    done = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True)
+    executed = nbformat.read(folder / "out.ipynb", 4)
+    outputs = executed.cells[-1].outputs
+    return done.returncode, outputs[0].get("text") if outputs else None, done.stderr
 
 
-def test_an_installation_without_notebooks_says_what_to_do(tmp_path):
-    with pytest.raises(PipelineError, match="clone"):
-        pipeline.notebooks(tmp_path)
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ((), "first 9 [7]\n"),
+        (("-p", "run", "5", "-p", "extra", "2"), "5 9 [7]\n"),
+        (("-p", "overrides", '{"prompts.count": 5}'), "first 5 [7]\n"),
+        (("-p", "overrides", "{prompts.count: 5, seeds: [1, 2]}"), "first 5 [1, 2]\n"),
+        (("-r", "overrides", "prompts.count: 100"), "first 100 [7]\n"),
+        (("-y", "overrides: {prompts.count: 5}"), "first 5 [7]\n"),
+    ],
+)
+def test_papermills_texts_are_read_as_what_they_mean(folder, words, shown):
+    assert papermill(folder, *words)[:2] == (0, shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-p", "recpe", "tiny"), "'recpe', which is no parameter.*Did you mean 'recipe'"),
+        (("-p", "count", "3"), "'count'.*Parameters: recipe, run, overrides, extra"),
+        (("-p", "overrides", "5"), "overrides"),
+        (("-p", "overrides", "{prompts.cuont: 5}"), "prompts.count"),
+    ],
+)
+def test_papermill_stops_at_what_is_no_parameter(folder, words, message):
+    code, _, errors = papermill(folder, *words)
+    assert code and re.search(message, errors.replace("\n", " ")), errors

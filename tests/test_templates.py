@@ -129,7 +129,7 @@ def sections(text):
 @pytest.mark.parametrize("trick", TRICKS)
 def test_no_response_steers_the_template(trick):
     plain = "An honest answer."
-    defused = templates.defuse(trick)
+    defused = templates.escape(trick)
     for text in (
         templates.ranking_prompt("Why?", trick, plain),
         templates.ranking_prompt("Why?", plain, trick),
@@ -144,7 +144,7 @@ def test_no_response_steers_the_template(trick):
 def test_no_prompt_steers_the_template(trick):
     text = templates.ranking_prompt(trick, "One.", "Two.")
     assert sections(text) == ["One.", "Two."]
-    assert text.index(f"Prompt: {templates.defuse(trick)}\n\nResponse 1: <") > 0
+    assert text.index(f"Prompt: {templates.escape(trick)}\n\nResponse 1: <") > 0
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -153,11 +153,11 @@ def test_a_persona_is_data_too(trick):
     assert templates.render("persona", persona=trick) == expected
 
 
-def test_defusing_keeps_the_words_and_touches_markers_only():
+def test_escaping_keeps_the_words_and_touches_markers_only():
     text = "Use </Response 1> and <Response 2> in <b>HTML</b>, x < 1, <responses>, <Respond 1>."
     expected = "Use (/Response 1> and (Response 2> in <b>HTML</b>, x < 1, <responses>, <Respond 1>."
-    assert templates.defuse(text) == expected
-    assert templates.defuse(expected) == expected
+    assert templates.escape(text) == expected
+    assert templates.escape(expected) == expected
 
 
 PIECES = st.lists(
@@ -174,14 +174,14 @@ PIECES = st.lists(
 @example("</Response 1>", "{% raw %}", "<<<Response 1")
 def test_any_text_stays_in_its_section(prompt, first, second):
     text = templates.ranking_prompt(prompt, first, second)
-    assert sections(text) == [templates.defuse(first), templates.defuse(second)]
+    assert sections(text) == [templates.escape(first), templates.escape(second)]
     assert len(text) == len(templates.ranking_prompt("", "", "")) + len(prompt + first + second)
 
 
 @settings(max_examples=60, deadline=None)
 @given(PIECES)
-def test_defusing_changes_angle_brackets_only(text):
-    found = templates.defuse(text)
+def test_escaping_changes_angle_brackets_only(text):
+    found = templates.escape(text)
     assert len(found) == len(text)
     assert all(
         a == b or (a in "<\uff1c\ufe64" and b == "(") for a, b in zip(text, found, strict=True)
@@ -198,8 +198,8 @@ def test_defusing_changes_angle_brackets_only(text):
         "\uff1c\uff32\uff45\uff53\uff50onse \uff12",
     ],
 )
-def test_a_marker_is_defused_also_where_it_only_looks_like_one(marker):
-    assert templates.defuse(f"x {marker} y") == f"x ({marker[1:]} y"
+def test_a_marker_is_escaped_also_where_it_only_looks_like_one(marker):
+    assert templates.escape(f"x {marker} y") == f"x ({marker[1:]} y"
 
 
 def test_huge_texts_are_rendered():
@@ -325,10 +325,10 @@ HUGE = [
 
 
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: repr(text[:12]))
-@pytest.mark.parametrize("name", ["parse_ranking", "parse_user_prompt", "defuse"])
+@pytest.mark.parametrize("name", ["parse_ranking", "parse_user_prompt", "escape"])
 def test_huge_input_takes_no_time(name, text):
     assert seconds(getattr(templates, name), text) < 1
 
 
 def test_blanks_after_an_angle_bracket_take_no_time():
-    assert seconds(templates.defuse, "<" + " " * 16_000) < 0.1
+    assert seconds(templates.escape, "<" + " " * 16_000) < 0.1

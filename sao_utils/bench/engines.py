@@ -207,7 +207,11 @@ def _raw_vllm(engine, chats, sampling, seeds) -> Iterator[dict[str, Callable]]:
         try:
             arguments = {**engine.child.ready["arguments"], "skip_tokenizer_init": False}
             version = ask(arguments)["version"]
-            work = {"sampling": engine.asked(sampling), "seeds": list(seeds), "chats": chats}
+            work = {
+                "sampling": engine.sampling_params(sampling),
+                "seeds": list(seeds),
+                "chats": chats,
+            }
             ask({**work, "prompts": encode(chats, engine.tokenizer)}, "chat")
             ask("generate")
             yield {RAW: generate, RAW_CHAT: chat}

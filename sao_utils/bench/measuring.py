@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sao_utils.store import hardware, versions
+from sao_utils.machine import hardware, versions
 
 GIB = 2**30
 

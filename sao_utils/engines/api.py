@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sao_utils.engines.base import Chat, Completion, EngineError, Sampling
+from sao_utils.engines.reasoning import CLOSE, OPEN, parted
+from sao_utils.engines.verdicts import read_verdict
+from sao_utils.engines.vllm import NEUTRAL
 from sao_utils.recipe import Model
 
 OPENAI = "api.openai.com"
@@ -39,7 +41,6 @@ TOO_LARGE = 413  # said by what stands before a server, whatever its context is
 # What servers say when prompt and reply do not fit, in the body of a 400 or 422.
 TOO_MUCH = ("context", "too long", "too large", "too big", "max_tokens", "max_new_tokens")
 HARMLESS = "Hi"
-SURE = 1e-6  # probability that is left to a choice which no server reports, at least (ours)
 
 
 class ApiEngine:
@@ -73,19 +74,27 @@ class ApiEngine:
         self.model, self.name = model, name
         self._client = openai.OpenAI(api_key=key or "none", base_url=model.url, max_retries=RETRIES)
         self._limit = "max_tokens"
-        self._said_at = -math.inf
+        self._reported_at = -math.inf
         #: row of the latest call -> tokens read and written, where the server says them
         self.usage: dict[int, tuple[int, int]] = {}
         self._forces = self._goes_on_after_a_beginning()
 
     def generate(self, chats: list[Chat], sampling: Sampling, seeds: list[int]):
         def complete(i: int) -> Completion:
+            if chats[i][-1].get("open"):
+                raise EngineError(
+                    "prompts.source=pre_query needs the weights: a server writes no user's turn. Set "
+                    "model.engine to transformers or vllm, or take another source."
+                )
             answer = self._ask(
                 chats[i],
                 sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
                 seed=seeds[i] % 2**31,
+                extra_body=self._extra(),
             )
             self._note(i, answer)
             return _completion(answer) if answer else Completion("", 0, False)
@@ -98,6 +107,7 @@ class ApiEngine:
             if self._forces and prefix:  # nothing to go on after: the turn would end at once
                 chat = [*chat, {"role": "assistant", "content": prefix}]
                 extra = {"add_generation_prompt": False, "continue_final_message": True}
+            extra = self._extra() | extra
             answer = self._ask(
                 chat,
                 VERDICT_TOKENS,
@@ -121,6 +131,20 @@ class ApiEngine:
             return read_verdict(tokens, "" if self._forces else prefix, choices)
 
         return self._each(verdict, len(chats))
+
+    def _extra(self) -> dict:
+        """What OpenAI's interface has no name for.
+
+        A vLLM server fills in a model's own defaults for settings that a request leaves out, so all are
+        named; other servers might refuse names that they do not know.
+        """
+        extra = {}
+        if self._forces:
+            names = ("top_k", "min_p", "repetition_penalty")
+            extra = {name: NEUTRAL[name] for name in names}
+        if self.model.template_options:
+            extra["chat_template_kwargs"] = self.model.template_options
+        return extra
 
     def _goes_on_after_a_beginning(self) -> bool:
         """Whether this is a vLLM server; also finds a wrong address or key before any work."""
@@ -160,7 +184,7 @@ class ApiEngine:
                 self._over.set()
                 for row in rows:
                     row.cancel()
-                self._tell(count)
+                self._report(count)
         if fault:
             raise fault
 
@@ -171,7 +195,7 @@ class ApiEngine:
         elif used := _used(answer):
             self.usage[row] = used
 
-    def _tell(self, count: int) -> None:
+    def _report(self, count: int) -> None:
         """How many rows of a call the server did not answer, or not in full length."""
         if self._refused:
             print(
@@ -252,8 +276,8 @@ class ApiEngine:
         pause = max(PAUSE, asked_to_wait(error.response.headers))
         if waited + pause > PATIENCE:
             raise self._stop(error) from None
-        if time.monotonic() - self._said_at > 60:
-            self._said_at = time.monotonic()
+        if time.monotonic() - self._reported_at > 60:
+            self._reported_at = time.monotonic()
             print(
                 f"{self.model.url} limits the rate; waiting ({waited:.0f} s for a row so far). "
                 "A smaller model.concurrency may help.",
@@ -325,50 +349,10 @@ def _completion(answer) -> Completion:
     if choice.finish_reason == "content_filter":
         return Completion("", 0, False)
     used = _used(answer)
-    return Completion(text, used[1] if used else len(text.split()), choice.finish_reason == "stop")
-
-
-def read_verdict(
-    tokens: list[tuple[str, dict[str, float]]], prefix: str, choices: tuple[str, ...]
-) -> list[float]:
-    """Log-probability of each choice, at the place of a reply where the choices part.
-
-    Args:
-        tokens: the reply's tokens, each with the server's alternatives and their log-probabilities.
-        prefix: what the reply has to begin its verdict with; case and blanks do not count.
-        choices: as in `Engine.choose`; they part in their first character that is not blank. A token
-            counts for the choice that it is the beginning of, blanks and stars apart.
-
-    Returns:
-        Nats, one a choice. A choice that is not among the alternatives gets what it has at most: as
-        much as the least of them, and as they leave. So the margin is understated, and no verdict is
-        invalid for being too sure; but minus infinity where that is no less than the others have. A
-        choice of one letter gets minus infinity at once, as in alpaca_eval (`logprob_parser`). Minus
-        infinity for all when the reply does not come to a verdict.
-    """
-    said = ""
-    for token, alternatives in tokens:
-        begun = said.lower().rstrip(" *").endswith(prefix.lower())
-        if begun and _bare(token):
-            odds = [
-                [p for other, p in alternatives.items() if _begins(other, choice)]
-                for choice in choices
-            ]
-            found = [math.log(sum(map(math.exp, p))) if p else -math.inf for p in odds]
-            if max(found) == -math.inf or all(len(_bare(choice)) == 1 for choice in choices):
-                return found
-            rest = 1 - sum(map(math.exp, alternatives.values()))
-            most = min(*alternatives.values(), math.log(max(rest, SURE)))
-            most = most if most < max(found) else -math.inf
-            return [most if p == -math.inf else p for p in found]
-        said += token
-    return [-math.inf] * len(choices)
-
-
-def _bare(text: str) -> str:
-    """Without blanks and stars."""
-    return re.sub(r"[\s*]", "", text)
-
-
-def _begins(token: str, choice: str) -> bool:
-    return bool(_bare(token)) and _bare(choice).startswith(_bare(token))
+    tokens, finished = used[1] if used else len(text.split()), choice.finish_reason == "stop"
+    # Servers that part reasoning themselves name it so (vLLM, DeepSeek, OpenRouter).
+    thought = getattr(choice.message, "reasoning_content", None)
+    thought = thought or getattr(choice.message, "reasoning", None)
+    if isinstance(thought, str) and thought.strip():
+        text = f"{OPEN}{thought}{CLOSE}{text}"
+    return parted(text, tokens, finished)

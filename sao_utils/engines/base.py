@@ -130,7 +130,9 @@ def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
     return ids
 
 
-_HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # stands in for the end of an open message, and is cut off again
+_HERE = (
+    "SAO-THE-TURN-IS-OPEN-HERE"  # stands in for the end of an open message, and is cut off again
+)
 
 
 def _rendered(chats: list[Chat], tokenizer) -> list[str]:

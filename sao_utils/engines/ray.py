@@ -30,8 +30,10 @@ from sao_utils.engines.base import (
     first_divergent_token,
     over_long,
 )
-from sao_utils.engines.loading import load_tokenizer, model_folder
-from sao_utils.engines.registry import load_engine
+from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
+from sao_utils.engines.reasoning import opens_reasoning, read_reply
+from sao_utils.engines.transformers import TransformersEngine
+from sao_utils.engines.vllm import engine_arguments, lora_rank, sampling_params
 from sao_utils.recipe import Model
 
 SHARE = 64  # rows that a worker gets at a time, and that are on disk when it is done with them
@@ -104,17 +106,19 @@ class RayEngine:
                 max_restarts=DEATHS,
                 max_task_retries=DEATHS,
             )
-        for row in self._told(data.iter_rows()):
+        for row in self._results(data.iter_rows()):
             yield json.loads(row["done"])
 
-    def _told(self, results: Iterator) -> Iterator:
+    def _results(self, results: Iterator) -> Iterator:
         """Pass results on; what a worker raises becomes an EngineError."""
         try:
             yield from results
         except self.ray.exceptions.RayError as error:
-            said = str(getattr(error, "cause", None) or error).strip().splitlines() or [repr(error)]
+            fault = str(getattr(error, "cause", None) or error).strip().splitlines() or [
+                repr(error)
+            ]
             raise EngineError(
-                f"A Ray worker failed: {said[-1].strip()}\nThe rows made so far are kept; run again to go "
+                f"A Ray worker failed: {fault[-1].strip()}\nThe rows made so far are kept; run again to go "
                 "on, or set model.workers=0 to see the fault in one process."
             ) from error
 
@@ -122,12 +126,8 @@ class RayEngine:
 
     def _generate_with_vllm(self, chats, sampling: Sampling, seeds):
         stops = self._stops()
-        asked = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": stops,
-        }
+        asked = sampling_params(sampling) | {"stop_token_ids": stops}
+        opened = opens_reasoning(self.tokenizer)
         prompts = encode(chats, self.tokenizer)
         for batch in self._process(prompts, asked, seeds, Completion("", 0, False)):
             done = []
@@ -135,8 +135,7 @@ class RayEngine:
                 if not isinstance(reply, Completion):
                     ended = reply["ids"][-1] in stops if reply["ids"] else False
                     kept = reply["ids"][:-1] if ended else reply["ids"]
-                    text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-                    reply = Completion(text, len(kept), ended)
+                    reply = read_reply(self.tokenizer, kept, ended, opened)
                 done.append((i, reply))
             yield done
 
@@ -155,8 +154,6 @@ class RayEngine:
     ) -> Iterator:
         """Batches of (index, reply) by vLLM; a prompt that fills the context gets `nothing`."""
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-        from sao_utils.engines.vllm import engine_arguments, lora_rank
 
         arguments, lora = engine_arguments(self.model, self.adapter)
         limit = self.model.max_context or context_limit(self._config())
@@ -191,7 +188,7 @@ class RayEngine:
         data = build_processor(config, postprocess=reply)(
             self.ray.data.from_items(rows, override_num_blocks=blocks)
         )
-        for batch in self._told(data.iter_batches(batch_size=None, batch_format="pandas")):
+        for batch in self._results(data.iter_batches(batch_size=None, batch_format="pandas")):
             yield [
                 (int(row["row"]), {"ids": list(row["ids"]), "odds": list(row["odds"])})
                 for row in batch.to_dict("records")
@@ -231,12 +228,13 @@ class Worker:
     """The kit's own engine in a process of Ray's; a call does one share of the work."""
 
     def __init__(self, model: dict, adapter: str | None, name: str, verb: str, settings: dict):
-        self.engine = load_engine(Model(**model), Path(adapter) if adapter else None)
-        if self.engine.name != name:
+        of, folder = Model(**model), Path(adapter) if adapter else None
+        if model_name(of, folder) != name:
             raise EngineError(
                 f"A machine of the cluster has other files of {model['path']} than this one. Copy the "
                 "same model and adapter to the same path on all of them."
             )
+        self.engine = TransformersEngine(of, folder, name)
         self.verb, self.settings = verb, settings
 
     def __call__(self, row: dict) -> dict:

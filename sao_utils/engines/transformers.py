@@ -17,6 +17,7 @@ from sao_utils.engines.base import (
     over_long,
 )
 from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory, precision, say_once
+from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
 FEW = 8  # rows of a batch that is too small to be worth thinning out
@@ -60,6 +61,7 @@ class TransformersEngine:
 
         self.model, self.tokenizer = loaded.eval(), tokenizer
         self.batch_tokens, self.name = batch_tokens, name
+        self.opened = opens_reasoning(tokenizer)
         self.device = loaded.device.type
         self.made = self.broken = (
             0  # rows, and those of them for which the model computed no numbers
@@ -280,8 +282,7 @@ class TransformersEngine:
     def _completion(self, reply: list[int]) -> Completion:
         end = next((k for k, token in enumerate(reply) if token in self.stops), None)
         kept = reply if end is None else reply[:end]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Completion(text, len(kept), end is not None)
+        return read_reply(self.tokenizer, kept, end is not None, self.opened)
 
 
 _ADVICE = "Set model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller model."

@@ -37,11 +37,21 @@ from sao_utils.engines.base import (
     over_long,
 )
 from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
+from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
 ENCODED = 256  # chats at a time: vLLM takes these in while the next are encoded
 #: Seconds without a message or a new line in the log after which the child counts as hung.
 PATIENCE = 1200.0
+#: Settings of vLLM that change nothing. A model's generation_config may name others (Qwen2.5:
+#: repetition_penalty 1.05, top_k 20), which vLLM's server takes for what a request leaves out.
+NEUTRAL = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 ENDED = "its process has ended"
 
 
@@ -51,6 +61,7 @@ class VllmEngine:
     def __init__(self, model: Model, adapter: Path | None, name: str):
         self.model, self.name = model, name
         self.tokenizer = load_tokenizer(model)
+        self.opened = opens_reasoning(self.tokenizer)
         self.arguments, lora = engine_arguments(model, adapter)
         self.adapter = {"name": name, "path": lora["path"]} if lora else None
         self.rank = lora["rank"] if lora else 0
@@ -59,21 +70,16 @@ class VllmEngine:
 
     def generate(self, chats, sampling, seeds):
         child = self._child()
-        for batch in self._rows(child, self.asked(sampling), chats, [], seeds, None):
+        for batch in self._rows(child, self.sampling_params(sampling), chats, [], seeds, None):
             yield [
                 (i, self.completion(*reply) if reply else Completion("", 0, False))
                 for i, *reply in batch
             ]
 
-    def asked(self, sampling: Sampling) -> dict:
+    def sampling_params(self, sampling: Sampling) -> dict:
         """The arguments of vLLM's `SamplingParams`, but for the seed."""
         stops = {*self.child.ready["stops"], self.tokenizer.eos_token_id}.difference([None])
-        return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": sorted(stops),
-        }
+        return sampling_params(sampling) | {"stop_token_ids": sorted(stops)}
 
     def choose(self, chats, prefix, choices):
         shared, firsts = (
@@ -88,8 +94,7 @@ class VllmEngine:
     def completion(self, reply: list[int], ended: bool) -> Completion:
         """A reply from its token ids, of which the last ended it if it did so by itself."""
         kept = reply[:-1] if ended else reply
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Completion(text, len(kept), ended)
+        return read_reply(self.tokenizer, kept, ended, self.opened)
 
     def _rows(
         self, child: _Child, asked: dict, chats: list, shared: list[int], seeds: list, nothing
@@ -130,6 +135,16 @@ class VllmEngine:
             _current = weakref.ref(child)
         self.child = child  # the engines that use it keep it alive, and nobody else
         return child
+
+
+def sampling_params(sampling: Sampling) -> dict:
+    """Every setting of vLLM's sampling: what is left out, a model's own defaults may fill in."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_new_tokens,
+        **NEUTRAL,
+    }
 
 
 def vllm_python() -> str:

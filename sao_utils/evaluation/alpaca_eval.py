@@ -8,7 +8,7 @@ better model, m (shown first) or M; with p = p(m) / (p(m) + p(M)) its preference
 
 The 805 prompts with the reference answers (alpaca_eval_gpt4_baseline.json), the judge's template
 (alpaca_eval_clf.txt, also part of the installed program) and the prompts' difficulties
-(instruction_difficulty.csv) are other people's: `questions.official_file` finds them.
+(instruction_difficulty.csv) are other people's: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sao_utils import templates
-from sao_utils.evaluation.questions import official_file, official_questions
+from sao_utils.evaluation.benchmark_files import official_file, official_questions
 from sao_utils.recipe import Evaluation, RecipeError
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_mean,
-    from_preferences,
-    win_rate,
-)
+from sao_utils.statistics.intervals import Interval, clustered_mean, from_preferences, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
 
 REFERENCE = "gpt4_1106_preview"  # who wrote the reference answers
@@ -43,7 +38,7 @@ LOW_MASS = 0.5  # probability on m and M below which a preference is counted as 
 
 
 def load(settings: Evaluation) -> dict:
-    """The benchmark as `published` takes it: {items, baseline, baseline_name, show, notes, about,
+    """The benchmark as `run_benchmark` takes it: {items, baseline, baseline_name, show, notes, about,
     difficulty, gamed, counts}.
 
     `show(instruction, first, second)` gives the request to the judge; `about`: metric -> notes on
@@ -123,7 +118,7 @@ def _official_request(template: str) -> Callable[[str, str, str], dict]:
 
 def _own_request(instruction: str, first: str, second: str) -> dict:
     texts = {"instruction": instruction, "output_1": first, "output_2": second}
-    text = templates.render("alpaca_judge", **templates.defused(texts))
+    text = templates.render("alpaca_judge", **templates.escaped(texts))
     return {"chat": [{"role": "user", "content": text}], "prefix": "", "choices": CHOICES}
 
 
@@ -156,7 +151,7 @@ def judge(
     """Annotations of every model, in alpaca_eval's format, and what was counted.
 
     Args:
-        ask: asks the judge; see `asking.ask`.
+        ask: sends requests to the judge; see `engines.requests.replies`.
         answers: model -> id -> {turns [text], ...}.
         name: of the judge.
 
@@ -279,8 +274,8 @@ def remarks(annotations: list[dict]) -> dict[str, list[str]]:
     same = sum(row["output_1"] == row["output_2"] for row in annotations)
     if same <= len(annotations) / 20:
         return {}
-    told = f"{same} of {len(annotations)} answers are the reference's own: ties without a judge."
-    return {metric: [told] for metric in ("win_rate", "lc_win_rate", "lc_win_rate_published")}
+    remark = f"{same} of {len(annotations)} answers are the reference's own: ties without a judge."
+    return {metric: [remark] for metric in ("win_rate", "lc_win_rate", "lc_win_rate_published")}
 
 
 def published_fit(annotations: list[dict], gamed: Path) -> float | None:

@@ -11,7 +11,7 @@ single games, and a strong verdict as if it were three of them (`bootstrap`): to
 where all labels are as frequent), and without any width where one side wins all.
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
-judge's prompt (judge_config.yaml) are other people's: `questions.official_file` finds them.
+judge's prompt (judge_config.yaml) are other people's: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 from sao_utils import templates
 from sao_utils.engines.base import Sampling
-from sao_utils.evaluation.questions import official_file, official_questions, official_rows
+from sao_utils.evaluation.benchmark_files import official_file, official_questions, official_rows
 from sao_utils.recipe import Evaluation, RecipeError
 from sao_utils.statistics.intervals import Interval, clustered_mean, win_rate
 
@@ -44,7 +44,7 @@ _LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 
 
 def load(settings: Evaluation) -> dict:
-    """The benchmark as `published` takes it: {items, baseline, baseline_name, show, notes, counts}.
+    """The benchmark as `run_benchmark` takes it: {items, baseline, baseline_name, show, notes, counts}.
 
     `show(question, a, b)` gives the chat for the judge.
 
@@ -108,7 +108,7 @@ def _official_chat(path) -> Callable[[str, str, str], list[dict]]:
 
 def _own_chat(question: str, a: str, b: str) -> list[dict]:
     texts = {"question_1": question, "answer_1": a, "answer_2": b}
-    text = templates.render("arena_judge", **templates.defused(texts))
+    text = templates.render("arena_judge", **templates.escaped(texts))
     return [{"role": "user", "content": text}]
 
 

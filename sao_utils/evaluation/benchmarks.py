@@ -1,7 +1,7 @@
 """Published benchmarks, and the tiny world's counterparts of them, through the same code.
 
 `alpaca_eval`, `arena_hard` and `mt_bench` say how each is loaded, judged, scored and written down;
-here models answer, judges are asked, and everything comes together. A judge of the recipe is any
+here models answer, judges judge, and everything comes together. A judge of the recipe is any
 model: the figures are comparable with published ones only where a row has neither a note nor a
 judge_note, and worth something where it has no remarks.
 The files that are left under benchmarks/ are those of the benchmarks' own programs: model_outputs.json
@@ -20,22 +20,20 @@ The counterparts (all of them ours, to see the machinery at work; no evidence ab
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import combinations
 from types import ModuleType
 
-from sao_utils import templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import load_tokenizer
-from sao_utils.engines.requests import ask
+from sao_utils.engines.requests import replies
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
-from sao_utils.evaluation import tiny_benchmarks as counterparts
-from sao_utils.evaluation.answers import competitors
-from sao_utils.evaluation.comparisons import doubts, judge_models
-from sao_utils.evaluation.questions import OFFICIAL
+from sao_utils.evaluation.answers import Candidate
+from sao_utils.evaluation.benchmark_files import OFFICIAL
+from sao_utils.evaluation.comparisons import doubts
+from sao_utils.evaluation.tiny_benchmarks import COUNTERPART, TINY, chat_of, choose_label
 from sao_utils.recipe import Evaluation, Model, RecipeError
 from sao_utils.statistics.intervals import Interval, win_rate
 from sao_utils.statistics.ratings import kappa
@@ -51,8 +49,6 @@ PROTOCOLS: dict[str, ModuleType] = {
     "tiny_mt": mt_bench,
 }
 DIFFERS = "protocol differs: "
-COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
-SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
 
 
 def load(settings: Evaluation, name: str) -> dict:
@@ -61,11 +57,11 @@ def load(settings: Evaluation, name: str) -> dict:
     Raises:
         RecipeError: its files are not there, or hold no question that can be asked.
     """
-    loaded = _TINY[name]() if name in _TINY else PROTOCOLS[name].load(settings)
+    loaded = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
     if not loaded["items"]:
         raise RecipeError(f"{name}: its files hold no question with all it takes.")
     limit, there = settings.benchmark_limit, len(loaded["items"])
-    if name not in _TINY and there != PROTOCOLS[name].PROMPTS:
+    if name not in TINY and there != PROTOCOLS[name].PROMPTS:
         loaded["notes"] += (f"{there} usable prompts, there {PROTOCOLS[name].PROMPTS}",)
     if limit is not None and limit < there:
         loaded["notes"] += (f"the first {limit} of {there} prompts",)
@@ -73,24 +69,27 @@ def load(settings: Evaluation, name: str) -> dict:
     return loaded
 
 
-def published(
+def run_benchmark(
     run: Run,
     name: str,
-    names: Sequence[str] | None = None,
+    candidates: Sequence[Candidate],
+    judges: dict[str, Model],
     leave_out: Collection[str] = (),
-) -> dict[str, dict]:
-    """Run a benchmark: every competitor of the recipe answers, every judge judges.
+    keep_files: bool = True,
+) -> list[dict]:
+    """Run a benchmark: every candidate answers, every judge judges.
 
     Answers and verdicts are kept in rows/benchmark_answers.jsonl and benchmark_verdicts.jsonl; the
     files that the benchmark's own program reads go to benchmarks/<name>/, unless it is a part only.
 
     Args:
-        names: only these competitors, as in `evaluation.competitors`; "base" must be one for
-            tiny_arena.
+        candidates: "base" must be one for tiny_arena.
+        judges: by name; the oracle judges tiny_mt.
         leave_out: first turns of items that shall not count.
+        keep_files: whether the benchmark's own files are written (of the whole benchmark only).
 
     Returns:
-        "<benchmark>.<model>.<judge>.<metric>" -> {benchmark, model, judge, metric, interval, n,
+        Rows {benchmark, model, judge, metric, interval, n,
         note (how the protocol differs from the published one, but for the judge), judge_note (who
         judges there, "" where it is this judge), remarks (sentences on what makes it doubtful),
         counts}; `counts` is of the model and judge, of the benchmark's files too. Rates are shares,
@@ -107,40 +106,43 @@ def published(
     if name not in PROTOCOLS:
         raise RecipeError(f"There is no benchmark '{name}'. There are: {', '.join(PROTOCOLS)}.")
     benchmark, protocol = load(run.recipe.evaluation, name), PROTOCOLS[name]
-    whole = names is None and not leave_out
+    whole = keep_files and not leave_out
     benchmark["items"] = [i for i in benchmark["items"] if i["turns"][0] not in leave_out]
     if not benchmark["items"]:
-        return {}
-    answers = write_answers(run, name, benchmark, names)
+        return []
+    answers = write_answers(run, name, benchmark, candidates)
     if name == "tiny_arena":
         base = answers["base"]
         benchmark["baseline"] = {identity: a["turns"][0] for identity, a in base.items()}
-        benchmark["argue"] = partial(_label, min_mass=run.recipe.judging.min_mass)
-    found, labels = {}, {}
-    judges = {"oracle": None} if "grade" in benchmark else judge_models(run)
+        benchmark["argue"] = partial(choose_label, min_mass=run.recipe.judging.min_mass)
+    found, labels = [], {}
+    if "grade" in benchmark:
+        judges = {"oracle": None}
     for judge, model in judges.items():
         merged: list[str] = []
-        judgments, counts = protocol.judge(_asker(run, model, merged), benchmark, answers, judge)
+        judgments, counts = protocol.judge(
+            _requester(run, model, merged), benchmark, answers, judge
+        )
         if whole:
             _write_files(run, name, protocol.files(answers, benchmark, judgments, judge))
-        for competitor, of in judgments.items():
-            verdicts = labels.setdefault(competitor, {})[judge] = protocol.labels(of)
-            tally = benchmark["counts"] + counts[competitor]
+        for model_name, of in judgments.items():
+            verdicts = labels.setdefault(model_name, {})[judge] = protocol.labels(of)
+            tally = benchmark["counts"] + counts[model_name]
             tally["prompts"] = len(benchmark["items"])
-            texts = [text for a in answers[competitor].values() for text in a["turns"]]
+            texts = [text for a in answers[model_name].values() for text in a["turns"]]
             tally["empty answers"] = sum(not text.strip() for text in texts)
-            figures = _figures(name, benchmark, answers, competitor, of)
+            figures = _figures(name, benchmark, answers, model_name, of)
             if verdicts:  # also where no verdict is valid
                 valid = [float(verdict is not None) for verdict in verdicts.values()]
                 figures["valid_rate"] = win_rate(valid, [key[0] for key in verdicts]).rate
             notes = _notes(run, name, benchmark, model, tally) + (*merged,)
             about, own = benchmark.get("about", {}), protocol.remarks(of)
-            remarks = _remarks(judge, competitor, figures, verdicts, tally, len(texts))
+            remarks = _remarks(judge, model_name, figures, verdicts, tally, len(texts))
             remarks += _of_files(benchmark["counts"])
             for metric, interval in figures.items():
                 row = {
                     "benchmark": name,
-                    "model": competitor,
+                    "model": model_name,
                     "judge": judge,
                     "metric": metric,
                     "interval": interval,
@@ -154,17 +156,17 @@ def published(
                     row["standard_error"] = alpaca_eval.standard_error(of)
                 if protocol is arena_hard and metric == "score":
                     row["bootstrap"] = arena_hard.bootstrap(of, benchmark["baseline_name"])
-                found[f"{name}.{competitor}.{judge}.{metric}"] = row
-    return found | _agreements(name, labels, len(benchmark["items"]))
+                found.append(row)
+    return found + _agreements(name, labels, len(benchmark["items"]))
 
 
-def _agreements(name: str, labels: dict[str, dict[str, dict]], items: int) -> dict[str, dict]:
+def _agreements(name: str, labels: dict[str, dict[str, dict]], items: int) -> list[dict]:
     """Cohen's kappa of each two judges on each model's verdicts; a judge is then "<one>~<other>".
 
     Only of what both judged: that they both never saw a pair of identical answers is no agreement.
     """
-    found = {}
-    for competitor, by_judge in labels.items():
+    found = []
+    for model_name, by_judge in labels.items():
         for one, other in combinations(by_judge, 2):
             both = [(key, by_judge[one][key], by_judge[other][key]) for key in by_judge[one]]
             valid = [pair for pair in both if None not in pair]
@@ -172,9 +174,9 @@ def _agreements(name: str, labels: dict[str, dict[str, dict]], items: int) -> di
                 continue
             keys, first, second = zip(*valid)
             interval = kappa(first, second, clusters=[key[0] for key in keys])
-            found[f"{name}.{competitor}.{one}~{other}.kappa"] = {
+            row = {
                 "benchmark": name,
-                "model": competitor,
+                "model": model_name,
                 "judge": f"{one}~{other}",
                 "metric": "kappa",
                 "interval": interval,
@@ -188,21 +190,23 @@ def _agreements(name: str, labels: dict[str, dict[str, dict]], items: int) -> di
                     "identical answers, not judged": items - len({key[0] for key, *_ in both}),
                 },
             }
+            found.append(row)
     return found
 
 
 def write_answers(
-    run: Run, name: str, benchmark: dict, names: Sequence[str] | None = None
+    run: Run, name: str, benchmark: dict, candidates: Sequence[Candidate]
 ) -> dict[str, dict]:
-    """Every competitor's answers (or those of `names`), each turn after its own earlier answers.
+    """Every candidate's answers, each turn after its own earlier answers.
 
     Returns:
         model -> id -> {id (of the last reply), turns [text], tokens [n], finished [...]}.
     """
     settings, several = run.recipe.evaluation, len(run.recipe.seeds) > 1
     given: dict[str, dict] = {}
-    for arm, seed, model in competitors(run, names):
-        label = f"{arm}-{seed}" if several and seed is not None else arm
+    for candidate in candidates:
+        of_seed = several and candidate.seed is not None
+        label = f"{candidate.name}-{candidate.seed}" if of_seed else candidate.name
         if label in given:
             raise RecipeError(f"others: '{label}' is what a seed's model is called; rename it.")
         mine = {
@@ -212,14 +216,16 @@ def write_answers(
             items = [item for item in benchmark["items"] if len(item["turns"]) > turn]
             requests = [
                 {
-                    "chat": _chat(item["turns"][: turn + 1], mine[item["id"]]["turns"]),
+                    "chat": chat_of(item["turns"][: turn + 1], mine[item["id"]]["turns"]),
                     "sampling": Sampling(
                         _temperature(settings, name, item), settings.max_new_tokens, settings.top_p
                     ),
+                    "of": {"benchmark": name, "model": label, "item": item["id"], "turn": turn + 1},
                 }
                 for item in items
             ]
-            for item, reply in zip(items, ask(run, "benchmark_answers", model, requests)):
+            made = replies(run, "benchmark_answers", candidate.model, requests)
+            for item, reply in zip(items, made):
                 answer = mine[item["id"]]
                 answer["id"] = reply["id"]
                 answer["turns"].append(reply["text"])
@@ -229,13 +235,6 @@ def write_answers(
     return given
 
 
-def _chat(asked: list[str], answered: list[str]) -> list[dict]:
-    chat = [{"role": "user", "content": asked[0]}]
-    for answer, question in zip(answered, asked[1:]):
-        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-    return chat
-
-
 def _temperature(settings: Evaluation, name: str, item: dict) -> float:
     """Arena-Hard's and MT-Bench's own; AlpacaEval leaves it to the model: the recipe's first."""
     if name == "mt_bench":
@@ -243,21 +242,23 @@ def _temperature(settings: Evaluation, name: str, item: dict) -> float:
     return 0.0 if name in ("arena_hard", "tiny_arena", "tiny_mt") else settings.temperatures[0]
 
 
-def _asker(run: Run, judge: Model | None, notes: list[str]) -> Callable[[list[dict]], list[dict]]:
-    """What asks a judge; a model without a system role gets that text before the user's.
+def _requester(
+    run: Run, judge: Model | None, notes: list[str]
+) -> Callable[[list[dict]], list[dict]]:
+    """What sends requests to a judge; a model without a system role gets that text before the user's.
 
     Args:
         notes: where it is put down that this was so.
     """
 
-    def asked(requests: list[dict]) -> list[dict]:
+    def send(requests: list[dict]) -> list[dict]:
         if any(request["chat"][0]["role"] == "system" for request in requests):
             if not _knows_system(judge):
                 requests = [{**r, "chat": _merged(r["chat"])} for r in requests]
                 notes[:] = [f"{DIFFERS}the judge knows no system prompt: the user's text has it"]
-        return ask(run, "benchmark_verdicts", judge, requests)
+        return replies(run, "benchmark_verdicts", judge, requests)
 
-    return asked
+    return send
 
 
 def _knows_system(model: Model) -> bool:
@@ -279,14 +280,14 @@ def _merged(chat: list[dict]) -> list[dict]:
 
 
 def _figures(
-    name: str, benchmark: dict, answers: dict, competitor: str, judgments: list[dict]
+    name: str, benchmark: dict, answers: dict, model_name: str, judgments: list[dict]
 ) -> dict[str, Interval]:
     protocol = PROTOCOLS[name]
     if protocol is alpaca_eval:
         return alpaca_eval.figures(judgments, benchmark["difficulty"], benchmark["gamed"])
     if protocol is mt_bench:
         return mt_bench.figures(judgments)
-    lengths = {identity: a["tokens"][0] for identity, a in answers[competitor].items()}
+    lengths = {identity: a["tokens"][0] for identity, a in answers[model_name].items()}
     return arena_hard.figures(judgments, benchmark["baseline_name"], lengths)
 
 
@@ -294,7 +295,7 @@ def _notes(
     run: Run, name: str, benchmark: dict, judge: Model | None, counts: Counter
 ) -> tuple[str, ...]:
     """How this run differs from the published protocol, but for who judges."""
-    if name in _TINY:
+    if name in TINY:
         return (COUNTERPART, *benchmark["notes"])
     notes, protocol, settings = benchmark["notes"], PROTOCOLS[name], run.recipe.evaluation
     if judge.quantisation != "none":
@@ -312,7 +313,7 @@ def _notes(
 
 def _judge_note(name: str, judge: Model | None) -> str:
     """Who judges in the published benchmark, where it is another."""
-    if name in _TINY or judge.path in PROTOCOLS[name].JUDGES:
+    if name in TINY or judge.path in PROTOCOLS[name].JUDGES:
         return ""
     return f"judged by {judge.path}, there by {PROTOCOLS[name].JUDGES[0]}"
 
@@ -328,21 +329,21 @@ def _remarks(
     """What makes all that a judge says of a model doubtful, in plain sentences; [] if nothing."""
     invalid, asked = sum(verdict is None for verdict in verdicts.values()), len(verdicts)
     first = figures["first_rate"].value if "first_rate" in figures else 0.5
-    said = doubts(judge, invalid, asked, first, "requests")
+    found = doubts(judge, invalid, asked, first, "requests")
     if (doubtful := counts["doubtful verdict"]) > asked / 20:
-        said.append(
+        found.append(
             f"{doubtful} of {asked} verdicts are doubtful: the judge would rather have said "
             "something else."
         )
     if empty := counts["empty answers"]:
-        said.append(f"{empty} of {answers} answers of '{model}' are empty.")
-    return said
+        found.append(f"{empty} of {answers} answers of '{model}' are empty.")
+    return found
 
 
 def _of_files(counts: Counter) -> list[str]:
     """What was found amiss in a benchmark's files."""
-    told = ", ".join(f"{reason} ({count})" for reason, count in counts.items() if count)
-    return [f"In the benchmark's files: {told}."] if told else []
+    fault = ", ".join(f"{reason} ({count})" for reason, count in counts.items() if count)
+    return [f"In the benchmark's files: {fault}."] if fault else []
 
 
 def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
@@ -352,79 +353,3 @@ def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
         else:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(run.folder / "benchmarks" / OFFICIAL.get(name, name) / path, text)
-
-
-# ------------------------------------------------------------------------ the counterparts
-
-
-def _ranking(instruction: str, first: str, second: str) -> dict:
-    content = templates.ranking_prompt(instruction, first, second)
-    return {
-        "chat": [{"role": "user", "content": content}],
-        "prefix": templates.VERDICT_PREFIX,
-        "choices": templates.VERDICTS,
-    }
-
-
-def _tiny_alpaca() -> dict:
-    items = counterparts.prompts(every=2)
-    return {
-        "items": items,
-        "baseline": {item["id"]: counterparts.villagers_answer(item) for item in items},
-        "baseline_name": counterparts.VILLAGERS,
-        "show": _ranking,
-        "difficulty": None,
-        "gamed": None,
-        "notes": (),
-        "about": {"lc_win_rate": (alpaca_eval.UNPENALISED,)},
-        "counts": Counter(),
-    }
-
-
-def _tiny_arena() -> dict:
-    return {
-        "items": counterparts.prompts(every=4),
-        "baseline_name": "base",
-        "show": lambda question, a, b: _ranking(question, a, b)["chat"],
-        "notes": (f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",),
-        "counts": Counter(),
-    }
-
-
-def _label(
-    ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]], min_mass: float
-) -> tuple[list[str], list[int]]:
-    """Verdicts of a judge that only chooses, in Arena-Hard's labels (see `arena_hard.argue`).
-
-    None where both choices together are less probable than `min_mass`, as in contests.
-    """
-    about = {"prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
-    texts = []
-    for reply in ask([{"chat": chat, **about} for chat in chats]):
-        first, second = reply["logps"]
-        known = None not in (first, second) and math.isfinite(first - second)
-        if not known or math.exp(first) + math.exp(second) < min_mass:
-            texts.append("")
-            continue
-        odds = first - second
-        sign = ">>" if abs(odds) > MUCH else ">" if abs(odds) > SLIGHTLY else "="
-        better, worse = ("A", "B") if odds > 0 or sign == "=" else ("B", "A")
-        texts.append(f"log-odds {odds:.3f}: [[{better}{sign}{worse}]]")
-    return texts, []
-
-
-def _tiny_mt() -> dict:
-    return {
-        "items": counterparts.conversations(),
-        "show": lambda item, texts: (_chat(item["turns"][: len(texts)], texts), "oracle"),
-        "grade": counterparts.oracle_grade,
-        "notes": ("graded by the oracle: the tiny judge cannot grade",),
-        "counts": Counter(),
-    }
-
-
-_TINY: dict[str, Callable[[], dict]] = {
-    "tiny_alpaca": _tiny_alpaca,
-    "tiny_arena": _tiny_arena,
-    "tiny_mt": _tiny_mt,
-}

@@ -1,123 +1,77 @@
-"""Contests: any two models on the same prompts, any judge, and what their verdicts add up to.
+"""Comparisons: two models' answers to the same questions, any judge, and what its verdicts add up to.
 
-A judge sees both answers with the paper's ranking prompt, in both orders (`judging.verdict_rows`).
-A prompt is won where both orders agree, and half won where they disagree, tie, or the answers are
-the same (ours: the papers do not say). Names of competitors: "base", the recipe's arms, and
-`others`; of judges: "self" (the recipe's own judge, by default its model before training) and
-`judges`.
-
-The key of a result says who played whom and who judged: `contest.<a>_vs_<b>.<judge>.<metric>`.
+A judge sees both answers with the paper's ranking prompt, in both orders (`stages.judging`). A question
+is won where both orders agree, and half won where they disagree, tie, or the answers are the same (ours:
+the papers do not say).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from itertools import combinations
-from pathlib import Path
 from statistics import fmean, variance
 
-from sao_utils.evaluation.answers import answer, competitors
-from sao_utils.recipe import Model, RecipeError
-from sao_utils.stages.judging import first_shown, judges_agree, verdict_rows
-from sao_utils.statistics.intervals import (
-    Interval,
-    clustered_difference,
-    clustered_mean,
-    design_effect,
-    prompts_needed,
-    win_rate,
-)
+from sao_utils.recipe import Model
+from sao_utils.stages.judging import first_shown, judge_pairs
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
-from sao_utils.statistics.ratings import bradley_terry
+from sao_utils.statistics.power import design_effect, prompts_needed
+from sao_utils.statistics.ratings import Strength, bradley_terry
 from sao_utils.store import Run, row_id
 
-#: metric of a scoreboard -> the outcome of `judging.verdict_rows` that it is the share of
+#: metric -> the outcome of `judge_pairs` that it is the share of
 OUTCOMES = {
-    "decided": "consistent",
-    "inconsistent": "inconsistent",
-    "tie": "tie",
-    "identical": "identical",
+    "won in both orders": "consistent",
+    "orders disagree": "inconsistent",
+    "ties": "tie",
+    "identical answers": "identical",
 }
 
 
-def judge_models(run: Run) -> dict[str, Model]:
-    """Every judge of contests by name: "self", then the recipe's `judges`."""
-    return {"self": run.recipe.judging_model, **run.recipe.judges}
-
-
-def contest(
-    run: Run,
-    a: str,
-    b: str,
-    judge: str = "self",
-    prompts: str | None = None,
-    temperature: float | None = None,
+def compare_answers(
+    run: Run, answers_a: list[dict], answers_b: list[dict], judge: str, model: Model
 ) -> list[dict]:
-    """Let a judge compare two competitors' answers to the same prompts, in both orders.
+    """Let a judge compare two models' answers to the same questions, in both orders.
 
     Args:
-        a, b: names as in `evaluation.competitors`. Trained models take part with every seed, against
-            the same seed of the other, or against the other's one set of answers.
-        judge: a name of `judge_models`, or "tuned": the arm "self" (of the first seed) as a judge. It
-            judges as `judging` of the recipe says.
-        prompts: a set or file; by default `evaluation.questions`.
-        temperature: of the answers; by default the recipe's first.
+        answers_a, answers_b: rows of `answer_questions`, each of one model at one temperature. Trained
+            models take part with every seed, against the same seed of the other, or its only answers.
+        judge: the judge's name in tables.
+        model: the judge.
 
     Returns:
-        A row a prompt and seed: {id, model (a), opponent (b), judge, seed, prompts, temperature,
-        question_id, combination, prompt, responses [a, b], lengths [tokens of a, b], win}, and the keys of
-        `judging.verdict_rows`. `win` is 1 or 0 where both orders agree, 0.5 for identical
-        answers, ties and disagreeing orders, None for invalid verdicts.
-
-    Raises:
-        RecipeError: a name that is not there, or one competitor twice.
+        A row a question and seed: {id, model (a), opponent (b), judge, seed, temperature, question_id,
+        combination, prompt, responses [a, b], response_ids, lengths [tokens of a, b], win}, and the
+        keys of `judge_pairs`. `win` is 1 or 0 where both orders agree, 0.5 for identical answers, ties
+        and disagreeing orders, None for invalid verdicts.
     """
-    judges = judge_models(run)
-    if judge == "tuned" and judge not in judges and "self" in run.recipe.arms:
-        judges[judge] = competitors(run, ["self"])[0][2]
-    if judge not in judges:
-        raise RecipeError(
-            f"There is no judge '{judge}'. Judges: {', '.join(judges)}. More: judges."
-        )
-    if a == b:
-        raise RecipeError(f"'{a}' cannot be compared with itself: name two models.")
-    settings = run.recipe.evaluation
-    prompts = settings.questions if prompts is None else prompts
-    temperature = settings.temperatures[0] if temperature is None else temperature
-    answers: dict[str, dict] = {a: {}, b: {}}  # model -> (seed, question) -> its answer
-    for row in answer(run, (a, b), prompts, (temperature,)):
-        answers[row["model"]][row["seed"], row["question_id"]] = row
-    seeds = sorted({seed for of in answers.values() for seed, _ in of if seed is not None})
+    of_a, of_b = (
+        {(row["seed"], row["question_id"]): row for row in rows} for rows in (answers_a, answers_b)
+    )
+    seeds = sorted({seed for seed, _ in (*of_a, *of_b) if seed is not None})
     pairs = []
     for seed in seeds or [None]:
-        of_a, of_b = (_of_seed(answers[name], seed) for name in (a, b))
-        for question_id, first in of_a.items():
-            second = of_b[question_id]
+        for question in dict.fromkeys(question for _, question in of_a):
+            first, second = (of.get((seed, question)) or of[None, question] for of in (of_a, of_b))
             pairs.append(
                 {
-                    "id": row_id("contest", first["id"], second["id"]),
-                    "model": a,
-                    "opponent": b,
+                    "id": row_id("comparison", first["id"], second["id"]),
+                    "model": first["model"],
+                    "opponent": second["model"],
                     "judge": judge,
                     "seed": seed,
-                    "prompts": prompts,
-                    "temperature": temperature,
-                    "question_id": question_id,
+                    "round": first["round"],
+                    "temperature": first["temperature"],
+                    "question_id": question,
                     "combination": first["combination"],
                     "prompt": first["question"],
                     "responses": [first["text"], second["text"]],
+                    "response_ids": [first["id"], second["id"]],
                     "lengths": [first["tokens"], second["tokens"]],
                 }
             )
-    judged = verdict_rows(run, "duels", pairs, judges[judge])
+    judged = judge_pairs(run, pairs, model, "comparisons")
     return [{**row, "win": _win(row)} for row in judged]
-
-
-def _of_seed(answers: dict, seed: int | None) -> dict[str, dict]:
-    """question -> a model's answer of a seed, or its only one."""
-    return {question: row for (of, question), row in answers.items() if of in (seed, None)}
 
 
 def _win(row: dict) -> float | None:
@@ -128,69 +82,66 @@ def _win(row: dict) -> float | None:
     return 0.5
 
 
-def duel(run: Run) -> list[dict]:
-    """Every arm's contest with the base model, judged by the run's own judge. Rows of `contest`."""
-    return [row for arm in run.recipe.arms for row in contest(run, arm, "base")]
+def valid(rows: list[dict]) -> list[dict]:
+    """The rows of a comparison that have a valid verdict."""
+    return [row for row in rows if row["win"] is not None]
 
 
-def name_of(run: Run, row: dict) -> str:
-    """The beginning of a contest's keys: models and judge, and what is not the recipe's first choice."""
-    return f"contest.{row['model']}_vs_{row['opponent']}.{row['judge']}" + _elsewhere(run, row)
+def rate(rows: list[dict]) -> Interval:
+    """The win rate of a comparison, by its valid verdicts (`intervals.win_rate`)."""
+    of = valid(rows)
+    by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
+    return win_rate([row["win"] for row in of], by, runs).rate
 
 
-def _elsewhere(run: Run, row: dict) -> str:
-    settings, name = run.recipe.evaluation, ""
-    if row["prompts"] != settings.questions:
-        name += "." + Path(row["prompts"]).stem
-    if row["temperature"] != settings.temperatures[0]:
-        name += f".t{row['temperature']:g}"
-    return name
+def rate_at_equal_length(rows: list[dict]) -> Interval:
+    """The length-controlled win rate of a comparison, by its valid verdicts (`length_control`).
+
+    Length is counted in characters, as AlpacaEval does: a judge is shown text, and two models may cut
+    the same text into different tokens.
+    """
+    of = valid(rows)
+    return length_controlled_win_rate(
+        [row["win"] for row in of],
+        _longer(of),
+        [row["combination"] for row in of],
+        runs=[row["seed"] for row in of],
+    )
 
 
-def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
-    """What one contest came to, each key beginning with `name_of`.
+def _longer(rows: list[dict]) -> list[int]:
+    return [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
 
-    Args:
-        rows: of one call of `contest`, at least one.
+
+def scores(rows: list[dict], resamples: int) -> dict[str, Interval]:
+    """What one comparison came to, by metric; what cannot be estimated has no bounds, and a note.
 
     Returns:
-        win_rate, win_rate_lc: see `rate_of`, `rate_at_equal_length`.
-        Shares of valid verdicts: decided (both orders agree), inconsistent, tie, identical; and
-        first_position, the share of verdicts, two a prompt, that prefer what is shown first (half,
-        where a verdict's odds are even).
-        Shares of all prompts: valid; empty_a, empty_b: answers without text.
-        length_difference: a's characters minus b's.
-        prompts_needed: to see a win rate that far from 50 % four times of five; low and high are
-        those for the ends of its interval, infinite where that holds 50 %.
-        Without a valid verdict there is no win rate, and what hangs on it is left out. n counts
-        rows: prompts times seeds.
+        Of valid verdicts: "win rate", "win rate at equal length", the shares of `OUTCOMES`, "first
+        position", the share of verdicts, two a question, that prefer what is shown first (half, where
+        a verdict's odds are even), and "prompts needed" to see a win rate that far from 50 % four times
+        of five (low and high for the ends of its interval, infinite where that holds 50 %).
+        Of all questions: "valid verdicts", "empty answers", "empty answers of the opponent", "length
+        difference" (characters of a minus b). n counts rows: questions times seeds.
     """
-    resamples = run.recipe.evaluation.bootstrap
 
     def mean(values: list, of: list[dict]) -> Interval:
         by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
         return clustered_mean(values, by, resamples, runs=runs)
 
-    valid = [row for row in rows if row["win"] is not None]
-    judged = [row for row in valid if row["margin"] is not None]
+    good = valid(rows)
+    judged = [row for row in good if row["margin"] is not None]
     empty = [[not text.strip() for text in row["responses"]] for row in rows]
-    found = {
-        "valid": mean([row["win"] is not None for row in rows], rows),
-        "empty_a": mean([a for a, _ in empty], rows),
-        "empty_b": mean([b for _, b in empty], rows),
-        "length_difference": mean(_longer(rows), rows),
-    }
-    if valid:
-        rate = rate_of(valid)
+    found = {}
+    if good:
         found = {
-            "win_rate": rate,
-            "win_rate_lc": rate_at_equal_length(valid),
+            "win rate": rate(rows),
+            "win rate at equal length": rate_at_equal_length(rows),
             **{
-                key: mean([row["outcome"] == outcome for row in valid], valid)
-                for key, outcome in OUTCOMES.items()
+                name: mean([row["outcome"] == outcome for row in good], good)
+                for name, outcome in OUTCOMES.items()
             },
-            **found,
-            "prompts_needed": _needed(rate, valid),
+            "prompts needed": _needed(rate(rows), good),
         }
     if judged:
         shown = [
@@ -198,38 +149,19 @@ def scoreboard(run: Run, rows: list[dict]) -> dict[str, Interval]:
             for row in judged
             for prefers in first_shown(row)
         ]
-        found["first_position"] = win_rate(*zip(*shown)).rate
-    return {f"{name_of(run, rows[0])}.{key}": value for key, value in found.items()}
+        found["first position"] = win_rate(*zip(*shown)).rate
+    return found | {
+        "valid verdicts": mean([row["win"] is not None for row in rows], rows),
+        "empty answers": mean([a for a, _ in empty], rows),
+        "empty answers of the opponent": mean([b for _, b in empty], rows),
+        "length difference": mean(_longer(rows), rows),
+    }
 
 
-def _longer(rows: list[dict]) -> list[int]:
-    return [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
-
-
-def rate_of(valid: list[dict]) -> Interval:
-    """The win rate of contest rows with valid verdicts (`intervals.win_rate`)."""
-    wins, by = [row["win"] for row in valid], [row["combination"] for row in valid]
-    return win_rate(wins, by, [row["seed"] for row in valid]).rate
-
-
-def rate_at_equal_length(valid: list[dict]) -> Interval:
-    """The length-controlled win rate of contest rows with valid verdicts (`length_control`).
-
-    Length is counted in characters, as AlpacaEval does: a judge is shown text, and the models of a
-    contest, or of two runs, may cut the same text into different tokens.
-    """
-    return length_controlled_win_rate(
-        [row["win"] for row in valid],
-        _longer(valid),
-        [row["combination"] for row in valid],
-        runs=[row["seed"] for row in valid],
-    )
-
-
-def _needed(rate: Interval, valid: list[dict]) -> Interval:
+def _needed(found: Interval, good: list[dict]) -> Interval:
     """Prompts, each with all of the trainings, by how much their results differ here."""
     by_question: dict[str, list[dict]] = {}
-    for row in valid:
+    for row in good:
         by_question.setdefault(row["question_id"], []).append(row)
     means = [fmean(row["win"] for row in of) for of in by_question.values()]
     clusters = [of[0]["combination"] for of in by_question.values()]
@@ -238,83 +170,42 @@ def _needed(rate: Interval, valid: list[dict]) -> Interval:
         spread = {"variance": variance(means), "design_effect": effect}
 
     def needed(share: float) -> float:
+        if math.isnan(share):
+            return math.nan
         return math.inf if share == 0.5 else float(prompts_needed(share - 0.5, **spread))
 
-    ends = sorted((needed(rate.low), needed(rate.high)))
-    if rate.low <= 0.5 <= rate.high:
+    ends = sorted((needed(found.low), needed(found.high)))
+    if found.low <= 0.5 <= found.high:
         ends[1] = math.inf
-    return Interval(needed(rate.value), *ends, rate.n)
+    return Interval(needed(found.value), *ends, found.n)
 
 
-def remarks(rows: list[dict]) -> list[str]:
-    """What makes a contest's win rate doubtful, in plain sentences; [] if nothing does.
-
-    Args:
-        rows: of one call of `contest`, at least one.
-    """
-    n, bad = len(rows), sum(row["win"] is None for row in rows)
-    judged = [row for row in rows if row["margin"] is not None]
-    first = [prefers for row in judged for prefers in first_shown(row)]
-    said = doubts(rows[0]["judge"], bad, n, sum(first) / len(first) if first else 0.5)
-    for k, name in enumerate((rows[0]["model"], rows[0]["opponent"])):
-        if empty := sum(not row["responses"][k].strip() for row in rows):
-            said.append(f"{empty} of {n} answers of '{name}' are empty.")
-    prompts = Counter((row["seed"], row["prompt"]) for row in rows)
-    if again := n - len(prompts):
-        said.append(f"{again} of {n} prompts repeat an earlier one; they add no certainty.")
-    return said
-
-
-def doubts(judge: str, invalid: int, asked: int, first: float, what: str = "prompts") -> list[str]:
-    """What makes a judge's verdicts doubtful, in plain sentences; [] if nothing does.
+def difference_in_win_rate(
+    rows_a: list[dict], rows_b: list[dict], resamples: int
+) -> dict[int | None, Interval]:
+    """How much more often one model wins against an opponent than another does, paired by question.
 
     Args:
-        judge: its name.
-        invalid, asked: how many verdicts are not valid, of how many `what`.
-        first: the share of its verdicts that prefer what is shown first.
-    """
-    said = []
-    if invalid > asked / 20:
-        said.append(f"The judge '{judge}' gave no valid verdict on {invalid} of {asked} {what}.")
-    if not 0.2 <= first <= 0.8:
-        where, share = ("first", first) if first > 0.5 else ("second", 1 - first)
-        said.append(
-            f"The judge '{judge}' prefers what is shown {where} in {share:.0%} of its verdicts: they "
-            "say little of the answers."
-        )
-    return said
-
-
-def compared(
-    run: Run, a: str, b: str, opponent: str = "base", judge: str = "self", **options
-) -> dict[str, Interval]:
-    """How much more often a wins against an opponent than b does, paired by prompt and seed.
-
-    Args:
-        options: `prompts` and `temperature` of `contest`.
+        rows_a, rows_b: the two models' comparisons with the same opponent, by the same judge.
 
     Returns:
-        `contest.<a>_over_<b>_vs_<opponent>.<judge>.gain`: by scipy's BCa bootstrap over clusters;
-        with several trainings by percentiles, over trainings too, and `.gain.seed<k>` of each alone.
-        {} if no prompt is judged validly
-        in both contests.
+        seed -> difference of shares; None: over all trainings. By scipy's BCa bootstrap over clusters;
+        over several trainings by percentiles. {} if no question is judged validly in both.
     """
-    wins = []
-    for name in (a, b):
-        rows = contest(run, name, opponent, judge, **options)
-        wins.append({(row["seed"], row["question_id"]): row for row in rows})
-    pairs = [(row, wins[1].get(key) or wins[1].get((None, key[1]))) for key, row in wins[0].items()]
+    wins = {(row["seed"], row["question_id"]): row for row in rows_b}
+    pairs = [
+        (row, wins.get((row["seed"], row["question_id"])) or wins.get((None, row["question_id"])))
+        for row in rows_a
+    ]
     pairs = [(x, y) for x, y in pairs if y and None not in (x["win"], y["win"])]
     if not pairs:
         return {}
     runs = [x["seed"] for x, _ in pairs]
-    several = len(set(runs)) > 1
-    name = name_of(run, {**pairs[0][0], "model": f"{a}_over_{b}"})
-    resamples, found = run.recipe.evaluation.bootstrap, {}
+    several, found = len(set(runs)) > 1, {}
     for seed in (None, *dict.fromkeys(runs)) if several else (None,):
         of = [pair for pair in pairs if seed in (None, pair[0]["seed"])]
         all_trainings = several and seed is None
-        found[f"{name}.gain" + ("" if seed is None else f".seed{seed}")] = clustered_difference(
+        found[seed] = clustered_difference(
             [x["win"] for x, _ in of],
             [y["win"] for _, y in of],
             [x["combination"] for x, _ in of],
@@ -326,69 +217,55 @@ def compared(
     return found
 
 
-def league(
-    run: Run,
-    judge: str = "self",
-    names: Sequence[str] | None = None,
-    star: bool = False,
-    **options,
-) -> dict[str, Interval]:
-    """The strengths of several competitors (Bradley-Terry, `ratings.bradley_terry`).
+def strengths(comparisons: list[list[dict]], resamples: int) -> dict[str, Strength]:
+    """The strengths of several models (Bradley-Terry, `ratings.bradley_terry`), the strongest first.
 
     Args:
-        names: who plays; by default all, "base" among them.
-        star: each plays against "base" only, instead of all pairs.
-        options: `prompts` and `temperature` of `contest`.
+        comparisons: rows of `compare_answers`, by one judge; "base" takes part.
 
     Returns:
-        `league.<judge>.<model>.elo` (base: 1000) and `.win_rate` (expected against base), the
-        strongest first. Invalid verdicts are left out: n is the number of games. Where there are
-        several seeds, the intervals also hold what other trainings would have changed.
+        model -> elo (base: 1000) and win_rate (expected against base). Invalid verdicts are left out: n
+        is the number of verdicts. {} if there is none. Where there are several seeds, the intervals
+        also hold what other trainings would have changed.
     """
-    recipe = run.recipe
-    names = list(names or ["base", *recipe.arms, *recipe.others])
-    pairs = [(name, "base") for name in names if name != "base"]
-    if not star:
-        pairs = list(combinations(names, 2))
-    rows = [row for a, b in pairs for row in contest(run, a, b, judge, **options)]
-    valid = [row for row in rows if row["win"] is not None]
-    games = [(row["model"], row["opponent"], row["win"], 1.0, row["combination"]) for row in valid]
-    strengths = bradley_terry(
-        games,
-        "base",
-        min(1000, recipe.evaluation.bootstrap),
-        runs=[row["seed"] for row in valid],
-    )
-    start = f"league.{judge}{_elsewhere(run, rows[0])}"
-    found = {}
-    for name, strength in strengths.items():
-        found[f"{start}.{name}.elo"] = strength.elo
-        found[f"{start}.{name}.win_rate"] = strength.win_rate
+    rows = [row for of in comparisons for row in valid(of)]
+    if not rows:
+        return {}
+    games = [(row["model"], row["opponent"], row["win"], 1.0, row["combination"]) for row in rows]
+    runs = [row["seed"] for row in rows]
+    return bradley_terry(games, "base", min(1000, resamples), runs=runs)
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """What makes a comparison's win rate doubtful, in plain sentences; [] if nothing does."""
+    n, bad = len(rows), sum(row["win"] is None for row in rows)
+    judged = [row for row in rows if row["margin"] is not None]
+    first = [prefers for row in judged for prefers in first_shown(row)]
+    found = doubts(rows[0]["judge"], bad, n, sum(first) / len(first) if first else 0.5)
+    for k, name in enumerate((rows[0]["model"], rows[0]["opponent"])):
+        if empty := sum(not row["responses"][k].strip() for row in rows):
+            found.append(f"{empty} of {n} answers of '{name}' are empty.")
+    prompts = Counter((row["seed"], row["prompt"]) for row in rows)
+    if again := n - len(prompts):
+        found.append(f"{again} of {n} prompts repeat an earlier one; they add no certainty.")
     return found
 
 
-def judges_agreement(
-    run: Run, a: str, b: str, judges: Sequence[str] | None = None, **options
-) -> dict[str, Interval]:
-    """One contest by several judges: the win rate by each, and how far each two of them agree.
+def doubts(judge: str, invalid: int, asked: int, first: float, what: str = "prompts") -> list[str]:
+    """What makes a judge's verdicts doubtful, in plain sentences; [] if nothing does.
 
     Args:
-        judges: names of `judge_models`; by default all.
-        options: `prompts` and `temperature` of `contest`.
-
-    Returns:
-        `contest.<a>_vs_<b>.<judge>.win_rate` of each (left out where a judge gave no valid verdict),
-        and `contest.<a>_vs_<b>.<judge>_and_<judge>.agreement`, `.kappa` (Cohen's), of the verdict on
-        a prompt, and `.agreement_one_order`, `.kappa_one_order`: see `judging.judges_agree`.
+        judge: its name.
+        invalid, asked: how many verdicts are not valid, of how many `what`.
+        first: the share of its verdicts that prefer what is shown first.
     """
-    resamples, rows, found = run.recipe.evaluation.bootstrap, {}, {}
-    for judge in judges or judge_models(run):
-        rows[judge] = contest(run, a, b, judge, **options)
-        valid = [row for row in rows[judge] if row["win"] is not None]
-        if valid:
-            found[f"{name_of(run, valid[0])}.win_rate"] = rate_of(valid)
-    for one, other in combinations(rows, 2):
-        name = name_of(run, {**rows[one][0], "judge": f"{one}_and_{other}"})
-        for key, interval in judges_agree(rows[one], rows[other], resamples).items():
-            found[f"{name}.{key}"] = interval
+    found = []
+    if invalid > asked / 20:
+        found.append(f"The judge '{judge}' gave no valid verdict on {invalid} of {asked} {what}.")
+    if not 0.2 <= first <= 0.8:
+        where, share = ("first", first) if first > 0.5 else ("second", 1 - first)
+        found.append(
+            f"The judge '{judge}' prefers what is shown {where} in {share:.0%} of its verdicts: they "
+            "depend little on the answers."
+        )
     return found

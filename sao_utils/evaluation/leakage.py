@@ -13,14 +13,14 @@ from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
-from sao_utils.evaluation import tasks as harness
 from sao_utils.evaluation.benchmarks import load
 from sao_utils.evaluation.questions import questions
 from sao_utils.stages.overlap import nearest, shared_ngrams, words
-from sao_utils.stages.pairs import build_pairs
 from sao_utils.store import Run
 
-NEAR = 0.7  # Jaccard similarity of a near-duplicate (ours), as in `personas.near_duplicate_rate`
+NEAR = (
+    0.7  # Jaccard similarity of a near-duplicate (ours), as in `stages.prompts.near_duplicate_rate`
+)
 
 Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
 
@@ -28,8 +28,8 @@ Hit = tuple[int, str] | None  # index of the training prompt, and the words in c
 def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
     """Texts with the same words in the same order."""
     places = {tuple(words(other)): k for k, other in reversed(list(enumerate(against)))}
-    said = [tuple(words(text)) for text in texts]
-    return [(places[of], " ".join(of)) if of in places else None for of in said]
+    worded = [tuple(words(text)) for text in texts]
+    return [(places[of], " ".join(of)) if of in places else None for of in worded]
 
 
 def _alike(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
@@ -55,16 +55,24 @@ OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
 }
 
 
-def training_prompts(run: Run) -> list[str]:
-    """The different prompts that any arm and seed is trained on: those that came to be pairs."""
-    every = (
-        row["prompt"][0]["content"]
-        for arm in run.recipe.arms
-        for seed in run.recipe.seeds
-        for row in build_pairs(run, arm, seed)
-        if row["discarded"] is None
-    )
-    return list(dict.fromkeys(every))
+def question_sets(run: Run, task_rows: Sequence[dict] = (), benchmarks: bool = True) -> dict:
+    """What the run's evaluation asks, by name: its own questions, and each benchmark of its recipe.
+
+    Args:
+        task_rows: of `tasks.score_tasks`: what their items ask (`tasks.asked_by`) is a set for each task.
+
+    Returns:
+        name -> texts; of several turns the first.
+    """
+    settings = run.recipe.evaluation
+    found = {own_set(run): [row["question"] for row in questions(settings)]}
+    if benchmarks:
+        for name in settings.benchmarks:
+            found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
+    for row in task_rows:
+        if row["model"] == "base":
+            found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]
+    return found
 
 
 def own_set(run: Run) -> str:
@@ -72,37 +80,20 @@ def own_set(run: Run) -> str:
     return Path(run.recipe.evaluation.questions).stem
 
 
-def question_sets(run: Run, benchmarks: bool = True) -> dict[str, list[str]]:
-    """The prompts of the run's evaluation, and of each benchmark that its recipe names, by name.
-
-    Of several turns the first; of lm-eval's tasks what each item asks (`harness.asked_by`), none of a
-    task that could not be run.
-    """
-    settings = run.recipe.evaluation
-    found = {own_set(run): [row["question"] for row in questions(run)]}
-    if benchmarks:
-        for name in settings.benchmarks:
-            found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
-        if settings.harness:
-            for row in harness.score(run, names=("base",)):
-                found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]
-    return found
-
-
-def leakage(run: Run, benchmarks: bool = True) -> list[dict]:
-    """What each set of questions has in common with the prompts that the run trained on.
+def leakage(prompts: Sequence[str], sets: dict[str, list[str]]) -> list[dict]:
+    """What each set of questions has in common with the prompts that were trained on.
 
     Args:
-        benchmarks: whether those of the recipe are looked at beside the run's own questions, its
-            exams (`evaluation.harness`) among them.
+        prompts: the different prompts of the training pairs.
+        sets: name -> questions (`question_sets`).
 
     Returns:
         A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
         share: of items that overlap (NaN without items), matches: a row {question, prompt, shared}
         for each of them}. A question that occurs twice counts twice.
     """
-    prompts, found = training_prompts(run), []
-    for name, asked in question_sets(run, benchmarks).items():
+    found = []
+    for name, asked in sets.items():
         for by, find in OVERLAPS.items():
             matches = [
                 {"question": text, "prompt": prompts[hit[0]], "shared": hit[1]}

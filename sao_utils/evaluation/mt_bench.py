@@ -10,7 +10,7 @@ win rate (`intervals.win_rate`), the grades 1 to 10 being laid on 0 to 1. Like a
 grade has ends that it cannot go beyond, and many judges give hardly anything but tens.
 
 The 80 questions (question.jsonl), reference answers (reference_answer/gpt-4.jsonl) and judge's
-prompts (judge_prompts.jsonl) are other people's: `questions.official_file` finds them.
+prompts (judge_prompts.jsonl) are other people's: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statistics import fmean
 
 from sao_utils import templates
 from sao_utils.engines.base import Sampling
-from sao_utils.evaluation.questions import official_questions, official_rows
+from sao_utils.evaluation.benchmark_files import official_questions, official_rows
 from sao_utils.recipe import Evaluation, RecipeError
 from sao_utils.statistics.intervals import Interval, win_rate
 
@@ -58,7 +58,7 @@ _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
 def load(settings: Evaluation) -> dict:
-    """The benchmark as `published` takes it: {items, show, notes, counts}.
+    """The benchmark as `run_benchmark` takes it: {items, show, notes, counts}.
 
     An item has `reference`, a text a turn, in the categories that need it, else None. `show(item,
     texts)` gives the chat for the judge, and the name of its prompt.
@@ -118,7 +118,7 @@ def _official_chat(rows: list[dict]) -> Callable[[dict, list[str]], tuple[list[d
 
 def _own_chat(item: dict, texts: list[str]) -> tuple[list[dict], str]:
     every = ("question_1", "answer_1", "ref_answer_1", "question_2", "answer_2", "ref_answer_2")
-    values = dict.fromkeys(every, "") | templates.defused(_values(item, texts))
+    values = dict.fromkeys(every, "") | templates.escaped(_values(item, texts))
     text = templates.render("mt_judge", **values)
     return [{"role": "user", "content": text}], "ours"
 

@@ -7,10 +7,17 @@ Arena-Hard and MT-Bench.
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
 
+from sao_utils import templates
+from sao_utils.evaluation import alpaca_eval
 from sao_utils.oracles import tiny_world as world
 
+COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
+SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
 SEED = 805  # the same prompts in every run
 VILLAGERS = "villagers"  # who answers as the text does that the tiny model learnt from
 FLAW = 2  # points that a flaw costs of ten
@@ -66,3 +73,85 @@ def _worded(rng: random.Random, hobby: str, aspects: tuple[str, ...]) -> str:
 def _item(identity: int, turns: list[str]) -> dict:
     asked = len(world.parse_question(turns[0]).aspects)
     return {"id": identity, "turns": turns, "category": {2: "two_things", 3: "three_things"}[asked]}
+
+
+def chat_of(questions: list[str], answers: list[str]) -> list[dict]:
+    """A conversation so far: the questions, with the answers to all but the last."""
+    chat = [{"role": "user", "content": questions[0]}]
+    for answer, question in zip(answers, questions[1:]):
+        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    return chat
+
+
+def _ranking(instruction: str, first: str, second: str) -> dict:
+    content = templates.ranking_prompt(instruction, first, second)
+    return {
+        "chat": [{"role": "user", "content": content}],
+        "prefix": templates.VERDICT_PREFIX,
+        "choices": templates.VERDICTS,
+    }
+
+
+def tiny_alpaca() -> dict:
+    items = prompts(every=2)
+    return {
+        "items": items,
+        "baseline": {item["id"]: villagers_answer(item) for item in items},
+        "baseline_name": VILLAGERS,
+        "show": _ranking,
+        "difficulty": None,
+        "gamed": None,
+        "notes": (),
+        "about": {"lc_win_rate": (alpaca_eval.UNPENALISED,)},
+        "counts": Counter(),
+    }
+
+
+def tiny_arena() -> dict:
+    return {
+        "items": prompts(every=4),
+        "baseline_name": "base",
+        "show": lambda question, a, b: _ranking(question, a, b)["chat"],
+        "notes": (f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",),
+        "counts": Counter(),
+    }
+
+
+def choose_label(
+    ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]], min_mass: float
+) -> tuple[list[str], list[int]]:
+    """Verdicts of a judge that only chooses, in Arena-Hard's labels (see `arena_hard.argue`).
+
+    None where both choices together are less probable than `min_mass`, as in contests.
+    """
+    about = {"prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
+    texts = []
+    for reply in ask([{"chat": chat, **about} for chat in chats]):
+        first, second = reply["logps"]
+        known = None not in (first, second) and math.isfinite(first - second)
+        if not known or math.exp(first) + math.exp(second) < min_mass:
+            texts.append("")
+            continue
+        odds = first - second
+        sign = ">>" if abs(odds) > MUCH else ">" if abs(odds) > SLIGHTLY else "="
+        better, worse = ("A", "B") if odds > 0 or sign == "=" else ("B", "A")
+        texts.append(f"log-odds {odds:.3f}: [[{better}{sign}{worse}]]")
+    return texts, []
+
+
+def tiny_mt() -> dict:
+    return {
+        "items": conversations(),
+        "show": lambda item, texts: (chat_of(item["turns"][: len(texts)], texts), "oracle"),
+        "grade": oracle_grade,
+        "notes": ("graded by the oracle: the tiny judge cannot grade",),
+        "counts": Counter(),
+    }
+
+
+#: name -> the benchmark as `run_benchmark` takes it
+TINY: dict[str, Callable[[], dict]] = {
+    "tiny_alpaca": tiny_alpaca,
+    "tiny_arena": tiny_arena,
+    "tiny_mt": tiny_mt,
+}

@@ -14,14 +14,17 @@ from typing import Literal
 
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.questions import evaluated_prompts
+from sao_utils.machine import versions
 from sao_utils.recipe import Arm, Model, RecipeError
 from sao_utils.stages.judging import judge_pairs, response_pairs
 from sao_utils.stages.pairs import build_pairs
 from sao_utils.stages.personas import draw_personas
 from sao_utils.stages.prompts import select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
-from sao_utils.store import Run, record
-from sao_utils.training.fit import TrainingFailed, fit
+from sao_utils.store import Run, record, write_whole
+from sao_utils.training.fit import fit
+from sao_utils.training.losses import TrainingFailed
+from sao_utils.training.processes import is_main
 
 Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]
 
@@ -83,9 +86,13 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     before = _done(folder)
     fit(run.recipe.model, used, settings, algorithm, seed, folder, watch)
     done = _done(folder)
-    if done != before:
+    if done != before and is_main():
         counts = {name: done[name] for name in ("steps", "pairs", "tokens")}
         record(run, f"training {arm}-{seed}", done["seconds"], adds=False, **counts)
+        # A recipe may change later: the model card tells of the one that this was made with.
+        made_with = {"fingerprint": done["fingerprint"], "versions": versions()}
+        made_with["recipe"] = run.recipe.model_dump(mode="json")
+        write_whole(folder / "made_with.json", json.dumps(made_with, indent=1))
     _TRAINED[key] = _state(run, folder)
     return folder
 

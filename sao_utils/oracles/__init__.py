@@ -44,3 +44,8 @@ def tiny_personas(count: int, seed: int) -> list[str]:
 
     rng = random.Random(seed)
     return [tiny_world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
+
+
+def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]:
+    """Questions of the tiny world that are kept for evaluation ("dev" or "test")."""
+    return tiny_world.held_out_questions(split, per_combination, seed)

@@ -23,7 +23,7 @@ def pair_viewer(rows: list[dict], limit: int = 200, unit: str = "tokens") -> str
     """A viewer for pairs: side by side, with the verdict of both orders; filtered, sorted, paged.
 
     Args:
-        rows: rows of `judging.verdict_rows`; lengths and quality are shown where they are there.
+        rows: rows of `stages.judging.judge_pairs`; lengths and quality are shown where they are there.
         limit: the most pairs to put into the page. Of each outcome, and of the wrong verdicts, about
             equally many are taken, the first ones; fewer where the page would exceed `MAX_BYTES`.
         unit: what lengths are counted in.
@@ -35,15 +35,16 @@ def pair_viewer(rows: list[dict], limit: int = 200, unit: str = "tokens") -> str
     counts = Counter(group for names in groups for group in names)
     order = ("all", *OUTCOMES, "right", "wrong")
     shown = [(name, counts[name]) for name in order if counts[name] or name == "all"]
-    for most in _fewer(min(limit, len(rows))):
+    most = min(limit, len(rows))
+    while True:
         picked = [
             {**{key: _plain(rows[k].get(key)) for key in _SHOWN}, "groups": groups[k]}
             for k in _pick(groups, most)
         ]
-        found = _page({"rows": picked, "counts": shown, "unit": unit})
-        if len(found.encode()) <= MAX_BYTES:
-            break
-    return found
+        page = _page({"rows": picked, "counts": shown, "unit": unit})
+        if not most or len(page.encode()) <= MAX_BYTES:
+            return page
+        most //= 2
 
 
 def _groups(row: dict) -> list[str]:
@@ -64,14 +65,6 @@ def _pick(groups: list[list[str]], most: int) -> list[int]:
     return sorted(k for _, k in sorted(turns)[:most])
 
 
-def _fewer(most: int):
-    """`most`, and half of the one before, down to 0."""
-    while most:
-        yield most
-        most //= 2
-    yield 0
-
-
 def _plain(value):
     """A value as JSON has it, long texts cut: numbers that are not finite are none."""
     if isinstance(value, (list, tuple)):
@@ -82,7 +75,7 @@ def _plain(value):
 
 
 def _page(data: dict) -> str:
-    page = (files("sao_utils") / "viewer.html").read_text(encoding="utf-8")
+    page = (files("sao_utils.report") / "viewer.html").read_text(encoding="utf-8")
     page = page.replace("DATA", json.dumps(data, separators=(",", ":")).translate(_UNSAFE))
     # No same origin: nothing in the frame could reach the page around it, or a notebook's server.
     return (

@@ -7,15 +7,14 @@ space between words has long "words" here, so only whole phrases of it are found
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import takewhile
 
 PIECE = 2  # words of the pieces by which texts are compared
-MISSED = 1e-3  # accepted probability to miss a pair that is just as similar as asked
-HASHES = 128  # of a signature, at most
 
 
 def words(text: str) -> list[str]:
@@ -54,61 +53,49 @@ def similarity_of(one: frozenset, other: frozenset) -> float:
 def near_duplicates(texts: Sequence[str], similarity: float) -> list[int | None]:
     """Which texts repeat an earlier one, nearly or word for word.
 
-    Two texts are near-duplicates when the Jaccard similarity of their `pieces` is at least
-    `similarity`. Candidates come from MinHash signatures (Broder 1997) in an index of bands
-    (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). Each is verified, so
-    what is found is true; a pair just at the threshold is missed with a probability of at most
-    1 in 1,000, a nearer one more rarely, the same words never. The hashes are fixed: the same
-    texts give the same answer.
+    Two texts are near-duplicates when the Jaccard similarity of their `pieces` is at least `similarity`.
+    The search is exact. Candidates come from prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo,
+    Ma and Srikant 2007): two sets that are so similar share one of their few rarest pieces, so an index of
+    those is enough, also where all texts have a phrase in common.
 
     Args:
-        similarity: above 0, at most 1. Below 0.05 more pairs are missed.
+        similarity: above 0, at most 1.
 
     Returns:
         For each text the index of the first text that it repeats, among the earlier ones that
         repeat none themselves; else None. So the texts with None are apart from each other, and
         none is given up for the sake of one that is given up.
     """
-    return list(_near_duplicates(tuple(texts), similarity))
-
-
-@lru_cache(maxsize=4)  # every later stage asks for the prompts anew
-def _near_duplicates(texts: tuple[str, ...], similarity: float) -> tuple[int | None, ...]:
-    from datasketch import MinHash, MinHashLSH
-
-    bands, rows = _bands(similarity)
-    index = MinHashLSH(num_perm=bands * rows, params=(bands, rows))
-    blank = MinHash(num_perm=bands * rows, seed=1)
-    numbers: dict[tuple[str, ...], int] = {}  # of pieces: compared faster, and kept once
+    of_text = [pieces(text) for text in texts]
+    frequency = Counter(piece for own in of_text for piece in own)
+    order = sorted(frequency, key=lambda piece: (frequency[piece], piece))
+    number = {piece: k for k, piece in enumerate(order)}  # rare ones first, and compared faster
+    index: dict[int, list[int]] = {}  # piece -> the kept texts that have it among their rarest
     kept: dict[int, frozenset[int]] = {}
+    nothing: int | None = None  # the first text without any words
     found: list[int | None] = []
-    for k, text in enumerate(texts):
-        own, signature = pieces(text), blank.copy()
-        signature.update_batch([" ".join(piece).encode() for piece in own])
-        mine = frozenset(numbers.setdefault(piece, len(numbers)) for piece in own)
-        earlier = sorted(index.query(signature))
-        near = (e for e in earlier if similarity_of(mine, kept[e]) >= similarity)
-        found.append(next(near, None))
-        if found[-1] is None:
-            index.insert(k, signature)
-            kept[k] = mine
-    return tuple(found)
-
-
-def _bands(similarity: float) -> tuple[int, int]:
-    """(bands, rows): as many rows a band as can be, and then as few bands, within HASHES and MISSED.
-
-    A pair of similarity s agrees in all r rows of a band with probability s^r, hence in none of b
-    bands with (1 - s^r)^b. Rows keep candidates away that are no near-duplicates.
-    """
-    fits = [
-        (-rows, bands)
-        for rows in range(1, HASHES // 2 + 1)
-        for bands in range(2, HASHES // rows + 1)
-        if (1 - similarity**rows) ** bands <= MISSED
-    ]
-    rows, bands = min(fits, default=(-1, HASHES))
-    return bands, -rows
+    for k, own in enumerate(of_text):
+        mine = sorted(number[piece] for piece in own)
+        if not mine:
+            found.append(nothing)
+            nothing = k if nothing is None else nothing
+            continue
+        # Sets of this similarity share at least so many pieces, hence one of the first `rarest`.
+        shared = max(1, math.ceil(similarity * len(mine) - 1e-9))
+        rarest = mine[: len(mine) - shared + 1]
+        near, all_mine = None, frozenset(mine)
+        for earlier in sorted({e for piece in rarest for e in index.get(piece, ())}):
+            theirs = kept[earlier]
+            alike_in_size = similarity * len(mine) <= len(theirs) <= len(mine) / similarity
+            if alike_in_size and similarity_of(all_mine, theirs) >= similarity:
+                near = earlier
+                break
+        found.append(near)
+        if near is None:
+            kept[k] = all_mine
+            for piece in rarest:
+                index.setdefault(piece, []).append(k)
+    return found
 
 
 def shared_ngrams(

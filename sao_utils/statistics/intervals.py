@@ -6,14 +6,13 @@ Which function for what:
 - a win rate at equal length: `length_control.length_controlled_win_rate`;
 - a difference of two models on the same questions: `clustered_difference`;
 - anything over several trainings, or that is no share: `clustered_mean`;
-- how many prompts a difference takes: `prompts_needed`, `smallest_difference`, `design_effect`;
-- which of many differences are more than noise: `outside_the_noise`.
+- how many prompts a difference takes, and which of many are more than noise: `power`.
 
 Questions about the same hobby and aspects are alike, and so are the answers to one question by
 several seeds: what counts is the number of *clusters*, not of values. A cluster is named by
 anything that can be compared for equality (a string, a number, a tuple or list of those).
 Values of several seeds are concatenated, each with the cluster of its question and the seed as
-its `runs`. An interval then also holds what other seeds would have changed (`add_trainings`).
+its `runs`. An interval then also holds what other seeds would have changed (`errors.add_trainings`).
 """
 
 from __future__ import annotations
@@ -27,18 +26,38 @@ from typing import Literal
 
 import numpy as np
 
+from sao_utils.statistics.errors import (
+    checked,
+    cluster_codes,
+    students_t,
+    two_way_error,
+    variance_of_sums,
+    widened,
+)
+
 Z = NormalDist().inv_cdf(0.975)  # 1.96: every interval here is a 95 % one
 _CHUNK = 4_000_000  # drawn clusters held in memory at a time
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval, and the number of values (not clusters) behind it."""
+    """An estimate with its 95 % interval, and the number of values (not clusters) behind it.
+
+    What cannot be estimated is NaN, and `note` has the reason.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    note: str = ""
+
+
+def without_interval(value: float, n: int) -> Interval:
+    """What cannot be estimated: no values, or values of one cluster, which say nothing of others."""
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0, "nothing to count")
+    return Interval(float(value), math.nan, math.nan, n, "one cluster of questions: no interval")
 
 
 @dataclass(frozen=True)
@@ -83,19 +102,19 @@ def win_rate(
 
     Returns:
         The win rate, its interval and the counts; `rate.n` is the number of valid comparisons.
-        Where all outcomes are 1, or 0, or 1/2, m is the number of clusters. With one comparison, or
-        alike ones of one cluster, the interval is all of 0..1; others of one cluster count as
-        independent, with a warning.
+        Where all outcomes are 1, or 0, or 1/2, m is the number of clusters. With one comparison the
+        interval is all of 0..1; several of one cluster, or none that is valid, have no interval
+        (`without_interval`).
 
     Raises:
-        ValueError: no comparison, or none that is valid; outcomes outside of 0..1.
+        ValueError: outcomes outside of 0..1.
     """
     every = np.asarray(outcomes, dtype=float)
     if every.ndim != 1:
         raise ValueError("outcomes must be a flat list of 1, 0, 0.5 or None")
     valid = ~np.isnan(every)
     if not valid.any():
-        raise ValueError(f"none of {len(every)} outcomes is valid: there is no win rate")
+        return WinRate(without_interval(math.nan, 0), 0, 0, 0, len(every))
     y = every[valid]
     if y.min() < 0 or y.max() > 1:
         raise ValueError("outcomes must be 1 (won), 0 (lost), 0.5 (tie) or between, or None")
@@ -141,10 +160,11 @@ def from_preferences(preferences: Sequence[float | None]) -> list[float | None]:
 def _score_interval(y: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> Interval:
     """The interval of `win_rate` from [n] outcomes, and clusters and trainings numbered 0, 1, ..."""
     n, value = len(y), float(y.mean())
-    if n == 1 or np.ptp(y) == 0 and not codes.any():
+    if n == 1:
         return Interval(value, 0.0, 1.0, n)
+    if not codes.any():
+        return without_interval(value, n)
     trials = float(codes.max() + 1)
-    codes = without_single_cluster(codes)
     freedom = float(codes.max())
     if np.ptp(y) > 0:
         error, freedom = two_way_error((y - value) / n, codes, of_run)
@@ -204,16 +224,16 @@ def clustered_mean(
         The mean and its interval. Where nothing varies between clusters there is nothing to
         resample: the interval is that of `unvaried`.
 
-        With one cluster its values are resampled as if they were independent, with a warning:
-        the interval is then too narrow.
+        Values of one cluster, and no values at all, have no interval (`without_interval`).
 
     Raises:
-        ValueError: no values, missing values, not one cluster for each value, or BCa of several
-            trainings.
+        ValueError: missing values, not one cluster for each value, or BCa of several trainings.
     """
     is_share = bool(np.ndim(values)) and all(isinstance(v, (bool, np.bool_)) for v in values)
     numbers = checked(values, "values")
     codes = cluster_codes(clusters, len(numbers), "values")
+    if not len(numbers):
+        return without_interval(math.nan, 0)
     of_run = np.zeros_like(codes)
     if runs is not None:
         of_run = cluster_codes(runs, len(numbers), "values")
@@ -224,9 +244,10 @@ def clustered_mean(
     if is_share and (method == "percentile" or np.ptp(numbers) == 0):
         return _score_interval(numbers, codes, of_run)
     value, n = math.fsum(numbers) / len(numbers), len(numbers)
-    if np.ptp(numbers) == 0:
+    if np.ptp(numbers) == 0 and (n == 1 or codes.any()):
         return Interval(float(numbers[0]), *unvaried(numbers[0], int(codes.max()) + 1, bounds), n)
-    codes = without_single_cluster(codes)
+    if not codes.any():
+        return without_interval(value, n)
     # Sorted first: the sums are then the same to the last digit in whatever order the rows come.
     order = np.lexsort((numbers, codes))
     numbers, codes, of_run = numbers[order], codes[order], of_run[order]
@@ -296,7 +317,7 @@ def clustered_difference(
         The mean difference and its interval (where all differences are equal, that of `unvaried`).
 
     Raises:
-        ValueError: nothing to compare, missing values, or lengths that differ.
+        ValueError: missing values, or lengths that differ.
     """
     first, second = checked(a, "a"), checked(b, "b")
     if len(first) != len(second):
@@ -330,158 +351,6 @@ def wilson(successes: float, n: int) -> Interval:
     return Interval(float(share), float(low), float(high), int(n))
 
 
-def design_effect(values: Sequence[float], clusters: Sequence) -> float:
-    """How many times wider clusters make the variance of a mean (Kish, 1965, "Survey sampling").
-
-    1 where values within a cluster are independent, the cluster's size where they are all alike.
-    Values without spread have no effect to show: 1.
-
-    Raises:
-        ValueError: fewer than two values or clusters, missing values, or lengths that differ.
-    """
-    numbers = checked(values, "values")
-    codes, n = cluster_codes(clusters, len(numbers), "values"), len(numbers)
-    if codes.max() == 0:
-        raise ValueError("a design effect needs values of at least two clusters")
-    if np.ptp(numbers) == 0:
-        return 1.0
-    clustered = variance_of_sums(numbers - numbers.mean(), codes) / n**2
-    return clustered / (float(np.var(numbers, ddof=1)) / n)
-
-
-def prompts_needed(
-    difference: float,
-    variance: float | None = None,
-    design_effect: float = 1.0,
-    power: float = 0.8,
-    level: float = 0.05,
-) -> int:
-    r"""How many prompts it takes to see a difference, by a two-sided test.
-
-    A win rate against 50 % (no `variance`): n = (z_a / 2 + z_b sqrt(1/4 - d^2))^2 / d^2, z_a and
-    z_b being the normal quantiles of 1 - level / 2 and of the power (Fleiss, Levin and Paik, 2003,
-    "Statistical methods for rates and proportions", one proportion against a known one). Ties make
-    it fewer. A paired difference: n = (z_a + z_b)^2 variance / d^2. Both times the design effect.
-
-    Args:
-        difference: the difference d to be seen, as a share: 0.05 is a win rate of 55 or 45 %.
-        variance: the variance over prompts of the paired difference (or of any mean that is
-            tested against a fixed number), observed in a pilot or an earlier run.
-        design_effect: how much clusters widen the variance (`design_effect`), 1 without.
-        power: the chance to see it.
-        level: the chance to see a difference where there is none.
-
-    Returns:
-        The number of prompts, rounded up.
-
-    Raises:
-        ValueError: a difference of 0, or above 1/2 for a win rate; a negative variance; a design
-            effect of 0 or less; power not between 0.5 and 1, or level not between 0 and 1.
-    """
-    at_null, at_difference = _needed_quantiles(variance, design_effect, power, level)
-    d = abs(difference)
-    if not 0 < d < math.inf:
-        raise ValueError(f"the difference is {difference}: no number of prompts can show that")
-    if variance is None:
-        if d > 0.5:
-            raise ValueError(f"a win rate differs from 50 % by 0.5 at most, not by {d}")
-        needed = (at_null * 0.5 + at_difference * math.sqrt(0.25 - d**2)) ** 2 / d**2
-    else:
-        needed = (at_null + at_difference) ** 2 * variance / d**2
-    # A hair less, so that rounding errors do not cost a prompt.
-    return max(1, math.ceil(needed * design_effect * (1 - 1e-12)))
-
-
-def smallest_difference(
-    n: int,
-    variance: float | None = None,
-    design_effect: float = 1.0,
-    power: float = 0.8,
-    level: float = 0.05,
-) -> float:
-    """The smallest difference that n prompts can show: `prompts_needed`, the other way round.
-
-    Returns:
-        A share; infinite where n is so small that not even a win rate of 100 % would do.
-
-    Raises:
-        ValueError: no prompts, and as in `prompts_needed`.
-    """
-    at_null, at_difference = _needed_quantiles(variance, design_effect, power, level)
-    if n < 1:
-        raise ValueError(f"{n} prompts: at least one is needed")
-    size = n / design_effect
-    if variance is not None:
-        return (at_null + at_difference) * math.sqrt(variance / size)
-    if size < at_null**2:
-        return math.inf
-    # d sqrt(size) - at_null / 2 = at_difference sqrt(1/4 - d^2), squared and solved for d.
-    root = at_difference * math.sqrt(size - at_null**2 + at_difference**2)
-    return (at_null * math.sqrt(size) + root) / (2 * (size + at_difference**2))
-
-
-def _needed_quantiles(
-    variance: float | None, design_effect: float, power: float, level: float
-) -> tuple[float, float]:
-    """The two normal quantiles of a sample size, and the checks that its functions share."""
-    if variance is not None and not 0 <= variance < math.inf:
-        raise ValueError(f"the variance is {variance}, but must be 0 or more")
-    if not 0 < design_effect < math.inf:
-        raise ValueError(f"the design effect is {design_effect}, but must be above 0")
-    if not (0 < level < 1 and 0.5 <= power < 1):
-        raise ValueError(f"power {power} must lie between 0.5 and 1, level {level} between 0 and 1")
-    normal = NormalDist()
-    return normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
-
-
-def outside_the_noise(
-    differences: Sequence[float],
-    errors: Sequence[float],
-    level: float = 0.05,
-    freedoms: Sequence[float] | None = None,
-    trials: Sequence[int] | None = None,
-) -> tuple[list[bool], list[float]]:
-    """Which of several differences are more than noise, after Holm's correction.
-
-    Among twenty tasks one differs "significantly" by chance. Holm's step-down procedure (Holm,
-    1979, Scandinavian Journal of Statistics 6) keeps the chance of even one false alarm below
-    `level`, however the tasks hang together. The p-values are the normal distribution's, or with
-    `freedoms` Student's.
-
-    Args:
-        differences: [m] after minus before.
-        errors: [m] their standard errors (paired where the same items were asked both times).
-        freedoms: [m] the degrees of freedom behind each error, where they are few (a few seeds).
-        trials: [m] of how many items each difference is the mean. Where all of them moved alike
-            there is no error (0) to measure it by: p is then that of the exact sign test, 2 / 2^n.
-
-    Returns:
-        [m] whether it is outside the noise, and [m] the corrected p-values. What cannot be told is
-        left out, False and NaN: a difference or error that is NaN, and without `trials` a
-        difference whose error is 0.
-
-    Raises:
-        ValueError: lengths that differ, or a negative error.
-    """
-    from scipy import stats
-    from statsmodels.stats.multitest import multipletests
-
-    d, e = np.asarray(differences, dtype=float), np.asarray(errors, dtype=float)
-    if d.ndim != 1 or d.shape != e.shape:
-        raise ValueError(f"there are {d.size} differences, but {e.size} standard errors")
-    if (e < 0).any():
-        raise ValueError("a standard error is negative")
-    freedom = np.broadcast_to(math.inf if freedoms is None else freedoms, d.shape).astype(float)
-    n = np.broadcast_to(math.nan if trials is None else trials, d.shape).astype(float)
-    p = 2 * stats.t.sf(np.abs(d) / np.where(e > 0, e, math.nan), freedom)
-    p = np.where((e == 0) & ~np.isnan(d), np.where(d == 0, 1.0, np.minimum(1, 2.0 ** (1 - n))), p)
-    known = ~np.isnan(p)
-    corrected, outside = np.full(len(d), math.nan), np.zeros(len(d), bool)
-    if known.any():
-        outside[known], corrected[known] = multipletests(p[known], level, method="holm")[:2]
-    return outside.tolist(), corrected.tolist()
-
-
 def resampled_sums(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """[resamples, m] totals of as many clusters as there are, drawn with replacement.
 
@@ -509,84 +378,6 @@ def tail_of(codes: np.ndarray) -> float:
     return NormalDist().cdf(-math.sqrt(k / (k - 1)) * students_t(int(codes.max())))
 
 
-def add_trainings(
-    variance: float, freedom: float, between: float, trainings: int, shared: float
-) -> tuple[float, float]:
-    """A standard error that also holds what other trainings (seeds) would have changed.
-
-    The variance between clusters of questions, plus that between trainings, minus the chance of
-    single answers, which is in both: V = V_clusters + max(0, V_trainings - V_both) (Cameron,
-    Gelbach and Miller, 2011, "Robust inference with multiway clustering", Journal of Business and
-    Economic Statistics 29). Student's quantile has Welch and Satterthwaite's degrees of freedom
-    for V_clusters and V_trainings: three trainings alone would have two, and a quantile of 4.3.
-
-    Of 1,000 simulated win rates, strengths and means of three trainings the intervals hold the
-    truth in 939 (trainings scatter by 0.4 in log-odds) to 987 (they do not, and prompts are alike);
-    of two trainings in 918 to 982, and 890 where these differ by three times their own error.
-    Clusters alone: 641 to 961.
-
-    Args:
-        variance, freedom: of the estimate, between clusters.
-        between: its variance between `trainings` trainings, at least two.
-        shared: its variance when each cluster of each training counts on its own.
-
-    Returns:
-        The standard error, and its degrees of freedom.
-    """
-    total = variance + max(0.0, between - shared)
-    spread = variance**2 / freedom + between**2 / (trainings - 1)
-    return math.sqrt(total), total**2 / spread if spread else freedom
-
-
-def two_way_error(moves: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> tuple[float, float]:
-    """The standard error of an estimate over clusters and trainings, and its degrees of freedom.
-
-    Args:
-        moves: [n] by how much each value moves the estimate: for a mean, (value - mean) / n.
-        codes, of_run: [n] its cluster and its training, both numbered 0, 1, ...; -1 for a value
-            that comes of no training.
-    """
-    variance, freedom = variance_of_sums(moves, codes), float(codes.max())
-    trained = of_run >= 0
-    trainings = len(np.unique(of_run[trained]))
-    if trainings < 2:
-        return math.sqrt(variance), freedom
-    moves, codes, of_run = moves[trained], codes[trained], of_run[trained]
-    cells = np.unique(codes * (of_run.max() + 1) + of_run, return_inverse=True)[1]
-    shared, between = variance_of_sums(moves, cells), variance_of_sums(moves, of_run)
-    return add_trainings(variance, freedom, between, trainings, shared)
-
-
-def widened(
-    value: float,
-    low: float,
-    high: float,
-    moves: np.ndarray,
-    codes: np.ndarray,
-    of_run: np.ndarray,
-) -> tuple[float, float]:
-    """Bounds that know of clusters only, moved apart by what trainings add (`two_way_error`)."""
-    error, freedom = two_way_error(moves, codes, of_run)
-    known = students_t(int(codes.max())) ** 2 * variance_of_sums(moves, codes)
-    more = math.sqrt(max(0.0, (students_t(freedom) * error) ** 2 - known))
-    if not more:
-        return low, high
-    return value - math.hypot(value - low, more), value + math.hypot(high - value, more)
-
-
-def students_t(freedom: float) -> float:
-    """The 97.5 % quantile of Student's distribution."""
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, freedom))
-
-
-def variance_of_sums(residuals: np.ndarray, codes: np.ndarray) -> float:
-    """The variance of the sum of residuals, from how their sums by cluster scatter about 0."""
-    sums = np.bincount(codes, residuals)
-    return float(sums @ sums) * len(sums) / (len(sums) - 1)
-
-
 def _bca(sums: np.ndarray, tail: float, resamples: int, seed: int) -> tuple[float, float] | None:
     """The BCa bounds of a mean over clusters; None where they are undefined.
 
@@ -610,43 +401,3 @@ def _bca(sums: np.ndarray, tail: float, resamples: int, seed: int) -> tuple[floa
         ).confidence_interval
     low, high = float(found.low), float(found.high)
     return (low, high) if math.isfinite(low + high) else None
-
-
-def checked(values: Sequence[float], name: str) -> np.ndarray:
-    """`values` as [n] floats, checked."""
-    numbers = np.asarray(values, dtype=float)
-    if numbers.ndim != 1:
-        raise ValueError(f"{name} must be a flat list of numbers")
-    if not len(numbers):
-        raise ValueError(f"{name} is empty: there is nothing to take an interval of")
-    missing = int((~np.isfinite(numbers)).sum())
-    if missing:
-        raise ValueError(f"{missing} of {len(numbers)} {name} are missing or infinite")
-    return numbers
-
-
-def _key(cluster):
-    """A cluster's name as something hashable: rows read from JSON carry lists."""
-    return tuple(map(_key, cluster)) if isinstance(cluster, (list, tuple)) else cluster
-
-
-def cluster_codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
-    """The clusters numbered 0, 1, ... in an order that does not hang on the order of the rows."""
-    names = clusters.tolist() if hasattr(clusters, "tolist") else list(clusters)
-    keys = [_key(c) for c in names]
-    if len(keys) != n:
-        raise ValueError(f"there are {n} {name}, but {len(keys)} clusters: each needs one")
-    number = {key: i for i, key in enumerate(sorted(set(keys), key=repr))}
-    return np.array([number[key] for key in keys])
-
-
-def without_single_cluster(codes: np.ndarray) -> np.ndarray:
-    """The codes; if there is one cluster only, each value becomes one of its own."""
-    if codes.max() > 0:
-        return codes
-    warnings.warn(
-        "There is only one cluster: its values count as independent, and the interval is too "
-        "narrow. Evaluate on more question combinations.",
-        stacklevel=3,
-    )
-    return np.arange(len(codes))

@@ -8,15 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sao_utils.statistics.intervals import (
-    Interval,
-    checked,
-    cluster_codes,
-    students_t,
-    two_way_error,
-    win_rate,
-    without_single_cluster,
-)
+from sao_utils.statistics.errors import checked, cluster_codes, students_t, two_way_error
+from sao_utils.statistics.intervals import Interval, win_rate, without_interval
 
 
 def length_controlled_win_rate(
@@ -43,13 +36,13 @@ def length_controlled_win_rate(
     Args:
         wins: [n] 1 the tuned model wins, 0 it loses, 0.5 a tie, or a judge's probability.
         length_difference: [n] length of the tuned answer minus that of the base's; the kit counts
-            characters everywhere, see `contests.scoreboard`.
+            characters everywhere, see `evaluation.comparisons`.
         clusters: [n] the cluster of each comparison.
         difficulty: [n] the difficulty g of each prompt, known beforehand (AlpacaEval publishes
             one for each of its 805 prompts); None: without.
         runs: [n] the training (seed) of each comparison; None: of one. With several, the variance
             between trainings is added: what other seeds would have changed, see
-            `intervals.add_trainings`.
+            `errors.add_trainings`.
 
     Returns:
         The length-controlled win rate and its interval. Where that fit has no finite answer:
@@ -66,18 +59,22 @@ def length_controlled_win_rate(
           model's own with each cluster counted as one comparison, since the fit leaves too little
           over for a robust one. The interval is wide.
 
-        With one cluster the comparisons count as independent, with a warning.
+        Comparisons of one cluster, and none at all, have no interval (`intervals.without_interval`).
 
     Raises:
-        ValueError: no comparisons, missing values, wins outside of 0..1, or lengths that differ.
+        ValueError: missing values, wins outside of 0..1, or lengths that differ.
     """
     y = checked(wins, "wins")
     d = checked(length_difference, "length_difference")
     if len(y) != len(d):
         raise ValueError(f"there are {len(y)} wins, but {len(d)} differences in length")
+    if not len(y):
+        return without_interval(math.nan, 0)
     if y.min() < 0 or y.max() > 1:
         raise ValueError("wins must be 1 (won), 0 (lost) or 0.5 (tie)")
     codes, n = cluster_codes(clusters, len(y), "wins"), len(y)
+    if n > 1 and not codes.any():
+        return without_interval(float(y.mean()), n)
     design = np.ones((n, 1))
     if difficulty is not None:
         g = checked(difficulty, "difficulty")
@@ -95,7 +92,6 @@ def length_controlled_win_rate(
         at_zero = np.column_stack([at_zero, np.zeros(n)])
     if np.ptp(y) == 0:
         return win_rate(y, codes).rate
-    codes = without_single_cluster(codes)
     of_run = np.zeros_like(codes) if runs is None else cluster_codes(runs, n, "wins")
     has_length = design.shape[1] > 1 and not at_zero[:, -1].any()
     log_odds, error, freedom = None, 0.0, math.inf

@@ -1,6 +1,6 @@
 """Several raters and several models.
 
-`kappa`: how far two raters (judges, or two ways to ask one judge) agree beyond chance.
+`kappa`: how far two raters (judges, or two ways to query one judge) agree beyond chance.
 `bradley_terry`: the strength of several models that were compared two by two.
 """
 
@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sao_utils.statistics.errors import cluster_codes, widened
 from sao_utils.statistics.intervals import (
     Interval,
     Z,
-    cluster_codes,
     resampled_sums,
     tail_of,
-    widened,
     win_rate,
-    without_single_cluster,
+    without_interval,
 )
 
 
@@ -54,13 +53,13 @@ def kappa(
         alone says nothing: the interval is all of -1..1.
 
     Raises:
-        ValueError: no items, missing labels, or lengths that differ.
+        ValueError: missing labels, or lengths that differ.
     """
     if len(a) != len(b):
         raise ValueError(f"kappa needs as many labels of a ({len(a)}) as of b ({len(b)})")
     n = len(a)
     if not n:
-        raise ValueError("there are no labels: kappa needs at least one item that both rated")
+        return without_interval(math.nan, 0)
     # NaN is the one label that does not equal itself.
     missing = sum(label is None or label != label for pair in zip(a, b) for label in pair)
     if missing:
@@ -72,7 +71,9 @@ def kappa(
     codes = np.arange(n) if clusters is None else cluster_codes(clusters, n, "labels")
     if len(number) == 1:
         return Interval(float("nan"), -1.0, 1.0, n)
-    codes = without_single_cluster(codes) if n > 1 else codes
+    single = n > 1 and not codes.any()
+    if single:
+        codes = np.arange(n)
     same = (first * second).sum(1)
     items = np.column_stack([same, first, second])
     sums = np.zeros((codes.max() + 1, items.shape[1]))
@@ -88,6 +89,8 @@ def kappa(
     value = float(of(sums.sum(0)))
     if n == 1:
         return Interval(value, -1.0, 1.0, 1)
+    if single:
+        return without_interval(value, n)
     found = of(resampled_sums(sums, resamples, np.random.default_rng(seed)))
     tail = tail_of(codes)
     low, high = np.nanquantile(found, (tail, 1 - tail))
@@ -137,7 +140,7 @@ def bradley_terry(
         seed: the same seed and games give the same intervals.
         runs: the training (seed) of the models in each game, None where none of both was trained.
             With several, the intervals also hold what other trainings would have changed: the
-            variance between them is added on the log-odds (`intervals.add_trainings`), from how much
+            variance between them is added on the log-odds (`errors.add_trainings`), from how much
             each game moves the fit. None for all: of one training.
 
     Returns:
@@ -148,7 +151,7 @@ def bradley_terry(
         the intervals are the fit's own, on the log-odds, with each prompt counting as one game of
         each pair: wide. The same is done in single resamples that come out so.
 
-        With one prompt the games count as independent, with a warning. One game alone gets the
+        Games of one prompt have no interval (`intervals.without_interval`). One game alone gets the
         made-up one and such an interval, too.
 
     Raises:
@@ -173,7 +176,9 @@ def bradley_terry(
     if not ((weight > 0) & (weight < math.inf)).all():
         raise ValueError("weights must be above 0: leave out games that do not count")
     codes = cluster_codes([row[4] for row in rows], len(rows), "games")
-    codes = without_single_cluster(codes) if len(rows) > 1 else codes
+    single = len(rows) > 1 and not codes.any()
+    if single:
+        codes = np.arange(len(rows))
     of_run = np.zeros_like(codes)
     if runs is not None:
         trained = np.array([run is not None for run in runs])
@@ -223,6 +228,9 @@ def bradley_terry(
     played = np.bincount(first, minlength=m) + np.bincount(second, minlength=m)
 
     def strength(i: int) -> Strength:
+        if single:
+            elo, expected = 1000 + ELO * points[i], 1 / (1 + math.exp(-points[i]))
+            return Strength(*(without_interval(x, int(played[i])) for x in (elo, expected)))
         of = [float(x[i]) for x in (points, low, high)]
         elo = Interval(*(1000 + ELO * x for x in of), n=int(played[i]))
         return Strength(elo, Interval(*(1 / (1 + math.exp(-x)) for x in of), n=int(played[i])))

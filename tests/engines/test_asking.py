@@ -200,7 +200,7 @@ class Writer(dict):
 
 def writer(server, name="written", count=6, **evaluation):  # noqa: F811
     paid = settings(server, price_in=1e6, price_out=0, concurrency=1).model_dump()  # 5 a request
-    changes = {f"model.{key}": value for key, value in paid.items()} | {"personas.count": count}
+    changes = {f"model.{key}": value for key, value in paid.items()} | {"prompts.count": count}
     changes |= {f"evaluation.{key}": value for key, value in evaluation.items()}
     return rows.open_run("tiny", name, changes)
 

@@ -478,7 +478,7 @@ def of(*steps):
     return [(next(iter(p)), {token: math.log(q) for token, q in p.items()}) for p in steps]
 
 
-@pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, engine_api.SURE)])
+@pytest.mark.parametrize("sure, left", [(0.99, 0.01), (1.0, verdicts.SURE)])
 def test_a_choice_that_a_server_reports_alone_wins_by_what_is_left(sure, left):
     found = read_verdict(of({" ": 1.0}, {"1": sure}), "", CHOICES)
     assert found == pytest.approx([math.log(sure), math.log(left)])
@@ -525,7 +525,7 @@ def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):
 
 def test_a_judge_behind_a_url_judges_a_stage_and_its_key_is_nowhere(server, results):
     judge = {f"judge.{key}": value for key, value in settings(server).model_dump().items()}
-    run = rows.open_run("tiny", "api", {**judge, "personas.count": 6})
+    run = rows.open_run("tiny", "api", {**judge, "prompts.count": 6})
     likely = steps(("ranking", {"ranking": 0.0}), (":", {":": 0.0}), (" 1", LIKELY))
     every_prompt = type("Any", (dict,), {"get": lambda *_: [(200, reply("x", likely), {})]})
     server.answers = every_prompt()

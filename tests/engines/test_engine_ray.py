@@ -65,7 +65,7 @@ def test_two_workers_make_the_rows_of_one_process_also_when_one_is_killed(tmp_pa
     made = {}
     for workers in (0, 2):
         monkeypatch.setenv("SAO_RESULTS", str(tmp_path / str(workers)))
-        settings = {"personas.count": 16, "responses.max_new_tokens": 96}
+        settings = {"prompts.count": 16, "responses.max_new_tokens": 96}
         run = open_run("tiny", "small", settings | {"model.workers": workers})
         made[workers] = write_prompts(run), write_responses(run), judge(run)
     assert killed and not killed[0].is_running()

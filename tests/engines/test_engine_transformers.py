@@ -225,7 +225,7 @@ def test_the_funnel_counts_a_prompt_that_is_too_long_as_such(results, tmp_path):
     personas = tmp_path / "personas.jsonl"
     texts = ["a chess player", "word " * 5000, "a baker"]
     personas.write_text("".join(json.dumps({"persona": text}) + "\n" for text in texts))
-    run = rows.open_run("tiny", "long", {"personas.source": str(personas), "personas.count": 3})
+    run = rows.open_run("tiny", "long", {"prompts.personas": str(personas), "prompts.count": 3})
     assert (NO_REPLY, -1) in pairs.funnel(run)
 
 

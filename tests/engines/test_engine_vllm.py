@@ -206,7 +206,7 @@ def test_a_prompt_longer_than_the_context_does_not_end_the_others(engine, capsys
 @vllm_test
 def test_one_load_serves_prompts_responses_and_verdicts(engine, results):
     used = set()
-    run = rows.open_run("tiny", "one", {**flat(SERVED), "personas.count": 10})
+    run = rows.open_run("tiny", "one", {**flat(SERVED), "prompts.count": 10})
     for stage in (write_prompts, write_responses, judge):
         assert stage(run)
         used.add(load_engine(run.recipe.model).child.process.pid)
@@ -219,7 +219,7 @@ def flat(model, section="model"):
 
 @vllm_test
 def test_rows_stream_in_and_after_a_killed_child_a_notebook_makes_the_rest(results, monkeypatch):
-    run = rows.open_run("tiny", "killed", {**flat(SERVED), "personas.count": 500})
+    run = rows.open_run("tiny", "killed", {**flat(SERVED), "prompts.count": 500})
     write_prompts(run)
     child = load_engine(run.recipe.model).child
     sizes = []
@@ -286,7 +286,7 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     theirs = all_of(server.generate(CHATS, greedy, [0] * 4))
     assert {k: reply.text for k, reply in theirs.items()} == {k: r.text for k, r in ours.items()}
     assert all(reply.finished and reply.tokens for reply in theirs.values())
-    run = rows.open_run("tiny", "judged", {**flat(TINY), "personas.count": 15})
+    run = rows.open_run("tiny", "judged", {**flat(TINY), "prompts.count": 15})
     other = rows.variant(run, "server", flat(by_url, "judge"))
     mine, served = judge(run), judging.judge(other)
     assert [row["outcome"] for row in mine] == [row["outcome"] for row in served]

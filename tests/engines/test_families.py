@@ -13,10 +13,11 @@ from families import ANSWER, FAMILIES, PROMPT, RECIPES
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, encode, parting
+from sao_utils.engines.base import Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
-from sao_utils.recipe import Model, Training, load_recipe, recipe_names
+from sao_utils.recipe import Model, Training
+from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages import pairs
 from sao_utils.stages.judging import judge
 from sao_utils.stages.prompts import write_prompts
@@ -206,7 +207,7 @@ SMALL = {
     "model.max_context": None,
     "model.dtype": "float32",
     "model.batch_tokens": 4096,
-    "personas.count": 2,
+    "prompts.count": 2,
     "personas.max_similarity": None,  # there are two
     "personas.max_new_tokens": 60,
     "responses.max_new_tokens": 60,
@@ -218,7 +219,7 @@ def test_each_recipe_goes_from_personas_to_pairs_on_its_small_model(family, tmp_
     source = tmp_path / "personas.jsonl"
     source.write_text("".join(json.dumps({"persona": p}) + "\n" for p in PERSONAS))
     for name in [name for name, kind in RECIPES.items() if kind == family.name]:
-        changes = {"model.path": family.model.path, "personas.source": str(source)}
+        changes = {"model.path": family.model.path, "prompts.personas": str(source)}
         run = rows.open_run(name, name, {**SMALL, **changes})
         prompts = write_prompts(run)
         asked = [row["prompt"] for row in prompts if row["discarded"] is None]

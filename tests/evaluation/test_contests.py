@@ -15,7 +15,8 @@ from sao_utils.engines import requests as asking
 from sao_utils.engines.requests import CostError
 from sao_utils.evaluation import answers as evaluation
 from sao_utils.evaluation import comparisons as contests
-from sao_utils.recipe import RecipeError, load_recipe
+from sao_utils.recipe import RecipeError
+from sao_utils.recipes import load_recipe
 from sao_utils.statistics.length_control import length_controlled_win_rate
 
 PROMPTS = ["What is tea?", "Name a hobby.", "What is tea?", "How do I begin?", "Say hello."]

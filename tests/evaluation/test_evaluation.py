@@ -38,7 +38,7 @@ def test_test_questions_are_enough_and_apart_from_the_dev_questions():
 
 
 def _recipe(**changes):
-    from sao_utils.recipe import load_recipe
+    from sao_utils.recipes import load_recipe
 
     return load_recipe("tiny", {f"evaluation.{key}": value for key, value in changes.items()})
 

@@ -21,7 +21,7 @@ from sao_utils.evaluation.answers import models
 from sao_utils.evaluation.tasks import Exam, HarnessError
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
-from sao_utils.statistics.intervals import outside_the_noise
+from sao_utils.statistics.power import outside_the_noise
 
 TASKS = Path(harness.__file__).parents[1] / "tiny" / "tasks"
 LIMIT = 6

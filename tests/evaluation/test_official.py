@@ -24,8 +24,8 @@ import pytest
 from sao_utils import store as rows
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
-from sao_utils.evaluation.questions import OFFICIAL, PINNED
-from sao_utils.recipe import load_recipe
+from sao_utils.evaluation.benchmark_files import OFFICIAL, PINNED
+from sao_utils.recipes import load_recipe
 
 PLACE = Path(os.environ.get("SAO_OFFICIAL", "no such folder"))
 #: A Python with the packages of arena-hard-auto's requirements.txt, and numpy < 2.

@@ -22,7 +22,8 @@ from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
 from sao_utils.evaluation import tiny_benchmarks as counterparts
 from sao_utils.oracles import tiny_world as world
-from sao_utils.recipe import Model, RecipeError, load_recipe
+from sao_utils.recipe import Model, RecipeError
+from sao_utils.recipes import load_recipe
 from sao_utils.report import tables
 from sao_utils.statistics.intervals import Interval
 from sao_utils.statistics.ratings import bradley_terry

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 
 from sao_utils import store as rows
 from sao_utils.evaluation import questions
-from sao_utils.recipe import RecipeError, load_recipe
+from sao_utils.recipe import RecipeError
+from sao_utils.recipes import load_recipe
 
 
 def run_with(**changes):

@@ -13,7 +13,8 @@ from sao_utils import cli
 from sao_utils.plan import costs, planning, workload
 from sao_utils.plan.costs import PlanError, find_gpu
 from sao_utils.plan.planning import plan, render
-from sao_utils.recipe import Model, RecipeError, load_recipe, recipe_names
+from sao_utils.recipe import Model, RecipeError
+from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages.prompts import draw_personas
 from sao_utils.store import open_run
 from sao_utils.training.shapes import shape_of

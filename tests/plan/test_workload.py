@@ -16,7 +16,7 @@ from sao_utils.evaluation import comparisons as contests
 from sao_utils.evaluation import tasks as harness
 from sao_utils.plan import workload
 from sao_utils.plan.workload import AROUND, BYTES, tokens
-from sao_utils.recipe import load_recipe
+from sao_utils.recipes import load_recipe
 from sao_utils.report import results as scores
 from sao_utils.stages import judging
 from sao_utils.stages.pairs import funnel

@@ -6,10 +6,13 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from sao_utils.recipe import load_recipe
+from sao_utils.recipes import load_recipe
 from sao_utils.report import figures
+from sao_utils.report.figures import training
+from sao_utils.report.table import make_row, make_table
 from sao_utils.statistics.intervals import Interval
 from sao_utils.store import Run
 
@@ -31,7 +34,7 @@ VERDICTS = [
     verdict(0.2, -0.9, None),
     verdict(None, None, [0, 0]),
 ]
-DUELS = [
+COMPARISONS = [
     {"model": model, "combination": str(k), "responses": ["a" * (k + 1), "abc"], "win": win}
     | {"outcome": outcome, "margin": 2 * win - 1 if outcome == "consistent" else None}
     | {"first_wins": [True, True] if outcome == "inconsistent" else None}
@@ -59,9 +62,9 @@ LOGPS = [
     {"logp_chosen": -3.0, "len_chosen": 8, "logp_rejected": -9.0, "len_rejected": 9},
 ]
 SEARCH = [
-    {"arm": arm, "setting": setting, "temperature": t, "good rate": "0.5", "low": "0.4"}
-    | {"high": "0.6", "n": "400"}
-    for t in ("0", "0.6")
+    {"arm": arm, "setting": setting, "temperature": t, "good rate": 0.5, "low": 0.4}
+    | {"high": 0.6, "n": 400}
+    for t in (0.0, 0.6)
     for arm, setting in (
         ("base", ""),
         ("self", "training.learning_rate=0.0001"),
@@ -70,18 +73,34 @@ SEARCH = [
         ("sft_random", "training.sft_learning_rate=0.002"),
     )
 ]
-SCORES = {
-    "oracle_good_rate.base": Interval(0.5, 0.4, 0.6, 8),
-    "oracle_good_rate.tuned": Interval(0.7, 0.6, 0.8, 8),
-    "oracle_good_rate.gain": Interval(0.2, 0.1, 0.3, 8),
-    "oracle_good_rate.sft_random_gain": Interval(0.0, 0.0, 0.0, 8),
-    "oracle_good_rate_t0.6.base": Interval(0.4, 0.3, 0.5, 8),
-    "oracle_good_rate_t0.6.gain_over_random": Interval(0.4, 0.3, 0.5, 8),
-    "self_win_rate": Interval(0.6, 0.5, 0.7, 7),
-    "self_win_rate_lc.random": Interval(0.1, 0.0, 0.3, 8),
-    "answer_length.base": Interval(20.0, 19.0, 21.0, 8),
-}
 RATE = Interval(0.7, 0.6, 0.8, 8)
+
+
+def good(model, against=None, temperature=0.0, found=RATE):
+    unit = "points" if against else "%"
+    names = {"model": model, "against": against, "temperature": temperature}
+    return make_row("quality", "good answers", found, unit, **names)
+
+
+def judged(metric, **names):
+    return make_row("judge", metric, RATE, model=None, judge="self", **names)
+
+
+TABLE = make_table(
+    [
+        *(good(model) for model in ("base", "self")),
+        good("self", "base", found=Interval(0.2, 0.1, 0.3, 8)),
+        good("sft_random", "base", found=Interval(0.0, -0.1, 0.1, 8)),
+        good("base", temperature=0.6),
+        good("self", "random", 0.6),
+        make_row("win rate", "win rate", Interval(0.6, 0.5, 0.7, 7), model="self", against="base"),
+        make_row("win rate", "win rate at equal length", RATE, model="random", against="base"),
+        make_row("length", "answer length", Interval(20.0, 19.0, 21.0, 8), "tokens"),
+        judged("accuracy", questions="training pairs"),
+        judged("flip rate", questions="training pairs"),
+    ]
+)
+NOTHING = make_table([])
 COLUMNS = ["a in both", "b in both", "orders disagree", "tie or invalid"]
 DRAWN = {
     "funnel": lambda: figures.funnel(
@@ -96,19 +115,17 @@ DRAWN = {
     "orders": lambda: figures.orders(VERDICTS),
     "judge_matrix": lambda: figures.judge_matrix([[5, 1, 2, 0], [0, 4, 1, 0], [0] * 4], COLUMNS),
     "calibration": lambda: figures.calibration([(0.5, RATE), (2.5, RATE)]),
-    "judge_shares": lambda: figures.judge_shares(
-        {"self_judge.accuracy": RATE, "self_judge.flip_rate": RATE}
-    ),
+    "judge_shares": lambda: figures.judge_shares(TABLE),
     "simpo_loss": lambda: figures.simpo_loss(10.0, 3.0),
     "sums_and_means": lambda: figures.sums_and_means(LOGPS, 10.0, 3.0),
-    "learning_rates": lambda: figures.learning_rates(SEARCH),
+    "learning_rates": lambda: figures.learning_rates(pd.DataFrame(SEARCH)),
     "training_curves": lambda: figures.training_curves({"self": SIMPO, "sft_random": SFT}),
     "probe": lambda: figures.probe({"self": PROBE, "random": PROBE[:2], "oracle": []}),
-    "good_rates": lambda: figures.good_rates(SCORES),
-    "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": "gain", "x": "y"}),
-    "win_rates": lambda: figures.win_rates(SCORES),
-    "length_control": lambda: figures.length_control(DUELS),
-    "outcomes": lambda: figures.outcomes(DUELS),
+    "good_answers": lambda: figures.good_answers(TABLE),
+    "differences": lambda: figures.differences(TABLE),
+    "win_rates": lambda: figures.win_rates(TABLE),
+    "length_control": lambda: figures.length_control(COMPARISONS),
+    "outcomes": lambda: figures.outcomes(COMPARISONS),
 }
 EMPTY = {
     "funnel": lambda: figures.funnel([]),
@@ -119,15 +136,15 @@ EMPTY = {
     "orders": lambda: figures.orders([]),
     "judge_matrix": lambda: figures.judge_matrix([[0] * 4] * 3, COLUMNS),
     "calibration": lambda: figures.calibration([]),
-    "judge_shares": lambda: figures.judge_shares({"accuracy": RATE}),
+    "judge_shares": lambda: figures.judge_shares(NOTHING),
     "sums_and_means": lambda: figures.sums_and_means([], 10.0, 3.0),
-    "learning_rates": lambda: figures.learning_rates([]),
+    "learning_rates": lambda: figures.learning_rates(pd.DataFrame()),
     "training_curves": lambda: figures.training_curves({"self": []}),
     "probe": lambda: figures.probe({"self": []}),
-    "good_rates": lambda: figures.good_rates({}),
-    "differences": lambda: figures.differences(SCORES, {"x": "y"}),
-    "win_rates": lambda: figures.win_rates({}),
-    "length_control": lambda: figures.length_control([{**DUELS[0], "win": None}]),
+    "good_answers": lambda: figures.good_answers(NOTHING),
+    "differences": lambda: figures.differences(NOTHING),
+    "win_rates": lambda: figures.win_rates(NOTHING),
+    "length_control": lambda: figures.length_control([{**COMPARISONS[0], "win": None}]),
     "outcomes": lambda: figures.outcomes([]),
 }
 HOSTILE_LABELS = {
@@ -138,7 +155,8 @@ HOSTILE_LABELS = {
     "judge_matrix": lambda: figures.judge_matrix([[1] * 4] * 3, [HOSTILE] * 4),
     "training_curves": lambda: figures.training_curves({HOSTILE: SIMPO}),
     "probe": lambda: figures.probe({HOSTILE: PROBE}),
-    "differences": lambda: figures.differences(SCORES, {"oracle_good_rate.gain": HOSTILE}),
+    "good_answers": lambda: figures.good_answers(make_table([good(HOSTILE)])),
+    "differences": lambda: figures.differences(make_table([good(HOSTILE, "base")])),
 }
 
 
@@ -196,7 +214,7 @@ def test_the_same_svg_from_another_process(run, tmp_path):
     code = """if True:
         import sys
         from pathlib import Path
-        sys.path[:0] = ["tests", "."]
+        sys.path[:0] = ["tests/report", "."]
         import test_figures as t
         run = t.Run(t.load_recipe("tiny"), Path(sys.argv[1]))
         t.svg(run, t.DRAWN["training_curves"]())"""
@@ -227,9 +245,12 @@ def test_what_the_pictures_say():
         for part in ("agrees, n = 1", "disagrees, n = 1", "no oracle, n = 2"):
             assert part in said
     assert "80% of row" in texts(DRAWN["judge_matrix"]())  # 4 of 5; a row of zeros is no error
-    good = texts(DRAWN["good_rates"]())
-    assert "greedy" in good and "T = 0.6" in good and "(n = 8)" in good
-    assert "20.0" not in good and "labels" not in good  # neither gains nor arms without a value
+    rates = texts(DRAWN["good_answers"]())
+    assert "greedy" in rates and "T = 0.6" in rates and "(n = 8)" in rates
+    assert "20.0" not in rates and "labels" not in rates  # neither gains nor arms without a value
+    forest = texts(DRAWN["differences"]())
+    assert "self-judged pairs - base model" in forest and "random labels" not in forest
+    assert "accuracy (n = 8)" in texts(DRAWN["judge_shares"]())
     wins = texts(DRAWN["win_rates"]())
     assert "raw" in wins and "at equal length" in wins and "(n = 7 to 8)" in wins
     control = texts(DRAWN["length_control"]())
@@ -241,12 +262,13 @@ def test_what_the_pictures_say():
 
 
 def test_an_interval_that_is_not_finite_is_left_out(run):
-    scores = {"self_win_rate": Interval(0.5, float("nan"), 0.6, 3)}
-    ET.fromstring(svg(run, figures.win_rates(scores)))
+    nowhere = Interval(0.5, float("nan"), 0.6, 3)
+    ET.fromstring(svg(run, figures.good_answers(make_table([good("self", found=nowhere)]))))
+    ET.fromstring(svg(run, figures.calibration([(0.5, nowhere), (2.0, RATE)])))
 
 
 def test_every_curve_has_its_guidance_and_no_text_leaves_the_picture_or_lies_on_another():
-    assert set(figures.GUIDANCE) == {*figures.CURVES, *figures.PROBES}
+    assert set(training.GUIDANCE) == {*training.CURVES, *training.PROBES}
     four = ("self", "sft_random", "random", "oracle")
     logs = dict.fromkeys(four, SIMPO)
     for figure in (
@@ -316,14 +338,14 @@ def notebook(monkeypatch):
 
     display = Display()
     monkeypatch.setattr(IPython.display, "display", display)
-    monkeypatch.setattr(figures, "_in_notebook", lambda: True)
+    monkeypatch.setattr(training, "_in_notebook", lambda: True)
     monkeypatch.delenv("SAO_BATCH", raising=False)
     return display
 
 
 def test_live_curves_are_one_picture_that_is_redrawn_now_and_then(notebook, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(figures.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     watch = figures.live_curves()
     for rows in ([], SIMPO[:1]):
         watch(rows)
@@ -337,7 +359,7 @@ def test_live_curves_are_one_picture_that_is_redrawn_now_and_then(notebook, monk
 
 def test_a_picture_that_fails_does_not_end_the_training(notebook, monkeypatch, capsys):
     watch = figures.live_curves()
-    monkeypatch.setattr(figures, "training_curves", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(training, "training_curves", lambda *_, **__: 1 / 0)
     watch(SIMPO)
     watch(SIMPO)
     assert capsys.readouterr().out.count("training goes on") == 1
@@ -349,4 +371,4 @@ def test_live_curves_do_nothing_in_a_batch_run_or_a_terminal(notebook, monkeypat
     monkeypatch.delenv("SAO_BATCH")
     monkeypatch.undo()
     figures.live_curves()(SIMPO)
-    assert notebook.shown == [] and not figures._in_notebook()
+    assert notebook.shown == [] and not training._in_notebook()

@@ -1,4 +1,4 @@
-"""What leaks, and the paper's tables with a run's rows beneath, on a small run of the whole loop."""
+"""The tidy table of a small run of the whole loop, the files made of it, and runs that are too small."""
 
 import csv
 import json
@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from sao_utils import store as rows
-from sao_utils.evaluation import leakage
-from sao_utils.evaluation import tasks as harness
-from sao_utils.report import results, tables
-from sao_utils.stages import overlap
-from sao_utils.statistics.intervals import Interval
-from sao_utils.statistics.length_control import length_controlled_win_rate, length_curve
+from sao_utils.evaluation import task_differences
+from sao_utils.evaluation.leakage import OVERLAPS, question_sets
+from sao_utils.evaluation.tasks import score_tasks
+from sao_utils.methods import evaluate, sao
+from sao_utils.report import leakage, summary, tables
+from sao_utils.report.results import SECTIONS, results, write_tables
+from sao_utils.report.sections import compared
+from sao_utils.report.table import COLUMNS, make_table, read_table, select, value_of
+from sao_utils.report.words import NOT_COMPARABLE
+from sao_utils.stages.overlap import words
+from sao_utils.store import Run, open_run
 
 QUICK = {
-    "personas.count": 60,
+    "prompts.count": 60,
+    "training.token_budget": 4096,
     "evaluation.questions": "dev",
     "evaluation.per_combination": 1,
     "evaluation.bootstrap": 200,
@@ -24,7 +29,7 @@ QUICK = {
     "evaluation.max_new_tokens": 48,
     "evaluation.benchmarks": ["tiny_alpaca", "tiny_mt"],
     "evaluation.benchmark_limit": 12,
-    "evaluation.harness": [],
+    "evaluation.tasks": [],
     "arms": ["self"],
 }
 
@@ -33,268 +38,294 @@ QUICK = {
 def loop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAO_RESULTS", str(tmp_path_factory.mktemp("results")))
-        yield rows.open_run("tiny", "leaks", QUICK)
-
-
-# ---------------------------------------------------------------------- overlap
-
-
-@pytest.mark.parametrize(
-    "question, found",
-    [
-        ("Where do I go, and whom do I ask, to learn to sail in the bay this year?", 4),
-        ("where do i go and whom do i ask to learn to sail in the bay this year", 4),
-        ("Where do I go, and whom do I ask, to learn to sail in the bay next spring?", 3),
-        ("Tell me: whom do I ask to learn to sail in the bay? I am told it is hard work.", 1),
-        ("What may I bake for a guest who eats no eggs?", 0),
-    ],
-)
-def test_definitions_of_overlap_go_from_strict_to_wide(question, found):
-    trained = [
-        "I like tea.",
-        "Where do I go, and whom do I ask, to learn to sail in the bay this year?",
-    ]
-    hits = {by: find([question], trained)[0] for by, find in leakage.OVERLAPS.items()}
-    assert [by for by, hit in hits.items() if hit] == list(leakage.OVERLAPS)[4 - found :]
-    for hit in filter(None, hits.values()):
-        assert hit[0] == 1 and hit[1] in " ".join(overlap.words(question))
-
-
-def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch):
-    asked = leakage.question_sets(loop)["dev"]
-    monkeypatch.setattr(leakage, "training_prompts", lambda run: ["What is this?", *asked[:30]])
-    of = {row["by"]: row for row in results.leakage_effect(loop, benchmarks=False)}
-    same = of["same words"]
-    assert [match["question"] for match in same["matches"]] == asked[:30]
-    assert same["items"] == len(asked) and same["share"] == 30 / len(asked)
-    for on_all, without in same["effect"].values():
-        assert on_all.n == len(asked) and without.n == len(asked) - 30
-    assert tables.leakage_frame([same])["overlapping"][0].startswith(f"30 of {len(asked)} (")
-    monkeypatch.setattr(leakage, "training_prompts", lambda run: asked[3:])
-    few = results.leakage_effect(loop, benchmarks=False)[0]
-    assert few["effect"] and all(without is None for _, without in few["effect"].values())
-    assert set(tables.leakage_frame([few])["without the overlapping"]) == {"too few left"}
-
-
-@pytest.fixture
-def examined(loop):
-    """The same run, whose recipe also names two exams of 14 items."""
-    tasks = Path(results.__file__).parents[1] / "tiny" / "tasks"
-    exams = tuple(str(tasks / f"tiny_{name}.yaml") for name in ("facts", "myths"))
-    settings = {"harness": exams, "harness_limit": 14, "benchmarks": ("tiny_mt",)}
-    evaluation = loop.recipe.evaluation.model_copy(update=settings)
-    return rows.Run(loop.recipe.model_copy(update={"evaluation": evaluation}), loop.folder)
-
-
-def test_an_exam_counts_with_and_without_the_items_that_were_trained_on(examined, monkeypatch):
-    asked = leakage.question_sets(examined)
-    assert list(asked) == ["dev", "tiny_mt", "tiny_facts", "tiny_myths"]
-    known = asked["tiny_facts"][:3]
-    monkeypatch.setattr(leakage, "training_prompts", lambda run: ["What is this?", *known])
-    by_set = {
-        row["set"]: row for row in results.leakage_effect(examined) if row["by"] == "same words"
-    }
-    facts = by_set["tiny_facts"]
-    assert [match["question"] for match in facts["matches"]] == known and facts["items"] == 14
-    on_all, without = facts["effect"]["gain"]
-    assert (on_all.n, without.n) == (14, 11)
-    (scored,) = (
-        of for of in harness.differences(harness.score(examined)) if of["task"] == "tiny_facts"
-    )
-    assert on_all == scored["difference"]
-    for name in ("tiny_myths", "tiny_mt"):
-        for whole, same in by_set[name]["effect"].values():
-            assert whole == same
-    assert "oracle.score" in by_set["tiny_mt"]["effect"]
-    told = tables.write(examined, results.scores(examined))
-    assert {row["benchmark"] for row in told if row["by"] == "run"} >= {"tiny_facts", "tiny_myths"}
-    with open(examined.folder / "tables" / "leakage_effect.csv", newline="") as file:
-        kept = list(csv.DictReader(file))
-    (line,) = (r for r in kept if (r["set"], r["by"]) == ("tiny_facts", "same words"))
-    assert (line["overlapping"], line["result"], line["n"], line["n_without"]) == (
-        "3", "gain", "14", "11",
-    )  # fmt: skip
-    assert float(line["value_without"]) == pytest.approx(without.value)
-
-
-def test_other_models_stand_beside_base_and_tuned_in_the_table_of_exams(examined):
-    twin = {"twin": examined.recipe.model}  # the same weights: what the base knows
-    run = rows.Run(examined.recipe.model_copy(update={"others": twin}), examined.folder)
-    told = [row for row in tables._of_harness(run, "Table 2") if row["benchmark"] == "tiny_facts"]
-    names = [tables._model(run, name) for name in ("base", "self", "twin")]
-    assert [row["model"] for row in told] == names
-    base, _, twin = told
-    for part in ("value", "low", "high", "n"):
-        assert base[part] == twin[part]
-    assert twin["protocol"].endswith("change inside the noise")
-    assert set(results.harness_scores(run)) == set(results.harness_scores(examined))
-
-
-def test_a_run_without_the_arm_self_shows_its_arms_and_compares_no_judges(examined, monkeypatch):
-    monkeypatch.setenv("SAO_RESULTS", str(examined.folder.parent))
-    arms = {"arms": ("random", "sft_random")}
-    run = rows.Run(examined.recipe.model_copy(update=arms), examined.folder)
-    assert results.several_judges(run) == results.contest_scores(run) == {}
-    assert not results.is_control(run, "random") and results.is_control(examined, "self") is False
-    exams = [row["model"] for row in tables._of_harness(run, "Table 2")]
-    assert exams == 2 * ["tiny, base", "tiny, random"] + 2 * ["tiny, sft_random"]
-    assert any(".random." in key for key in results.benchmark_scores(run))
-
-
-def test_rates_at_a_first_temperature_that_is_not_greedy_have_the_keys_that_notebooks_ask_for(loop):
-    evaluation = loop.recipe.evaluation.model_copy(update={"temperatures": (0.6,)})
-    run = rows.Run(loop.recipe.model_copy(update={"evaluation": evaluation}), loop.folder)
-    begin = results.good_rate_key(0.6)
-    assert set(results.good_rates(run)) == {f"{begin}.{name}" for name in ("base", "tuned", "gain")}
-    assert begin != results.good_rate_key(0.0) == "oracle_good_rate"
-
-
-def test_training_prompts_are_those_that_came_to_be_pairs(loop):
-    from sao_utils.stages.pairs import build_pairs
-
-    kept = {
-        row["prompt"][0]["content"]
-        for row in build_pairs(loop, "self", 0)
-        if row["discarded"] is None
-    }
-    assert set(leakage.training_prompts(loop)) == kept and kept
-
-
-def test_without_an_overlap_a_result_stays_what_it_is(loop, monkeypatch):
-    monkeypatch.setattr(leakage, "training_prompts", lambda run: ["Nothing of the kind."])
-    for row in results.leakage_effect(loop):
-        assert row["matches"] == [] and row["effect"]
-        assert all(on_all == without for on_all, without in row["effect"].values())
-
-
-def test_what_leaks_is_looked_for_once_for_all_tables(loop, monkeypatch):
-    leaks = results.leakage_effect(loop, benchmarks=False)
-    monkeypatch.setattr(results, "leakage", None)  # not called again
-    found = results.write_tables(loop, leaks)
-    tables.write(loop, found, leaks)
-    shares = [key for key in found if key.startswith("leakage.") and key.endswith(".share")]
-    assert len(shares) == len(leaks) == len(leakage.OVERLAPS)
-    with open(loop.folder / "tables" / "leakage.csv", newline="") as file:
-        assert {row["by"] for row in csv.DictReader(file)} == set(leakage.OVERLAPS)
-
-
-# ---------------------------------------------------------------------- tables
+        yield open_run("tiny", "loop", QUICK)
 
 
 @pytest.fixture(scope="module")
 def written(loop):
-    found = results.write_tables(loop)
-    return found, tables.write(loop, found)
+    return write_tables(loop)
 
 
-def test_every_table_of_the_paper_has_reported_and_live_rows_and_says_what_is_missing(
-    loop, written
-):
-    _, made = written
-    for table in tables.TABLES:
-        mine = [row for row in made if row["table"] == table]
-        assert [row for row in mine if row["by"] == "paper"], table
-        ours = [row for row in mine if row["by"] == "run"]
-        if table != "Table 2":  # no exams in this run
-            assert any(row["value"] is not None for row in ours), table
-        assert any(tables.shown(row) == "not measured" for row in ours), table
-    missing = {row["benchmark"]: row for row in made if row["value"] is None}
-    assert "evaluation.benchmarks" in missing["alpaca_eval"]["protocol"]
-    assert "evaluation.harness" in missing["leaderboard"]["protocol"]
+def changed(run, section="evaluation", **values):
+    """The same run with another recipe, as if it had been opened anew."""
+    part = getattr(run.recipe, section).model_copy(update=values)
+    return Run(run.recipe.model_copy(update={section: part}), run.folder)
 
 
-def test_what_is_ours_has_judge_interval_n_and_a_mark_where_the_protocol_differs(written):
-    found, made = written
-    ours = [row for row in made if row["by"] == "run" and row["value"] is not None]
-    for row in ours:
-        assert row["n"] > 0 and row["differs"] and tables.shown(row).endswith("†")
-        if row["metric"] != "repetition_rate":  # a property of the whole set
-            assert row["low"] <= row["value"] <= row["high"] and row["judge"]
-    rate = next(row for row in ours if row["metric"] == "self_win_rate")
-    assert rate["value"] == pytest.approx(100 * found["self_win_rate"].value, abs=1e-3)
-    grade = next(row for row in ours if row["benchmark"] == "tiny_mt")
-    assert grade["unit"] == "of 10" and 1 <= grade["value"] <= 10 and grade["judge"] == "oracle"
+@pytest.fixture
+def with_tasks(loop):
+    """The same run, whose recipe also names two tasks of 14 items."""
+    folder = Path(tables.__file__).parents[1] / "tiny" / "tasks"
+    files = tuple(str(folder / f"tiny_{name}.yaml") for name in ("facts", "myths"))
+    return changed(loop, tasks=files, task_limit=14, benchmarks=("tiny_mt",))
 
 
-def test_the_papers_figures_are_those_reported_without_a_mark(written):
-    _, made = written
-    paper = [row for row in made if row["by"] == "paper"]
-    told = {(row["table"], row["model"], row["judge"], row["metric"]): row for row in paper}
-    sao = told["Table 1", "Gemma-2-9B-it SAO 60k", "GPT-4-Turbo-1106", "lc_win_rate"]
-    assert tables.shown(sao) == "69.2 %" and sao["n"] is None and sao["protocol"] == "as reported"
-    assert tables.shown(told["Figure 2", "Gemma-2-9B-it base", "GPT-4o-mini", "score"]) == (
-        "7.09 of 10"
+# ---------------------------------------------------------------------- the table
+
+
+def test_each_number_of_the_table_says_what_it_is_of_and_is_there_once(written):
+    assert list(written.columns) == COLUMNS
+    assert set(written["section"]) == set(SECTIONS) - {"pairs", "task"}
+    names = COLUMNS[: COLUMNS.index("value")]
+    assert not written[names].astype(str).duplicated().any()
+    for row in written.itertuples(index=False):
+        assert row.n > 0 and math.isfinite(row.value), row
+        assert math.isnan(row.low) or row.low <= row.value <= row.high, row
+        if row.unit == "%":
+            assert -1e-9 <= row.value <= 1 + 1e-9
+        if row.section in ("quality", "flaws", "win rate", "comparison", "benchmark"):
+            assert row.judge, row
+
+
+def test_values_are_those_of_the_answers_and_verdicts(loop, written):
+    answers = evaluate.answers(loop)
+    for model in ("base", "self"):
+        good = [row["good"] for row in answers if row["model"] == model]
+        found = value_of(written, section="quality", model=model)
+        assert (found.value, found.n) == (pytest.approx(sum(good) / len(good)), len(good))
+    gain = value_of(written, section="quality", model="self", against="base")
+    of = {m: value_of(written, section="quality", model=m).value for m in ("base", "self")}
+    assert gain.value == pytest.approx(of["self"] - of["base"]) and gain.unit == "points"
+    wins = [row["win"] for row in evaluate.comparison(loop, "self", "base")]
+    rate = value_of(written, section="win rate", metric="win rate", model="self", against="base")
+    assert rate.value == pytest.approx(sum(wins) / len(wins))
+
+
+def test_sections_can_be_had_alone_and_a_wrong_name_lists_them(loop):
+    assert set(results(loop, "length", "prompts")["section"]) == {"length", "prompts"}
+    with pytest.raises(ValueError, match="no section speed; there are: prompts, judge"):
+        results(loop, "speed")
+
+
+def test_a_result_is_made_anew_when_its_rows_have_changed(loop, tmp_path):
+    import shutil
+
+    shutil.copytree(loop.folder, tmp_path / "loop")
+    run = Run(loop.recipe, tmp_path / "loop")
+    before = results(run, "length")
+    path = run.rows("answers")
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "tokens": 7}) + "\n" for row in kept))
+    assert set(results(run, "length")["value"]) == {7.0} != set(before["value"])
+
+
+def test_a_first_temperature_that_is_not_greedy_is_named(loop):
+    found = results(changed(loop, temperatures=(0.6,)), "quality")
+    assert set(found["temperature"]) == {0.6} and len(found) == 3
+
+
+def test_several_seeds_have_a_difference_each_and_one_over_all(loop):
+    answers = [
+        {"model": m, "seed": s, "temperature": 0.0, "question_id": q, "combination": q}
+        | {"good": int(q) % (3 if m == "base" else 5 + s) > 0}
+        for m, s in (("base", None), ("self", 0), ("self", 1))
+        for q in map(str, range(40))
+    ]
+    run = Run(loop.recipe.model_copy(update={"seeds": (0, 1)}), loop.folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "answers", lambda run: answers)
+        from sao_utils.report.sections import good_answers
+
+        table = make_table(good_answers(run))
+    gains = select(table, model="self", against="base")
+    assert gains["seed"].tolist() == [None, 0, 1] and gains["n"].tolist() == [80, 40, 40]
+    mean = gains["value"].tolist()
+    assert mean[0] == pytest.approx((mean[1] + mean[2]) / 2)
+
+
+def test_a_run_without_the_arm_self_shows_its_arms_and_compares_no_judges(with_tasks):
+    run = Run(with_tasks.recipe.model_copy(update={"arms": ("random",)}), with_tasks.folder)
+    found = results(run, "comparison", "win rate", "task", "benchmark")
+    assert select(found, section="comparison").empty
+    assert set(select(found, section=["task", "benchmark"])["model"]) == {"base", "random"}
+
+
+def test_benchmarks_and_tasks_leave_the_controls_out_and_take_other_models(loop):
+    update = {"arms": ("self", "random"), "others": {"self-like": loop.recipe.model}}
+    run = Run(loop.recipe.model_copy(update=update), loop.folder)
+    assert [candidate.name for candidate in compared(run)] == ["base", "self", "self-like"]
+
+
+# ---------------------------------------------------------------------- leakage
+
+
+def trained_on(monkeypatch, prompts):
+    monkeypatch.setattr(leakage, "training_prompts", lambda run: prompts)
+    monkeypatch.setattr(leakage, "remembered", lambda run, what, make: make(run))
+
+
+def test_training_prompts_are_those_that_came_to_be_pairs(loop):
+    used = [row for row in sao.pairs(loop) if row["discarded"] is None]
+    assert set(leakage.training_prompts(loop)) == {row["prompt"][0]["content"] for row in used}
+    assert used
+
+
+def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch):
+    run = changed(loop, benchmarks=())
+    asked = question_sets(run)["dev"]
+    trained_on(monkeypatch, ["What is this?", *asked[:30]])
+    table = make_table(SECTIONS["leakage"](run))
+    share = value_of(table, metric="overlap (same words)")
+    assert (share.value, share.n) == (30 / len(asked), len(asked))
+    without = select(table, questions="dev without overlap (same words)")
+    assert without["metric"].tolist() == ["good answers", "win rate"]
+    assert set(without["n"]) == {len(asked) - 30}
+    found = leakage.overlaps(run)[:1]
+    assert [match["question"] for match in found[0]["matches"]] == asked[:30]
+    whole = make_table([r for s in ("quality", "win rate") for r in SECTIONS[s](loop)])
+    shown = leakage.leakage_frame(make_table([*_rows(whole), *_rows(table)]), found)
+    assert set(shown["overlapping"]) == {f"30 of {len(asked)} ({3000 / len(asked):.1f} %)"}
+    assert all(f"n = {len(asked)}" in text for text in shown["on all"])
+    trained_on(monkeypatch, asked[3:])
+    few = make_table(SECTIONS["leakage"](run))
+    assert few["metric"].str.startswith("overlap").all()
+    shown = leakage.leakage_frame(few, leakage.overlaps(run))
+    assert shown["without the overlapping"][0] == "too few left"
+
+
+def _rows(table):
+    return table.to_dict(orient="records")
+
+
+def test_a_task_counts_with_and_without_the_items_that_were_trained_on(with_tasks, monkeypatch):
+    base = sao.candidates(with_tasks, ["base"])
+    asked = question_sets(with_tasks, score_tasks(with_tasks, base))
+    assert list(asked) == ["dev", "tiny_mt", "tiny_facts", "tiny_myths"]
+    trained_on(monkeypatch, ["What is this?", *asked["tiny_facts"][:3]])
+    table = make_table(SECTIONS["leakage"](with_tasks))
+    assert value_of(table, metric="overlap (same words)", questions="tiny_facts").value == 3 / 14
+    names = {"model": "self", "against": "base"}
+    facts, myths = (
+        value_of(table, questions=f"tiny_{name} without overlap (same words)", **names)
+        for name in ("facts", "myths")
     )
+    assert (facts.n, myths.n) == (11, 14)
+    scores = score_tasks(with_tasks, sao.candidates(with_tasks, ["base", "self"]))
+    changes = {row["task"]: row["difference"] for row in task_differences.differences(scores)}
+    assert myths.value == changes["tiny_myths"].value  # nothing of it was left out
+    grade = value_of(table, questions="tiny_mt without overlap (same words)", metric="score")
+    assert grade.unit == "of 10" and grade.judge == "oracle"
 
 
-def test_no_nan_leaks_into_a_file_and_each_number_is_there_once(loop, written):
-    found, made = written
+# ---------------------------------------------------------------------- files, and the paper's tables
+
+
+def test_no_nan_leaks_into_a_file_and_all_of_them_hold_the_same_numbers(loop, written):
     folder = loop.folder / "tables"
 
     def refuse(constant):
         raise AssertionError(f"{constant} in results.json")
 
     stored = json.loads((folder / "results.json").read_text(), parse_constant=refuse)
-    assert set(stored) == set(found)
-    for key in ("contest.self_vs_base.self.win_rate", "contest.self_vs_base.self_and_tuned.kappa",
-                "benchmark.tiny_alpaca.self.self.win_rate", "leakage.dev.same_words.share"):  # fmt: skip
-        assert stored[key]["n"] > 0
-    assert stored["leakage.dev.same_words.share"]["low"] is None
-    with open(folder / "benchmarks.csv", newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    assert len(read) == len(made) and not any("nan" in row.values() for row in read)
-    text = (folder / "benchmarks.md").read_text(encoding="utf-8")
-    assert "nan" not in text.split() and results.NOT_COMPARABLE in text
-    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert len(columns) == 1, "a cell breaks a table"
-    with open(folder / "leakage.csv", newline="", encoding="utf-8") as file:
-        leaks = list(csv.DictReader(file))
+    read = list(csv.DictReader((folder / "results.csv").open(newline="")))
+    assert len(stored) == len(read) == len(written) == len(read_table(loop.folder))
+    assert select(read_table(loop.folder), section="leakage")["low"].isna().any()
+    for name in ("results.md", "benchmarks.md"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "nan" not in text.split() and NOT_COMPARABLE in text
+        columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+        assert len(columns) == 1, "a cell breaks a table"
+    assert (folder / "recipe.yaml").read_text() == (loop.folder / "recipe.yaml").read_text()
+    leaks = list(csv.DictReader((folder / "leakage.csv").open(newline="")))
+    assert {row["by"] for row in leaks} == set(OVERLAPS)
     for row in leaks:
-        assert int(row["overlapping"]) <= int(row["items"]) and row["set"] and row["by"]
-        assert not row["shared"] or row["shared"] in " ".join(overlap.words(row["question"]))
+        assert int(row["overlapping"]) <= int(row["items"]) and row["set"]
+        assert not row["shared"] or row["shared"] in " ".join(words(row["question"]))
 
 
-def test_units_and_words_of_results():
-    assert results.unit("benchmark.tiny_mt.self.oracle.score.turn_1") == "of 10"
-    assert results.unit("benchmark.tiny_arena.self.self.score") == "%"
-    assert results.unit("benchmark.tiny_mt.self.a~b.kappa") == ""
-    assert results.unit("harness.tiny_facts.gain") == "points"
-    assert results.unit("leakage.test.13_words_in_a_row.share") == "%"
-    grade = Interval(6.0751, 5.7, 6.41, 80)
-    assert results.in_words("benchmark.tiny_mt.base.oracle.score", grade) == "6.08 [5.70, 6.41]"
-    needed = {"value": 400.2, "low": 90, "high": None, "n": 9}  # as results.json has it
-    key = "contest.a_vs_b.self.prompts_needed"
-    assert results.in_words(key, needed) == "400 [90, no end]"
-    endless = Interval(math.inf, 90, math.inf, 9)
-    assert results.in_words(key, endless) == "no end [90, no end]"
+def test_the_funnel_in_the_tables_adds_up(loop, written):
+    steps = list(csv.DictReader((loop.folder / "tables" / "funnel.csv").open(newline="")))
+    counts = [int(row["count"]) for row in steps]
+    assert counts[0] + sum(count for count in counts if count < 0) == counts[-1]
+    assert {row["arm"] for row in steps} == {"self"} and steps[-1]["step"] == "pairs"
 
 
-def test_reported_numbers_that_are_not_there_are_told(monkeypatch, tmp_path):
+def test_every_trained_model_has_its_results_in_its_card(loop, written):
+    text = (loop.folder / "adapters" / "self-0" / "README.md").read_text()
+    assert "| good answers, greedy | self-judged pairs |" in text
+
+
+def test_every_table_of_the_paper_has_reported_and_live_rows_and_says_what_is_missing(
+    loop, written
+):
+    made = tables.rows(loop, written)
+    for name in tables.TABLES:
+        shown = tables.frame(made, name)
+        assert (shown["whose"] == "paper").any() and (shown["whose"] == "run").any(), name
+        assert shown.iloc[:, 5].str.contains("not measured").any(), name
+    missing = {row["benchmark"]: row["remarks"] for row in made if row["value"] is None}
+    assert "evaluation.benchmarks" in missing["alpaca_eval"]
+    assert "evaluation.tasks" in missing["leaderboard"]
+    sao_60k = [r for r in made if r["model"] == "Gemma-2-9B-it SAO 60k" and r["by"] == "paper"]
+    shown = tables.frame(sao_60k, "Table 1")
+    assert "69.2 %" in shown.iloc[:, 5].tolist() and set(shown["remarks"]) == {"as reported"}
+
+
+def test_what_is_ours_has_interval_n_and_a_mark_where_it_was_measured_otherwise(loop, written):
+    ours = [row for row in tables.rows(loop, written) if row["by"] == "run" and row["n"]]
+    for row in ours:
+        assert row["remarks"]
+        if row["metric"] != "repeated prompts":  # a property of the whole set
+            assert row["low"] <= row["value"] <= row["high"] and row["judge"]
+    assert all(text.endswith("†") for text in tables.frame(ours, "Figure 3f judge").iloc[:, 5])
+
+
+def test_other_models_stand_beside_base_and_tuned_in_the_table_of_tasks(with_tasks):
+    twin = {"twin": with_tasks.recipe.model}  # the same weights: what the base knows
+    run = Run(with_tasks.recipe.model_copy(update={"others": twin}), with_tasks.folder)
+    told = tables._of_tasks(run, results(run, "task"), "Table 2")
+    base, tuned, other = (row for row in told if row["benchmark"] == "tiny_facts")
+    names = [row["model"] for row in (base, tuned, other)]
+    assert names == ["tiny, base", "tiny, self-judged", "tiny (twin)"]
+    assert [base[k] for k in ("value", "low", "n")] == [other[k] for k in ("value", "low", "n")]
+    assert other["remarks"].endswith("change inside the noise")
+
+
+def test_reported_numbers_that_are_not_there_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="checkout"):
         tables.reported("unknown")
 
 
-# ---------------------------------------------------------------------- the curve of length control
+# ---------------------------------------------------------------------- too small to estimate
 
 
-def test_the_curve_of_length_control_passes_through_the_length_controlled_win_rate():
-    longer = [-9.0, -4, -2, 0, 1, 3, 5, 8, 12, 20] * 6
-    wins = [float(k % 3 == 0 or d > 6 and k % 5 > 0) for k, d in enumerate(longer)]
-    at_zero, far = length_curve(wins, longer, [0, 30])
-    rate = length_controlled_win_rate(wins, longer, list(range(len(wins))))
-    assert at_zero == pytest.approx(rate.value) and far > at_zero
-    assert length_curve([1.0, 1.0, 1.0], [1, 2, 3], [0]) == []  # nothing but wins
-    assert length_curve([0.0, 0.0, 1.0, 1.0], [1, 2, 3, 4], [0]) == []  # length alone decides
-    assert length_curve([0.0, 1.0, 1.0], [2, 2, 2], [0]) == []  # all of one length
+def is_complete(table):
+    """Whether every row has a number, or says why it has none."""
+    return all(math.isfinite(r.value) or r.note or r.unit == "prompts" for r in table.itertuples())
 
 
-def test_another_model_is_not_taken_for_a_control_or_for_the_runs_own(results):
-    others = {"oracle-large": {"path": "tiny"}}
-    run = rows.open_run("tiny", "names", {"others": others})
-    names = ("base", "self", "self-1", "oracle", "oracle-1", "sft_random", "oracle-large")
-    from sao_utils.report.results import is_control
+def test_one_question_that_no_oracle_knows_leaves_out_what_cannot_be_estimated(loop, tmp_path):
+    (tmp_path / "one.csv").write_text("prompt\nWhat is the sea?\n")
+    run = changed(loop, questions=str(tmp_path / "one.csv"), benchmark_limit=1)
+    table = write_tables(run)
+    assert is_complete(table) and select(table, section=["quality", "flaws"]).empty
+    rate = value_of(table, section="win rate", metric="win rate", against="base")
+    assert rate.n == 1 and (rate.note or rate.high - rate.low > 0.9)
+    assert "The judge" in summary.summary(run.folder)
 
-    assert [name for name in names if is_control(run, name)] == ["oracle", "oracle-1", "sft_random"]
-    assert tables._model(run, "oracle-large") == "tiny (oracle-large)"
-    assert tables._model(run, "self") == "tiny, self-judged"
+
+@pytest.mark.parametrize("outcome", ["tie", "identical", "invalid"])
+def test_verdicts_that_decide_nothing_leave_a_table(loop, monkeypatch, outcome):
+    margin, win = (0.0, 0.5) if outcome == "tie" else (None, None if outcome == "invalid" else 0.5)
+    even = {"outcome": outcome, "win": win, "first_wins": [False, True], "mass": 1.0}
+    even |= dict.fromkeys(("margin", "margin_12", "margin_21"), margin)
+    made = {name: evaluate.comparison(loop, "self", "base", name) for name in ("self", "tuned")}
+    monkeypatch.setattr(
+        evaluate, "comparison", lambda run, a, b, judge="self": [r | even for r in made[judge]]
+    )
+    verdicts = [row | even for row in sao.rows(loop, "verdicts")]
+    monkeypatch.setattr(sao, "rows", lambda run, stage: verdicts)
+    for section in ("judge", "win rate", "comparison"):
+        assert is_complete(make_table(SECTIONS[section](loop))), section
+
+
+def test_one_pair_and_one_cluster_leave_a_table(loop, monkeypatch):
+    verdicts = sao.rows(loop, "verdicts")[:1]
+    monkeypatch.setattr(sao, "rows", lambda run, stage: verdicts)
+    assert is_complete(make_table(SECTIONS["judge"](loop)))
+    answers = [row for row in evaluate.answers(loop) if row["good"] is not None]
+    one = [row | {"combination": "one", "good": True, "tokens": 9} for row in answers]
+    monkeypatch.setattr(evaluate, "answers", lambda run: one)
+    for section in ("quality", "flaws", "length"):
+        assert is_complete(make_table(SECTIONS[section](loop))), section

@@ -9,14 +9,14 @@ from importlib.resources import files
 
 import pytest
 
+from sao_utils.methods import sao
 from sao_utils.report.viewer import MAX_BYTES, MAX_TEXT, pair_viewer
-from sao_utils.stages import judging
 
 HOSTILE = (
     "</script><script>alert(1)</script> <img src=x onerror=alert(2)> --> <!-- ]]> </iframe> "
     "\u2028\u2029 &lt;b&gt; \"q\" 'q' ${x} `y` \ud800 \x00 DATA"
 )
-TEMPLATE = (files("sao_utils") / "viewer.html").read_text(encoding="utf-8")
+TEMPLATE = (files("sao_utils.report") / "viewer.html").read_text(encoding="utf-8")
 
 
 def row(outcome="consistent", m12=2.0, m21=1.0, **changes):
@@ -124,7 +124,7 @@ def test_rows_without_oracle_lengths_or_finite_numbers_are_shown():
 
 
 def test_it_shows_the_verdicts_of_a_run(small_run):
-    verdicts = judging.judge(small_run)
+    verdicts = sao.rows(small_run, "verdicts")
     _, data = opened(pair_viewer(verdicts, limit=1000))
     assert [r["prompt"] for r in data["rows"]] == [v["prompt"] for v in verdicts]
     counted = {name: count for name, count in data["counts"]}

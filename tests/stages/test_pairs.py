@@ -5,12 +5,12 @@ import math
 import random
 
 import pytest
-from sao_utils.engines.loading import load_model, load_tokenizer
-from sao_utils.training.encoding import encode
 
+from sao_utils.engines.loading import load_model, load_tokenizer
 from sao_utils.oracles import tiny_world as world
 from sao_utils.stages import pairs
 from sao_utils.store import open_run, read_rows
+from sao_utils.training.fit import encode
 
 QUESTION = "Can you explain the right tool and where to go for chess?"
 

@@ -83,18 +83,9 @@ def test_raters_who_never_agree():
     assert found.low == found.value == -1.0 and found.high > -0.9
 
 
-def test_one_item_and_one_cluster():
-    assert kappa([1], [1]).low == -1.0
-    assert kappa([1], [2]).value == 0.0  # chance agreement of (1) and (2) is 0, too
-    with pytest.warns(UserWarning, match="only one cluster"):
-        found = kappa([1, 2, 1], [1, 2, 2], ["x"] * 3)
-    assert found == kappa([1, 2, 1], [1, 2, 2])
-
-
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        ([], [], "no labels"),
         ([1, 2], [1], r"a \(2\) as of b \(1\)"),
         ([1, None], [1, 2], "1 of 4 labels are missing"),
         ([1, 2], [math.nan, 2], "1 of 4 labels are missing"),
@@ -256,12 +247,6 @@ def test_resamples_in_which_a_model_wins_all_stay_finite():
     games = [("new", "old", i > 0, 1, i) for i in range(30)]  # one loss of 30: often not drawn
     elo = bradley_terry(games, "old")["new"].elo
     assert within(elo) and math.isfinite(elo.high)
-
-
-def test_one_prompt_warns():
-    games = [("a", "b", i % 3 > 0, 1, "x") for i in range(30)]
-    with pytest.warns(UserWarning, match="only one cluster"):
-        assert within(bradley_terry(games, "b", 50)["a"].elo)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from sao_utils import store as rows
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.registry import load_engine
 from sao_utils.oracles import tiny_world as world
-from sao_utils.recipe import load_recipe
+from sao_utils.recipes import load_recipe
 from sao_utils.report import results
 from sao_utils.stages import judging
 from sao_utils.tiny import card as tiny_card

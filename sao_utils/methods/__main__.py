@@ -1,4 +1,4 @@
-"""Train one arm with several processes: `accelerate launch ... -m sao_utils.training --recipe R`."""
+"""Train one arm with several processes: `accelerate launch ... -m sao_utils.methods --recipe R`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sao_utils.training.processes import is_main, wait_for_all
 
 
 def main() -> None:
-    """`accelerate launch -m sao_utils.training --recipe R --run NAME --arm self --seed 0`.
+    """`accelerate launch -m sao_utils.methods --recipe R --run NAME --arm self --seed 0`.
 
     `sao run` and notebook 04 then find the arm finished. The stages before it should have run: else
     one process makes them, while the others wait for at most as long as torch lets them (10 to 30
@@ -17,7 +17,7 @@ def main() -> None:
     from sao_utils.methods import sao
     from sao_utils.store import open_run
 
-    parser = argparse.ArgumentParser(prog="sao_utils.training", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="sao_utils.methods", description=main.__doc__)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--run")
     parser.add_argument("--arm", default="self")

@@ -1,0 +1,84 @@
+"""Models that think: what stands between <think> and </think> is parted from the reply.
+
+Reasoning is kept in the row of a reply, and goes into no prompt, verdict or training pair. Whether a
+model thinks is up to its chat template (`model.template_options: {enable_thinking: false}`).
+"""
+
+from __future__ import annotations
+
+import re
+
+from sao_utils.engines.base import Completion
+
+OPEN, CLOSE = "<think>", "</think>"
+_MARKER = re.compile(f"{OPEN}|{CLOSE}")
+
+
+def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
+    """The reasoning at the beginning of a reply, and the reply itself, both stripped.
+
+    Markers may be nested. Reasoning that is never closed is all there is: the reply is then empty. A
+    reply that does not begin with reasoning stays as it is, whatever it says further on.
+
+    Args:
+        opened: whether the chat template has opened the reasoning already, so that the reply begins
+            inside of it. A closing marker without an opening one says so, too.
+    """
+    text = text.strip()
+    first = _MARKER.search(text)
+    begun = first is not None and (first.start() == 0 or first[0] == CLOSE)
+    if not opened and not begun:
+        return "", text
+    depth = 0 if text.startswith(OPEN) else 1
+    for marker in _MARKER.finditer(text):
+        depth += 1 if marker[0] == OPEN else -1
+        if depth <= 0:
+            rest = text[marker.end() :]
+            while rest.lstrip().startswith(CLOSE):  # closed more often than opened
+                rest = rest.lstrip()[len(CLOSE) :]
+            return _without_markers(text[: marker.start()]), rest.strip()
+    return _without_markers(text), ""
+
+
+def _without_markers(text: str) -> str:
+    return text.removeprefix(OPEN).strip()
+
+
+def opens_reasoning(tokenizer) -> bool:
+    """Whether the chat template ends a prompt inside of the reasoning."""
+    chat = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return text.rstrip().endswith(OPEN)
+
+
+def read_reply(tokenizer, ids: list[int], finished: bool, opened: bool) -> Completion:
+    """A completion from the ids of a reply, without the token that ended it.
+
+    A reply that is all reasoning counts as no reply (`base.unanswered`).
+
+    Args:
+        opened: see `opens_reasoning`.
+    """
+    if OPEN in tokenizer.all_special_tokens:  # else they would be dropped, and the reasoning stay
+        text = tokenizer.decode(ids)
+        for token in {*tokenizer.all_special_tokens} - {OPEN, CLOSE}:
+            text = text.replace(token, "")
+    else:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    return parted(text, len(ids), finished, opened, tokenizer)
+
+
+def parted(
+    text: str, tokens: int, finished: bool, opened: bool = False, tokenizer=None
+) -> Completion:
+    """A completion whose reasoning is parted from its text; without a tokenizer tokens are estimated."""
+    reasoning, reply = split_reasoning(text, opened)
+    if not reasoning and not opened:
+        return Completion(reply, tokens, finished)
+    if not reply:
+        return Completion("", 0, False, reasoning)
+    if tokenizer is None:
+        counted = max(1, round(tokens * len(reply) / max(1, len(reply) + len(reasoning))))
+    else:
+        counted = len(tokenizer(reply, add_special_tokens=False)["input_ids"])
+    return Completion(reply, counted, finished, reasoning)

@@ -1,0 +1,219 @@
+"""All stages in order: the numbered notebooks, executed by papermill into the folder of a run.
+
+The notebooks themselves are never changed; their executed copies are the log of a run. `done.json`
+beside those keeps which have finished, so that a run that was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sao_utils.engines.base import EngineError
+from sao_utils.engines.loading import find, model_name
+from sao_utils.engines.registry import load_engine
+from sao_utils.evaluation.benchmark_files import PINNED, official_file
+from sao_utils.evaluation.questions import questions
+from sao_utils.evaluation.tasks import TaskError, local_files, tasks_of
+from sao_utils.notebooks import RunError
+from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, stop_kernel
+from sao_utils.recipe import Recipe, RecipeError
+from sao_utils.recipes import load_recipe, recipe_names, valid_keys
+from sao_utils.stages.labelled import labelled_pairs
+from sao_utils.store import Busy, Run, input_files, turn, write_whole
+
+#: The folder of the notebooks, beside the package in a checkout.
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+#: The notebooks that make up a run, by number; others (00, 07, ...) are for readers.
+NOTEBOOKS = "0[1-6]_*.ipynb"
+TRAINING = "04"  # from here on the model's weights are needed
+
+
+def notebooks(folder: Path | None = None) -> list[Path]:
+    """The notebooks of a run, in order. Raises `RunError` when there are none."""
+    folder = folder or FOLDER
+    found = sorted(Path(folder).glob(NOTEBOOKS), key=lambda path: path.name)
+    if not found:
+        raise RunError(
+            f"There are no notebooks ({NOTEBOOKS}) in {folder}. The package brings none along: "
+            "clone the repository and install it from there with `pip install -e .`"
+        )
+    return found
+
+
+def parameters(run: Run) -> dict[str, Any]:
+    """The parameters that make a notebook open this run: `recipe`, `run`, `overrides`.
+
+    The overrides are what differs from the recipe of that name, so they need not be handed along
+    from where the run was opened. A recipe of one's own is named by its copy in the run's folder.
+    """
+
+    def flat(recipe: Recipe) -> dict[str, Any]:
+        plain = recipe.model_dump(mode="json")
+        sections = {key: key.rpartition(".") for key in valid_keys()}
+        return {
+            key: plain[leaf] if not s else plain[s] and plain[s][leaf]  # a judge may be None
+            for key, (s, _, leaf) in sections.items()
+        }
+
+    name = run.recipe.name
+    if name in recipe_names():
+        kept = flat(load_recipe(name))
+        overrides = {key: value for key, value in flat(run.recipe).items() if value != kept[key]}
+        try:
+            if load_recipe(name, overrides) == run.recipe:
+                return {"recipe": name, "run": run.folder.name, "overrides": overrides}
+        except RecipeError:
+            pass  # a string that YAML reads as something else, such as a revision of digits only
+    recipe = str(run.folder.resolve() / "recipe.yaml")
+    return {"recipe": recipe, "run": run.folder.name, "overrides": {}}
+
+
+def run_notebooks(
+    run: Run,
+    only: str | None = None,
+    log: Callable[..., None] = print,
+    folder: Path | None = None,
+) -> None:
+    """Execute the notebooks in order into `<run>/notebooks/`, one line of progress each.
+
+    A notebook that has finished before for the same source, recipe, model, input files and package
+    code is skipped, unless one before it runs in this call.
+
+    Args:
+        only: run just the notebook of this number ("05"), even if it has finished before.
+        log: where progress goes; called like `print`.
+        folder: where the notebooks are; by default beside the package.
+
+    Raises:
+        RunError: no such notebook, model or server, a server's model that is to be trained, or
+            another process is at this run; before any notebook runs.
+        RecipeError: a file of the user's that cannot be read; before any of them runs.
+        NotebookFailed: a notebook stopped; those after it have not run.
+    """
+    every = notebooks(folder)
+    chosen = every if only is None else [path for path in every if _number(path) == only.zfill(2)]
+    if not chosen:
+        numbers = ", ".join(_number(path) for path in every)
+        raise RunError(f"There is no notebook '{only}'. Notebooks: {numbers}.")
+    _check_inputs(run, chosen)
+    out = run.folder / "notebooks"
+    try:
+        with turn(run.rows("notebooks").with_name(".notebooks.lock"), out, wait=False):
+            _run_in_order(run, chosen, every, only is not None, log)
+    except Busy as error:  # two would write the same executed notebooks
+        raise RunError(str(error)) from None
+
+
+def _run_in_order(
+    run: Run, chosen: list[Path], every: list[Path], fresh: bool, log: Callable[..., None]
+) -> None:
+    """Execute the chosen notebooks, from the first one that is not done or is to be `fresh`."""
+    out = run.folder / "notebooks"
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = out / "done.json"
+    done = _read_done(ledger)
+    values, environment = parameters(run), environment_of(run)
+    kernel = following = None
+    try:
+        for place, path in enumerate(chosen, 1):
+            label = f"[{place}/{len(chosen)}] {path.stem}"
+            mark = fingerprint(path, run)
+            if not fresh and done.get(path.name) == mark and (out / path.name).exists():
+                log(f"{label}: finished before, skipped")
+                continue
+            fresh = True
+            # From now on this one and what builds on it count as not done, also if we are killed.
+            stale = [later.name for later in every if later.name >= path.name]
+            done = {name: done[name] for name in done if name not in stale}
+            write_whole(ledger, json.dumps(done, indent=1))
+            log(f"{label} ... ", end="", flush=True)
+            start = time.monotonic()
+            try:
+                kernel = following or start_kernel(path, environment)
+                following = None
+                if place < len(chosen):
+                    following = start_kernel(path, environment, ahead=True)
+                execute(path, out, values, kernel)
+            except BaseException:
+                log(f"stopped after {time.monotonic() - start:.1f} s")
+                raise
+            stop_kernel(kernel)
+            done[path.name] = mark
+            write_whole(ledger, json.dumps(done, indent=1))
+            log(f"{time.monotonic() - start:.1f} s")
+    finally:
+        stop_kernel(kernel)
+        stop_kernel(following, now=True)
+
+
+def _number(path: Path) -> str:
+    return path.name[:2]
+
+
+def _check_inputs(run: Run, chosen: list[Path]) -> None:
+    """What a run needs is there: models, servers, the user's files. It shows at once, not in an hour."""
+    recipe = run.recipe
+    if recipe.model.engine == "api" and _number(chosen[-1]) >= TRAINING:
+        raise RunError(
+            f"model.engine=api: '{recipe.model.path}' can write and judge by its server, in the "
+            "notebooks 01 to 03 (one at a time: --only 01), but training needs its weights. For a whole "
+            "run set model.path to a folder or a name on the hub, model.engine to transformers or vllm, "
+            "and model.url to null; a judge may have a server (judge.path, judge.engine, judge.url)."
+        )
+    new = not run.rows("prompts").exists()
+    try:
+        for model in recipe.models.values():
+            model_name(model)  # an adapter that is not there
+            if new:
+                find(model)
+            if (
+                new and len(chosen) > 1 and model.engine == "api"
+            ):  # one alone may need no server yet
+                load_engine(model)
+    except EngineError as error:
+        raise RunError(str(error)) from None
+    if new:
+        questions(recipe.evaluation)
+        if recipe.judging.labelled:
+            labelled_pairs(recipe.judging.labelled)
+
+
+def _read_done(ledger: Path) -> dict[str, str]:
+    try:
+        done = json.loads(ledger.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return done if isinstance(done, dict) else {}
+
+
+def fingerprint(path: Path, run: Run) -> str:
+    """Hash of what an executed notebook depends on. Outputs in the source do not count."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
+    parts += [run.recipe.model_dump(mode="json"), *map(model_name, run.recipe.models.values())]
+    package = Path(__file__).parents[1]
+    sources = sorted([*package.rglob("*.py"), *package.glob("prompts/*.jinja")])
+    parts += [source.read_text("utf-8") for source in sources]
+    read = [path for path in _read_files(run.recipe) if path.is_file()]
+    parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_files(recipe: Recipe) -> list[Path]:
+    """The files outside of its folder that a run reads."""
+    settings, files = recipe.evaluation, input_files(recipe)
+    if settings.data != "hub":  # what is downloaded is pinned
+        found = [official_file(settings, benchmark, name) for benchmark, name in PINNED]
+        files += filter(None, found)
+    try:
+        files += [file for task in tasks_of(settings.tasks) for file in local_files(task)]
+    except (TaskError, yaml.YAMLError, AttributeError):  # no tasks; or the notebook says so
+        pass
+    return files

@@ -1,0 +1,352 @@
+"""The sections of a run's table of results: a function each that gives its rows.
+
+They are made from the rows of the stages and of the evaluation, which are made first as far as they are
+missing. What cannot be estimated has a row without a value, and a note that says why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from sao_utils import oracles
+from sao_utils.evaluation import comparisons
+from sao_utils.evaluation.answers import Candidate
+from sao_utils.evaluation.benchmarks import run_benchmark
+from sao_utils.evaluation.judge_quality import judge_quality, judges_agree
+from sao_utils.evaluation.task_differences import differences
+from sao_utils.evaluation.tasks import score_tasks
+from sao_utils.methods import evaluate, sao
+from sao_utils.report.table import make_row
+from sao_utils.stages.judging import judge_pairs
+from sao_utils.stages.labelled import labelled_pairs
+from sao_utils.stages.prompts import near_duplicate_rate, repetition_rate
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, wilson
+from sao_utils.store import Run, input_files
+
+NAN = float("nan")
+#: metric -> its unit, where it is no share
+UNITS = {
+    "length bias": "points",
+    "length difference": "characters",
+    "prompts needed": "prompts",
+    "kappa": "",
+    "kappa, one order": "",
+}
+OF_JUDGE = (
+    "accuracy",
+    "longer answer",
+    "length bias",
+)  # how metrics begin that compare it with truth
+#: metric of a benchmark that is kept with the other results -> what it is called
+BENCHMARKED = {
+    "win_rate": "win rate",
+    "lc_win_rate_published": "length-controlled win rate, published fit",
+    "lc_win_rate": "length-controlled win rate",
+    "score": "score",
+    "score.turn_1": "score, turn 1",
+    "score.turn_2": "score, turn 2",
+    "valid_rate": "valid verdicts",
+    "first_rate": "first position",
+    "kappa": "kappa",
+}
+GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
+
+
+_MADE: dict[tuple, tuple[list, list]] = {}  # in this process: intervals take seconds
+
+
+def remembered(run: Run, what: str, make: Callable[[Run], Iterable[dict]]) -> list[dict]:
+    """The rows that `make(run)` gives, made anew only if something that they come from has changed."""
+    key = (str(run.folder), run.recipe.model_dump_json(), what)
+    state, rows = _MADE.get(key, (None, []))
+    if state != _state(run):
+        rows = list(make(run))
+        _MADE[key] = (_state(run), rows)
+    return rows
+
+
+def _state(run: Run) -> list[tuple]:
+    paths = [*(run.folder / "rows").glob("*.jsonl"), *(run.folder / "adapters").glob("*/done.json")]
+    there = [(path, path.stat()) for path in sorted(paths) + input_files(run.recipe)]
+    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in there]
+
+
+def missing(why: str) -> Interval:
+    """In place of an estimate that cannot be made."""
+    return Interval(NAN, NAN, NAN, 0, why)
+
+
+def count(value: float, n: int) -> Interval:
+    """A count, or a property of a whole set: no sample of anything, so without interval."""
+    return Interval(value, NAN, NAN, n)
+
+
+def of_questions(run: Run) -> dict:
+    """Where the run's own comparisons are made: its questions, at its first temperature."""
+    settings = run.recipe.evaluation
+    return {"questions": settings.questions, "temperature": settings.temperatures[0]}
+
+
+def _mean(run: Run, rows: list[dict], values: list) -> Interval:
+    """The mean of values of answers or comparisons, clustered, over all trainings."""
+    by, runs = [row["combination"] for row in rows], [row["seed"] for row in rows]
+    return clustered_mean(values, by, run.recipe.evaluation.bootstrap, runs=runs)
+
+
+def prompts(run: Run) -> Iterator[dict]:
+    """How the prompt stage went: usable replies, and how often prompts repeat."""
+    rows = sao.rows(run, "prompts")
+    if run.recipe.prompts.source != "file":
+        parsed = [row["prompt"] is not None for row in rows]
+        clusters = [row["persona"] or row["id"] for row in rows]
+        yield make_row("prompts", "usable replies", clustered_mean(parsed, clusters))
+    by_seed = [
+        [row["prompt"] for row in rows if row["seed"] == seed and row["prompt"]]
+        for seed in run.recipe.seeds
+    ]
+    for metric, rate in (
+        ("repeated prompts", repetition_rate),
+        ("near-duplicate prompts", near_duplicate_rate),
+    ):
+        mean = float(np.mean([rate(texts) for texts in by_seed]))
+        yield make_row("prompts", metric, count(mean, len(by_seed[0])))
+
+
+def judge(run: Run) -> Iterator[dict]:
+    """How right and how biased the judge is, on the run's own pairs and on labelled ones."""
+    verdicts = {("self", "training pairs"): sao.rows(run, "verdicts")}
+    if run.recipe.judging.labelled is not None:
+        pairs = labelled_pairs(run.recipe.judging.labelled)
+        usable = [pair for pair in pairs if pair["discarded"] is None]
+        for name, model in evaluate.judges(run).items():
+            verdicts[name, "labelled pairs"] = judge_pairs(run, usable, model, "labelled")
+    for (name, on), rows in verdicts.items():
+        for metric, found in judge_quality(rows, run.recipe.evaluation.bootstrap).items():
+            names = {"model": None, "judge": name, "questions": on}
+            yield make_row("judge", metric, found, UNITS.get(metric, "%"), **names)
+
+
+def labelled(run: Run) -> Iterator[dict]:
+    """How many rows of the file of labelled pairs are judged, and why the others are not."""
+    if run.recipe.judging.labelled is not None:
+        pairs = labelled_pairs(run.recipe.judging.labelled)
+        for reason, n in Counter(pair["discarded"] or "usable" for pair in pairs).items():
+            where = {"model": None, "questions": "labelled pairs"}
+            yield make_row("pairs", reason, count(float(n), len(pairs)), "pairs", **where)
+
+
+def good_answers(run: Run) -> Iterator[dict]:
+    """The oracle's share of good answers, of every model, and the differences of the claim."""
+    recipe, every = run.recipe, evaluate.answers(run)
+    for temperature in recipe.evaluation.temperatures:
+        good: dict[str, dict] = {}  # model -> (seed, question) -> whether its answer is good
+        clusters: dict[str, str] = {}  # question -> combination
+        for row in every:
+            if row["temperature"] == temperature and row["good"] is not None:
+                good.setdefault(row["model"], {})[row["seed"], row["question_id"]] = row["good"]
+                clusters[row["question_id"]] = row["combination"]
+        controls = [model for model in good if model not in ("base", "self")]
+        wanted = [(model, None, None) for model in good]
+        wanted += [(model, "base", None) for model in controls]
+        others = ("base", *controls) if "self" in good else ()
+        for seed in (None, *recipe.seeds) if len(recipe.seeds) > 1 else (None,):
+            wanted += [("self", other, seed) for other in others]
+        where = {**of_questions(run), "temperature": temperature, "judge": "oracle"}
+        for model, against, seed in wanted:
+            found = _share_of_good(run, good, clusters, model, against, seed)
+            names = {"model": model, "against": against, "seed": seed, **where}
+            unit = "points" if against else "%"
+            yield make_row("quality", "good answers", found, unit, **names)
+
+
+def _share_of_good(
+    run: Run,
+    good: dict[str, dict],
+    clusters: dict[str, str],
+    model: str,
+    against: str | None,
+    seed: int | None,
+) -> Interval:
+    """A model's share of good answers, or its difference to another's, over all seeds or of one."""
+    arms, resamples = run.recipe.arms, run.recipe.evaluation.bootstrap
+    over = run.recipe.seeds if seed is None else (seed,)
+    if model not in arms and against not in arms:
+        over = over[:1]
+    values = [
+        [good[name][s if name in arms else None, q] for s in over for q in clusters]
+        for name in (model, against)
+        if name is not None
+    ]
+    by, runs = [*clusters.values()] * len(over), [s for s in over for _ in clusters]
+    if against is None:
+        return clustered_mean(values[0], by, resamples, runs=runs)
+    return clustered_difference(*values, by, resamples, runs=runs, bounds=(0, 1))
+
+
+def _first_answers(run: Run) -> dict[str, list[dict]]:
+    """The answers at the first temperature, by model."""
+    found: dict[str, list[dict]] = {}
+    for row in evaluate.answers(run):
+        if row["temperature"] == run.recipe.evaluation.temperatures[0]:
+            found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def flaws(run: Run) -> Iterator[dict]:
+    """What is wrong with the answers of base and tuned model, at the first temperature.
+
+    A gain in one kind of flaw may hide a loss in another, and a win rate "at equal length" forgives an
+    answer that repeats itself.
+    """
+    answers = _first_answers(run)
+    for model in ("base", "self"):
+        rows = [(r, oracles.flaws(r["question"], r["text"])) for r in answers.get(model, ())]
+        known = [(row, found) for row, found in rows if found is not None]
+        for flaw in sorted(known[0][1]) if known else ():
+            share = _mean(run, [row for row, _ in known], [found[flaw] > 0 for _, found in known])
+            yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
+
+
+def lengths(run: Run) -> Iterator[dict]:
+    """Mean tokens of the answers at the first temperature."""
+    for model, rows in _first_answers(run).items():
+        found = _mean(run, rows, [row["tokens"] for row in rows])
+        yield make_row("length", "answer length", found, "tokens", model=model, **of_questions(run))
+
+
+def win_rates(run: Run) -> Iterator[dict]:
+    """The self-judged win rate of every arm against the base, raw and at equal length.
+
+    Invalid verdicts are left out of it. Then by how much more often the tuned model wins than each
+    control, paired by question.
+    """
+    recipe = run.recipe
+    verdicts = {arm: evaluate.comparison(run, arm, "base") for arm in recipe.arms}
+    where = {**of_questions(run), "judge": "self"}
+    for arm, rows in verdicts.items():
+        names = {**where, "model": arm, "against": "base"}
+        valid = _mean(run, rows, [row["win"] is not None for row in rows])
+        yield make_row("win rate", "valid verdicts", valid, **names)
+        for seed in (None, *recipe.seeds) if len(recipe.seeds) > 1 else (None,):
+            of = [row for row in rows if seed in (None, row["seed"])]
+            yield make_row("win rate", "win rate", rate(of), seed=seed, **names)
+            equal = rate(of, comparisons.rate_at_equal_length)
+            yield make_row("win rate", "win rate at equal length", equal, seed=seed, **names)
+    for arm in recipe.arms:
+        if "self" in verdicts and arm != "self":
+            both = (verdicts["self"], verdicts[arm], recipe.evaluation.bootstrap)
+            for seed, found in comparisons.difference_in_win_rate(*both).items():
+                names = {**where, "model": "self", "against": arm, "seed": seed}
+                text = "of the win rates against the base"
+                metric = "difference in win rate"
+                yield make_row("win rate", metric, found, "points", note=text, **names)
+
+
+def rate(rows: list[dict], of=comparisons.rate) -> Interval:
+    """A win rate, or why there is none."""
+    return of(rows) if comparisons.valid(rows) else missing("no verdict is valid")
+
+
+def comparison(run: Run) -> Iterator[dict]:
+    """What the comparison of tuned and base answers came to, how right its judges were, how they agree.
+
+    The training pairs were one model's own answers; here two models' meet, and the tuned one's were
+    trained to please. Beside the run's own judge the recipe's `judges`, or without any the tuned model,
+    which costs no more than a second look: did it learn to judge otherwise? Then the strengths of all
+    arms, each against the base.
+    """
+    if "self" not in run.recipe.arms:
+        return
+    resamples, where = run.recipe.evaluation.bootstrap, of_questions(run)
+    names = {**where, "model": "self", "against": "base"}
+    rows = {
+        name: evaluate.comparison(run, "self", "base", name)
+        for name in ("self", *(run.recipe.judges or ("tuned",)))
+    }
+    for name, of in rows.items():
+        found = {"win rate": rate(of)}
+        if name == "self":  # its win rates are in the section of these
+            found = comparisons.scores(of, resamples)
+            found = {m: one for m, one in found.items() if not m.startswith("win rate")}
+        known = [{**r, "quality": oracles.quality(r["prompt"], *r["responses"])} for r in of]
+        quality = judge_quality(known, resamples)
+        found |= {m: one for m, one in quality.items() if m.startswith(OF_JUDGE)}
+        for metric, one in found.items():
+            yield make_row("comparison", metric, one, UNITS.get(metric, "%"), judge=name, **names)
+        both = judges_agree(rows["self"], of, resamples) if name != "self" else {}
+        for metric, one in both.items():
+            pair = {**names, "judge": f"self and {name}"}
+            yield make_row("comparison", metric, one, UNITS.get(metric, "%"), **pair)
+    of_arms = [evaluate.comparison(run, arm, "base") for arm in run.recipe.arms]
+    for model, strength in comparisons.strengths(of_arms, resamples).items():
+        names = {**where, "model": model, "judge": "self"}
+        yield make_row("comparison", "Elo", strength.elo, "Elo", **names)
+        yield make_row("comparison", "expected win rate", strength.win_rate, **names)
+
+
+def compared(run: Run) -> list[Candidate]:
+    """Who takes part in benchmarks and tasks: no controls beside "self", which would double the cost."""
+    arms = run.recipe.arms
+    return sao.candidates(
+        run, ["base", *(["self"] if "self" in arms else arms), *run.recipe.others]
+    )
+
+
+def benchmarks(run: Run) -> Iterator[dict]:
+    """The published benchmarks that the recipe names, and their counterparts in the tiny world."""
+    for name in run.recipe.evaluation.benchmarks:
+        for row in run_benchmark(run, name, compared(run), evaluate.judges(run)):
+            if row["metric"] in BENCHMARKED:
+                yield of_benchmark(run, row, "benchmark")
+
+
+def of_benchmark(run: Run, row: dict, section: str) -> dict:
+    """A row of `run_benchmark` as one of the table."""
+    graded = row["benchmark"] in GRADED and row["metric"].startswith("score")
+    arm, _, seed = row["model"].rpartition("-")
+    of_seed = arm in run.recipe.arms and row["model"] not in run.recipe.others
+    notes = [row["note"], *(f"doubtful: {remark}" for remark in row["remarks"])]
+    return make_row(
+        section,
+        BENCHMARKED[row["metric"]],
+        row["interval"],
+        "of 10" if graded else UNITS.get(row["metric"], "%"),
+        model=arm if of_seed else row["model"],
+        seed=int(seed) if of_seed else None,
+        judge=row["judge"],
+        questions=row["benchmark"],
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def tasks(run: Run) -> Iterator[dict]:
+    """lm-eval's tasks: what the models knew before and after, and whether the change is noise."""
+    if not run.recipe.evaluation.tasks:
+        return
+    bases = set()
+    for row in differences(score_tasks(run, compared(run))):
+        model, where = row["model"], {"questions": row["task"]}
+        if row["problem"]:
+            yield make_row("task", "score", missing(row["problem"]), model=model, **where)
+            continue
+        notes = [f"the first {row['limit']} items only"] if row["limit"] else []
+        notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
+        text, metric = "; ".join(notes), row["metric"]
+        if row["task"] not in bases:
+            bases.add(row["task"])
+            yield make_row("task", metric, _share(row["base"]), note=text, **where)
+        yield make_row("task", metric, _share(row["tuned"]), model=model, note=text, **where)
+        text = f"change {'outside' if row['outside'] else 'inside'} the noise"
+        names = {**where, "model": model, "against": "base", "note": text}
+        yield make_row("task", metric, row["difference"], "points", **names)
+
+
+def _share(found: Interval) -> Interval:
+    """A share's interval within 0..1; Wilson's where all items fared alike."""
+    if found.value in (0, 1):
+        return wilson(found.value * found.n, found.n)
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))

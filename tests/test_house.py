@@ -1,0 +1,189 @@
+"""The rooms of the package: imports go downward only, without circles, and files stay short.
+
+The order of the rooms is the list in the docstring of `sao_utils`.
+"""
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "sao_utils"
+LONGEST = 400  # lines of a file
+
+
+def read_floors(package: Path) -> dict[str, int]:
+    """The floor of each room, 0 for the ground, from the list in the package's docstring."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text("utf-8")))
+    lines = re.findall(r"^    (\w+(?:, \w+)*) +\S", docstring, re.MULTILINE)
+    return {room: floor for floor, line in enumerate(lines) for room in line.split(", ")}
+
+
+def module_names(package: Path) -> dict[str, Path]:
+    """The file of each module, by its name inside the package: "stages.pairs"; "" is the package."""
+    return {
+        ".".join(path.relative_to(package).with_suffix("").parts)
+        .removesuffix("__init__")
+        .rstrip("."): path
+        for path in sorted(package.rglob("*.py"))
+    }
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """What each module imports from the package, also inside functions and for type checks only."""
+    modules = module_names(package)
+    found = {}
+    for module, path in modules.items():
+        here = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found[module] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            for name in _imported(node, here, package.name, modules):
+                while name not in modules:  # a function or class: the module that holds it
+                    name = name.rpartition(".")[0]
+                found[module].add(name)
+        found[module] -= {module, ""}
+    return found
+
+
+def _imported(node: ast.AST, here: str, package: str, modules: dict[str, Path]) -> list[str]:
+    """The names inside the package that one statement imports; `here` is the package it stands in."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = [package, *filter(None, here.split("."))]
+            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [base])])
+        names = [f"{base}.{alias.name}" for alias in node.names]
+    else:
+        return []
+    return [n.partition(".")[2] for n in names if n.partition(".")[0] == package]
+
+
+def wrong_arrows(package: Path) -> list[str]:
+    """Imports that go up, in words, and modules that are in no room."""
+    floors, modules, wrong = read_floors(package), module_names(package), []
+    for module, targets in imports(package).items():
+        room = module.partition(".")[0]
+        if room not in floors:
+            if room not in ("", "__main__"):
+                wrong.append(f"'{room}' is not a room of the list in sao_utils/__init__.py")
+            continue
+        for target in sorted(targets):
+            other = target.partition(".")[0]
+            if other != room and floors.get(other, -1) >= floors[room]:
+                place = "below" if floors[other] > floors[room] else "beside"
+                file = modules[module].relative_to(package)
+                wrong.append(f"{file} imports {target}: {room} is {place} {other}")
+    return list(dict.fromkeys(wrong))
+
+
+def circle(package: Path) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; [] if none do."""
+    try:
+        TopologicalSorter(imports(package)).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def too_long(package: Path) -> list[str]:
+    """The files with more lines than a reader wants to see at once."""
+    sizes = {path: len(path.read_text("utf-8").splitlines()) for path in package.rglob("*.py")}
+    return [
+        f"{path.relative_to(package)} has {n} lines" for path, n in sizes.items() if n > LONGEST
+    ]
+
+
+def test_imports_go_downward_only():
+    assert not wrong_arrows(PACKAGE), "\n" + "\n".join(wrong_arrows(PACKAGE))
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert not circle(PACKAGE), " -> ".join(circle(PACKAGE))
+
+
+def test_no_file_is_too_long():
+    assert not too_long(PACKAGE), "\n" + "\n".join(too_long(PACKAGE))
+
+
+def test_every_room_of_the_list_is_there():
+    rooms = {module.partition(".")[0] for module in module_names(PACKAGE)}
+    assert set(read_floors(PACKAGE)) <= rooms
+
+
+# ---------------------------------------------------------------------- the checks themselves
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Writes a small package; files by path."""
+
+    def write(**files):
+        package = tmp_path / "house"
+        rooms = ("ground", "stages", "evaluation", "a, b")
+        floors = '"""The house.\n\n' + "".join(f"    {room}   x\n" for room in rooms) + 'End.\n"""'
+        for name, text in {"__init__": floors, "ground": "", **files}.items():
+            path = package / (name.replace("__in__", "/") + ".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            if path.parent != package:
+                (path.parent / "__init__.py").touch()
+        return package
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from house.evaluation.questions import ask",
+        "import house.evaluation.questions",
+        "from house.evaluation import questions",
+        "from ..evaluation import questions",
+        "from ..evaluation.questions import ask",
+        "def f():\n    from house.evaluation.questions import ask",
+        "if TYPE_CHECKING:\n    from house.evaluation.questions import ask",
+    ],
+)
+def test_an_arrow_that_goes_up_is_named(house, statement):
+    package = house(stages__in__pairs=statement, evaluation__in__questions="import house.ground")
+    assert wrong_arrows(package) == [
+        "stages/pairs.py imports evaluation.questions: stages is below evaluation"
+    ]
+
+
+def test_rooms_of_one_floor_do_not_import_each_other(house):
+    assert wrong_arrows(house(a="from house import b", b="")) == ["a.py imports b: a is beside b"]
+
+
+def test_arrows_that_go_down_and_inside_a_room_are_fine(house):
+    package = house(
+        evaluation__in__questions="from house.stages.pairs import x\nfrom . import other",
+        evaluation__in__other="import os, json.decoder\nfrom house import ground",
+        stages__in__pairs="from house.ground import anything",
+    )
+    assert wrong_arrows(package) == [] and circle(package) == [] and too_long(package) == []
+
+
+def test_a_module_without_a_room_is_named(house):
+    assert "'attic' is not a room" in wrong_arrows(house(attic=""))[0]
+
+
+def test_a_circle_inside_a_room_is_named_in_the_order_of_its_imports(house):
+    package = house(
+        stages__in__x="from house.stages.y import f",
+        stages__in__y="def f():\n    from house.stages import z",
+        stages__in__z="from . import x",
+    )
+    found = circle(package)
+    assert found[0] == found[-1] and len(found) == 4
+    for module, imported in zip(found, found[1:]):
+        assert imported in imports(package)[module]
+
+
+def test_a_file_that_is_too_long_is_named(house):
+    package = house(ground="x = 1\n" * (LONGEST + 1))
+    assert too_long(package) == [f"ground.py has {LONGEST + 1} lines"]
