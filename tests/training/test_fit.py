@@ -164,7 +164,7 @@ def test_a_finished_training_is_kept_and_a_killed_one_made_anew(base, pairs, tmp
     def work(*_):
         raise Work
 
-    monkeypatch.setattr(fitting, "make_trainer", work)
+    monkeypatch.setattr(setup, "make_trainer", work)
     fit(base, pairs, steps, "simpo", 0, tmp_path / "a")  # does no work
     # A setting of the other algorithm changes nothing here.
     other = steps.model_copy(update={"sft_learning_rate": 0.5})

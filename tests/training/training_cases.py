@@ -81,24 +81,24 @@ from sao_utils.recipe import Model, Training
 from sao_utils.training import probe
 from sao_utils.training.fit import fit
 probe.SHARE = 100
-given = json.load(open(sys.argv[1]))
-if given["fsdp"]:  # accelerate itself offers FSDP on GPUs only, torch on CPUs too
+job = json.load(open(sys.argv[1]))
+if job["fsdp"]:  # accelerate itself offers FSDP on GPUs only, torch on CPUs too
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     original, plugin = AcceleratorState.__init__, FullyShardedDataParallelPlugin()
-    def with_fsdp(self, *given, **named):
-        original(self, *given, **named)
+    def with_fsdp(self, *args, **named):
+        original(self, *args, **named)
         self._shared_state["distributed_type"] = DistributedType.FSDP
-        if plugin.mixed_precision_policy is None and given["fsdp"] == "bf16":
+        if plugin.mixed_precision_policy is None and job["fsdp"] == "bf16":
             plugin.set_mixed_precision("bf16")
         self._shared_state["fsdp_plugin"] = plugin
     AcceleratorState.__init__ = with_fsdp
-if given["file_limit"]:
+if job["file_limit"]:
     import resource, signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (given["file_limit"], given["file_limit"]))
-fit(Model(**given["model"]), given["pairs"], Training(**given["settings"]), given["algorithm"], 0,
-    Path(given["folder"]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+fit(Model(**job["model"]), job["pairs"], Training(**job["settings"]), job["algorithm"], 0,
+    Path(job["folder"]))
 """
 
 
@@ -106,11 +106,11 @@ def child(
     base, pairs, settings, folder, algorithm="simpo", file_limit=0, fsdp=False, command=(), **env
 ):
     """Start a training in a process of its own; its settings go by a file."""
-    given = dict(model=base.model_dump(), pairs=pairs, settings=settings.model_dump())
-    given |= dict(folder=str(folder), algorithm=algorithm, file_limit=file_limit, fsdp=fsdp)
+    job = dict(model=base.model_dump(), pairs=pairs, settings=settings.model_dump())
+    job |= dict(folder=str(folder), algorithm=algorithm, file_limit=file_limit, fsdp=fsdp)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, script = folder.parent / f"{folder.name}.json", folder.parent / "child.py"
-    file.write_text(json.dumps(given))
+    file.write_text(json.dumps(job))
     script.write_text(CHILD)
     words = [sys.executable, *command, str(script), str(file)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
