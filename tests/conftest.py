@@ -5,13 +5,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by
 
 import hypothesis
 import pytest
+from small import SMALL
 
 from sao_utils.store import open_run
 
 hypothesis.settings.register_profile("fixed", derandomize=True)  # the same examples every time
 hypothesis.settings.load_profile("fixed")
-
-SMALL = {"prompts.count": 40, "evaluation.per_combination": 1, "evaluation.bootstrap": 200}
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import httpx
 import huggingface_hub.constants
 import pytest
 import yaml
-from conftest import SMALL
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from small import SMALL
 
 from sao_utils.methods.sao import pairs, train
 from sao_utils.report.card import PublishError, _settings, write_card

@@ -15,12 +15,14 @@ import families
 import pytest
 
 from sao_utils import store as rows
-from sao_utils.engines.api import ApiEngine, read_verdict
+from sao_utils.engines.api import ApiEngine
+from sao_utils.engines.verdicts import read_verdict
 from sao_utils.engines.base import first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
 from sao_utils.evaluation import tiny_benchmarks as counterparts
+from sao_utils.methods import evaluate, sao
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe
@@ -46,6 +48,15 @@ def write(path: Path, given: list[dict]) -> Path:
     is_list = path.suffix == ".json"
     path.write_text(json.dumps(given) if is_list else "".join(json.dumps(r) + "\n" for r in given))
     return path
+
+
+def run_by_name(run, name, names=None, **options):
+    """Rows of `run_benchmark` by "<benchmark>.<model>.<judge>.<metric>"."""
+    rows_ = published.run_benchmark(
+        run, name, sao.candidates(run, names), evaluate.judges(run), **options
+    )
+    keys = ("benchmark", "model", "judge", "metric")
+    return {".".join(row[key] for key in keys): row for row in rows_}
 
 
 @pytest.fixture
@@ -513,15 +524,15 @@ def test_files_have_what_the_programs_of_arena_hard_and_fastchat_read(mt_folder)
 
 def test_a_benchmark_without_its_files_says_what_to_give(run):
     with pytest.raises(RecipeError, match="evaluation.data to a folder"):
-        published.published(run, "mt_bench")
+        run_by_name(run, "mt_bench")
     with pytest.raises(RecipeError, match="There are: alpaca_eval"):
-        published.published(run, "alpaca")
+        run_by_name(run, "alpaca")
 
 
 def test_a_hub_that_is_out_of_reach_says_where_files_may_lie(results):
     run = rows.open_run("tiny", "hub", {**QUICK, "evaluation.data": "hub"})
     with pytest.raises(RecipeError, match="evaluation.data to a folder with question.jsonl"):
-        published.published(run, "mt_bench")
+        run_by_name(run, "mt_bench")
 
 
 def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(results, tmp_path):
@@ -539,7 +550,7 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     ]
     write(path, broken)
     run = rows.open_run("tiny", "alpaca", {**QUICK, "evaluation.data": str(tmp_path / "given")})
-    found = published.published(run, "alpaca_eval")
+    found = run_by_name(run, "alpaca_eval")
     row = found["alpaca_eval.base.self.win_rate"]
     assert row["interval"].n == row["n"] == 6
     assert row["counts"]["repeated prompt"] == row["counts"]["empty prompt"] == 1
@@ -580,7 +591,7 @@ def test_prompts_beyond_the_context_give_empty_answers_and_invalid_verdicts_that
     )
     data = {"evaluation.data": str(tmp_path / "given"), "others": {}}
     run = rows.open_run("tiny", "long", {**QUICK, **data})
-    row = published.published(run, "alpaca_eval")["alpaca_eval.base.self.win_rate"]
+    row = run_by_name(run, "alpaca_eval")["alpaca_eval.base.self.win_rate"]
     assert row["counts"]["empty answers"] == row["counts"]["invalid verdict"] == 1
     assert row["n"] == 2 and "the judge's prompt is the kit's own" in row["note"]
 
@@ -590,12 +601,12 @@ def test_models_of_several_seeds_stand_apart(results, monkeypatch):
     of_seed = [("self", seed, run.recipe.model) for seed in run.recipe.seeds]
     both = lambda *_: [("base", None, run.recipe.model), *of_seed]  # noqa: E731
     monkeypatch.setattr(published, "competitors", both)
-    found = published.published(run, "tiny_mt")
+    found = run_by_name(run, "tiny_mt")
     assert {row["model"] for row in found.values()} == {"base", "self-0", "self-1"}
     clash = lambda *_: [*both(), ("self-1", None, run.recipe.model)]  # noqa: E731
     monkeypatch.setattr(published, "competitors", clash)
     with pytest.raises(RecipeError, match="others: 'self-1'"):
-        published.published(run, "tiny_mt")
+        run_by_name(run, "tiny_mt")
 
 
 def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as_invalid(
@@ -603,7 +614,7 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
 ):
     judge_prompts(mt_folder)
     run = rows.open_run("tiny", "mt", {**QUICK, "evaluation.data": str(mt_folder), "others": {}})
-    found = published.published(run, "mt_bench")
+    found = run_by_name(run, "mt_bench")
     # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
     assert list(found) == ["mt_bench.base.self.valid_rate"]
     row = found["mt_bench.base.self.valid_rate"]
@@ -619,19 +630,19 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
 
 
 def test_the_tiny_alpaca_has_a_win_rate_against_the_villagers_and_asks_nothing_twice(run):
-    found = published.published(run, "tiny_alpaca")
+    found = run_by_name(run, "tiny_alpaca")
     kept = {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     assert len(rows.read_rows(run.rows("benchmark_answers"))) == 6  # the twin is the same model
-    assert published.published(run, "tiny_alpaca") == found
+    assert run_by_name(run, "tiny_alpaca") == found
     assert kept == {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     row = found["tiny_alpaca.base.self.win_rate"]
     assert isinstance(row["interval"], Interval) and 0 <= row["interval"].value <= 1
     assert row["interval"] == found["tiny_alpaca.twin.self.win_rate"]["interval"]
-    assert published.COUNTERPART in row["note"] and row["counts"]["prompts"] == 6
+    assert counterparts.COUNTERPART in row["note"] and row["counts"]["prompts"] == 6
 
 
 def test_in_the_tiny_arena_a_copy_of_the_base_model_is_as_strong_as_it(run):
-    found = published.published(run, "tiny_arena")
+    found = run_by_name(run, "tiny_arena")
     row = found["tiny_arena.twin.self.score"]
     assert row["interval"].value == pytest.approx(0.5) and row["counts"]["identical answers"] == 6
     assert "tiny_arena.base.self.score" not in found  # the baseline plays no games
@@ -643,7 +654,7 @@ def test_in_the_tiny_arena_a_copy_of_the_base_model_is_as_strong_as_it(run):
 def test_two_judges_stand_side_by_side_with_their_agreement(results):
     copy = {"path": "tiny", "dtype": "float32"}
     run = rows.open_run("tiny", "judges", {**QUICK, "judges": {"copy": copy}})
-    found = published.published(run, "tiny_arena") | published.published(run, "tiny_alpaca")
+    found = run_by_name(run, "tiny_arena") | run_by_name(run, "tiny_alpaca")
     for name, verdicts in (("tiny_arena", 12), ("tiny_alpaca", 6)):
         agreed = found[f"{name}.twin.self~copy.kappa"]
         assert agreed["n"] == agreed["counts"]["verdicts"] == verdicts
@@ -775,7 +786,7 @@ def judged_by(monkeypatch, reply):
 def test_a_judge_that_fails_is_told_in_the_tables_of_benchmarks(run, monkeypatch, reply, words):
     judged_by(monkeypatch, reply)
     for name, metric in (("tiny_alpaca", "win_rate"), ("tiny_arena", "score")):
-        found = published.published(run, name)
+        found = run_by_name(run, name)
         told = tables._of_benchmark(run, "Table 1", name, found)
         twin = [row for row in told if "twin" in row["model"]]
         assert twin and all(re.search(words, row["remarks"]) for row in twin if row["n"])
@@ -787,7 +798,7 @@ def test_a_judge_that_fails_is_told_in_the_tables_of_benchmarks(run, monkeypatch
 def test_a_judge_without_any_valid_verdict_leaves_a_row_that_says_so(run, monkeypatch):
     judged_by(monkeypatch, lambda k: [None, None])
     for name in ("tiny_alpaca", "tiny_arena"):
-        told = tables._of_benchmark(run, "Table 1", name, published.published(run, name))
+        told = tables._of_benchmark(run, "Table 1", name, run_by_name(run, name))
         assert any(row["value"] is None and "is valid" in row["protocol"] for row in told), name
 
 
@@ -838,7 +849,7 @@ def test_labels_of_verdicts_leave_invalid_ones_empty():
 
 
 def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
-    found = published.published(run, "tiny_mt")
+    found = run_by_name(run, "tiny_mt")
     judged = run.folder / "benchmarks" / "tiny_mt" / "model_judgment" / "oracle_single.jsonl"
     items = {item["id"]: item for item in counterparts.conversations()}
     answers = {
@@ -871,6 +882,6 @@ def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
     replies = [[-0.1, -9.0], [-3.0, -0.5], [-0.7, -0.6], [None, -1.0], [-9.0, -0.1], [-20.0, -25.0]]
     ask = lambda requests: [{"logps": logps} for logps in replies]  # noqa: E731
     for min_mass, last in ((0.5, None), (0.0, "A>>B")):
-        texts, _ = published._label(ask, [[]] * 6, min_mass)
+        texts, _ = counterparts.choose_label(ask, [[]] * 6, min_mass)
         labels = [arena_hard.read_label(text)[0] for text in texts]
         assert labels == ["A>>B", "B>A", "A=B", None, "B>>A", last]

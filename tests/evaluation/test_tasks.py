@@ -17,8 +17,15 @@ from sao_utils import store as rows
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation import tasks as harness
 from sao_utils.evaluation import tiny_tasks as exam
-from sao_utils.evaluation.answers import models
-from sao_utils.evaluation.tasks import Exam, HarnessError
+from sao_utils.evaluation.task_differences import (
+    before_after,
+    differences,
+    leave_out,
+    mean,
+    paired_difference,
+)
+from sao_utils.methods import sao
+from sao_utils.evaluation.tasks import Task, TaskError
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 from sao_utils.statistics.power import outside_the_noise
@@ -27,8 +34,9 @@ TASKS = Path(harness.__file__).parents[1] / "tiny" / "tasks"
 LIMIT = 6
 SETTINGS = {
     "arms": ["self"],
-    "personas.count": 16,
+    "prompts.count": 16,
     "pairs.min_margin": 0,
+    "prompts.min_usable": 0,
     "pairs.require_consistent": False,
     "training.batch_size": 4,
     "training.warmup_ratio": 0,
@@ -47,7 +55,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(run):
-    return harness.score(run, ["tiny"], LIMIT)
+    return harness.score_tasks(run, sao.candidates(run), ["tiny"], LIMIT)
 
 
 def row(scored, model, task):
@@ -111,23 +119,23 @@ def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
 
 
 def test_names_of_exams_are_read_and_misread_ones_refused(tmp_path):
-    assert [e.task for e in harness.exams(["leaderboard"])] == [e.task for e in harness.LEADERBOARD]
-    assert harness.exams(["gsm8k"]) == [Exam("gsm8k", 5, "exact_match,strict-match")]
-    with pytest.raises(HarnessError, match="named twice: tiny_myths"):
-        harness.exams(["tiny", str(TASKS / "tiny_myths.yaml")])
-    with pytest.raises(HarnessError, match="No tasks"):
-        harness.exams([])
-    with pytest.raises(HarnessError, match="There is no task file"):
-        harness.exams([str(tmp_path / "none.yaml")])
+    assert [e.task for e in harness.tasks_of(["leaderboard"])] == [e.task for e in harness.LEADERBOARD]
+    assert harness.tasks_of(["gsm8k"]) == [Task("gsm8k", 5, "exact_match,strict-match")]
+    with pytest.raises(TaskError, match="named twice: tiny_myths"):
+        harness.tasks_of(["tiny", str(TASKS / "tiny_myths.yaml")])
+    with pytest.raises(TaskError, match="No tasks"):
+        harness.tasks_of([])
+    with pytest.raises(TaskError, match="There is no task file"):
+        harness.tasks_of([str(tmp_path / "none.yaml")])
 
 
 def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text((TASKS / "tiny_myths.yaml").read_text())
     monkeypatch.chdir(tmp_path)
-    own = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "mmlu"]})
-    assert own.recipe.evaluation.harness == (str(tmp_path / "own.yaml"), "mmlu")
+    own = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "mmlu"]})
+    assert own.recipe.evaluation.tasks == (str(tmp_path / "own.yaml"), "mmlu")
     assert "HF_HUB_OFFLINE" not in pipeline._environment(own)  # mmlu comes from the hub
-    tiny = rows.open_run("tiny", "own", {"evaluation.harness": ["own.yaml", "tiny"]})
+    tiny = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "tiny"]})
     assert pipeline._environment(tiny)["HF_HUB_OFFLINE"] == "1"
 
 
@@ -154,8 +162,8 @@ def test_the_adapter_is_what_is_scored(run):
     item = items("facts")[0]
     told = []
     for engine in (base, tuned):
-        found = harness._open(harness.exams([str(TASKS / "tiny_endings.yaml")])[0])
-        harness._sit(engine, found, Exam("tiny_endings", 0), 1)
+        found = harness._open(harness.tasks_of([str(TASKS / "tiny_endings.yaml")])[0])
+        harness._evaluate(engine, found, Task("tiny_endings", 0), 1)
         task = found["tasks"]["tiny_endings"]
         seen = [request.resps[0][0] for request in task.instances]
         by_hand = [
@@ -172,7 +180,7 @@ def test_value_and_standard_error_are_lm_evals_own(run, scored):
     from lm_eval.models.huggingface import HFLM
 
     engine = load_engine(run.recipe.model)
-    config, _ = harness._config(harness.exams([str(TASKS / "tiny_facts.yaml")])[0])
+    config, _ = harness._config(harness.tasks_of([str(TASKS / "tiny_facts.yaml")])[0])
     lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=4)
     manager = harness._manager(False)
     theirs = simple_evaluate(lm, tasks=[config], task_manager=manager, limit=LIMIT)
@@ -193,7 +201,7 @@ def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
     """As MMLU: groups within a group, whose own aggregate weighs subjects by their size."""
     from lm_eval.tasks import TaskManager
 
-    for sitting in harness.exams(["tiny"]):
+    for sitting in harness.tasks_of(["tiny"]):
         config, _ = harness._config(sitting)
         (tmp_path / f"{sitting.task}.yaml").write_text(yaml.safe_dump(config))
     aggregate = [{"metric": "acc", "weight_by_size": True}]
@@ -203,7 +211,7 @@ def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
         text = yaml.safe_dump({**group, "aggregate_metric_list": aggregate})
         (tmp_path / f"{group['group']}.yaml").write_text(text)
     opened = TaskManager(include_path=tmp_path, include_defaults=False).load(["outer"])
-    found = harness._sit(load_engine(run.recipe.model), opened, Exam("outer", 1, "acc"), 5)
+    found = harness._evaluate(load_engine(run.recipe.model), opened, Task("outer", 1, "acc"), 5)
     assert len(found["scores"]) == 3 and found["n"] == 15 and found["shots"] == 1
     by_subject = [np.mean(values) for values in found["scores"].values()]
     assert found["value"] == pytest.approx(np.mean(by_subject))
@@ -238,21 +246,21 @@ def test_nothing_is_scored_twice_and_a_stop_costs_one_exam(run, scored, monkeypa
         return real(engine, opened, exam, limit)
 
     monkeypatch.setattr(harness, "_sit", stops)
-    assert harness.score(run, ["tiny"], LIMIT) == scored
+    assert harness.score_tasks(run, sao.candidates(run), ["tiny"], LIMIT) == scored
     assert sat == []
     with pytest.raises(KeyboardInterrupt):
-        harness.score(run, ["tiny"], 2)  # another limit is another exam
+        harness.score_tasks(run, sao.candidates(run), ["tiny"], 2)  # another limit is another exam
     monkeypatch.setattr(harness, "_sit", real)
-    kept = len(rows.read_rows(run.rows("harness")))
-    found = harness.score(run, ["tiny"], 2)
+    kept = len(rows.read_rows(run.rows("tasks")))
+    found = harness.score_tasks(run, sao.candidates(run), ["tiny"], 2)
     assert kept == len(scored) + 3
-    assert len(rows.read_rows(run.rows("harness"))) == len(scored) + len(found)
+    assert len(rows.read_rows(run.rows("tasks"))) == len(scored) + len(found)
 
 
 def test_a_task_whose_files_change_is_another_task(tmp_path):
     for name in ("tiny_myths.yaml", "myths.jsonl"):
         shutil.copy(TASKS / name, tmp_path)
-    (sitting,) = harness.exams([str(tmp_path / "tiny_myths.yaml")])
+    (sitting,) = harness.tasks_of([str(tmp_path / "tiny_myths.yaml")])
     before = harness._edition(sitting)
     with open(tmp_path / "myths.jsonl", "a") as file:
         file.write(json.dumps(items("myths")[0]) + "\n")
@@ -276,7 +284,7 @@ def test_a_task_that_cannot_be_run_is_named_and_the_others_go_on(
         "no_such",
         str(tmp_path / "nodata.yaml"),
     ]
-    found = harness.score(run, tasks, LIMIT)
+    found = harness.score_tasks(run, sao.candidates(run), tasks, LIMIT)
     problems = {r["task"]: r.get("problem", "") for r in found}
     assert problems["tiny_facts"] == ""
     assert "allenai/ai2_arc" in problems["arc_challenge"]
@@ -284,7 +292,7 @@ def test_a_task_that_cannot_be_run_is_named_and_the_others_go_on(
     assert "no task 'no_such'" in problems["no_such"]
     assert "beside the task file" in problems["nodata"]
     assert "3 of 4 tasks could not be run" in capsys.readouterr().out
-    table = harness.before_after(run, tasks, LIMIT).set_index("task")
+    table = before_after(run, tasks, LIMIT).set_index("task")
     assert table.loc["tiny_facts", "items"] == "6 (limited)"
     assert table.loc["arc_challenge", "verdict"].startswith("not measured: its data")
 
@@ -294,12 +302,12 @@ def test_without_lm_eval_the_message_says_how_to_install_it(run, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(harness, "version", missing)
-    with pytest.raises(HarnessError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
-        harness.score(run, ["tiny"])
+    with pytest.raises(TaskError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
+        harness.score_tasks(run, sao.candidates(run), ["tiny"])
 
 
 def test_a_model_behind_a_server_is_refused():
-    with pytest.raises(HarnessError, match="behind a server"):
+    with pytest.raises(TaskError, match="behind a server"):
         harness._scorable(Model(path="m", engine="api", url="http://localhost:8000/v1"))
     vllm = Model(path="m", engine="vllm", quantisation="fp8")
     assert harness._scorable(vllm) == Model(path="m", engine="transformers")
@@ -311,14 +319,14 @@ def test_other_models_sit_too_and_those_behind_a_server_are_named(run, scored, c
         "remote": Model(path="gpt", engine="api", url="http://localhost:9/v1"),
     }
     with_others = rows.Run(run.recipe.model_copy(update={"others": others}), run.folder)
-    found = harness.score(with_others, [str(TASKS / "tiny_facts.yaml")], LIMIT)
+    found = harness.score_tasks(with_others, sao.candidates(with_others), [str(TASKS / "tiny_facts.yaml")], LIMIT)
     base, twin = (row(found, name, "tiny_facts") for name in ("base", "twin"))
     assert base == row(scored, "base", "tiny_facts") and twin["scores"] == base["scores"]
     remote = row(found, "remote", "tiny_facts")
     assert remote["value"] is None and "behind a server" in remote["problem"]
     shown = capsys.readouterr().out
     assert "1 of 4 models could not be run:" in shown and "remote: A model behind" in shown
-    compared = {entry["model"]: entry for entry in harness.differences(found)}
+    compared = {entry["model"]: entry for entry in differences(found)}
     assert compared["twin"]["difference"].value == 0
     assert "behind a server" in compared["remote"]["problem"]
 
@@ -355,11 +363,11 @@ def test_items_are_left_out_of_all_models_alike():
     base = made_up("a", "base", [1.0, 0.0, 0.0, 1.0]) | {"asked": {"a": ["p", "q", "r", "p"]}}
     tuned = made_up("a", "self", [1.0, 1.0, 0.0, 0.0])
     untold = {"task": "b", "model": "base", "value": None, "problem": "no data"}
-    found = harness.leave_out([base, tuned, untold], {"p"})
+    found = leave_out([base, tuned, untold], {"p"})
     assert [r.get("scores") for r in found] == [{"a": [0.0, 0.0]}, {"a": [1.0, 0.0]}, None]
     assert [r["value"] for r in found] == [0.0, 0.5, None] and found[0]["n"] == 2
-    assert harness.leave_out([base, tuned], ()) == [base | {"n": 4}, tuned | {"n": 4}]
-    (nothing,) = harness.differences(harness.leave_out([base, tuned], set("pqr")))
+    assert leave_out([base, tuned], ()) == [base | {"n": 4}, tuned | {"n": 4}]
+    (nothing,) = differences(leave_out([base, tuned], set("pqr")))
     assert nothing["problem"] == "no item is left"
 
 
@@ -372,7 +380,7 @@ def test_one_training_gives_the_paired_t_test():
     tuned = np.where(rng.random(80) < 0.2, 1, base)
     theirs = stats.ttest_rel(tuned, base)
     low, high = theirs.confidence_interval(0.95)
-    gap, error, freedom = harness.paired_difference({"t": list(base)}, [{"t": list(tuned)}])
+    gap, error, freedom = paired_difference({"t": list(base)}, [{"t": list(tuned)}])
     assert (gap.value, gap.low, gap.high) == pytest.approx((np.mean(tuned - base), low, high))
     assert (gap.value / error, freedom) == pytest.approx((theirs.statistic, theirs.df))
     (_,), (p,) = outside_the_noise([gap.value], [error], freedoms=[freedom])
@@ -390,7 +398,7 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
         item = rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (3, 60))
         gaps = training + item
         base = {"a": [0.0] * 40, "b": [0.0] * 20}
-        gap, *_ = harness.paired_difference(
+        gap, *_ = paired_difference(
             base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps]
         )
         held.append(gap.low <= 0.1 <= gap.high)
@@ -403,7 +411,7 @@ def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_cha
     shares = (0.3, 0.5, 0.7)
     apart = [made_up("a", "self", list((rng.random(60) < p).astype(float))) for p in shares]
     alike = [made_up("a", "self", apart[1]["scores"]["a"])] * 3
-    (wide,), (narrow,) = (harness.differences([base, *tuned]) for tuned in (apart, alike))
+    (wide,), (narrow,) = (differences([base, *tuned]) for tuned in (apart, alike))
     assert narrow["tuned_error"] == pytest.approx(apart[1]["error"])
     assert wide["tuned_error"] > 1.5 * narrow["tuned_error"]
     assert wide["base"] == narrow["base"] and wide["base"].value == base["value"]
@@ -411,12 +419,12 @@ def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_cha
 
 
 def test_nothing_changed_and_too_little_to_tell_are_told_apart():
-    same, error, freedom = harness.paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
+    same, error, freedom = paired_difference({"t": [1.0, 0.0]}, [{"t": [1.0, 0.0]}])
     assert same.low < 0 < same.high and (same.value, error) == (0, 0)
     assert outside_the_noise([same.value], [error], freedoms=[freedom]) == ([False], [1.0])
-    one, error, _ = harness.paired_difference({"t": [1.0]}, [{"t": [0.0]}])
+    one, error, _ = paired_difference({"t": [1.0]}, [{"t": [0.0]}])
     assert one.value == -1 and math.isnan(one.low) and math.isnan(error)
-    (entry,) = harness.differences([made_up("a", "base", [1.0]), made_up("a", "self", [0.0])])
+    (entry,) = differences([made_up("a", "base", [1.0]), made_up("a", "self", [0.0])])
     assert not entry["outside"] and math.isnan(entry["p"])
 
 
@@ -425,22 +433,22 @@ def test_a_quick_look_at_which_all_items_moved_alike_is_no_certainty(items, p):
     base = made_up("a", "base", [0.0] * items)
     for trainings in (1, 3):
         tuned = [made_up("a", "self", [1.0] * items)] * trainings
-        (entry,) = harness.differences([base, *tuned])
+        (entry,) = differences([base, *tuned])
         assert entry["p"] == pytest.approx(p) and entry["outside"] == (p < 0.05)
         assert entry["difference"].low < 0.7 < entry["difference"].high == 1
     rng, missed = np.random.default_rng(8), 0
     for _ in range(500):  # nine of ten right before, one of ten after
         before, after = ((rng.random(items) < share).astype(float) for share in (0.9, 0.1))
-        gap, *_ = harness.paired_difference({"t": list(before)}, [{"t": list(after)}])
+        gap, *_ = paired_difference({"t": list(before)}, [{"t": list(after)}])
         missed += not gap.low <= -0.8 <= gap.high
     assert missed <= 0.07 * 500
     scores = [made_up("a", "self", [30.0] * items)]  # no share: there are no bounds to widen to
-    (entry,) = harness.differences([made_up("a", "base", [20.0] * items), *scores])
+    (entry,) = differences([made_up("a", "base", [20.0] * items), *scores])
     assert math.isnan(entry["difference"].low) and entry["p"] == pytest.approx(p)
 
 
 def made_up(task, model, scores, items="same"):
-    value, error = harness.mean({task: scores})
+    value, error = mean({task: scores})
     common = {"shots": 0, "metric": "acc", "limit": None, "truncated": 0, "items": items}
     return {
         "task": task,
@@ -457,10 +465,10 @@ def test_the_more_tasks_are_tried_the_more_a_difference_must_stand_out():
     base = list(rng.integers(0, 2, 60).astype(float))
     slightly = [1.0 if i < 18 and b == 0 else b for i, b in enumerate(base)]
     alone = [made_up("a", "base", base), made_up("a", "self", slightly)]
-    (only,) = harness.differences(alone)
+    (only,) = differences(alone)
     assert 0.001 < only["p"] < 0.025 and only["outside"]
     others = [made_up(f"t{k}", m, base) for k in range(49) for m in ("base", "self")]
-    among = harness.differences([*alone, *others])
+    among = differences([*alone, *others])
     first = next(entry for entry in among if entry["task"] == "a")
     assert first["difference"] == only["difference"]
     assert first["p"] == pytest.approx(min(1, 50 * only["p"]))
@@ -468,14 +476,14 @@ def test_the_more_tasks_are_tried_the_more_a_difference_must_stand_out():
 
 
 def test_answers_to_other_items_are_not_compared():
-    found = harness.differences(
+    found = differences(
         [made_up("a", "base", [1.0, 0.0]), made_up("a", "self", [1.0, 1.0], items="other")]
     )
     assert "asked other items" in found[0]["problem"] and "difference" not in found[0]
 
 
 def test_the_table_says_what_was_measured(run, scored):
-    table = harness.before_after(run, ["tiny"], LIMIT)
+    table = before_after(run, ["tiny"], LIMIT)
     assert list(table["task"]) == ["tiny_endings", "tiny_facts", "tiny_myths", "tiny_recall"]
     assert set(table["model"]) == {"self"} and set(table["items"]) == {"6 (limited)"}
     told = ("inside the noise", "outside the noise")
