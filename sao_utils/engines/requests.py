@@ -72,14 +72,14 @@ def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[di
 
     Kept in `rows/<stage>.jsonl` of the run; several models may share a stage. All that is new goes to
     the engine at once (with `evaluation.max_cost` and a price: a few waves at a time). Requests of
-    equal content get one reply, in a row for each.
+    equal content get one reply, also those of an earlier call, in a row for each.
 
     Args:
         requests: {"chat", "sampling"} or {"chat", "prefix", "choices"}; with "of", a dict of what the
             row is to say about itself. Its id is then a hash of content and "of".
 
     Returns:
-        {id, **of, text, tokens, finished} for a request with `sampling`, with "reasoning" of a model
+        {id, **of, request, text, tokens, finished} for a request with `sampling`, with "reasoning" of a model
         that thinks; {id, **of, logps} for one with `choices`: a log-probability in nats for each, None
         where there is none (`Engine.choose`). What was bought has {tokens_in, tokens_out, dollars, run}
         too; what failed for its length {max_context}, and is made again under another limit.
@@ -100,24 +100,35 @@ def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[di
     }
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
+        there = {
+            row["request"]: row
+            for row in standing(run.rows(stage), model.max_context).values()
+            if "request" in row
+        }
+        if known := [job for job in outstanding if job["content"] in there]:
+            yield [_row(job, there[job["content"]]) for job in known]
         waiting: dict[str, list[dict]] = {}
         for job in outstanding:
-            waiting.setdefault(job["content"], []).append(job)
-        unique = [{**jobs_[0], "id": content} for content, jobs_ in waiting.items()]
-        for batch in batches_of_replies(run, stage, model, unique):
-            yield [
-                {"id": job["id"], **job.get("of", {}), **_without_id(reply)}
-                for reply in batch
-                for job in waiting[reply["id"]]
-            ]
+            if job["content"] not in there:
+                waiting.setdefault(job["content"], []).append(job)
+        unique = [{**same[0], "id": content} for content, same in waiting.items()]
+        for batch in batches_of_replies(run, stage, model, unique) if unique else ():
+            yield [_row(job, reply) for reply in batch for job in waiting[reply["id"]]]
 
     made = make_rows(run, stage, list(jobs.values()), work, model.max_context)
     rows = {row["id"]: row for row in made}
     return [rows[i] for i in ids]
 
 
-def _without_id(reply: dict) -> dict:
-    return {key: value for key, value in reply.items() if key != "id"}
+#: Of a row with a reply, beside what the row says of itself.
+_REPLY = ("text", *MADE, "logps", "tokens_in", "tokens_out", "dollars", "run")
+
+
+def _row(job: dict, reply: dict) -> dict:
+    """A job's row: what it says of itself, the id of the request, and the reply."""
+    kept = {key: reply[key] for key in _REPLY if key in reply}
+    of = {**job["of"], "request": job["content"]} if "of" in job else {}
+    return {"id": job["id"], **of, **kept}
 
 
 def batches_of_replies(

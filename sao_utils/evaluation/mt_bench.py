@@ -229,7 +229,7 @@ def _mean_grade(rows: list[dict]) -> Interval:
     shares = [(grade - LOWEST) / width for grade in grades]
     bounds = win_rate(shares, [row["question_id"] for row in rows]).rate
     low, high = (LOWEST + width * bound for bound in (bounds.low, bounds.high))
-    return Interval(fmean(grades), low, high, len(grades))
+    return Interval(fmean(grades), low, high, len(grades), bounds.note)
 
 
 def remarks(judgments: list[dict]) -> dict[str, list[str]]:

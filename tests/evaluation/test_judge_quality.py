@@ -1,65 +1,62 @@
-"""Labelled pairs, what can be said of a judge from its verdicts, and judges that go wrong."""
+"""What can be said of a judge from its verdicts: how right, how biased, how calibrated."""
 
-import csv
 import dataclasses
-import json
 import math
 import random
-import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sao_utils import store as rows
-from sao_utils.engines import requests as asking
-from sao_utils.engines.base import Completion
-from sao_utils.oracles import tiny_world as world
-from sao_utils.recipe import RecipeError, load_recipe
-from sao_utils.report import formatting as wording
-from sao_utils.report import results
-from sao_utils.stages import judging
-from sao_utils.stages.judging import judge_labelled, labelled_pairs
-
-QUESTION = "Can you explain the right tool and where to go for chess?"
+from sao_utils.evaluation.judge_quality import (
+    agreement,
+    calibration,
+    judge_quality,
+    judges_agree,
+)
 
 
-def written(path, lines):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def verdict(k, m12, m21, quality=(1, 0), lengths=(10, 10), prompt=None):
+    if m12 * m21 > 0:
+        outcome = "consistent"
     else:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, list(lines[0]))
-            table.writeheader()
-            table.writerows(lines)
-    return str(path)
-
-
-def gold(pair):
-    """The better answer of a pair, None for a tie."""
-    a, b = pair["quality"]
-    return None if a == b else pair["responses"][0 if a > b else 1]
+        outcome = "inconsistent" if m12 * m21 < 0 else "tie"
+    return {
+        "id": str(k),
+        "prompt": prompt or f"P{k}",
+        "responses": ["x", "y"],
+        "quality": list(quality),
+        "lengths": list(lengths),
+        "outcome": outcome,
+        "margin": (m12 + m21) / 2,
+        "margin_12": m12,
+        "margin_21": m21,
+        "mass": 0.9,
+        "first_wins": [m12 > 0, m21 < 0],
+    }
 
 
 def test_a_judge_that_always_says_1_is_seen_through():
-    found = short(judge_quality([verdict(k, 3.0, -3.0) for k in range(80)], 200))
-    assert found["first_position_rate"].value == found["flip_rate"].value == 1
-    assert 0.9 < found["first_position_rate"].low < 1, "80 pairs do not make it certain"
-    assert found["accuracy_gold_first"].value == 1 and found["accuracy_gold_second"].value == 0
-    assert found["accuracy"].value == found["accuracy_one_order"].value == 0.5
-    assert found["consistent_rate"].value == 0 and found["valid_rate"].value == 1
+    found = judge_quality([verdict(k, 3.0, -3.0) for k in range(80)], 200)
+    assert found["first position"].value == found["flip rate"].value == 1
+    assert 0.9 < found["first position"].low < 1, "80 pairs do not make it certain"
+    assert (
+        found["accuracy, better answer first"].value == 1
+        and found["accuracy, better answer second"].value == 0
+    )
+    assert found["accuracy"].value == found["accuracy, one order"].value == 0.5
+    assert found["consistent verdicts"].value == 0 and found["valid verdicts"].value == 1
 
 
 def test_a_judge_that_is_always_right_is_not_called_certain():
     draw = random.Random(0)
     truth = [draw.choice(((1, 0), (0, 1))) for _ in range(80)]
     judged = [verdict(k, 4.0 * (a - b), 4.0 * (a - b), (a, b)) for k, (a, b) in enumerate(truth)]
-    found = short(judge_quality(judged, 200))
+    found = judge_quality(judged, 200)
     assert (
         found["accuracy"].value == found["accuracy"].high == 1 and 0.9 < found["accuracy"].low < 1
     )
-    assert found["flip_rate"].value == 0 and 0.3 < found["first_position_rate"].value < 0.7
+    assert found["flip rate"].value == 0 and 0.3 < found["first position"].value < 0.7
 
 
 def test_a_judge_that_only_counts_words_shows_its_bias_and_a_fair_one_does_not():
@@ -71,17 +68,19 @@ def test_a_judge_that_only_counts_words_shows_its_bias_and_a_fair_one_does_not()
         quality = (1, 0) if better > 0 else (0, 1)
         by_length.append(verdict(k, 2.0 * longer, 2.0 * longer, quality, lengths))
         fair.append(verdict(k, 2.0 * better, 2.0 * better, quality, lengths))
-    found, other = short(judge_quality(by_length)), short(judge_quality(fair))
-    assert found["longer_chosen"].value == found["longer_chosen_all"].value == 1
-    assert found["longer_better"].low < 0.7 < found["longer_better"].high
-    assert found["length_bias"].low < 0.3 < found["length_bias"].high
-    assert found["length_bias"].low > 0.2
-    assert found["accuracy_better_longer"].value == 1
-    assert found["accuracy_better_shorter"].value == 0
-    assert other["longer_chosen"].value > 0.6, "which alone would look like a bias"
-    bias = other["length_bias"]
+    found, other = (judge_quality(by_length)), (judge_quality(fair))
+    assert (
+        found["longer answer chosen"].value == found["longer answer chosen, all pairs"].value == 1
+    )
+    assert found["longer answer better"].low < 0.7 < found["longer answer better"].high
+    assert found["length bias"].low < 0.3 < found["length bias"].high
+    assert found["length bias"].low > 0.2
+    assert found["accuracy, better answer longer"].value == 1
+    assert found["accuracy, better answer shorter"].value == 0
+    assert other["longer answer chosen"].value > 0.6, "which alone would look like a bias"
+    bias = other["length bias"]
     assert bias.value == 0 and -0.02 < bias.low < 0 < bias.high < 0.02  # in 400 pairs
-    one = judge_quality(fair[:1])["self_judge.length_bias"]
+    one = judge_quality(fair[:1])["length bias"]
     assert (one.low, one.value, one.high) == (-1, 0, 1)
 
 
@@ -114,17 +113,17 @@ def test_the_intervals_of_the_diagnostics_cover_the_truth():
     weaker = NormalDist(2, 1).cdf(1.0)  # how often the bonus of position exceeds the strength
     truth = {
         "accuracy": 0.8,
-        "flip_rate": weaker,
-        "flip_rate_unequal": weaker,
-        "consistent_rate": 1 - weaker,
-        "first_position_rate": 0.5 + weaker / 2,
-        "accuracy_gold_first": 0.8 + 0.2 * weaker,
-        "accuracy_gold_second": 0.8 * (1 - weaker),
-        "accuracy_one_order": 0.8 + (0.2 - 0.8) * weaker / 2,
+        "flip rate": weaker,
+        "flip rate, unequal quality": weaker,
+        "consistent verdicts": 1 - weaker,
+        "first position": 0.5 + weaker / 2,
+        "accuracy, better answer first": 0.8 + 0.2 * weaker,
+        "accuracy, better answer second": 0.8 * (1 - weaker),
+        "accuracy, one order": 0.8 + (0.2 - 0.8) * weaker / 2,
     }
     hits, rounds = Counter(), 150
     for seed in range(rounds):
-        found = short(judge_quality(drawn_judge(seed), 200))
+        found = judge_quality(drawn_judge(seed), 200)
         hits.update(
             key for key, value in truth.items() if found[key].low <= value <= found[key].high
         )
@@ -159,7 +158,7 @@ def test_no_diagnostic_depends_on_which_answer_is_called_a():
 def test_intervals_follow_the_number_of_questions_and_not_of_pairs():
     base = drawn_judge(7, 40)
     repeated = [{**row, "id": f"{row['id']}-{k}"} for row in base for k in range(10)]
-    one, ten = (short(judge_quality(each, 2000))["accuracy"] for each in (base, repeated))
+    one, ten = ((judge_quality(each, 2000))["accuracy"] for each in (base, repeated))
     assert ten.n == 10 * one.n
     assert ten.high - ten.low == pytest.approx(one.high - one.low, rel=0.15)
 
@@ -203,7 +202,7 @@ def test_the_agreement_of_two_judges_with_independent_errors_has_the_known_kappa
         return [verdict(k, s, s) for k, s in enumerate(said)]
 
     found = judges_agree(judged(0.9), judged(0.8)[::-1], 1000)
-    assert found["kappa"].n == 900 and found["kappa_one_order"].n == 1800
+    assert found["kappa"].n == 900 and found["kappa, one order"].n == 1800
     assert found["kappa"].low < 0.8 * 0.6 < found["kappa"].high
     assert found["agreement"].low < 0.9 * 0.8 + 0.1 * 0.2 < found["agreement"].high
     assert found["kappa"].high - found["kappa"].low < 0.15
@@ -215,13 +214,5 @@ def test_agreement_leaves_out_what_one_judge_did_not_say_and_tells_neither_from_
     two = [verdict(k, 1, 1) for k in range(3)] + [verdict(3, -1, -1)]
     found = judges_agree(one, two, 200)
     assert found["agreement"].n == 3 and found["agreement"].value == pytest.approx(2 / 3)
-    assert found["agreement_one_order"].value == pytest.approx(5 / 6)
+    assert found["agreement, one order"].value == pytest.approx(5 / 6)
     assert np.isfinite(found["kappa"].value)
-
-
-def test_scores_are_printed_in_their_units(capsys):
-    found = judges_agree(drawn_judge(0), drawn_judge(0), 200)
-    results.print_scores(found | judge_quality(drawn_judge(0), 200))
-    told = capsys.readouterr().out
-    assert re.search(r"^kappa +1\.00 \[0\.\d\d, 1\.00\], n = 80$", told, re.MULTILINE)
-    assert re.search(r"^flip_rate +\d+\.\d \[\d+\.\d, \d+\.\d\] %, n = 80$", told, re.MULTILINE)

@@ -1,25 +1,22 @@
-"""Evaluation questions, and the files that they and personas are read from."""
+"""Evaluation questions, and the official files that some of them are read from."""
 
-import gzip
 import hashlib
 import http.server
 import json
 import re
 import threading
-import tracemalloc
 
 import pytest
 from huggingface_hub import constants
 
-from sao_utils import store as rows
-from sao_utils.evaluation import questions
+from sao_utils.evaluation import benchmark_files, questions
 from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
 
 
-def run_with(**changes):
+def settings_with(**changes):
     overrides = {f"evaluation.{key}": value for key, value in changes.items()}
-    return rows.Run(load_recipe("tiny", overrides), None)
+    return load_recipe("tiny", overrides).evaluation
 
 
 @pytest.mark.parametrize("name", sorted(questions.SETS))
@@ -32,8 +29,8 @@ def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name, tmp_
     for file, lines in official.items():
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = questions.questions(run_with(questions=name, data=str(tmp_path)))
-    assert asked and asked == questions.questions(run_with(questions=name, data=str(tmp_path)))
+    asked = questions.questions(settings_with(questions=name, data=str(tmp_path)))
+    assert asked and asked == questions.questions(settings_with(questions=name, data=str(tmp_path)))
     assert len({row["id"] for row in asked}) == len(asked)
 
 
@@ -41,12 +38,12 @@ def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name, tmp_
 def test_a_file_that_is_not_the_benchmarks_says_so(text, tmp_path):
     (tmp_path / "alpaca_eval_gpt4_baseline.json").write_text(text)
     with pytest.raises(RecipeError, match="alpaca_eval"):
-        questions.questions(run_with(questions="alpaca_eval", data=str(tmp_path)))
+        questions.questions(settings_with(questions="alpaca_eval", data=str(tmp_path)))
 
 
 def test_a_set_that_is_added_is_asked(monkeypatch):
     monkeypatch.setitem(questions.SETS, "mine", lambda settings: ["One?", "Two?"])
-    asked = questions.questions(run_with(questions="mine"))
+    asked = questions.questions(settings_with(questions="mine"))
     assert [(row["question"], row["combination"]) for row in asked] == [
         ("One?", "One?"),
         ("Two?", "Two?"),
@@ -56,30 +53,17 @@ def test_a_set_that_is_added_is_asked(monkeypatch):
 def test_a_users_file_is_asked_in_its_order_and_repeated_questions_keep_apart(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("B?", "A?", "B?")))
-    asked = questions.questions(run_with(questions=str(path)))
+    asked = questions.questions(settings_with(questions=str(path)))
     assert [row["question"] for row in asked] == ["B?", "A?", "B?"]
     assert len({row["id"] for row in asked}) == 3
 
 
 def test_questions_that_are_neither_a_set_nor_a_file_say_so():
     with pytest.raises(RecipeError, match="'tset' is no file .* no set of questions: test, dev"):
-        questions.questions(run_with(questions="tset"))
+        questions.questions(settings_with(questions="tset"))
 
 
 # ---------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize(
-    "name, content, fault",
-    [("a.jsonl", '{"persona": "x"}\n[1]\n', "line 2"), ("a.jsonl", "{nonsense\n", "line 1"),
-     ("a.csv", "persona,b\nx,1\n,2\n", "row 2: 'persona' is empty"),
-     ("a.jsonl", '{"persona": "x"}\n{"persona": ["y"]}\n', "row 2: 'persona' holds no text"),
-     ("a.jsonl", '{"persona": "x"}\n{"persona": "\\ud83d"}\n', "line 2 holds half of a character")],
-)  # fmt: skip
-def test_a_faulty_line_of_a_file_is_named(tmp_path, name, content, fault):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError, match=fault):
-        questions.read_column(str(tmp_path / name), "persona")
 
 
 def test_all_that_evaluation_asks_is_known_with_second_turns_and_without_repetition(tmp_path):
@@ -87,53 +71,12 @@ def test_all_that_evaluation_asks_is_known_with_second_turns_and_without_repetit
     (tmp_path / "question.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     mine = tmp_path / "mine.csv"
     mine.write_text("prompt\nWhy?\nWrite a poem.\n")
-    run = run_with(questions=str(mine), benchmarks=["mt_bench", "tiny_mt"], data=str(tmp_path))
-    assert questions.evaluated_prompts(run) == [
+    settings = settings_with(
+        questions=str(mine), benchmarks=["mt_bench", "tiny_mt"], data=str(tmp_path)
+    )
+    assert questions.evaluated_prompts(settings) == [
         "Why?", "Write a poem.", "Shorten it to 1.", "Shorten it to 2.",
     ]  # fmt: skip
-
-
-def test_a_csv_as_excel_writes_it_is_read(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfpersona\r\nA baker\r\n")
-    assert questions.read_column(str(tmp_path / "a.csv"), "persona") == ["A baker"]
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
-def test_a_compressed_file_reads_like_the_plain_one(tmp_path, name):
-    text = {"a.csv": 'persona,n\n"Ö, a\nbaker",1\n', "a.jsonl": '{"persona": "Ö, a\\nbaker"}\n'}
-    (tmp_path / name).write_text(text[name], encoding="utf-8")
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text[name].encode()))
-    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-        assert questions.read_column(str(path), "persona") == ["Ö, a\nbaker"]
-        assert questions.read_table(str(path))[0]["persona"] == "Ö, a\nbaker"
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("latin.csv", "persona\nA café owner\n".encode("latin-1")),
-        ("no.jsonl.gz", b"this is no gzip file"),
-        ("torn.jsonl.gz", gzip.compress(b'{"persona": "A baker"}\n' * 99, mtime=0)[:-20]),
-        ("huge.csv", b'persona\n"' + b"x" * 200_000 + b'"\n'),
-    ],
-    ids=["latin", "no-gzip", "torn-gzip", "huge"],
-)
-def test_a_damaged_file_is_named(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    for read in (questions.read_table, lambda path: questions.read_column(path, "persona")):
-        with pytest.raises(RecipeError, match=f"{name} is damaged, or no UTF-8"):
-            read(str(tmp_path / name))
-
-
-def test_a_large_file_is_held_in_memory_once(tmp_path):
-    path, count, more = tmp_path / "many.jsonl", 20_000, "x" * 400
-    with open(path, "w") as file:
-        file.writelines(json.dumps({"persona": f"P {k}", "b": more}) + "\n" for k in range(count))
-    tracemalloc.start()
-    found = questions.read_column(str(path), "persona")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(found) == count and peak < path.stat().st_size / 2
 
 
 # ---------------------------------------------------------------------- published benchmarks
@@ -173,7 +116,7 @@ def serve(tmp_path, monkeypatch):
     def pin(path="moved", content=Files.BODY):
         place = f"http://127.0.0.1:{server.server_port}/{path}"
         pinned = (place, hashlib.sha256(content).hexdigest())
-        monkeypatch.setitem(questions.PINNED, ("mt_bench", "question.jsonl"), pinned)
+        monkeypatch.setitem(benchmark_files.PINNED, ("mt_bench", "question.jsonl"), pinned)
         return handler.asked
 
     yield pin
@@ -182,7 +125,7 @@ def serve(tmp_path, monkeypatch):
 
 
 def asked_of_the_hub():
-    return questions.questions(run_with(questions="mt_bench", data="hub"))
+    return questions.questions(settings_with(questions="mt_bench", data="hub"))
 
 
 def test_a_benchmarks_file_is_downloaded_once_and_without_a_token(serve, monkeypatch):
@@ -215,6 +158,6 @@ def test_a_file_that_cannot_be_had_names_its_address_and_what_to_do(serve, monke
 
 
 def test_every_file_of_a_published_protocol_is_pinned_to_a_commit_and_a_hash():
-    assert {benchmark for benchmark, _ in questions.PINNED} == set(questions.OFFICIAL)
-    for address, pinned in questions.PINNED.values():
+    assert {benchmark for benchmark, _ in benchmark_files.PINNED} == set(benchmark_files.OFFICIAL)
+    for address, pinned in benchmark_files.PINNED.values():
         assert re.search(r"/[0-9a-f]{40}/", address) and re.fullmatch("[0-9a-f]{64}", pinned)

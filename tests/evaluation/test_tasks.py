@@ -12,7 +12,6 @@ import pytest
 import yaml
 from scipy import stats
 
-from sao_utils import notebooks as pipeline
 from sao_utils import store as rows
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation import tasks as harness
@@ -24,8 +23,9 @@ from sao_utils.evaluation.task_differences import (
     mean,
     paired_difference,
 )
-from sao_utils.methods import sao
 from sao_utils.evaluation.tasks import Task, TaskError
+from sao_utils.methods import sao
+from sao_utils.notebooks import kernels
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 from sao_utils.statistics.power import outside_the_noise
@@ -112,14 +112,16 @@ def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
     index = harness._manager(False).task_index
     for sitting in harness.LEADERBOARD:
         metric, _, kind = sitting.metric.partition(",")
-        folder = index[sitting.task].yaml_path.parent
+        folder = index[sitting.name].yaml_path.parent
         text = "".join(path.read_text() for path in folder.glob("*yaml"))
         assert f"metric: {metric}\n" in text
         assert not kind or f'name: "{kind}"' in text
 
 
 def test_names_of_exams_are_read_and_misread_ones_refused(tmp_path):
-    assert [e.task for e in harness.tasks_of(["leaderboard"])] == [e.task for e in harness.LEADERBOARD]
+    assert [e.name for e in harness.tasks_of(["leaderboard"])] == [
+        e.name for e in harness.LEADERBOARD
+    ]
     assert harness.tasks_of(["gsm8k"]) == [Task("gsm8k", 5, "exact_match,strict-match")]
     with pytest.raises(TaskError, match="named twice: tiny_myths"):
         harness.tasks_of(["tiny", str(TASKS / "tiny_myths.yaml")])
@@ -134,9 +136,9 @@ def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, 
     monkeypatch.chdir(tmp_path)
     own = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "mmlu"]})
     assert own.recipe.evaluation.tasks == (str(tmp_path / "own.yaml"), "mmlu")
-    assert "HF_HUB_OFFLINE" not in pipeline._environment(own)  # mmlu comes from the hub
+    assert "HF_HUB_OFFLINE" not in kernels.environment(own)  # mmlu comes from the hub
     tiny = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "tiny"]})
-    assert pipeline._environment(tiny)["HF_HUB_OFFLINE"] == "1"
+    assert kernels.environment(tiny)["HF_HUB_OFFLINE"] == "1"
 
 
 # ---------------------------------------------------------------------- scoring
@@ -144,8 +146,7 @@ def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, 
 
 @pytest.mark.parametrize("name", ["base", "self"])
 def test_scores_are_what_the_log_likelihoods_say(run, scored, name):
-    adapter = next(folder for model, _, folder in models(run) if model == name)
-    engine = load_engine(run.recipe.model, adapter)
+    engine = load_engine(sao.candidates(run, [name])[0].model)
     right = []
     for item in items("myths")[:LIMIT]:
         context = f"<|user|>{item['question']}<|assistant|>"
@@ -157,8 +158,7 @@ def test_scores_are_what_the_log_likelihoods_say(run, scored, name):
 
 
 def test_the_adapter_is_what_is_scored(run):
-    adapter = models(run)[1][2]
-    base, tuned = (load_engine(run.recipe.model, folder) for folder in (None, adapter))
+    base, tuned = (load_engine(of.model) for of in sao.candidates(run, ["base", "self"]))
     item = items("facts")[0]
     told = []
     for engine in (base, tuned):
@@ -203,7 +203,7 @@ def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
 
     for sitting in harness.tasks_of(["tiny"]):
         config, _ = harness._config(sitting)
-        (tmp_path / f"{sitting.task}.yaml").write_text(yaml.safe_dump(config))
+        (tmp_path / f"{sitting.name}.yaml").write_text(yaml.safe_dump(config))
     aggregate = [{"metric": "acc", "weight_by_size": True}]
     inner = {"group": "inner", "task": ["tiny_facts", "tiny_myths"]}
     outer = {"group": "outer", "task": ["inner", "tiny_endings"]}
@@ -237,20 +237,20 @@ def test_no_load_is_counted_on_a_server():
 
 
 def test_nothing_is_scored_twice_and_a_stop_costs_one_exam(run, scored, monkeypatch):
-    real, sat = harness._sit, []
+    real, sat = harness._evaluate, []
 
     def stops(engine, opened, exam, limit):
         if len(sat) == 3:
             raise KeyboardInterrupt
-        sat.append(exam.task)
+        sat.append(exam.name)
         return real(engine, opened, exam, limit)
 
-    monkeypatch.setattr(harness, "_sit", stops)
+    monkeypatch.setattr(harness, "_evaluate", stops)
     assert harness.score_tasks(run, sao.candidates(run), ["tiny"], LIMIT) == scored
     assert sat == []
     with pytest.raises(KeyboardInterrupt):
         harness.score_tasks(run, sao.candidates(run), ["tiny"], 2)  # another limit is another exam
-    monkeypatch.setattr(harness, "_sit", real)
+    monkeypatch.setattr(harness, "_evaluate", real)
     kept = len(rows.read_rows(run.rows("tasks")))
     found = harness.score_tasks(run, sao.candidates(run), ["tiny"], 2)
     assert kept == len(scored) + 3
@@ -292,7 +292,7 @@ def test_a_task_that_cannot_be_run_is_named_and_the_others_go_on(
     assert "no task 'no_such'" in problems["no_such"]
     assert "beside the task file" in problems["nodata"]
     assert "3 of 4 tasks could not be run" in capsys.readouterr().out
-    table = before_after(run, tasks, LIMIT).set_index("task")
+    table = before_after(found).set_index("task")
     assert table.loc["tiny_facts", "items"] == "6 (limited)"
     assert table.loc["arc_challenge", "verdict"].startswith("not measured: its data")
 
@@ -319,7 +319,8 @@ def test_other_models_sit_too_and_those_behind_a_server_are_named(run, scored, c
         "remote": Model(path="gpt", engine="api", url="http://localhost:9/v1"),
     }
     with_others = rows.Run(run.recipe.model_copy(update={"others": others}), run.folder)
-    found = harness.score_tasks(with_others, sao.candidates(with_others), [str(TASKS / "tiny_facts.yaml")], LIMIT)
+    task = [str(TASKS / "tiny_facts.yaml")]
+    found = harness.score_tasks(with_others, sao.candidates(with_others), task, LIMIT)
     base, twin = (row(found, name, "tiny_facts") for name in ("base", "twin"))
     assert base == row(scored, "base", "tiny_facts") and twin["scores"] == base["scores"]
     remote = row(found, "remote", "tiny_facts")
@@ -398,9 +399,7 @@ def test_the_interval_holds_the_truth_also_over_a_few_trainings():
         item = rng.normal(0, 0.5, (1, 60)) + rng.normal(0, 0.3, (3, 60))
         gaps = training + item
         base = {"a": [0.0] * 40, "b": [0.0] * 20}
-        gap, *_ = paired_difference(
-            base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps]
-        )
+        gap, *_ = paired_difference(base, [{"a": list(g[:40]), "b": list(g[40:])} for g in gaps])
         held.append(gap.low <= 0.1 <= gap.high)
     assert 0.93 <= np.mean(held) <= 0.97
 
@@ -479,11 +478,11 @@ def test_answers_to_other_items_are_not_compared():
     found = differences(
         [made_up("a", "base", [1.0, 0.0]), made_up("a", "self", [1.0, 1.0], items="other")]
     )
-    assert "asked other items" in found[0]["problem"] and "difference" not in found[0]
+    assert "did other items" in found[0]["problem"] and "difference" not in found[0]
 
 
 def test_the_table_says_what_was_measured(run, scored):
-    table = before_after(run, ["tiny"], LIMIT)
+    table = before_after(scored)
     assert list(table["task"]) == ["tiny_endings", "tiny_facts", "tiny_myths", "tiny_recall"]
     assert set(table["model"]) == {"self"} and set(table["items"]) == {"6 (limited)"}
     told = ("inside the noise", "outside the noise")

@@ -6,9 +6,9 @@ import os
 import families
 import pytest
 import torch
+from sao_utils.plan.costs import PlanError, find_gpu
 
 from sao_utils.plan import costs
-from sao_utils.plan.costs import PlanError, find_gpu
 from sao_utils.plan.workload import Rates
 from sao_utils.recipe import Model, Training
 from sao_utils.training.shapes import WEIGHT_BYTES, shape_of

@@ -7,11 +7,11 @@ import sys
 
 import families
 import pytest
+from sao_utils.plan.costs import PlanError, find_gpu
 from typer.testing import CliRunner
 
 from sao_utils import cli
 from sao_utils.plan import costs, planning, workload
-from sao_utils.plan.costs import PlanError, find_gpu
 from sao_utils.plan.planning import plan, render
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names

@@ -167,30 +167,3 @@ def test_a_real_judge_at_a_wild_temperature_talks_nonsense_and_every_pair_is_cou
     counted = Counter(row["outcome"] for row in judged)
     assert sum(counted.values()) == 5 and counted["invalid"] >= 4
     assert all(row["margin"] is None for row in judged if row["outcome"] == "invalid")
-
-
-# ---------------------------------------------------------------------- diagnostics, known truth
-
-
-def verdict(k, m12, m21, quality=(1, 0), lengths=(10, 10), prompt=None):
-    if m12 * m21 > 0:
-        outcome = "consistent"
-    else:
-        outcome = "inconsistent" if m12 * m21 < 0 else "tie"
-    return {
-        "id": str(k),
-        "prompt": prompt or f"P{k}",
-        "responses": ["x", "y"],
-        "quality": list(quality),
-        "lengths": list(lengths),
-        "outcome": outcome,
-        "margin": (m12 + m21) / 2,
-        "margin_12": m12,
-        "margin_21": m21,
-        "mass": 0.9,
-        "first_wins": [m12 > 0, m21 < 0],
-    }
-
-
-def short(found):
-    return {key.removeprefix("self_judge."): interval for key, interval in found.items()}
