@@ -1,16 +1,14 @@
 """The notebooks: the house rules they are written by, and each of them run from end to end."""
 
 import json
-import math
 import re
 import statistics
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from servers import MODEL, undecided_server
 
 from sao_utils import oracles
 from sao_utils.methods import sao
@@ -322,53 +320,14 @@ def test_identical_answers_to_questions_of_one_kind_stop_no_notebook(make_workpl
 
 @pytest.mark.slow
 def test_ties_only_stop_no_notebook_and_what_a_recipe_leaves_out_is_neither_ok_nor_not_so(
-    make_workplace, undecided_server
+    make_workplace,
 ):
     """A judge that finds all answers equal leaves pairs to the oracle alone; there is no arm "self"."""
     ties = make_workplace("ties")
-    judge = {"path": "undecided", "engine": "api", "url": undecided_server}
-    settings = {f"judge.{key}": value for key, value in judge.items()}
-    for name in NAMES[3:]:
-        text = ties.execute(name, arms=["oracle"], **settings)
-        assert "self is better than" not in text and "pairs of self" not in text
+    with undecided_server() as server:
+        settings = {"judge.path": MODEL, "judge.engine": "api", "judge.url": server.url}
+        for name in NAMES[3:]:
+            text = ties.execute(name, arms=["oracle"], **settings)
+            assert "self is better than" not in text and "pairs of self" not in text
     verdicts = read_rows(ties.run / "rows" / "verdicts.jsonl")
     assert verdicts and all(row["logps"][0] == row["logps"][1] for row in verdicts)
-
-
-@pytest.fixture
-def undecided_server():
-    """The address of an OpenAI-compatible server whose model finds both answers equally good."""
-    tokens = ["Ranking", ":", " 1", " >", " 2"]
-    either = [{"token": t, "logprob": math.log(0.5), "bytes": None} for t in (" 1", " 2")]
-    steps = [{"token": t, "logprob": 0.0, "bytes": None, "top_logprobs": either} for t in tokens]
-    message = {"role": "assistant", "content": "".join(tokens)}
-    choice = {"index": 0, "message": message, "finish_reason": "length"}
-    reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "undecided"}
-    reply |= {"choices": [{**choice, "logprobs": {"content": steps}}]}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            self.send({"object": "list", "data": [{"id": "undecided", "object": "model"}]})
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send(reply)
-
-        def send(self, answer):
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()

@@ -6,15 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 import yaml
+from servers import undecided_server
 
 from sao_utils.notebooks import RunError, kernels
 from sao_utils.notebooks.kernels import NotebookFailed, environment_of
@@ -37,7 +36,8 @@ with open(Path(os.environ["SAO_RESULTS"], "seen.jsonl"), "a") as file:
 #: Runs the notebooks of a folder in a process of its own.
 ALONE = (
     "import sys; from pathlib import Path; from sao_utils import store; "
-    "from sao_utils.notebooks import run; run.run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
+    "from sao_utils.notebooks.run import run_notebooks; "
+    "run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
 )
 
 
@@ -53,26 +53,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server():
-    """An OpenAI-compatible server that only lists its models, or refuses to with `status`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            refused = {"error": {"message": "this key is not known"}}
-            listed = {"object": "list", "data": [{"id": "judge", "object": "model"}]}
-            self.send_response(server.status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(listed if server.status == 200 else refused).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.status, server.url = 200, f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """A server of models."""
+    with undecided_server() as server:
+        yield server
 
 
 def write(folder, name, *cells, parameters=PARAMETERS):
