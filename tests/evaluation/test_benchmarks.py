@@ -27,7 +27,6 @@ from sao_utils.methods import evaluate, sao
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe
-from sao_utils.report import tables
 from sao_utils.statistics.intervals import Interval
 from sao_utils.statistics.ratings import bradley_terry
 
@@ -575,6 +574,9 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     fit = found["alpaca_eval.base.self.lc_win_rate_published"]
     assert 0 < fit["interval"].value < 1 and math.isnan(fit["interval"].low) and fit["n"] == 6
     assert "gamed" not in fit["note"] and "gamed" not in row["note"]
+    folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
 
 
 def test_prompts_beyond_the_context_give_empty_answers_and_invalid_verdicts_that_are_counted(

@@ -136,9 +136,9 @@ def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, 
     monkeypatch.chdir(tmp_path)
     own = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "mmlu"]})
     assert own.recipe.evaluation.tasks == (str(tmp_path / "own.yaml"), "mmlu")
-    assert "HF_HUB_OFFLINE" not in kernels.environment(own)  # mmlu comes from the hub
+    assert "HF_HUB_OFFLINE" not in kernels.environment_of(own)  # mmlu comes from the hub
     tiny = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "tiny"]})
-    assert kernels.environment(tiny)["HF_HUB_OFFLINE"] == "1"
+    assert kernels.environment_of(tiny)["HF_HUB_OFFLINE"] == "1"
 
 
 # ---------------------------------------------------------------------- scoring

@@ -6,10 +6,10 @@ import os
 import families
 import pytest
 import torch
-from sao_utils.plan.costs import PlanError, find_gpu
 
-from sao_utils.plan import costs
-from sao_utils.plan.workload import Rates
+from sao_utils.plan import hardware, hours, memory
+from sao_utils.plan.hardware import PlanError, find_gpu
+from sao_utils.plan.work import Rates
 from sao_utils.recipe import Model, Training
 from sao_utils.training.shapes import WEIGHT_BYTES, shape_of
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def shape(name):
-    return shape_of(costs.architecture(Model(path=name)))
+    return shape_of(hardware.architecture(Model(path=name)))
 
 
 GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -142,10 +142,10 @@ def test_the_engines_peak_is_what_was_planned(family, verb):
     length = len(encode(chats[:1], tokenizer)[0])
     settings = Model(path="tiny", dtype="float32", batch_tokens=count * (length + new))
     if verb == "generate":
-        parts = costs.generation_memory(model.config, settings, length, new)
+        parts = memory.generation_memory(model.config, settings, length, new)
         work = engine.generate(chats, Sampling(0.6, new), list(range(count)))
     else:
-        parts = costs.judging_memory(model.config, settings, length)
+        parts = memory.judging_memory(model.config, settings, length)
         work = engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1"))
     peak = _profiled(lambda: list(work))
     assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.03)
@@ -165,7 +165,7 @@ def test_lm_evals_peak_is_what_was_planned(family, vocabulary):
     lm = models.HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)
     ids = torch.ones((1, 300), dtype=torch.long)
     peak = _profiled(lambda: torch.log_softmax(lm._model_call(ids), -1))
-    parts = costs.exam_memory(model.config, Model(path="tiny", dtype="float32"), 300)
+    parts = memory.task_memory(model.config, Model(path="tiny", dtype="float32"), 300)
     assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.07)
 
 
@@ -204,26 +204,26 @@ def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, batch, write, j
     card, form = find_gpu(gpu), shape(name)
     model = Model(path=name, engine="vllm", quantisation=bits, dtype="bfloat16")
     rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, quantisation="nf4")
-    writing = costs.decode_hours(form, card, model, 10_000, 90, 60, batch)
-    writing += costs.decode_hours(form, card, model, 20_000, 60, 375, batch)
-    writing += costs.prefill_hours(form, card, 10_000 * 90 + 20_000 * 60)
-    judging = costs.prefill_hours(form, card, 20_000 * (Rates.verdict - Rates.shared))
-    training = costs.training_hours(form, card, Training(**rate), 9e6, 7.5e6, True)
+    writing = hours.decode_hours(form, card, model, 10_000, 90, 60, batch)
+    writing += hours.decode_hours(form, card, model, 20_000, 60, 375, batch)
+    writing += hours.prefill_hours(form, card, 10_000 * 90 + 20_000 * 60)
+    judging = hours.prefill_hours(form, card, 20_000 * (Rates.verdict - Rates.shared))
+    training = hours.training_hours(form, card, Training(**rate), 9e6, 7.5e6, True)
     assert writing == pytest.approx(write, rel=0.15)
     assert judging == pytest.approx(judge, rel=0.16)
     assert training == pytest.approx(train, rel=0.15)
-    planned = writing / costs.DECODE_SHARE + (judging + training) / card.reached
+    planned = writing / hours.DECODE_SHARE + (judging + training) / card.reached
     assert planned == pytest.approx(total, rel=0.15)
 
 
 def test_only_vllm_reads_what_two_prompts_share_once():
     card = find_gpu("4090")
-    config = costs.architecture(Model(path=QWEN))
+    config = hardware.architecture(Model(path=QWEN))
     for engine, saved in (("vllm", 0.06), ("transformers", 0.0)):
         model = Model(path=QWEN, engine=engine, dtype="bfloat16")
-        parts = costs.judging_memory(config, model, 930, card.memory)
+        parts = memory.judging_memory(config, model, 930, card.memory)
         alone, shared = (
-            costs.reading_hours(model, card, parts, 20_000, 930, shared=tokens)
+            hours.reading_hours(model, card, parts, 20_000, 930, shared=tokens)
             for tokens in (0, Rates.shared)
         )
         assert 1 - shared / alone == pytest.approx(saved, abs=1e-3)
@@ -237,22 +237,22 @@ def test_a_batch_shrinks_as_its_replies_end():
     lengths = draws.clamp(max=1024).sort(1).values
     steps = rows_fed = done = 0
     left = 32
-    while left >= costs.FEW:  # as the engine does it
+    while left >= hours.FEW:  # as the engine does it
         length = lengths[:, 32 - left // 2 - 1]
         rows_fed, steps, done = rows_fed + left * (length - done), steps + length - done, length
         left //= 2
     rows_fed, steps = rows_fed + left * (lengths[:, -1] - done), steps + lengths[:, -1] - done
-    found = costs.shrinking(32, 375, 0.7, 1024)
+    found = hours.shrinking(32, 375, 0.7, 1024)
     assert sum(n for _, n in found) == pytest.approx(steps.mean().item(), rel=0.1)
     assert sum(r * n for r, n in found) == pytest.approx(rows_fed.mean().item(), rel=0.1)
-    assert costs.shrinking(2000, 375, 0.7, 1024)[-1][1] == 0  # some reach the limit before
+    assert hours.shrinking(2000, 375, 0.7, 1024)[-1][1] == 0  # some reach the limit before
 
 
 def test_training_all_weights_costs_more_and_computing_twice_too():
     form, gpu = shape(LLAMA), find_gpu("A100-80")
     rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
     hours = {
-        (method, twice): costs.training_hours(
+        (method, twice): hours.training_hours(
             form, gpu, Training(**rate, method=method), 1e6, 0, twice
         )
         for method in ("lora", "full")
@@ -266,7 +266,7 @@ def test_training_all_weights_costs_more_and_computing_twice_too():
 
 
 def test_the_gpus_are_sane():
-    for gpu in costs.gpus().values():
+    for gpu in hardware.gpus().values():
         assert 10 < gpu.memory < 200 and 7 <= gpu.capability <= 12
         assert 50 < gpu.compute * 1000 / gpu.bandwidth < 450  # operations a byte
 
@@ -316,11 +316,11 @@ def test_a_shape_comes_from_a_folder_or_the_hubs_cache_or_a_message_says_where(
 ):
     import huggingface_hub.constants
 
-    config = {**costs.architecture(Model(path=QWEN)), "num_hidden_layers": 3}
+    config = {**hardware.architecture(Model(path=QWEN)), "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert costs.architecture(Model(path=str(tmp_path))) == config
+    assert hardware.architecture(Model(path=str(tmp_path))) == config
     with pytest.raises(PlanError, match="hf download some/model config.json"):
-        costs.architecture(Model(path="some/model"))
+        hardware.architecture(Model(path="some/model"))
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps(config))
@@ -328,4 +328,4 @@ def test_a_shape_comes_from_a_folder_or_the_hubs_cache_or_a_message_says_where(
     refs.mkdir()
     (refs / "main").write_text("1234")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert costs.architecture(Model(path="some/model")) == config
+    assert hardware.architecture(Model(path="some/model")) == config

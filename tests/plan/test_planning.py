@@ -7,11 +7,11 @@ import sys
 
 import families
 import pytest
-from sao_utils.plan.costs import PlanError, find_gpu
 from typer.testing import CliRunner
 
 from sao_utils import cli
-from sao_utils.plan import costs, planning, workload
+from sao_utils.plan import hardware, hours, memory, planning, render, workload
+from sao_utils.plan.hardware import PlanError, find_gpu
 from sao_utils.plan.planning import plan, render
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names
@@ -25,7 +25,7 @@ QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def shape(name):
-    return shape_of(costs.architecture(Model(path=name)))
+    return shape_of(hardware.architecture(Model(path=name)))
 
 
 # ---------------------------------------------------------------------------- what fits
@@ -172,7 +172,7 @@ def check_each_alternative(name, gpu, count, changes):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("gpu", costs.gpus())
+@pytest.mark.parametrize("gpu", hardware.gpus())
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_alternative_alone_makes_its_problem_go_away(name, gpu, count):
     checked = check_each_alternative(name, find_gpu(gpu), count, {})
@@ -212,10 +212,10 @@ def test_a_file_with_too_few_personas_is_a_problem_as_it_is_for_the_run(tmp_path
     people = tmp_path / "people.csv"
     people.write_text("persona\n" + "".join(f"person {k % 6}\n" for k in range(9)))
     for count, seeds, enough in ((500, [0], False), (7, [0], False), (6, [0, 1], True)):
-        changes = {"personas.source": str(people), "personas.count": count, "seeds": seeds}
+        changes = {"prompts.personas": str(people), "prompts.count": count, "seeds": seeds}
         made = plan(load_recipe("gpu-24gb", changes), find_gpu(gpu) if gpu else None)
         assert any("has 6 different personas" in told for told in made.problems) != enough
-        assert ("personas.count=6, or a longer file" in render(made)) != enough
+        assert ("prompts.count=6, or a longer file" in render(made)) != enough
         run = open_run("gpu-24gb", f"of-{count}", changes)
         if enough:
             assert len(draw_personas(run)) == 6 * len(seeds)
@@ -226,7 +226,7 @@ def test_a_file_with_too_few_personas_is_a_problem_as_it_is_for_the_run(tmp_path
 
 def test_a_file_of_personas_that_cannot_be_read_is_a_problem_and_a_missing_one_is_noted(tmp_path):
     people = tmp_path / "people.csv"
-    changes = {"personas.source": str(people)}
+    changes = {"prompts.personas": str(people)}
     made = plan(load_recipe("gpu-24gb", changes))
     assert made.problems == [] and "are not on this machine" in "\n".join(made.notes)
     people.write_text("name\nAnn\n")
@@ -254,9 +254,9 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
         recipe = load_recipe("colab-t4", {"judging.method": method, "pairs.min_margin": 0})
         made = plan(recipe, find_gpu("T4"))
         (found[method],) = (stage for stage in made.stages if stage.name == "verdicts")
-    config = costs.architecture(recipe.model)
+    config = hardware.architecture(recipe.model)
     longest = workload.longest_ranking(recipe.responses.max_new_tokens)
-    expected = costs.generation_memory(config, recipe.model, longest, 16)
+    expected = memory.generation_memory(config, recipe.model, longest, 16)
     assert found["sampled"].memory == expected and expected["KV cache"] > 1
     assert "KV cache" not in found["logprob"].memory
     assert found["sampled"].hours > found["logprob"].hours
@@ -264,11 +264,11 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
 
 def test_a_pair_longer_than_the_budget_goes_alone_and_sets_the_peak():
     recipe = load_recipe("gpu-24gb")
-    config, peaks = costs.architecture(recipe.model), []
+    config, peaks = hardware.architecture(recipe.model), []
     for budget, longest in ((4096, 2048), (512, 2048), (512, 256)):
         changes = {"token_budget": budget, "gradient_checkpointing": "on"}
         settings = recipe.training.model_copy(update=changes)
-        parts = costs.training_memory(config, recipe.model, settings, 23.5, longest)
+        parts = hours.training_memory(config, recipe.model, settings, 23.5, longest)
         peaks.append(sum(parts.values()))
     assert peaks[0] == peaks[1] > peaks[2]
 
@@ -288,19 +288,19 @@ def test_gemmas_judging_peaks_with_the_longest_answers_not_with_the_usual():
         recipe = load_recipe("gpu-24gb", {**changes, "responses.max_new_tokens": limit})
         made = {stage.name: stage.memory for stage in plan(recipe, find_gpu("A100-80")).stages}
         peaks.append(made["verdicts"]["working"])
-    expected = costs.judging_memory(costs.architecture(recipe.model), recipe.model, 2228)
+    expected = memory.judging_memory(hardware.architecture(recipe.model), recipe.model, 2228)
     assert peaks[1] == expected["working"] > 1.5 * peaks[0]
 
 
 def test_what_cannot_be_counted_is_named():
-    changes = {"evaluation.questions": "elsewhere.jsonl", "evaluation.harness": ["triviaqa"]}
+    changes = {"evaluation.questions": "elsewhere.jsonl", "evaluation.tasks": ["triviaqa"]}
     told = render(plan(load_recipe("gpu-24gb", changes), find_gpu("4090")))
     assert "its questions are not on this machine" in told
     assert "Not planned: the tasks triviaqa, whose size is not known here" in told
 
 
 EVERYTHING = {
-    "evaluation.harness": ["leaderboard"],
+    "evaluation.tasks": ["leaderboard"],
     "evaluation.benchmarks": ["alpaca_eval", "arena_hard", "mt_bench"],
     "others": {"rival": {"path": LLAMA, "engine": "vllm", "dtype": "bfloat16"}},
     "judges": {"small": {"path": QWEN, "engine": "vllm", "dtype": "bfloat16"}},
@@ -331,7 +331,7 @@ def test_the_whole_evaluation_is_planned_with_hours_memory_and_disk():
         ({"judges": {"second": {"path": GEMMA, "engine": "vllm"}}}, "judges.second.engine="),
         ({"judges": {"second": {"path": QWEN, "dtype": "bfloat16"}}}, "judges.second.dtype=auto"),
         (
-            {"model.path": "Qwen/Qwen2.5-7B-Instruct", "evaluation.harness": ["leaderboard"]}
+            {"model.path": "Qwen/Qwen2.5-7B-Instruct", "evaluation.tasks": ["leaderboard"]}
             | {"model.engine": "vllm", "model.quantisation": "awq", "model.max_context": 2048},
             "lm-eval's tasks: Qwen/Qwen2.5-7B-Instruct in 16 bit",
         ),
@@ -354,7 +354,7 @@ def test_what_a_server_does_takes_no_hours_here_and_its_price_is_told():
 
 
 def test_the_disk_holds_each_model_of_the_hub_once(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(costs.architecture(Model(path=QWEN))))
+    (tmp_path / "config.json").write_text(json.dumps(hardware.architecture(Model(path=QWEN))))
     found = {}
     for judge in (QWEN, LLAMA, str(tmp_path)):
         made = plan(load_recipe("colab-t4", {"judge.path": judge}), find_gpu("A100-80"))
@@ -390,11 +390,11 @@ def test_the_plan_checkpoints_where_training_will():
     from sao_utils.training.fit import needs_checkpointing
 
     recipe = load_recipe("gpu-24gb")
-    config = costs.architecture(recipe.model)
+    config = hardware.architecture(recipe.model)
     form, settings = shape_of(config), recipe.training
     for memory in (15.0, 24.0, 45.0, 80.0, 141.0):
-        parts = costs.training_memory(config, recipe.model, settings, memory)
-        free = (memory - costs.CONTEXT - parts["weights"] - parts["trained"]) * GIB
+        parts = hours.training_memory(config, recipe.model, settings, memory)
+        free = (memory - hardware.CONTEXT - parts["weights"] - parts["trained"]) * GIB
         twice, _ = needs_checkpointing(_as_object(config), settings.token_budget, int(free))
         kept = form.kept_bytes() * form.layers * settings.token_budget / GIB
         assert (parts["activations"] < 0.9 * kept) == twice
@@ -408,9 +408,9 @@ def _as_object(config):
 
 def test_more_processes_share_the_states_of_full_fine_tuning():
     recipe = load_recipe("paper")
-    config = costs.architecture(recipe.model)
+    config = hardware.architecture(recipe.model)
     one, four = (
-        costs.training_memory(config, recipe.model, recipe.training, 80.0, processes=n)
+        hours.training_memory(config, recipe.model, recipe.training, 80.0, processes=n)
         for n in (1, 4)
     )
     assert one["trained"] == pytest.approx(18 * shape(GEMMA).parameters / GIB)
@@ -419,7 +419,7 @@ def test_more_processes_share_the_states_of_full_fine_tuning():
 
 
 def test_an_architecture_that_is_not_known_is_told(tmp_path):
-    config = {**costs.architecture(Model(path=QWEN)), "model_type": "mamba"}
+    config = {**hardware.architecture(Model(path=QWEN)), "model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load_recipe("colab-t4", {"model.path": str(tmp_path), "model.revision": None})
     with pytest.raises(PlanError, match="'mamba' is not known here"):
@@ -436,7 +436,7 @@ def test_a_server_that_generates_and_judges_is_not_planned():
 
 def test_planning_needs_neither_torch_nor_the_network():
     code = "import sys; from sao_utils import costs, planning as p; from sao_utils.recipe import load_recipe"
-    code += "; print(p.render(p.plan(load_recipe('paper'), costs.find_gpu('H100'), 4)))"
+    code += "; print(p.render(p.plan(load_recipe('paper'), hardware.find_gpu('H100'), 4)))"
     code += "; assert not {'torch', 'transformers', 'requests'} & sys.modules.keys()"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "training self-0" in told.stdout
@@ -479,7 +479,7 @@ def sao(*words, code=0):
 
 def test_the_command_plans_a_recipe_and_a_run(small_run, monkeypatch):
     monkeypatch.setenv("SAO_RESULTS", str(small_run.folder.parent))
-    told = sao("plan", "--recipe", "gpu-24gb", "--gpu", "4090", "--set", "personas.count=500")
+    told = sao("plan", "--recipe", "gpu-24gb", "--gpu", "4090", "--set", "prompts.count=500")
     assert "on 4090" in told and "500" in told
     assert "time taken" in sao("plan", "--run", "small")
     assert "does not fit" in sao("plan", "--recipe", "paper", "--gpu", "L4", code=1)

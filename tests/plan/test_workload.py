@@ -15,7 +15,8 @@ from sao_utils.evaluation import arena_hard
 from sao_utils.evaluation import comparisons as contests
 from sao_utils.evaluation import tasks as harness
 from sao_utils.plan import workload
-from sao_utils.plan.workload import AROUND, BYTES, tokens
+from sao_utils.plan.work import tokens
+from sao_utils.plan.workload import AROUND, BYTES
 from sao_utils.recipes import load_recipe
 from sao_utils.report import results as scores
 from sao_utils.stages import judging
@@ -45,7 +46,7 @@ def test_the_bill_names_who_is_paid_for_what():
 
 
 def test_others_are_paid_for_answers_and_benchmarks_and_judges_for_contests_and_benchmarks():
-    plain = {"evaluation.benchmarks": [], "evaluation.harness": []}
+    plain = {"evaluation.benchmarks": [], "evaluation.tasks": []}
     works = workload.workload(load_recipe("tiny", {"others": {"x": PAID}, **plain})).works
     (other,) = [work for work in works if work.who == "others.x"]
     assert (other.stage, other.rows) == ("answers", 880 * 2)  # two temperatures
@@ -63,7 +64,7 @@ def test_a_users_own_files_are_counted_by_their_texts(tmp_path):
     pair = {"prompt": "p" * 400, "chosen": "c" * 4000, "rejected": "r" * 400}
     gold.write_text(json.dumps(pair) + "\n")
     people.write_text("persona\n" + "short\n" * 9 + "x" * 4000 + "\n")
-    changes = {"judging.gold": str(gold), "personas.source": str(people), "personas.count": 2}
+    changes = {"judging.labelled": str(gold), "prompts.personas": str(people), "prompts.count": 2}
     works = {(w.stage, w.part): w for w in workload.workload(load_recipe("tiny", changes)).works}
     labelled, prompts = works["labelled", ""], works["prompts", ""]
     assert labelled.rows == 2 and labelled.read > 1200
@@ -118,13 +119,13 @@ def test_the_texts_of_a_benchmark_are_counted_where_they_are_here(tmp_path):
 
 def test_the_leaderboards_tasks_have_the_requests_that_lm_eval_makes():
     load = published(harness=["leaderboard"])
-    exams = parts(load, "harness")
+    exams = parts(load, "tasks")
     assert [name.split(":")[0] for name in exams] == [exam.task for exam in harness.LEADERBOARD]
     assert "hellaswag: 40,168 requests" in exams and "arc_challenge: 4,687 requests" in exams
     mmlu = exams["mmlu: 56,168 requests"]
     assert mmlu.rows == 2 and mmlu.requests == 2 * 14_042  # choices of one token share a pass
     assert mmlu.model.engine == "transformers" and mmlu.model.quantisation == "none"
-    limited = parts(published(harness=["leaderboard"], harness_limit=10), "harness")
+    limited = parts(published(harness=["leaderboard"], harness_limit=10), "tasks")
     assert limited["mmlu: 2,280 requests"].requests == 2 * 57 * 10
     assert "gsm8k: 10 requests" in limited
 
@@ -134,7 +135,7 @@ def test_exams_are_sat_by_who_is_compared_and_by_others_with_weights():
     for changes, sitters in (({}, 2), (alone, 1 + 2 * 2)):
         others = {"x": {"path": "tiny"}, "far": PAID}
         load = workload.workload(load_recipe("tiny", {**changes, "others": others}))
-        sat = [work for work in load.works if work.stage == "harness"]
+        sat = [work for work in load.works if work.stage == "tasks"]
         assert {(work.who, work.rows) for work in sat} == {("model", sitters), ("others.x", 1)}
         assert any("cannot sit" in note and "others.far" in note for note in load.notes)
 
@@ -166,20 +167,20 @@ def test_the_reference_run_is_counted_as_it_was():
     for work in workload.workload(load_recipe(str(workload.REFERENCE / "recipe.yaml"))).works:
         planned[work.stage] = planned.get(work.stage, 0) + work.rows
     assert planned.keys() == {name for name in took if not name.startswith("training")}
-    for stage in ("prompts", "labelled", "harness", "benchmark_answers"):
+    for stage in ("prompts", "labelled", "tasks", "benchmark_answers"):
         assert planned[stage] == took[stage]["made"]
     for stage in planned:
         assert planned[stage] == pytest.approx(took[stage]["made"], rel=0.01)
 
 
 SMALL = {
-    "personas.count": 20,
+    "prompts.count": 20,
     "arms": ["self"],
     "training.probe_steps": 0,
     "evaluation.temperatures": [0.0],
     "evaluation.bootstrap": 200,
     "evaluation.benchmark_limit": 6,
-    "evaluation.harness": [],
+    "evaluation.tasks": [],
     "evaluation.benchmarks": ["tiny_alpaca", "tiny_arena", "tiny_mt"],
 }
 
@@ -236,7 +237,7 @@ def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, as
     server.answers = Talker(server, 1.0)
     labels = Path(asked).with_name("labelled.csv")
     labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
-    changes = {"evaluation.questions": asked, "judging.gold": str(labels)}
+    changes = {"evaluation.questions": asked, "judging.labelled": str(labels)}
     run = rows.open_run("tiny", "paid", buyer(server, **changes))
     load = workload.workload(run.recipe)
     scores.judge_scores(run)
@@ -268,7 +269,7 @@ def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     works = workload.workload(run.recipe).works
     write_responses(run)
     assert {w.stage for w in works} == {"prompts", "responses", "verdicts", "labelled", "variants"}
-    write_prompts(rows.variant(run, "no-persona", {"personas.with_persona": False}))
+    write_prompts(rows.variant(run, "no-persona", {"prompts.with_persona": False}))
     for temperature in (0.2, 0.6, 1.0):
         write_responses(
             rows.variant(run, f"T-{temperature}", {"responses.temperature": temperature})
