@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by
 
 import hypothesis
 import pytest
+from scripted_server import server  # noqa: F401 - a fixture
 from small import SMALL
 
 from sao_utils.store import open_run

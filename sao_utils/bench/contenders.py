@@ -279,7 +279,7 @@ def ours(policy, pairs, share: bool, budget: int, device: str, folder: Path):
     if not installed("trl"):
         return ours_by_hand(policy, pairs, share, budget, device)
     from sao_utils.recipe import Training
-    from sao_utils.training.fit import pair_trainer
+    from sao_utils.training.setup import pair_trainer
 
     numbers = dict(learning_rate=1e-5, sft_learning_rate=1e-5, lora_rank=16, lora_alpha=32)
     numbers |= dict(batch_size=len(pairs), token_budget=budget, beta=BETA, gamma=GAMMA)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from sao_utils import templates
 from sao_utils.evaluation import alpaca_eval
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 
 COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
 SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
@@ -62,7 +63,7 @@ def oracle_grade(item: dict, texts: list[str]) -> str:
     10 less 2 for each flaw, at least 1 (ours).
     """
     question = world.parse_question(item["turns"][len(texts) - 1])
-    flaws = -world.inspect_answer(question, texts[-1]).quality
+    flaws = -inspect_answer(question, texts[-1]).quality
     return f"{flaws} flaws. Rating: [[{max(1, 10 - FLAW * flaws)}]]"
 
 

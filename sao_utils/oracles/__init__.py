@@ -7,6 +7,7 @@ no quality, and what needs an oracle is then left out.
 from __future__ import annotations
 
 from sao_utils.oracles import tiny_world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 
 
 def quality(prompt: str, *answers: str) -> list[int] | None:
@@ -14,13 +15,13 @@ def quality(prompt: str, *answers: str) -> list[int] | None:
     question = tiny_world.parse_question(prompt)
     if question is None:
         return None
-    return [tiny_world.inspect_answer(question, answer).quality for answer in answers]
+    return [inspect_answer(question, answer).quality for answer in answers]
 
 
 def flaws(prompt: str, answer: str) -> dict[str, int] | None:
     """How often an answer has each kind of flaw; None if no oracle knows the prompt."""
     question = tiny_world.parse_question(prompt)
-    return None if question is None else tiny_world.inspect_answer(question, answer).flaws
+    return None if question is None else inspect_answer(question, answer).flaws
 
 
 def cluster(prompt: str) -> str:

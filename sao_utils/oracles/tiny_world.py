@@ -2,8 +2,8 @@
 
 The village almanac holds five facts about each of 40 hobbies (`ASPECTS`). A question asks for
 two or three of them; an answer states them in short sentences. Because everything is made by a
-small grammar, `inspect_answer` can count the flaws of any answer exactly: it is the oracle that
-the self-judge is measured against.
+small grammar, `tiny_oracle.inspect_answer` can count the flaws of any answer exactly: it is the
+oracle that the self-judge is measured against.
 
 Some facts are *myths*: the villagers (and so the text that the tiny model learns from) state a
 wrong value more often than the right one. Other flaws are common too: the last of three asked
@@ -214,18 +214,15 @@ def draw_persona(rng: random.Random, held_out: bool = False) -> tuple[str, str, 
             return f"A {trait} {job} from {rng.choice(TOWNS)} who {like}.", job, hobby
 
 
-def _pattern(template: str) -> re.Pattern:
+def pattern_of(template: str) -> re.Pattern:
     pattern = re.escape(template)
     for name, body in (("hobby", "[a-z]+"), ("value", "[a-z ]+"), ("asks", "[a-z, ]+")):
         pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{body})")
     return re.compile(pattern)
 
 
-_FORM_PATTERNS = [_pattern(form) for form in FORMS]
+_FORM_PATTERNS = [pattern_of(form) for form in FORMS]
 _ASPECT_OF = {ask: aspect for aspect, asks in ASKS.items() for ask in asks}
-_SENTENCE_PATTERNS = [(a, _pattern(s)) for a, variants in SENTENCES.items() for s in variants]
-_OPENER_PATTERNS = [_pattern(s) for s in OPENERS if s]
-_CLOSER_PATTERNS = [_pattern(s) for s in CLOSERS]
 _INTRODUCTION = re.compile(r"I am a [a-z]+\. ")
 
 
@@ -379,97 +376,3 @@ DAMAGES = {
     "extra": _ramble,
     "unfinished": _cut,
 }
-
-
-# ---------------------------------------------------------------------- the oracle
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the oracle found: the number of flaws of each kind (`FLAWS`)."""
-
-    flaws: dict[str, int]
-    sentences: tuple[tuple[int, str], ...]  # (end position in the text, verdict on the sentence)
-
-    @property
-    def quality(self) -> int:
-        """Minus the number of flaws: 0 is perfect."""
-        return -sum(self.flaws.values())
-
-    @property
-    def good(self) -> bool:
-        """No flaw at all."""
-        return self.quality == 0
-
-
-def inspect_answer(question: Question, text: str) -> Inspection:
-    """Count the flaws of an answer exactly.
-
-    Args:
-        question: what was asked.
-        text: the answer, any string (an empty one misses everything and is unfinished).
-
-    Returns:
-        An `Inspection`. Each flaw counts one: an asked aspect that is missing, a wrong value, a
-        statement made again, a statement about another hobby, one that nobody asked for, no
-        closing sentence at the end, and (once) sentences outside the grammar.
-    """
-    flaws = dict.fromkeys(FLAWS, 0)
-    stated: set[tuple[str, str]] = set()
-    covered: set[str] = set()
-    verdicts = []
-    pieces = [
-        (m.group().strip(), m.end())
-        for m in re.finditer(r"[^.!?]+[.!?]*", text)
-        if m.group().strip()
-    ]
-    finished = False
-    for i, (sentence, end) in enumerate(pieces):
-        last = i == len(pieces) - 1
-        statement = _parse_statement(sentence)
-        if statement is None:
-            closer = _matches(_CLOSER_PATTERNS, sentence, question.hobby)
-            opener = i == 0 and _matches(_OPENER_PATTERNS, sentence, question.hobby)
-            finished = last and closer
-            broken_off = last and sentence[-1] not in ".!?"
-            if not (opener or finished or broken_off):
-                flaws["garbled"] = 1
-            verdicts.append((end, "frame"))
-            continue
-        hobby, aspect, value = statement
-        hobby = hobby or question.hobby
-        if (hobby, aspect) in stated:
-            kind = "repeated"
-        elif hobby != question.hobby:
-            kind = "off_topic"
-        elif aspect not in question.aspects:
-            kind = "extra"
-        elif value != TRUTH[hobby, aspect]:
-            kind = "wrong"
-        else:
-            kind = "right"
-        stated.add((hobby, aspect))
-        if kind in ("right", "wrong"):
-            covered.add(aspect)
-        if kind != "right":
-            flaws[kind] += 1
-        verdicts.append((end, kind))
-    flaws["missing"] = len(set(question.aspects) - covered)
-    flaws["unfinished"] = int(not finished)
-    return Inspection(flaws, tuple(verdicts))
-
-
-def _matches(patterns: list[re.Pattern], sentence: str, hobby: str) -> bool:
-    found = (pattern.fullmatch(sentence) for pattern in patterns)
-    return any(m and m.groupdict().get("hobby", hobby) == hobby for m in found)
-
-
-def _parse_statement(sentence: str) -> tuple[str | None, str, str] | None:
-    """(hobby or None, aspect, value) of a sentence; None when it states no fact."""
-    for aspect, pattern in _SENTENCE_PATTERNS:
-        match = pattern.fullmatch(sentence)
-        if match and match["value"] in VALUES[aspect]:
-            hobby = match.groupdict().get("hobby")
-            if hobby is None or hobby in NEIGHBOUR:
-                return hobby, aspect, match["value"]
-    return None

@@ -80,7 +80,7 @@ def task_work(recipe: Recipe, notes: list[str]) -> Iterator[Work]:
     settings = recipe.evaluation
     if not settings.tasks:
         return
-    tuned = 1 if "self" in recipe.arms else len(recipe.arms)  # `results.examined`
+    tuned = 1 if "self" in recipe.arms else len(recipe.arms)  # as `report.sections.compared`
     takers = []
     for who, model, count in _competitors(recipe):
         if model.engine == "api":

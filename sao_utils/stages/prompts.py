@@ -201,7 +201,9 @@ def _refuse_if_few(rows: list[dict], least: float) -> None:
     reasons = Counter(row["discarded"] for row in rows if row["discarded"])
     lines = [f"  {count:6,} {reason}" for reason, count in reasons.most_common()]
     examples = [row for row in rows if row["discarded"] == reasons.most_common(1)[0][0]][:2]
-    lines += [f"  for example: {(row.get('reply') or row['prompt'] or '')[:300]!r}" for row in examples]
+    lines += [
+        f"  for example: {(row.get('reply') or row['prompt'] or '')[:300]!r}" for row in examples
+    ]
     raise StageFailed(
         f"Only {usable:,} of {len(rows):,} prompts are usable, less than prompts.min_usable = "
         f"{least:g}. Discarded:\n"

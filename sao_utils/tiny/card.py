@@ -1,17 +1,19 @@
-"""Measure the embedded model and write its card: `python -m sao_utils.tiny.card`."""
+"""The embedded model's card: what it does on held-out questions, measured."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_folder
-from sao_utils.engines.registry import load_engine
+from sao_utils.evaluation.judge_quality import judge_quality
 from sao_utils.evaluation.questions import questions
-from sao_utils.report import results
-from sao_utils.stages.judging import oracle_quality, verdict_rows
-from sao_utils.store import Run, open_run, row_id, seed_of, write_whole
+from sao_utils.report.results import results
+from sao_utils.report.table import value_of
+from sao_utils.report.words import interval_in_words
+from sao_utils.stages.judging import judge_pairs, response_pairs
+from sao_utils.stages.responses import write_responses
+from sao_utils.store import Run, open_run, row_id, write_whole
 
 CARD = """---
 license: mit
@@ -28,7 +30,7 @@ loop runs on any laptop. **It proves nothing about large models.**
 
 ## How it was made
 
-`python -m sao_utils.tiny.pretrain`: from random weights, on text that the village's grammar makes on
+`python -m sao_utils.tiny pretrain`: from random weights, on text that the village's grammar makes on
 the fly (no corpus, no other model's output), {tokens} tokens (padding included), seed 0; it took
 {minutes} minutes on one busy core of a 2-core CPU. The losses are in `pretraining.jsonl`. 300 of the
 800 question combinations (hobby and things asked) and a quarter of the personas were held out: 80
@@ -44,7 +46,7 @@ paper's ranking prompt, unchanged as text, takes about 85 tokens with two answer
 
 ## What it does, measured
 
-`python -m sao_utils.tiny.card` makes this table. 95 % intervals, bootstrapped over the question
+`python -m sao_utils.tiny card` makes this table. 95 % intervals, bootstrapped over the question
 combinations (over personas for the replies that parse). The judge of "good" (no flaw at all) and of
 "better" (fewer flaws) is the world's exact oracle.
 
@@ -62,56 +64,54 @@ English sentences of one small grammar. It knows the roles user and assistant, n
 Whatever it is asked, it answers from within its village.
 """
 
-MEASURES = {
-    "oracle_good_rate.base": "good answers to held-out questions, greedy",
-    "oracle_good_rate_t0.6.base": "good answers to held-out questions, T = 0.6",
-    "prompts.parsed": "replies to the persona template that parse",
-    "self_judge.accuracy": "judge accuracy on its own pairs",
-    "self_judge.accuracy_one_order": "judge accuracy, one order alone",
-    "self_judge.consistent_rate": "both orders agree",
-    "self_judge.first_position_rate": "the answer shown first wins",
-    "self_judge.longer_chosen": "the judge prefers the longer answer",
-    "self_judge.longer_better": "the oracle prefers the longer answer",
-    "self_judge.valid_rate": "valid verdicts",
+#: what the card says -> section and metric of the table of results, temperature
+OF_THE_RUN = {
+    "good answers to held-out questions, greedy": ("quality", "good answers", 0.0),
+    "good answers to held-out questions, T = 0.6": ("quality", "good answers", 0.6),
+    "replies to the persona template that parse": ("prompts", "usable replies", None),
+}
+#: what the card says -> metric of `judge_quality`
+OF_THE_JUDGE = {
+    "judge accuracy on its own pairs": "accuracy",
+    "judge accuracy, one order alone": "accuracy, one order",
+    "both orders agree": "consistent verdicts",
+    "the answer shown first wins": "first position",
+    "the judge prefers the longer answer": "longer answer chosen",
+    "the oracle prefers the longer answer": "longer answer better",
+    "valid verdicts": "valid verdicts",
 }
 
 
 def held_out_pairs(run: Run) -> list[dict]:
     """Two sampled answers of the model to each held-out question, judged in both orders."""
-    asked = questions(run)
-    engine = load_engine(run.recipe.model)
-    chats = [[{"role": "user", "content": q["question"]}] for q in asked for _ in range(2)]
-    seeds = [seed_of(row_id("card", q["id"], sample)) for q in asked for sample in range(2)]
-    sampling = Sampling(run.recipe.responses.temperature, run.recipe.responses.max_new_tokens)
-    made = dict(pair for batch in engine.generate(chats, sampling, seeds) for pair in batch)
-    pairs = []
-    for k, q in enumerate(asked):
-        a, b = made[2 * k], made[2 * k + 1]
-        pairs.append(
-            {
-                "id": row_id("card", q["id"]),
-                "prompt": q["question"],
-                "responses": [a.text, b.text],
-                "lengths": [a.tokens, b.tokens],
-                "quality": oracle_quality(q["question"], a.text, b.text),
-            }
-        )
-    return verdict_rows(run, "held-out-verdicts", pairs)
-
-
-def main() -> None:
-    """Measure on held-out questions and held-out personas, and write the card beside the weights."""
-    settings = {"arms": [], "personas.count": 2000, "evaluation.per_combination": 8}
-    run = open_run("tiny", "tiny-card", settings)
-    found = {
-        **results.good_rates(run),
-        **results.prompt_scores(run),
-        **results.judge_quality(held_out_pairs(run)),
-    }
-    rows = [
-        f"| {label} | {results.in_words(key, found[key])} % | {found[key].n} |"
-        for key, label in MEASURES.items()
+    prompts = [
+        {
+            "id": row_id("card", q["id"]),
+            "seed": 0,
+            "round": 1,
+            "prompt": q["question"],
+            "discarded": None,
+        }
+        for q in questions(run.recipe.evaluation)
     ]
+    pairs = response_pairs(write_responses(run, prompts, run.recipe.model))
+    return judge_pairs(run, pairs, run.recipe.model, "card_verdicts")
+
+
+def write_card() -> None:
+    """Measure on held-out questions and held-out personas, and write the card beside the weights."""
+    changes = {"arms": [], "prompts.count": 2000, "evaluation.per_combination": 8}
+    run = open_run("tiny", "tiny-card", changes)
+    table = results(run, "quality", "prompts")
+    found = {
+        label: value_of(
+            table, section=section, metric=metric, model="base", temperature=temperature
+        )
+        for label, (section, metric, temperature) in OF_THE_RUN.items()
+    }
+    judged = judge_quality(held_out_pairs(run))
+    found |= {label: judged[metric] for label, metric in OF_THE_JUDGE.items()}
+    rows = [f"| {label} | {interval_in_words(one)} | {one.n} |" for label, one in found.items()]
     folder = Path(model_folder("tiny"))
     lines = (folder / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
@@ -122,7 +122,3 @@ def main() -> None:
     )
     write_whole(folder / "README.md", card)
     print("\n".join(rows))
-
-
-if __name__ == "__main__":
-    main()

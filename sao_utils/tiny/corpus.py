@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from sao_utils import templates
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import Inspection, inspect_answer
 
 # Without a persona, people ask about few favourite hobbies: personas are what makes prompts varied.
 FAVOURITES = world.HOBBIES[::8]
@@ -27,7 +28,7 @@ class Item:
 
     user: str
     reply: str
-    answers: tuple[tuple[int, str, world.Inspection], ...] = field(default=())
+    answers: tuple[tuple[int, str, Inspection], ...] = field(default=())
     is_ranking: bool = False
 
 
@@ -37,7 +38,7 @@ def answer_item(rng: random.Random) -> Item:
     job = rng.choice(world.JOBS) if rng.random() < 0.3 else None
     user = world.word_question(rng, question, job)
     reply = str(world.draw_answer(rng, question))
-    return Item(user, reply, ((len(user), reply, world.inspect_answer(question, reply)),))
+    return Item(user, reply, ((len(user), reply, inspect_answer(question, reply)),))
 
 
 def prompt_item(rng: random.Random) -> Item:
@@ -68,7 +69,7 @@ def answer_pair(rng: random.Random, question: world.Question) -> tuple[str, str]
             kind = rng.choice(("missing", "missing", "wrong", "wrong", "wrong", *world.DAMAGES))
             pair = (answer, world.DAMAGES[kind](rng, question, answer))
         texts = [str(answer) for answer in pair]
-        quality = [world.inspect_answer(question, text).quality for text in texts]
+        quality = [inspect_answer(question, text).quality for text in texts]
         if pair[1] is not None and quality[0] != quality[1]:
             rng.shuffle(texts)
             return texts[0], texts[1]
@@ -80,7 +81,7 @@ def ranking_item(rng: random.Random) -> Item:
     job = rng.choice(world.JOBS) if rng.random() < 0.3 else None
     pair = answer_pair(rng, question)
     user = templates.ranking_prompt(world.word_question(rng, question, job), *pair)
-    inspections = [world.inspect_answer(question, text) for text in pair]
+    inspections = [inspect_answer(question, text) for text in pair]
     verdict = templates.VERDICTS[0 if inspections[0].quality > inspections[1].quality else 1]
     starts = [user.index(f"<Response {k}> ") + len("<Response 1> ") for k in (1, 2)]
     answers = tuple(zip(starts, pair, inspections))

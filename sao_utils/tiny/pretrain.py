@@ -1,4 +1,4 @@
-"""Make the tiny model again from the grammar: `python -m sao_utils.tiny.pretrain`.
+"""Make the tiny model again from the grammar: `python -m sao_utils.tiny pretrain`.
 
 A Llama-architecture model of 1.2 M parameters learns, from scratch, to answer questions (as badly as the
 villagers), to write the prompts of personas and to rank two answers with the paper's prompt.
@@ -13,7 +13,6 @@ of each kind. The auxiliary heads are thrown away afterwards.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -295,24 +294,3 @@ def save(model, tokenizer, out: Path) -> None:
 
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pre-train the tiny model from its grammar.")
-    shown = "(default: %(default)s)"
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/tiny-model"), help=f"folder {shown}"
-    )
-    parser.add_argument("--steps", type=int, default=3600, help=shown)
-    parser.add_argument("--tokens", type=int, default=9000, help=f"a step, with padding {shown}")
-    parser.add_argument("--lr", type=float, default=3e-3, help=f"peak learning rate {shown}")
-    parser.add_argument("--seed", type=int, default=0, help=shown)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is reproducible")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pretrain(arguments.out, arguments.steps, arguments.tokens, arguments.lr, arguments.seed, device)
-
-
-if __name__ == "__main__":
-    main()

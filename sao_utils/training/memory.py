@@ -126,7 +126,9 @@ def choose(
 
     def need(budget: int, twice: bool) -> float:
         tokens = max(budget, longest)
-        return sum(step_bytes(shape, settings, tokens, twice, longest, dtype, device).values())
+        # A pair is two sequences.
+        parts = step_bytes(shape, settings, tokens, twice, longest // 2, dtype, device)
+        return sum(parts.values())
 
     allowed = plans[settings.gradient_checkpointing]
     fitting = (plan for plan in allowed if need(*plan) <= FILLED * (free or 0))

@@ -1,7 +1,7 @@
 """The one adapter around trl's CPOTrainer, which knows SimPO but lives in `trl.experimental`.
 
-What is trl's stays trl's: the loss of SimPO and DPO (`cpo_loss`), of ORPO (`odds_ratio_loss`), the
-metrics, the loop with its optimiser, checkpoints, FSDP and DeepSpeed. What is replaced: batches are
+What is trl's stays trl's: the loss of SimPO and DPO (`cpo_loss`), the metrics, the loop with its
+optimiser, checkpoints, FSDP and DeepSpeed. What is replaced: batches are
 packed by a budget of tokens instead of padded, and log-probabilities are computed in chunks on the
 answers' tokens only, instead of full logits of everything.
 
@@ -26,10 +26,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl.experimental.cpo import CPOConfig as Config
 from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 
 from sao_utils.training import packing
-from sao_utils.training.losses import TrainingFailed, token_logps
+from sao_utils.training.losses import TrainingFailed, orpo_loss, token_logps
 from sao_utils.training.watch import COUNTS
 
 __all__ = ["Config", "PairTrainer", "answer_logps"]
@@ -137,8 +136,6 @@ class PairTrainer(CPOTrainer):
         self.sharded = self.accelerator.distributed_type in SHARDED
         if not self.sharded:
             self._check_scoring()
-        if algorithm == "orpo":
-            self.beta = settings.orpo_lambda
         if algorithm == "dpo":
             self._add_reference()
 
@@ -267,9 +264,10 @@ class PairTrainer(CPOTrainer):
                 chosen - reference[:, 0], rejected - reference[:, 1]
             )
         elif self.algorithm == "orpo":
-            means = chosen / of_chosen, rejected / of_rejected
-            ratios, better, worse, *_ = ORPOTrainer.odds_ratio_loss(self, *means)
-            losses = -means[0] - ratios
+            weight_of_odds = self.settings.orpo_lambda
+            losses = orpo_loss(chosen, of_chosen, rejected, of_rejected, weight_of_odds)
+            better = weight_of_odds * chosen.detach() / of_chosen
+            worse = weight_of_odds * rejected.detach() / of_rejected
         else:
             losses, better, worse = self.cpo_loss(chosen / of_chosen, rejected / of_rejected)
         each = (losses.detach(), better, worse, better - worse, better > worse)

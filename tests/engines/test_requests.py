@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from test_engine_api import Server, failure, reply, server, settings, steps  # noqa: F401 (a fixture)
+from scripted_server import Server, failure, reply, settings, steps
 
 from sao_utils import store as rows
 from sao_utils.engines import requests as module
@@ -98,7 +98,7 @@ def test_tokens_are_counted_by_the_tokenizer_where_there_is_one(results):
     assert estimate(run, TINY, requests, "s").new == 0
 
 
-def test_nothing_is_bought_twice_by_a_run_or_another_run(results, server, capsys):  # noqa: F811
+def test_nothing_is_bought_twice_by_a_run_or_another_run(results, server, capsys):
     model, requests = settings(server, **PRICES), write("a", "b", "a")
     first = replies(open_run("one"), "s", model, requests)
     said = capsys.readouterr().out
@@ -113,21 +113,21 @@ def test_nothing_is_bought_twice_by_a_run_or_another_run(results, server, capsys
     assert estimate(open_run("two"), model, requests).new == 0
 
 
-def test_the_estimate_is_shown_before_anything_is_sent(results, server, capsys):  # noqa: F811
+def test_the_estimate_is_shown_before_anything_is_sent(results, server, capsys):
     model = settings(server, **PRICES)
     cost = estimate(open_run(), model, write("x" * 40, "y" * 41) + choose("z" * 31))
     assert cost.tokens_in == 10 + 11 + 10 and cost.tokens_out == 8 + 8 + 16
     assert cost.dollars == pytest.approx((31 * 2 + 32 * 10) / 1e6) and not server.requests
 
 
-def test_an_estimate_above_the_cap_sends_nothing(results, server):  # noqa: F811
+def test_an_estimate_above_the_cap_sends_nothing(results, server):
     model = settings(server, price_out=1e6)
     with pytest.raises(CostError, match="max_cost") as error:
         replies(open_run(max_cost=7), "s", model, write("a"))
     assert "Raise" in str(error.value) and not server.requests
 
 
-def test_the_cap_stops_by_what_was_really_used_and_keeps_the_rows(results, server):  # noqa: F811
+def test_the_cap_stops_by_what_was_really_used_and_keeps_the_rows(results, server):
     model = settings(server, price_in=1e6, concurrency=1)  # 5 tokens read each, as the server says
     requests = write(*(f"{k}" for k in range(20)))  # 1 each, by their characters
     run = open_run(max_cost=22)
@@ -142,7 +142,7 @@ def test_the_cap_stops_by_what_was_really_used_and_keeps_the_rows(results, serve
     assert [r["text"] for r in found] == [f"You said {k}" for k in range(20)]
 
 
-def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server):  # noqa: F811
+def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server):
     silent = {**reply("yes"), "usage": None}
     server.answers["a" * 40] = [(200, silent, {})]
     run, model = open_run(), settings(server, **PRICES)
@@ -151,13 +151,13 @@ def test_a_server_that_counts_no_tokens_is_counted_by_characters(results, server
     assert spent(run) == pytest.approx((10 * 2 + 8 * 10) / 1e6)
 
 
-def test_text_that_takes_more_tokens_a_character_is_estimated_by_its_bytes(results, server):  # noqa: F811
+def test_text_that_takes_more_tokens_a_character_is_estimated_by_its_bytes(results, server):
     model = settings(server, **PRICES)
     assert estimate(open_run(), model, write("tea " * 10)).tokens_in == 10
     assert estimate(open_run(), model, write("茶" * 40)).tokens_in == 30
 
 
-def test_a_fault_keeps_what_was_bought_before(results, server):  # noqa: F811
+def test_a_fault_keeps_what_was_bought_before(results, server):
     server.answers["bad"] = [failure(401, "no key")]
     model = settings(server, concurrency=1)
     with pytest.raises(RuntimeError):
@@ -168,7 +168,7 @@ def test_a_fault_keeps_what_was_bought_before(results, server):  # noqa: F811
     assert len(server.requests) == before + 1
 
 
-def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, server):  # noqa: F811
+def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, server):
     server.answers["long"] = [failure(400, "maximum context length is 8192 tokens")]
     (row,) = replies(open_run(), "s", settings(server, **PRICES), choose("long"))
     assert row["logps"] == [None, None] and row["dollars"] == 0
@@ -177,7 +177,7 @@ def test_a_refused_choice_has_no_log_probabilities_and_costs_nothing(results, se
 
 
 @pytest.mark.parametrize("kind", [write, choose])
-def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results, server, kind):  # noqa: F811
+def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results, server, kind):
     sure = reply("ranking: 1", steps(("ranking:", {}), (" 1", {" 1": -0.1, " 2": -3.0})))
     server.answers = {"short": [(200, sure, {})]}
     server.answers["long"] = [failure(400, "maximum context length is 512 tokens")]
@@ -205,14 +205,14 @@ class Writer(dict):
         return [(200, reply(f"User prompt: What is {self.written}?"), {})]
 
 
-def writer(server, name="written", count=6, **evaluation):  # noqa: F811
+def writer(server, name="written", count=6, **evaluation):
     paid = settings(server, price_in=1e6, price_out=0, concurrency=1).model_dump()  # 5 a request
     changes = {f"model.{key}": value for key, value in paid.items()} | {"prompts.count": count}
     changes |= {f"evaluation.{key}": value for key, value in evaluation.items()}
     return rows.open_run("tiny", name, changes)
 
 
-def test_prompts_and_responses_of_a_server_are_bought_once_and_counted(results, server):  # noqa: F811
+def test_prompts_and_responses_of_a_server_are_bought_once_and_counted(results, server):
     server.answers = Writer()
     made = responses(writer(server, "one"))
     assert len(made) == 12 and len({row["text"] for row in made}) == 12  # two of each prompt
@@ -223,7 +223,7 @@ def test_prompts_and_responses_of_a_server_are_bought_once_and_counted(results, 
     assert len(server.requests) == 18 and spent(writer(server, "two")) == 0
 
 
-def test_the_cap_holds_for_prompts_and_responses_of_a_server_and_for_variants(results, server):  # noqa: F811
+def test_the_cap_holds_for_prompts_and_responses_of_a_server_and_for_variants(results, server):
     server.answers = Writer()
     with pytest.raises(CostError, match="Nothing more was sent"):
         responses(writer(server, max_cost=10))
@@ -260,7 +260,7 @@ module.replies(run, stage, model, asked)
 
 def test_two_processes_that_buy_from_two_servers_keep_under_the_cap_together(
     results,
-    server,  # noqa: F811
+    server,
     tmp_path,
 ):
     other = Server()
@@ -288,7 +288,7 @@ def test_two_processes_that_buy_from_two_servers_keep_under_the_cap_together(
 
 def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
     results,
-    server,  # noqa: F811
+    server,
     monkeypatch,
     capsys,
 ):
@@ -315,7 +315,7 @@ def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(
     assert "waiting" in capsys.readouterr().out
 
 
-def test_no_key_is_written_anywhere(results, server):  # noqa: F811
+def test_no_key_is_written_anywhere(results, server):
     replies(open_run(), "s", settings(server, **PRICES), write("a"))
     written = [p.read_text() for p in results.rglob("*") if p.is_file()]
     assert written and not any("sk-very-secret" in text for text in written)

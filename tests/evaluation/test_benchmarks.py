@@ -25,6 +25,7 @@ from sao_utils.evaluation import tiny_benchmarks as counterparts
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.methods import evaluate, sao
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.statistics.intervals import Interval
@@ -781,7 +782,7 @@ def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
     for row in rows.read_rows(judged):
         question = world.parse_question(items[row["question_id"]]["turns"][row["turn"] - 1])
         text = answers[row["question_id"]][row["turn"] - 1]
-        flaws = -world.inspect_answer(question, text).quality
+        flaws = -inspect_answer(question, text).quality
         assert row["score"] == max(1, 10 - 2 * flaws)
     assert found["tiny_mt.base.oracle.score"]["n"] == 12
     assert "graded by the oracle" in found["tiny_mt.base.oracle.score"]["note"]

@@ -27,6 +27,7 @@ from sao_utils.evaluation.tasks import Task, TaskError
 from sao_utils.methods import sao
 from sao_utils.notebooks import kernels
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 from sao_utils.recipe import Model
 from sao_utils.statistics.power import outside_the_noise
 
@@ -92,9 +93,7 @@ def test_every_item_has_one_true_choice_about_what_is_asked_first():
         facts = [(question.hobby, question.aspects[0]) for question, _ in found]
         assert len(set(facts)) == len(facts)  # another fact each: the items are independent
         for fact, (question, item) in zip(facts, found):
-            values = [
-                world.inspect_answer(question, choice).flaws["wrong"] for choice in item["choices"]
-            ]
+            values = [inspect_answer(question, choice).flaws["wrong"] for choice in item["choices"]]
             assert [k for k, wrong in enumerate(values) if not wrong] == [item["answer"]]
             has_myth = any(f" {world.MYTH[fact]}" in choice for choice in item["choices"])
             assert has_myth or name == "facts"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sao_utils import templates
 from sao_utils.oracles import tiny_world as world
-from sao_utils.oracles.tiny_world import Question, inspect_answer
+from sao_utils.oracles.tiny_oracle import inspect_answer
+from sao_utils.oracles.tiny_world import Question
 from sao_utils.tiny import corpus
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -60,7 +60,7 @@ def test_nf4_weighs_what_bitsandbytes_makes_of_it():
 
 
 def test_an_adapter_has_the_parameters_that_peft_gives_it():
-    from sao_utils.training.fit import add_adapter
+    from sao_utils.training.setup import add_adapter
 
     tokenizer = families.make_tokenizer("gemma")
     model = families.random_model("gemma", tokenizer)
@@ -88,7 +88,7 @@ def test_activations_are_what_autograd_keeps(family, method, tmp_path):
 
 def _saved_bytes(family, method, layers, folder):
     from sao_utils.training import packing
-    from sao_utils.training.fit import add_adapter, pair_trainer
+    from sao_utils.training.setup import add_adapter, pair_trainer
 
     sizes = dict(num_hidden_layers=layers, hidden_size=384, intermediate_size=1152)
     torch.manual_seed(0)
@@ -251,15 +251,15 @@ def test_a_batch_shrinks_as_its_replies_end():
 def test_training_all_weights_costs_more_and_computing_twice_too():
     form, gpu = shape(LLAMA), find_gpu("A100-80")
     rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1)
-    hours = {
+    found = {
         (method, twice): hours.training_hours(
             form, gpu, Training(**rate, method=method), 1e6, 0, twice
         )
         for method in ("lora", "full")
         for twice in (False, True)
     }
-    unit = hours["lora", False] / 4
-    assert [hours[k] / unit for k in hours] == pytest.approx([4, 6, 6, 8])
+    unit = found["lora", False] / 4
+    assert [found[k] / unit for k in found] == pytest.approx([4, 6, 6, 8])
 
 
 # ---------------------------------------------------------------------------- the machine

@@ -10,12 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from sao_utils import cli
-from sao_utils.plan import hardware, hours, memory, planning, render, workload
+from sao_utils.methods import sao as sao_method
+from sao_utils.plan import hardware, memory, planning, work, workload
 from sao_utils.plan.hardware import PlanError, find_gpu
-from sao_utils.plan.planning import plan, render
+from sao_utils.plan.planning import plan
+from sao_utils.plan.render import render
+from sao_utils.plan.training import training_gib
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names
-from sao_utils.stages.prompts import draw_personas
+from sao_utils.stages.personas import draw_personas
 from sao_utils.store import open_run
 from sao_utils.training.shapes import shape_of
 
@@ -255,7 +258,7 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
         made = plan(recipe, find_gpu("T4"))
         (found[method],) = (stage for stage in made.stages if stage.name == "verdicts")
     config = hardware.architecture(recipe.model)
-    longest = workload.longest_ranking(recipe.responses.max_new_tokens)
+    longest = work.longest_ranking(recipe.responses.max_new_tokens)
     expected = memory.generation_memory(config, recipe.model, longest, 16)
     assert found["sampled"].memory == expected and expected["KV cache"] > 1
     assert "KV cache" not in found["logprob"].memory
@@ -264,11 +267,11 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
 
 def test_a_pair_longer_than_the_budget_goes_alone_and_sets_the_peak():
     recipe = load_recipe("gpu-24gb")
-    config, peaks = hardware.architecture(recipe.model), []
+    peaks = []
     for budget, longest in ((4096, 2048), (512, 2048), (512, 256)):
         changes = {"token_budget": budget, "gradient_checkpointing": "on"}
         settings = recipe.training.model_copy(update=changes)
-        parts = hours.training_memory(config, recipe.model, settings, 23.5, longest)
+        parts, _ = training_gib(recipe.model, settings, longest, find_gpu("4090"))
         peaks.append(sum(parts.values()))
     assert peaks[0] == peaks[1] > peaks[2]
 
@@ -386,31 +389,10 @@ def test_several_gpus_generate_together_only_with_workers():
     assert not any("model.workers" in note for note in together.notes)
 
 
-def test_the_plan_checkpoints_where_training_will():
-    from sao_utils.training.fit import needs_checkpointing
-
-    recipe = load_recipe("gpu-24gb")
-    config = hardware.architecture(recipe.model)
-    form, settings = shape_of(config), recipe.training
-    for memory in (15.0, 24.0, 45.0, 80.0, 141.0):
-        parts = hours.training_memory(config, recipe.model, settings, memory)
-        free = (memory - hardware.CONTEXT - parts["weights"] - parts["trained"]) * GIB
-        twice, _ = needs_checkpointing(_as_object(config), settings.token_budget, int(free))
-        kept = form.kept_bytes() * form.layers * settings.token_budget / GIB
-        assert (parts["activations"] < 0.9 * kept) == twice
-
-
-def _as_object(config):
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**config)
-
-
 def test_more_processes_share_the_states_of_full_fine_tuning():
     recipe = load_recipe("paper")
-    config = hardware.architecture(recipe.model)
     one, four = (
-        hours.training_memory(config, recipe.model, recipe.training, 80.0, processes=n)
+        training_gib(recipe.model, recipe.training, 2048, find_gpu("A100-80"), processes=n)[0]
         for n in (1, 4)
     )
     assert one["trained"] == pytest.approx(18 * shape(GEMMA).parameters / GIB)
@@ -435,8 +417,10 @@ def test_a_server_that_generates_and_judges_is_not_planned():
 
 
 def test_planning_needs_neither_torch_nor_the_network():
-    code = "import sys; from sao_utils import costs, planning as p; from sao_utils.recipe import load_recipe"
-    code += "; print(p.render(p.plan(load_recipe('paper'), hardware.find_gpu('H100'), 4)))"
+    code = "import sys; from sao_utils.plan import hardware, planning, render"
+    code += "; from sao_utils.recipes import load_recipe as load"
+    code += "; made = planning.plan(load('paper'), hardware.find_gpu('H100'), 4)"
+    code += "; print(render.render(made))"
     code += "; assert not {'torch', 'transformers', 'requests'} & sys.modules.keys()"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "training self-0" in told.stdout
@@ -446,9 +430,7 @@ def test_planning_needs_neither_torch_nor_the_network():
 
 
 def test_a_small_run_is_planned_beside_what_it_took(small_run, monkeypatch):
-    from sao_utils.stages.pairs import build_pairs
-
-    build_pairs(small_run, "self", 0)
+    sao_method.pairs(small_run)
     made = plan(small_run.recipe)
     took = workload.actual(small_run.folder)
     planned = {stage.name: stage for stage in made.stages}

@@ -6,23 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from test_engine_api import reply, server, settings, steps  # noqa: F401 (a fixture)
+from scripted_server import reply, settings, steps
 
-from sao_utils import store as rows
-from sao_utils.engines.requests import spent
-from sao_utils.evaluation import answers as evaluation
+from sao_utils import store
+from sao_utils.engines.requests import BYTES, spent
 from sao_utils.evaluation import arena_hard
-from sao_utils.evaluation import comparisons as contests
-from sao_utils.evaluation import tasks as harness
-from sao_utils.plan import workload
-from sao_utils.plan.work import tokens
-from sao_utils.plan.workload import AROUND, BYTES
+from sao_utils.evaluation import tasks as evaluation_tasks
+from sao_utils.methods import evaluate, sao
+from sao_utils.plan import evaluation_work, workload
+from sao_utils.plan.work import AROUND, REFERENCE, SAMPLED, tokens
 from sao_utils.recipes import load_recipe
-from sao_utils.report import results as scores
-from sao_utils.stages import judging
-from sao_utils.stages.pairs import funnel
-from sao_utils.stages.prompts import write_prompts
-from sao_utils.stages.responses import write_responses
+from sao_utils.report.results import results as table_of
+from sao_utils.stages.judging import judge_pairs
 
 PAID = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
 
@@ -118,14 +113,16 @@ def test_the_texts_of_a_benchmark_are_counted_where_they_are_here(tmp_path):
 
 
 def test_the_leaderboards_tasks_have_the_requests_that_lm_eval_makes():
-    load = published(harness=["leaderboard"])
+    load = published(tasks=["leaderboard"])
     exams = parts(load, "tasks")
-    assert [name.split(":")[0] for name in exams] == [exam.task for exam in harness.LEADERBOARD]
+    assert [name.split(":")[0] for name in exams] == [
+        exam.name for exam in evaluation_tasks.LEADERBOARD
+    ]
     assert "hellaswag: 40,168 requests" in exams and "arc_challenge: 4,687 requests" in exams
     mmlu = exams["mmlu: 56,168 requests"]
     assert mmlu.rows == 2 and mmlu.requests == 2 * 14_042  # choices of one token share a pass
     assert mmlu.model.engine == "transformers" and mmlu.model.quantisation == "none"
-    limited = parts(published(harness=["leaderboard"], harness_limit=10), "tasks")
+    limited = parts(published(tasks=["leaderboard"], task_limit=10), "tasks")
     assert limited["mmlu: 2,280 requests"].requests == 2 * 57 * 10
     assert "gsm8k: 10 requests" in limited
 
@@ -137,7 +134,7 @@ def test_exams_are_sat_by_who_is_compared_and_by_others_with_weights():
         load = workload.workload(load_recipe("tiny", {**changes, "others": others}))
         sat = [work for work in load.works if work.stage == "tasks"]
         assert {(work.who, work.rows) for work in sat} == {("model", sitters), ("others.x", 1)}
-        assert any("cannot sit" in note and "others.far" in note for note in load.notes)
+        assert any("cannot do" in note and "others.far" in note for note in load.notes)
 
 
 def test_a_run_that_samples_its_verdicts_does_not_sample_them_again():
@@ -150,11 +147,11 @@ def test_a_run_that_samples_its_verdicts_does_not_sample_them_again():
 def test_local_exams_are_counted_as_lm_eval_asks_them():
     """The tiny world's, against the number of requests that lm-eval builds."""
     pytest.importorskip("lm_eval")
-    for exam in harness.exams(["tiny"]):
-        (task,) = harness._open(exam)["tasks"].values()
+    for exam in evaluation_tasks.tasks_of(["tiny"]):
+        (task,) = evaluation_tasks._open(exam)["tasks"].values()
         task.set_config("num_fewshot", 0)
         task.build_all_requests(limit=None, rank=0, world_size=1)
-        assert workload._exam_size(exam)["requests"] == len(task.instances)
+        assert evaluation_work._task_size(exam)["requests"] == len(task.instances)
 
 
 # ---------------------------------------------------------------------------- against a run
@@ -162,9 +159,9 @@ def test_local_exams_are_counted_as_lm_eval_asks_them():
 
 def test_the_reference_run_is_counted_as_it_was():
     """Stages whose rows do not hang on what a model said, row by row."""
-    took = workload.actual(workload.REFERENCE)
+    took = workload.actual(REFERENCE)
     planned: dict[str, int] = {}
-    for work in workload.workload(load_recipe(str(workload.REFERENCE / "recipe.yaml"))).works:
+    for work in workload.workload(load_recipe(str(REFERENCE / "recipe.yaml"))).works:
         planned[work.stage] = planned.get(work.stage, 0) + work.rows
     assert planned.keys() == {name for name in took if not name.startswith("training")}
     for stage in ("prompts", "labelled", "tasks", "benchmark_answers"):
@@ -196,7 +193,7 @@ class Talker(dict):
     """Answers of a server that writes a share of all that it may, says how much that was, and how much
     it has read: a token has `BYTES` bytes."""
 
-    def __init__(self, server, share):  # noqa: F811
+    def __init__(self, server, share):
         super().__init__()
         self.server, self.share, self.read, self.written = server, share, 0, 0
 
@@ -212,7 +209,7 @@ class Talker(dict):
         return [(200, {**answer, "usage": usage}, {"slow": "0"})]
 
 
-def buyer(server, **changes):  # noqa: F811
+def buyer(server, **changes):
     """A run whose judge, and another judge and model, are paid; it has a few questions of its own."""
     paid = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
     return {
@@ -232,25 +229,22 @@ def asked(tmp_path):
     return str(path)
 
 
-def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, asked):  # noqa: F811
+def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, asked):
     """All that notebooks 03, 05 and 06 buy of a judge, a second judge and another model."""
     server.answers = Talker(server, 1.0)
     labels = Path(asked).with_name("labelled.csv")
     labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
     changes = {"evaluation.questions": asked, "judging.labelled": str(labels)}
-    run = rows.open_run("tiny", "paid", buyer(server, **changes))
+    run = store.open_run("tiny", "paid", buyer(server, **changes))
     load = workload.workload(run.recipe)
-    scores.judge_scores(run)
+    table_of(run, "judge")
     who = {work.who: work.rows for work in load.works if work.stage == "labelled"}
     assert who == {"judge": 4, "judges.second": 4}
-    bought = rows.read_rows(run.rows("labelled"))
-    assert len(bought) == 8
-    sampled = rows.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
-    judging.verdict_rows(sampled, "verdicts", judging.judge(run)[: workload.SAMPLED])
-    evaluation.answer(run)
-    contests.duel(run)
-    scores.several_judges(run)
-    scores.benchmark_rows(run)
+    assert len(store.read_rows(run.rows("labelled"))) == 8
+    sampled = store.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
+    judge_pairs(sampled, sao.rows(run, "verdicts")[:SAMPLED], run.recipe.judging_model)
+    evaluate.answers(run)
+    table_of(run, "win rate", "comparison", "benchmark")
     assert load.bill.keys() == {"judge", "others.rival", "judges.second"}
     most = sum(
         most for _, most in load.bill.values()
@@ -260,20 +254,19 @@ def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, as
     assert spent(run) == spent(sampled) == pytest.approx(paid)
 
 
-def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):  # noqa: F811
+def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     """The whole bill of a generator that writes, with what notebooks 01 and 02 try beside the run."""
     server.answers = Talker(server, 1.0)
     model = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
     changes = {f"model.{key}": value for key, value in model.items()}
-    run = rows.open_run("tiny", "written", {**SMALL, **changes})
+    run = store.open_run("tiny", "written", {**SMALL, **changes})
     works = workload.workload(run.recipe).works
-    write_responses(run)
+    sao.rows(run, "responses")
     assert {w.stage for w in works} == {"prompts", "responses", "verdicts", "labelled", "variants"}
-    write_prompts(rows.variant(run, "no-persona", {"prompts.with_persona": False}))
+    sao.rows(store.variant(run, "no-persona", {"prompts.source": "no_persona"}), "prompts")
     for temperature in (0.2, 0.6, 1.0):
-        write_responses(
-            rows.variant(run, f"T-{temperature}", {"responses.temperature": temperature})
-        )
+        warm = {"responses.temperature": temperature}
+        sao.rows(store.variant(run, f"T-{temperature}", warm), "responses")
     judged = [w for w in works if "verdicts" in w.stage + w.part or w.stage == "labelled"]
     made = [w for w in works if w not in judged]
     most = sum(w.dollars[1] for w in made if w.stage in ("prompts", "responses", "variants"))
@@ -285,13 +278,13 @@ def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
 @pytest.mark.parametrize("name", ["m", "nobody/of-this-name"])
 def test_a_servers_model_is_followed_from_personas_to_pairs_without_a_tokenizer(
     results,
-    server,  # noqa: F811
+    server,
     name,
 ):
     server.answers = Talker(server, 0.5)
     model = settings(server, concurrency=1).model_dump() | {"path": name}
     changes = {f"model.{key}": value for key, value in model.items()} | {"pairs.max_tokens": 200}
-    steps = funnel(rows.open_run("tiny", "followed", {**SMALL, **changes}))
-    assert steps[0] == ("personas", 20) and steps[-1] == ("pairs", 20)
-    short = rows.open_run("tiny", "followed", {**SMALL, **changes, "pairs.max_tokens": 50})
-    assert ("too long", -20) in funnel(short)
+    steps = sao.funnel(store.open_run("tiny", "followed", {**SMALL, **changes}))
+    assert steps[0] == ("asked for", 20) and steps[-1] == ("pairs", 20)
+    short = store.open_run("tiny", "followed", {**SMALL, **changes, "pairs.max_tokens": 50})
+    assert ("too long", -20) in sao.funnel(short)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 from sao_utils.recipe import RecipeError
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.labelled import labelled_pairs
@@ -144,7 +145,7 @@ def file_of_pairs(tmp_path_factory):
     for k, text in enumerate(world.held_out_questions("dev", 1, seed=3)[:60]):
         question, rng = world.parse_question(text), random.Random(k)
         good = bad = str(world.draw_answer(rng, question, flawed=False))
-        while world.inspect_answer(question, bad).good:  # not every draw has a flaw
+        while inspect_answer(question, bad).good:  # not every draw has a flaw
             bad = str(world.draw_answer(rng, question, flawed=True))
         subset = ("long", "short, odd")[k % 2]
         lines.append({"prompt": text, "chosen": good, "rejected": bad, "subset": subset})

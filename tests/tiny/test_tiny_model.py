@@ -7,9 +7,10 @@ import pytest
 from sao_utils import store as rows
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.registry import load_engine
+from sao_utils.evaluation.judge_quality import judge_quality
 from sao_utils.oracles import tiny_world as world
+from sao_utils.oracles.tiny_oracle import inspect_answer
 from sao_utils.recipes import load_recipe
-from sao_utils.report import results
 from sao_utils.stages import judging
 from sao_utils.tiny import card as tiny_card
 
@@ -28,15 +29,14 @@ def test_greedy_answers_leave_room_above(recipe):
     good = 0
     for batch in engine.generate(chats, Sampling(0.0, 128), [0] * len(chats)):
         for k, reply in batch:
-            good += world.inspect_answer(world.parse_question(asked[k]), reply.text).good
+            good += inspect_answer(world.parse_question(asked[k]), reply.text).good
     assert 0.3 < good / len(asked) < 0.7
 
 
 def test_the_judge_is_right_on_its_own_pairs_of_held_out_questions(recipe, tmp_path):
-    verdicts = tiny_card.held_out_pairs(rows.Run(recipe, tmp_path))
-    found = results.judge_quality(verdicts, 500)
-    assert found["self_judge.accuracy"].low > 0.9 and found["self_judge.accuracy"].n > 50
-    assert found["self_judge.valid_rate"].value > 0.95
+    found = judge_quality(tiny_card.held_out_pairs(rows.Run(recipe, tmp_path)), 500)
+    assert found["accuracy"].low > 0.9 and found["accuracy"].n > 50
+    assert found["valid verdicts"].value > 0.95
 
 
 def test_the_papers_sampled_verdicts_agree_with_the_forced_ones_where_the_margin_is_clear(
@@ -49,8 +49,8 @@ def test_the_papers_sampled_verdicts_agree_with_the_forced_ones_where_the_margin
         question, rng = world.parse_question(text), random.Random(k)
         answers = [str(world.draw_answer(rng, question, flawed)) for flawed in (False, True)]
         pairs.append({"id": str(k), "prompt": text, "responses": answers})
-    forced = judging.verdict_rows(run, "forced", pairs)
-    spoken = judging.verdict_rows(rows.Run(sampled, tmp_path), "spoken", pairs)
+    forced = judging.judge_pairs(run, pairs, recipe.model, "forced")
+    spoken = judging.judge_pairs(rows.Run(sampled, tmp_path), pairs, recipe.model, "spoken")
     clear = [(f, s) for f, s in zip(forced, spoken) if f["margin"] and abs(f["margin"]) > 5]
     assert len(clear) > 20
     assert all((f["margin"] > 0) == (s["margin"] > 0) for f, s in clear)
@@ -63,5 +63,5 @@ def test_the_card_says_what_the_model_is_and_is_not():
 
     card = (Path(model_folder("tiny")) / "README.md").read_text(encoding="utf-8")
     assert "proves nothing about large models" in card
-    for label in tiny_card.MEASURES.values():
+    for label in (*tiny_card.OF_THE_RUN, *tiny_card.OF_THE_JUDGE):
         assert f"| {label} |" in card

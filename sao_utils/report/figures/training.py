@@ -70,7 +70,7 @@ def sums_and_means(pairs: list[dict], beta: float, gamma: float):
     """What dividing by the length changes, on real pairs: their difference by length difference.
 
     Args:
-        pairs: rows {logp_chosen, len_chosen, logp_rejected, len_rejected} of `training.fit.pair_logps`;
+        pairs: rows {logp_chosen, len_chosen, logp_rejected, len_rejected} of `training.logps.pair_logps`;
             logp summed over the answer, nats.
     """
     figure, (left, right) = style.new(3.8, 1, 2, sharex=True)
