@@ -1,0 +1,113 @@
+"""The oracle of the tiny world: it reads any answer and counts its flaws, exactly."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sao_utils.oracles.tiny_world import (
+    CLOSERS,
+    FLAWS,
+    NEIGHBOUR,
+    OPENERS,
+    SENTENCES,
+    TRUTH,
+    VALUES,
+    Question,
+    pattern_of,
+)
+
+_SENTENCE_PATTERNS = [(a, pattern_of(s)) for a, variants in SENTENCES.items() for s in variants]
+_OPENER_PATTERNS = [pattern_of(s) for s in OPENERS if s]
+_CLOSER_PATTERNS = [pattern_of(s) for s in CLOSERS]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the oracle found: the number of flaws of each kind (`FLAWS`)."""
+
+    flaws: dict[str, int]
+    sentences: tuple[tuple[int, str], ...]  # (end position in the text, verdict on the sentence)
+
+    @property
+    def quality(self) -> int:
+        """Minus the number of flaws: 0 is perfect."""
+        return -sum(self.flaws.values())
+
+    @property
+    def good(self) -> bool:
+        """No flaw at all."""
+        return self.quality == 0
+
+
+def inspect_answer(question: Question, text: str) -> Inspection:
+    """Count the flaws of an answer exactly.
+
+    Args:
+        question: what was asked.
+        text: the answer, any string (an empty one misses everything and is unfinished).
+
+    Returns:
+        An `Inspection`. Each flaw counts one: an asked aspect that is missing, a wrong value, a
+        statement made again, a statement about another hobby, one that nobody asked for, no
+        closing sentence at the end, and (once) sentences outside the grammar.
+    """
+    flaws = dict.fromkeys(FLAWS, 0)
+    stated: set[tuple[str, str]] = set()
+    covered: set[str] = set()
+    verdicts = []
+    pieces = [
+        (m.group().strip(), m.end())
+        for m in re.finditer(r"[^.!?]+[.!?]*", text)
+        if m.group().strip()
+    ]
+    finished = False
+    for i, (sentence, end) in enumerate(pieces):
+        last = i == len(pieces) - 1
+        statement = _parse_statement(sentence)
+        if statement is None:
+            closer = _matches(_CLOSER_PATTERNS, sentence, question.hobby)
+            opener = i == 0 and _matches(_OPENER_PATTERNS, sentence, question.hobby)
+            finished = last and closer
+            broken_off = last and sentence[-1] not in ".!?"
+            if not (opener or finished or broken_off):
+                flaws["garbled"] = 1
+            verdicts.append((end, "frame"))
+            continue
+        hobby, aspect, value = statement
+        hobby = hobby or question.hobby
+        if (hobby, aspect) in stated:
+            kind = "repeated"
+        elif hobby != question.hobby:
+            kind = "off_topic"
+        elif aspect not in question.aspects:
+            kind = "extra"
+        elif value != TRUTH[hobby, aspect]:
+            kind = "wrong"
+        else:
+            kind = "right"
+        stated.add((hobby, aspect))
+        if kind in ("right", "wrong"):
+            covered.add(aspect)
+        if kind != "right":
+            flaws[kind] += 1
+        verdicts.append((end, kind))
+    flaws["missing"] = len(set(question.aspects) - covered)
+    flaws["unfinished"] = int(not finished)
+    return Inspection(flaws, tuple(verdicts))
+
+
+def _matches(patterns: list[re.Pattern], sentence: str, hobby: str) -> bool:
+    found = (pattern.fullmatch(sentence) for pattern in patterns)
+    return any(m and m.groupdict().get("hobby", hobby) == hobby for m in found)
+
+
+def _parse_statement(sentence: str) -> tuple[str | None, str, str] | None:
+    """(hobby or None, aspect, value) of a sentence; None when it states no fact."""
+    for aspect, pattern in _SENTENCE_PATTERNS:
+        match = pattern.fullmatch(sentence)
+        if match and match["value"] in VALUES[aspect]:
+            hobby = match.groupdict().get("hobby")
+            if hobby is None or hobby in NEIGHBOUR:
+                return hobby, aspect, match["value"]
+    return None
