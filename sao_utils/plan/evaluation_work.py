@@ -20,9 +20,14 @@ from sao_utils.recipe import Evaluation, Model, Recipe, RecipeError
 # ---------------------------------------------------------------------------- own questions
 
 
-def _competitors(recipe: Recipe) -> list[tuple[str, Model, int]]:
-    """(key of the recipe, model, how many): base and tuned models, and each of `others`."""
-    own = 1 + len(recipe.arms) * len(recipe.seeds)
+def _competitors(recipe: Recipe, controls: bool = True) -> list[tuple[str, Model, int]]:
+    """(key of the recipe, model, how many): base and tuned models, and each of `others`.
+
+    Args:
+        controls: with those of the arm "self"; as in `report.sections.compared` without.
+    """
+    arms = 1 if "self" in recipe.arms and not controls else len(recipe.arms)
+    own = 1 + arms * len(recipe.seeds)
     return [
         ("model", recipe.model, own),
         *((f"others.{name}", model, 1) for name, model in recipe.others.items()),
@@ -80,16 +85,14 @@ def task_work(recipe: Recipe, notes: list[str]) -> Iterator[Work]:
     settings = recipe.evaluation
     if not settings.tasks:
         return
-    tuned = 1 if "self" in recipe.arms else len(recipe.arms)  # as `report.sections.compared`
     takers = []
-    for who, model, count in _competitors(recipe):
+    for who, model, count in _competitors(recipe, controls=False):
         if model.engine == "api":
             notes.append(f"A server cannot do evaluation.tasks: {who} has none.")
             continue
         if model.engine != "transformers":
             changes = {"engine": "transformers", "quantisation": "none", "workers": 0}
             model = model.model_copy(update=changes)
-        count = 1 + tuned * len(recipe.seeds) if who == "model" else count
         takers.append((who, model, count))
     unknown = []
     try:
@@ -189,10 +192,10 @@ def benchmark_work(recipe: Recipe, rates: Rates, notes: list[str]) -> Iterator[W
     judges = [("", own, recipe.judging_model)]
     judges += [(f"judges.{name}", f"judges.{name}", m) for name, m in recipe.judges.items()]
     most = {"arena_hard": arena_hard.MAX_TOKENS, "mt_bench": mt_bench.VERDICT_TOKENS}
-    seen: set[str] = set()
+    compared, seen = _competitors(recipe, controls=False), set()
     for name in settings.benchmarks:
         asked = _asked(settings, name, seen, notes)
-        for who, model, count in _competitors(recipe):
+        for who, model, count in compared:
             yield Work(
                 "benchmark_answers",
                 who,
@@ -202,7 +205,7 @@ def benchmark_work(recipe: Recipe, rates: Rates, notes: list[str]) -> Iterator[W
                 *_mean(asked.answers, usual, limit, (usual, limit)),
                 name if who == "model" else f"{name}, {who}",
             )
-        judged = sum(count for _, _, count in _competitors(recipe)) - (not asked.base_too)
+        judged = sum(count for _, _, count in compared) - (not asked.base_too)
         for label, who, model in judges if asked.verdicts else ():
             written = (
                 (ARGUED[name], most[name]) if asked.argues else verdict_tokens(model, 0, False)

@@ -41,7 +41,7 @@ def render(made: Plan, actual: dict | None = None) -> str:
         lines += ["", "What does not fit, and the key to change:"]
         lines += [f"- {problem}" for problem in made.problems]
     elif any(stage.memory for stage in made.stages):
-        lines += ["", "It fits."]
+        lines += ["", f"It fits {'into memory' if made.machine == 'CPU' else 'the GPU'}."]
     return "\n".join([*lines, "", *made.notes])
 
 

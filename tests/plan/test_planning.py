@@ -390,7 +390,9 @@ def test_several_gpus_generate_together_only_with_workers():
 
 
 def test_more_processes_share_the_states_of_full_fine_tuning():
-    recipe = load_recipe("paper")
+    recipe = load_recipe(
+        "paper", {"training.token_budget": 2048, "training.gradient_checkpointing": "on"}
+    )
     one, four = (
         training_gib(recipe.model, recipe.training, 2048, find_gpu("A100-80"), processes=n)[0]
         for n in (1, 4)
@@ -448,7 +450,7 @@ def test_without_the_reference_run_a_cpus_hours_are_not_planned(tmp_path, monkey
     monkeypatch.setattr(workload, "REFERENCE", tmp_path)
     made = plan(load_recipe("tiny"))
     assert {stage.hours for stage in made.stages} == {None}
-    assert "hours are not planned" in render(made)
+    assert "Hours on a CPU take a trial" in render(made)
     monkeypatch.undo()
     assert all(stage.hours is not None for stage in plan(load_recipe("tiny")).stages)
 
