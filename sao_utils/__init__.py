@@ -6,6 +6,7 @@ one below, and no two modules import each other in a circle (tests/test_house.py
     recipe       settings of a run, validated; which models a run has
     colab        installation into a notebook that is already open
     machine      versions and hardware, for a run's manifest
+    disk         files that are written whole, and locks between processes
     recipes      the recipes that come along, and how one is loaded
     store        a run's folder: rows that are only added to, resume, manifest
     files        a user's tables: JSON lines, JSON, CSV, TSV, Parquet

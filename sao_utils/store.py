@@ -6,7 +6,6 @@ produced it, so a stage that is run again does only what is missing.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from sao_utils import colab
+from sao_utils.disk import lock, turn, write_whole
 from sao_utils.machine import hardware, versions
 from sao_utils.recipe import Model, Recipe, RecipeError, is_task_file
 from sao_utils.recipes import load_recipe
@@ -142,26 +142,6 @@ def input_files(recipe: Recipe) -> list[Path]:
     return [Path(name) for name in named if name and name not in NAMES and Path(name).is_file()]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed.
-
-    Raises:
-        OSError: it could not be written, and is as it was before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        reason = error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason += ". What was made so far is kept; free some disk and run again"
-        raise OSError(error.errno, reason, str(path)) from error
-
-
 def row_id(*parts: object) -> str:
     """A hash of what produces a row: any JSON values and pydantic models."""
     plain = [p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts]
@@ -194,48 +174,6 @@ def read_rows(path: Path) -> list[dict]:
                 f"{path}, line {number} is not a row. Remove that line; it will be made again."
             ) from None
     return rows
-
-
-class Busy(RuntimeError):
-    """Another process is making the same rows."""
-
-
-def lock(file, path: Path, wait: bool = False) -> None:
-    """Keep a second process from writing the same file. Freed by closing, also by a kill.
-
-    Raises:
-        Busy: another process has it, and we do not `wait` for that.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise Busy(
-            f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
-            "(a notebook's kernel counts), or take another run name."
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
-            raise
-        # A mounted Drive, and some network disks, have no locks; then there is none.
-
-
-@contextmanager
-def turn(path: Path, what: Path | None = None, wait: bool = True) -> Iterator[None]:
-    """One process at a time, the others wait.
-
-    Args:
-        path: an empty file to tell by, made if need be.
-        what: what is done in turns, for a message.
-        wait: or else raise `Busy`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        lock(file, what or path, wait)
-        yield
 
 
 def _drop_torn_line(path: Path) -> None:

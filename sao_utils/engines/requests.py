@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sao_utils.disk import Busy, turn
 from sao_utils.engines.api import VERDICT_TOKENS
 from sao_utils.engines.base import encode, limit_met
 from sao_utils.engines.loading import load_tokenizer, model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 from sao_utils.store import (
-    Busy,
     Run,
     complete,
     make_rows,
@@ -35,7 +35,6 @@ from sao_utils.store import (
     row_id,
     seed_of,
     standing,
-    turn,
 )
 
 #: What a stage that keeps rows of its own takes over from a reply, beside its text.

@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from sao_utils.disk import write_whole
 from sao_utils.files import read_table
 from sao_utils.recipe import Evaluation, RecipeError
-from sao_utils.store import write_whole
 
 #: benchmark -> its folder beside others, as its own program names it.
 OFFICIAL = {"alpaca_eval": "alpaca_eval", "arena_hard": "arena-hard-v0.1", "mt_bench": "mt_bench"}

@@ -26,6 +26,7 @@ from functools import partial
 from itertools import combinations
 from types import ModuleType
 
+from sao_utils.disk import write_whole
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import replies
@@ -37,7 +38,7 @@ from sao_utils.evaluation.tiny_benchmarks import COUNTERPART, TINY, chat_of, cho
 from sao_utils.recipe import Evaluation, Model, RecipeError
 from sao_utils.statistics.intervals import Interval, win_rate
 from sao_utils.statistics.ratings import kappa
-from sao_utils.store import Run, write_whole
+from sao_utils.store import Run
 
 #: benchmark -> how it is judged, scored and written down.
 PROTOCOLS: dict[str, ModuleType] = {

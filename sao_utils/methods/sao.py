@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from sao_utils.disk import write_whole
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.questions import evaluated_prompts
 from sao_utils.machine import versions
@@ -21,7 +22,7 @@ from sao_utils.stages.pairs import build_pairs
 from sao_utils.stages.personas import draw_personas
 from sao_utils.stages.prompts import select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
-from sao_utils.store import Run, input_files, record, write_whole
+from sao_utils.store import Run, input_files, record
 from sao_utils.training.fit import fit
 from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.processes import is_main

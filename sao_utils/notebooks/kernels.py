@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sao_utils.disk import write_whole
 from sao_utils.machine import gpu_name
 from sao_utils.recipe import is_task_file
-from sao_utils.store import Run, write_whole
+from sao_utils.store import Run
 
 ERROR_LINES = 8  # of a cell's error message; long ones end with what matters
 #: What a kernel imports while the notebook before its own still runs: 5 seconds that nobody waits for.

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sao_utils.disk import Busy, turn, write_whole
 from sao_utils.engines.base import EngineError
 from sao_utils.engines.loading import find, model_name
 from sao_utils.engines.registry import load_engine
@@ -26,7 +27,7 @@ from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, s
 from sao_utils.recipe import Recipe, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 from sao_utils.stages.labelled import labelled_pairs
-from sao_utils.store import Busy, Run, input_files, turn, write_whole
+from sao_utils.store import Run, input_files
 
 #: The folder of the notebooks, beside the package in a checkout.
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from sao_utils.disk import write_whole
 from sao_utils.machine import versions
 from sao_utils.methods.sao import pairs as pairs_of
 from sao_utils.methods.sao import rows as rows_of
@@ -21,7 +22,7 @@ from sao_utils.recipe import Arm
 from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import NOT_COMPARABLE, in_words, models, what
 from sao_utils.stages.personas import HUB_PERSONAS
-from sao_utils.store import Run, write_whole
+from sao_utils.store import Run
 
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.

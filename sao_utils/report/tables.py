@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from sao_utils.disk import write_whole
 from sao_utils.methods.sao import pairs as pairs_of
 from sao_utils.report.table import select, value_of
 from sao_utils.report.words import HEADING, NOT_COMPARABLE, markdown, number
-from sao_utils.store import Run, results_folder, write_whole
+from sao_utils.store import Run, results_folder
 
 DAGGER = "†"
 #: table of the paper -> (what it shows, benchmarks that answer the same question)

@@ -1,18 +1,15 @@
 """Numbers with 95 % intervals.
 
 Which function for what:
-
 - a win rate, or another share: `win_rate` (`clustered_mean` of booleans is the same);
 - a win rate at equal length: `length_control.length_controlled_win_rate`;
 - a difference of two models on the same questions: `clustered_difference`;
-- anything over several trainings, or that is no share: `clustered_mean`;
-- how many prompts a difference takes, and which of many are more than noise: `power`.
+- anything over several trainings, or that is no share: `clustered_mean`.
 
-Questions about the same hobby and aspects are alike, and so are the answers to one question by
-several seeds: what counts is the number of *clusters*, not of values. A cluster is named by
-anything that can be compared for equality (a string, a number, a tuple or list of those).
-Values of several seeds are concatenated, each with the cluster of its question and the seed as
-its `runs`. An interval then also holds what other seeds would have changed (`errors.add_trainings`).
+Questions about the same hobby and aspects are alike, and so are several seeds' answers to one question:
+what counts is the number of *clusters*, not of values. Anything that can be compared for equality names
+a cluster. Values of several seeds are concatenated, each with its question's cluster and, as `runs`, its
+seed: the interval then also holds what other seeds would have changed (`errors.add_trainings`).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_folder
 from sao_utils.evaluation.judge_quality import judge_quality
 from sao_utils.evaluation.questions import questions
@@ -13,7 +14,7 @@ from sao_utils.report.table import value_of
 from sao_utils.report.words import interval_in_words
 from sao_utils.stages.judging import judge_pairs, response_pairs
 from sao_utils.stages.responses import write_responses
-from sao_utils.store import Run, open_run, row_id, write_whole
+from sao_utils.store import Run, open_run, row_id
 
 CARD = """---
 license: mit

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 
+from sao_utils.disk import write_whole
 from sao_utils.methods import sao
 from sao_utils.report.results import results
 from sao_utils.report.table import select
-from sao_utils.store import Run, open_run, results_folder, write_whole
+from sao_utils.store import Run, open_run, results_folder
 
 GRID = {
     "self": [

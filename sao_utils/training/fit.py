@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.recipe import Model, Training
-from sao_utils.store import read_rows, row_id, write_whole
+from sao_utils.store import read_rows, row_id
 from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.processes import is_main, wait_for_all
 

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from sao_utils.bench import contenders, measuring
+from sao_utils.bench import contenders, measuring, models, results
 from sao_utils.bench import training as benchmarks
 from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED, STAND_IN
 
@@ -126,7 +126,7 @@ GOOD = [
 
 
 def test_the_bars_are_met_when_the_numbers_are_good():
-    found = benchmarks.bars(GOOD, "cpu")
+    found = results.bars(GOOD, "cpu")
     assert len(found) == 8 and all(bar["met"] is True for bar in found), found
     speed = next(bar for bar in found if "tokens/s" in bar["bar"])
     assert speed["value"] == pytest.approx(1.3)
@@ -147,13 +147,13 @@ def test_the_bars_are_met_when_the_numbers_are_good():
 )
 def test_a_bar_that_is_missed_says_so(index, key, value, bar):
     spoilt = [{**r, key: value} if k == index else r for k, r in enumerate(GOOD)]
-    missed = [found["bar"] for found in benchmarks.bars(spoilt, "cpu") if not found["met"]]
+    missed = [found["bar"] for found in results.bars(spoilt, "cpu") if not found["met"]]
     assert len(missed) == 1 and bar in missed[0]
 
 
 def test_without_a_gpu_nothing_of_a_gpu_is_claimed():
     rows = benchmarks.counts(benchmarks.lengths(8), 4096) + benchmarks.not_measured()
-    found = benchmarks.report(rows, "cuda")
+    found = results.report(rows, "cuda")
     assert found["status"] == "not measured: no GPU"
     assert [b for b in found["bars"] if "gemma" in b["bar"]]
     assert all(b["met"] is None for b in found["bars"] if "128 pairs" not in b["bar"])
@@ -174,13 +174,13 @@ def test_the_bars_of_a_gpu():
         ),
         *GOOD[3:5],
     ]
-    found = benchmarks.bars(rows, "cuda")
+    found = results.bars(rows, "cuda")
     assert [bar["met"] for bar in found] == [True] * 8
     assert [bar["value"] for bar in found[:5]] == pytest.approx([1, 0, 0.4, 1.5, 1.2])
     rows[1] = row("one pair", CPO, **gemma)
-    assert benchmarks.bars(rows, "cuda")[1]["met"] is False
+    assert results.bars(rows, "cuda")[1]["met"] is False
     rows[1] = row("one pair", CPO, "not available: trl", **gemma)
-    assert benchmarks.bars(rows, "cuda")[1]["met"] is None
+    assert results.bars(rows, "cuda")[1]["met"] is None
 
 
 # ---------------------------------------------------------------------- a small run
@@ -218,7 +218,7 @@ def test_a_small_run_is_kept(small):
     folder, told = small
     name = "cpu-trial-gemma2"
     kept = list(csv.DictReader(io.StringIO((folder / f"{name}.csv").read_text())))
-    assert list(kept[0]) == list(benchmarks.COLUMNS) and len(kept) == len(told["rows"])
+    assert list(kept[0]) == list(results.COLUMNS) and len(kept) == len(told["rows"])
     for written, meant in zip(kept, told["rows"]):
         assert written["status"] == meant["status"] and written["contender"] == meant["contender"]
         if meant.get("loss") is not None:
@@ -230,8 +230,8 @@ def test_a_small_run_is_kept(small):
 
 
 def test_the_paths_for_machines_without_trl_give_the_same_loss(tmp_path):
-    policy, weights = contenders.random_policy("trial-gemma2", "cpu")
-    pairs = contenders.random_pairs([(5, 9, 7), (5, 3, 12), (5, 8, 8)], 2000)
+    policy, weights = models.random_policy("trial-gemma2", "cpu")
+    pairs = models.random_pairs([(5, 9, 7), (5, 3, 12), (5, 8, 8)], 2000)
     stand_in = contenders.by_hand(policy, pairs, 3, "cpu", liger=False)()
     gradients = []
     for step in (
@@ -252,7 +252,7 @@ def test_without_trl_the_program_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(contenders, "installed", lambda package: False)
     for package in ("trl", "trl.experimental.cpo", "trl.kernels", "trl.trainer.utils"):
         monkeypatch.setitem(sys.modules, package, None)
-    policy, _ = contenders.random_policy("trial-gemma2", "cpu")
+    policy, _ = models.random_policy("trial-gemma2", "cpu")
     found = benchmarks.whole_step("step", policy, [(5, 9, 7)] * 2, "cpu", 1, 64, (1,))
     status = {r["contender"]: r["status"] for r in found}
     assert status[CPO].startswith("not available: trl") and status[FUSED] == status[CPO]

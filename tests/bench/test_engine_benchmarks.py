@@ -11,7 +11,8 @@ import torch
 
 from sao_utils.bench import engines as engine_benchmarks
 from sao_utils.bench import training as benchmarks
-from sao_utils.bench.engines import RAW, RAW_CHAT, STAGE, batching, main, of_shape
+from sao_utils.bench.engines import batching, main, of_shape
+from sao_utils.bench.overhead import RAW, RAW_CHAT, STAGE
 
 
 def read(folder, name):

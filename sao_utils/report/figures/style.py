@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 
-from sao_utils.store import Run, write_whole
+from sao_utils.disk import write_whole
+from sao_utils.store import Run
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"

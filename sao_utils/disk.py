@@ -1,0 +1,71 @@
+"""Files that are whole or not there at all, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whenever the process is killed.
+
+    Raises:
+        OSError: it could not be written, and is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason += ". What was made so far is kept; free some disk and run again"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+class Busy(RuntimeError):
+    """Another process is making the same rows."""
+
+
+def lock(file, path: Path, wait: bool = False) -> None:
+    """Keep a second process from writing the same file. Freed by closing, also by a kill.
+
+    Raises:
+        Busy: another process has it, and we do not `wait` for that.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise Busy(
+            f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
+            "(a notebook's kernel counts), or take another run name."
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+            raise
+        # A mounted Drive, and some network disks, have no locks; then there is none.
+
+
+@contextmanager
+def turn(path: Path, what: Path | None = None, wait: bool = True) -> Iterator[None]:
+    """One process at a time, the others wait.
+
+    Args:
+        path: an empty file to tell by, made if need be.
+        what: what is done in turns, for a message.
+        wait: or else raise `Busy`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        lock(file, what or path, wait)
+        yield
