@@ -21,7 +21,7 @@ import torch
 
 from sao_utils import notebooks as pipeline
 from sao_utils import store as rows
-from sao_utils.bench.engines import CPU_BUILD
+from sao_utils.bench.overhead import CPU_BUILD
 from sao_utils.engines import vllm as engine_vllm
 from sao_utils.engines.base import Completion, EngineError, Sampling
 from sao_utils.engines.loading import load_model, model_folder
