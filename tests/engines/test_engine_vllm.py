@@ -5,7 +5,9 @@ an environment with a build for CPUs. There the float32 transformers engine is t
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +21,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sao_utils import notebooks as pipeline
 from sao_utils import store as rows
 from sao_utils.bench.overhead import CPU_BUILD
 from sao_utils.engines import vllm as engine_vllm
@@ -28,8 +29,9 @@ from sao_utils.engines.loading import load_model, model_folder
 from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.engines.vllm import explain
 from sao_utils.methods import sao
+from sao_utils.notebooks.run import run_notebooks
 from sao_utils.recipe import Model
-from sao_utils.stages import judging
+from sao_utils.stages.judging import judge_pairs
 
 TINY = Model(path="tiny", dtype="float32")
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
@@ -138,14 +140,24 @@ def cpu_build():
 
 @pytest.fixture(scope="module")
 def address(cpu_build, tmp_path_factory):
-    """Where vLLM's own server serves the tiny model; it starts while other tests run."""
+    """Where vLLM's own server serves the tiny model; it starts while other tests run.
+
+    In its folder the model has defaults that would show in every reply, as Qwen2.5 has: a request says
+    all of its settings, so none of them may.
+    """
+    folder = tmp_path_factory.mktemp("server") / "tiny"
+    shutil.copytree(model_folder("tiny"), folder)
+    kept = folder / "generation_config.json"
+    own = json.loads(kept.read_text()) if kept.exists() else {}
+    shows = {"repetition_penalty": 2.0, "top_k": 2, "temperature": 1.5, "min_p": 0.3}
+    kept.write_text(json.dumps(own | shows))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = open(tmp_path_factory.mktemp("server") / "log", "wb")
+    log = open(folder.with_name("log"), "wb")
     server = subprocess.Popen(
         [os.environ["SAO_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
-        + ["--model", model_folder("tiny"), "--served-model-name", "served-tiny"]
+        + ["--model", str(folder), "--served-model-name", "served-tiny"]
         + ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)],
         stdout=log,
         stderr=log,
@@ -211,6 +223,10 @@ def test_one_load_serves_prompts_responses_and_verdicts(engine, results):
     assert used == {engine.child.process.pid}
 
 
+def with_adapter(model, folder):
+    return model.model_copy(update={"adapter": str(folder)})
+
+
 def flat(model, section="model"):
     return {f"{section}.{key}": value for key, value in model.model_dump().items()}
 
@@ -236,7 +252,7 @@ def test_rows_stream_in_and_after_a_killed_child_a_notebook_makes_the_rest(resul
     kept = rows.read_rows(run.rows("responses"))
     assert len(kept) == sum(sizes) > 0
     with watched_children() as children:
-        pipeline.run_notebooks(run, only="02", say=lambda *_, **__: None)
+        run_notebooks(run, only="02", log=lambda *_, **__: None)
     every = rows.read_rows(run.rows("responses"))
     assert every[: len(kept)] == kept and len(every) > len(kept)
     assert len({row["id"] for row in every}) == len(every) == len(sao.rows(run, "responses"))
@@ -284,9 +300,20 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     theirs = all_of(server.generate(CHATS, greedy, [0] * 4))
     assert {k: reply.text for k, reply in theirs.items()} == {k: r.text for k, r in ours.items()}
     assert all(reply.finished and reply.tokens for reply in theirs.values())
+    # Without its settings a request gets the folder's defaults; else this would test nothing.
+    body = {"model": "served-tiny", "messages": CHATS[0], "max_tokens": 60, "seed": 0}
+    asked = urllib.request.Request(
+        f"{address}/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        text = json.load(answer)["choices"][0]["message"]["content"]
+    assert text.strip() != ours[0].text
     run = rows.open_run("tiny", "judged", {**flat(TINY), "prompts.count": 15})
     other = rows.variant(run, "server", flat(by_url, "judge"))
-    mine, served = sao.rows(run, "verdicts"), judging.judge(other)
+    mine = sao.rows(run, "verdicts")
+    served = judge_pairs(other, mine, other.recipe.judging_model)
     assert [row["outcome"] for row in mine] == [row["outcome"] for row in served]
     judged = [(a, b) for a, b in zip(mine, served) if a["margin"] is not None]
     assert judged
@@ -336,7 +363,7 @@ def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_pat
     sampling = Sampling(0.0, 30)
     told = {}
     for model in (TINY, SERVED):
-        tuned = load_engine(model, tmp_path)
+        tuned = load_engine(with_adapter(model, tmp_path))
         told[model.engine] = all_of(tuned.choose(CHATS, "ranking:", CHOICES))
         replies = all_of(tuned.generate(CHATS, sampling, [0] * 4))
         told[model.engine, "replies"] = replies
@@ -348,7 +375,7 @@ def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_pat
     for k, odds in all_of(load_engine(TINY).choose(CHATS, "ranking:", CHOICES)).items():
         assert found[k] == pytest.approx(odds, abs=1e-4)
         assert found[k] != pytest.approx(told["vllm"][k], abs=1e-2)
-    assert base.child is load_engine(SERVED, tmp_path).child
+    assert base.child is load_engine(with_adapter(SERVED, tmp_path)).child
 
 
 @vllm_test
@@ -359,9 +386,11 @@ def test_a_whole_model_that_was_trained_takes_the_place_of_the_model_until_unloa
             weight.mul_(1.02)
     model.save_pretrained(str(tmp_path))
     before = load_engine(SERVED).child.process.pid
-    tuned = load_engine(SERVED, tmp_path)
+    tuned = load_engine(with_adapter(SERVED, tmp_path))
     found = all_of(tuned.choose(CHATS, "ranking:", CHOICES))
-    for k, odds in all_of(load_engine(TINY, tmp_path).choose(CHATS, "ranking:", CHOICES)).items():
+    for k, odds in all_of(
+        load_engine(with_adapter(TINY, tmp_path)).choose(CHATS, "ranking:", CHOICES)
+    ).items():
         assert found[k] == pytest.approx(odds, abs=1e-4)
     assert gone(before), "two children at a time would not fit on a GPU"
     unload_engines()  # `tuned` still refers to it
@@ -407,7 +436,9 @@ def test_the_child_and_what_it_started_die_with_the_parent(monkeypatch):
     """The parent is killed in the middle of a call: it can say goodbye to nobody."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     script = (
-        "from sao_utils.engines.base import *; from sao_utils.recipe import Model\n"
+        "from sao_utils.engines.base import Sampling\n"
+        "from sao_utils.engines.registry import load_engine\n"
+        "from sao_utils.recipe import Model\n"
         "engine = load_engine(Model(path='tiny', dtype='float32', engine='vllm'))\n"
         "print(engine.child.process.pid, flush=True)\n"
         "chats = [[{'role': 'user', 'content': f'Tell me about {k}.'}] for k in range(3_000)]\n"
