@@ -150,7 +150,10 @@ def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
 
 def _as_measured(stage: Stage, measured: dict) -> Stage:
     """With the seconds a row (in training, a token) of the reference run, on two CPU cores."""
-    alike = [s for name, s in measured.items() if name.split("-")[0] == stage.name.split("-")[0]]
+    arm = stage.name.split("-")[0]
+    alike = [s for name, s in measured.items() if name.split("-")[0] == arm]
+    if arm.startswith("training") and not alike:  # a trial trains one arm only
+        alike = [s for name, s in measured.items() if name.startswith("training")]
     alike = [s for s in alike if s.get("made") or s.get("tokens")]
     if not alike:
         return stage
