@@ -97,17 +97,20 @@ class Model(Section):
 
 
 class Prompts(Section):
-    source: Literal["persona", "no_persona", "pre_query", "file"] = Field(
+    source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = Field(
         "persona",
         description="persona: the paper's template; no_persona: its ablation; pre_query: the model "
-        "writes the user's turn by itself, with the persona in the system turn; file: your own prompts",
+        "writes the user's turn by itself, with the persona in the system turn; keywords: SynPO's "
+        "self-prompt generator; file: your own prompts",
     )
     personas: str | None = Field(
         "tiny",
         description='"tiny", "hub" (Persona-Hub), or a file with a column "persona"; null: none',
     )
     data: str | None = Field(
-        None, description="of source=file: a file, or the name of a data set on the hub"
+        None,
+        description="of source=file: a file, or the name of a data set on the hub; of source=keywords "
+        'the corpus: "tiny", such a file or data set, or a .txt file of paragraphs',
     )
     config: str | None = Field(None, description="configuration of a data set on the hub")
     split: str = Field("train", description="split of a data set on the hub")
@@ -130,8 +133,10 @@ class Prompts(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if (self.source == "file") != (self.data is not None):
-            raise ValueError("source=file and data belong together: set both, or neither")
+        if (self.source in ("file", "keywords")) != (self.data is not None):
+            raise ValueError(
+                "source=file or keywords and data belong together: set both, or neither"
+            )
         if self.source in ("persona", "no_persona") and self.personas is None:
             raise ValueError(f"source={self.source} needs personas (tiny, hub or a file)")
         return self
@@ -211,6 +216,45 @@ class Training(Section):
         return self
 
 
+class SFT(Section):
+    """How a helper of SynPO is trained: what differs from `training`."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+
+
+class SynPO(Section):
+    seeds: str = Field("tiny", description='"tiny", or a file with columns prompt and answer')
+    seed_count: int = Field(ge=1, description="seed items, a seed: prompts with a gold answer")
+    generator: SFT = Field(description="of the self-prompt generator")
+    improver: SFT = Field(description="of the response improver")
+    scorer: str = Field(
+        "self", description='"self", "oracle", or the path or hub name of a reward model'
+    )
+    check: str | None = Field(
+        None,
+        description="questions (as evaluation.questions) to check the improver on; null: a tenth of the "
+        "seed items, kept from training",
+    )
+    threshold: float = Field(ge=0, description="gap of scores above which a pair is kept")
+    max_repetition: float = Field(0.5, gt=0, le=1, description="of a text; more is dropped")
+    max_pairs: int | None = Field(None, ge=1, description="pairs drawn of a round; null: all")
+    rejected: Literal["base", "previous"] = Field(
+        "base", description="whose answers are rejected: the base's, or the last round's"
+    )
+
+
+class Iterations(Section):
+    start: Literal["base", "previous"] = Field(
+        "base", description="what a round's training starts from"
+    )
+    grow: bool = Field(True, description="train on the pairs of earlier rounds, too")
+    judge: Literal["current", "base"] = Field(
+        "current", description="who judges: each round's model, or always the base"
+    )
+
+
 class Evaluation(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     questions: str = Field(
@@ -253,6 +297,8 @@ class Recipe(Section):
     name: str
     about: str = ""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
+    method: Literal["sao", "synpo"] = "sao"
+    rounds: int = Field(1, ge=1, description="iterations: the tuned model makes the next data")
     arms: tuple[Arm, ...] = ("self",)
     model: Model
     judge: Model | None = Field(None, description="another judge than the model itself")
@@ -262,6 +308,8 @@ class Recipe(Section):
     pairs: Pairs
     training: Training
     evaluation: Evaluation
+    iterations: Iterations = Iterations()
+    synpo: SynPO | None = Field(None, description="of method=synpo")
     others: dict[str, Model] = Field(
         default_factory=dict, description="more models to evaluate beside base and tuned, by name"
     )
@@ -292,6 +340,12 @@ class Recipe(Section):
                 raise ValueError(f"{name} names a value twice: {list(values)}")
             if name != "arms" and min(values) < 0:
                 raise ValueError(f"{name} must not be negative: {list(values)}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self):
+        if self.method == "synpo" and self.synpo is None:
+            raise ValueError("method=synpo needs a section synpo")
         return self
 
     @model_validator(mode="after")
