@@ -54,7 +54,9 @@ def test_the_oracle_scores_by_the_difference_of_flaws(run, pairs):
 def test_a_judge_scores_by_its_margin(run, pairs):
     judge = run.recipe.model
     scored = score_gaps(run, pairs, Scorer("judge", judge))
-    assert [row["gap"] for row in scored] == [row["margin"] for row in judge_pairs(run, pairs, judge)]
+    assert [row["gap"] for row in scored] == [
+        row["margin"] for row in judge_pairs(run, pairs, judge)
+    ]
     assert any(row["gap"] for row in scored)
 
 
@@ -121,7 +123,9 @@ def test_repetition_is_the_share_of_runs_of_three_words_that_came_before(text, s
 
 
 def scored(k, **changes):
-    row = side_by_side([(response("a", ANSWERS[0], f"p{k}"), response("b", ANSWERS[2], f"p{k}"))])[0]
+    row = side_by_side([(response("a", ANSWERS[0], f"p{k}"), response("b", ANSWERS[2], f"p{k}"))])[
+        0
+    ]
     return {**row, "gap": 3.0, "outcome": None, "margin": None, **changes}
 
 
