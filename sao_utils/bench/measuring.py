@@ -117,7 +117,8 @@ def interleaved(
         for key, work in ready.items():
             if all(one["status"] == "ok" for one in found[key]):
                 found[key].append(measure(work, device, whole))
-                print(".", end="", flush=True, file=sys.stderr)
+                if sys.stderr.isatty():
+                    print(".", end="", flush=True, file=sys.stderr)
     merged = {}
     for key, several in found.items():
         merged[key] = one = {**several[-1], "repeats": len(several)}

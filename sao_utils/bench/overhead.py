@@ -45,7 +45,7 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
     from sao_utils.engines.base import Sampling
     from sao_utils.engines.registry import load_engine, unload_engines
     from sao_utils.methods import sao
-    from sao_utils.recipe import load_recipe
+    from sao_utils.recipes import load_recipe
     from sao_utils.stages.responses import write_responses
     from sao_utils.store import Run, seed_of
 
@@ -68,8 +68,8 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
             return [row["text"] for row in write_responses(run, prompts, model)]
 
         peer = raw_vllm if kind == "vllm" else raw_call
-        with peer(engine, chats, sampling, seeds) as raw:
-            works = {STAGE: stage, "one raw call": raw}
+        with peer(engine, chats, sampling, seeds) as (name, raw):
+            works = {STAGE: stage, name: raw}
 
             def prepare(contender: str) -> Callable[[], dict]:
                 def once() -> dict:
@@ -83,7 +83,7 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
         unload_engines()
     base = {"measurement": "overhead", "shapes": "tiny", "engine": kind}
     base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
-    ours, other = found[STAGE], found["one raw call"]
+    ours, other = found.values()
     if ours["status"] == other["status"] == "ok":
         ours["ratio"] = other["seconds"] / ours["seconds"]
         if kind != "vllm":  # whose processes are not counted
@@ -92,19 +92,19 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
 
 
 @contextmanager
-def raw_call(engine, chats, sampling, seeds) -> Iterator[Callable[[], list[str]]]:
-    """One call of the kit's own engine: a function that returns the replies' texts."""
+def raw_call(engine, chats, sampling, seeds) -> Iterator[tuple[str, Callable]]:
+    """One call of the kit's own engine: its name, and a function that returns the replies' texts."""
 
     def call() -> list[str]:
         found = dict(pair for batch in engine.generate(chats, sampling, seeds) for pair in batch)
         return [found[i].text for i in range(len(chats))]
 
-    yield call
+    yield "one raw call", call
 
 
 @contextmanager
-def raw_vllm(engine, chats, sampling, seeds) -> Iterator[Callable[[], list[str]]]:
-    """`vllm.LLM.chat` on these rows: a function that returns the replies' texts.
+def raw_vllm(engine, chats, sampling, seeds) -> Iterator[tuple[str, Callable]]:
+    """`vllm.LLM.chat` on these rows: its name, and a function that returns the replies' texts.
 
     Args:
         engine: a VllmEngine; its process stays as it is beside the one that this starts.
@@ -121,15 +121,14 @@ def raw_vllm(engine, chats, sampling, seeds) -> Iterator[Callable[[], list[str]]
 
         def chat() -> list[str]:
             ask("chat")
-            if line := process.stdout.readline():
-                return [text.strip() for text in json.loads(line)]
-            raise RuntimeError("vllm.LLM ended; its own messages say why")
+            return [text.strip() for text in json.loads(process.stdout.readline())]
 
         arguments = {**engine.child.ready["arguments"], "skip_tokenizer_init": False}
         parameters = engine.sampling_params(sampling)
         ask({"arguments": arguments, "sampling": parameters, "seeds": seeds, "chats": chats})
+        version = json.loads(process.stdout.readline())
         chat()
-        yield chat
+        yield f"vllm.LLM.chat, vLLM {version}", chat
 
 
 def with_speed(row: dict) -> dict:

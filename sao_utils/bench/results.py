@@ -64,18 +64,17 @@ def bars(rows: list[dict], benchmark: str) -> list[dict]:
     rows = [{**row, "runs": runs.get(row["status"])} for row in rows]
     found = []
     for promise in promises[benchmark]:
-        value = _value(promise, rows)
-        sign = "at_most" if "at_most" in promise else "at_least"
-        limit, met = promise[sign], None
+        column, at, sign, limit = promise["must"].split()
+        value, met = _value(promise, column, rows), None
         if value is not None:
-            met = value <= limit if sign == "at_most" else value >= limit
-        limit = f"{sign.replace('_', ' ')} {limit}"
+            met = value <= float(limit) if sign == "most" else value >= float(limit)
+        limit = f"{at} {sign} {limit}"
         found.append({"bar": promise["bar"], "limit": limit, "value": value, "met": met})
     return found
 
 
-def _value(promise: dict, rows: list[dict]) -> float | None:
-    column, over = promise["column"], promise.get("over")
+def _value(promise: dict, column: str, rows: list[dict]) -> float | None:
+    over = promise.get("over")
 
     def numbers(**other) -> list[float]:
         picked = rows

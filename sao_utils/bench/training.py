@@ -114,7 +114,7 @@ def loss_stage(
 
 
 def whole_step(
-    policy, sizes, device: str, repeats: int, budget: int, batches: Iterable[int]
+    policy, sizes, device: str, repeats: int, budget: int, batches: Sequence[int]
 ) -> list[dict]:
     """Forward and backward pass of one step of pairs, all contenders and batch sizes in turn.
 
@@ -190,8 +190,8 @@ def measurements(shapes, device: str, caps: Sequence[float], repeats: int) -> It
         yield from loss_stage(shapes[-1], device, tokens, repeats, (PACKED,))
     for shape in shapes:
         base = {"measurement": "step", "shapes": shape, "contender": "all"}
-        pairs = 16 if device == "cuda" else 8
-        yield from attempt(base, whole_steps, shape, device, caps, repeats, pairs)
+        pairs, batches = (16, (1, 2, 4, 8)) if device == "cuda" else (8, (1, 2, 4))
+        yield from attempt(base, whole_steps, shape, device, caps, repeats, pairs, batches)
 
 
 def whole_steps(
@@ -200,13 +200,13 @@ def whole_steps(
     caps: Sequence[float],
     repeats: int,
     pairs: int,
-    batches: Sequence[int] = (1, 2, 4, 8),
+    batches: Sequence[int],
 ) -> Iterator[dict]:
     """One pair of the longest sequences, and one step of pairs, under each cap of memory.
 
     Args:
         caps: GiB of GPU memory that may be used. One pair is also measured without a cap.
-        pairs: of the step.
+        pairs: of the step. batches: pairs a microbatch, for contenders that pad.
     """
     shrink = 1 if device == "cuda" else 4
     policy, weights = random_policy(shape, device)

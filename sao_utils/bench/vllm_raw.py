@@ -1,8 +1,8 @@
 """`vllm.LLM.chat` without the kit, for `overhead`, which starts this file by its path.
 
 It needs vLLM and nothing of the kit. The first line of standard input is a JSON object: "arguments" of
-`vllm.LLM`, "sampling" (arguments of `SamplingParams`), "seeds" and "chats". Each further line asks for
-one call, and gets a line with the JSON list of the replies' texts.
+`vllm.LLM`, "sampling" (arguments of `SamplingParams`), "seeds" and "chats"; the answer is a line with
+vLLM's version. Each further line asks for one call, and gets a line with the list of the replies' texts.
 """
 
 import json
@@ -17,6 +17,7 @@ def main() -> None:
 
     work = json.loads(sys.stdin.readline())
     llm = vllm.LLM(**work["arguments"])
+    print(json.dumps(vllm.__version__), file=out, flush=True)
     for _ in sys.stdin:
         params = [vllm.SamplingParams(**work["sampling"], seed=seed) for seed in work["seeds"]]
         done = llm.chat(work["chats"], params, use_tqdm=False)
