@@ -84,10 +84,13 @@ def overhead(personas: int, repeats: int, kind: str = "transformers") -> list[di
     base = {"measurement": "overhead", "shapes": "tiny", "engine": kind}
     base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
     ours, other = found.values()
-    if ours["status"] == other["status"] == "ok":
-        ours["ratio"] = other["seconds"] / ours["seconds"]
-        if kind != "vllm":  # whose processes are not counted
-            ours["cpu_ratio"] = other["cpu_seconds"] / ours["cpu_seconds"]
+    if kind == "vllm":  # what its processes take is not counted
+        for key in ("cpu_seconds", "peak_bytes"):
+            ours.pop(key, None)
+            other.pop(key, None)
+    for ratio, clock in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        if clock in ours and clock in other:
+            ours[ratio] = other[clock] / ours[clock]
     return [with_speed({**base, "contender": name, **one}) for name, one in found.items()]
 
 

@@ -1,6 +1,5 @@
 """The benchmarks of generation and judging run, and their ratios are what they say."""
 
-import importlib.util
 import os
 
 import pytest
@@ -34,15 +33,6 @@ def test_the_overhead_over_vllm_is_measured_on_the_same_replies(monkeypatch):
     for name in overhead.CPU_BUILD:
         monkeypatch.setenv(name, "")  # so that what is set is undone
     check_overhead(overhead.overhead(40, 1, "vllm"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_without_vllm_the_overhead_over_it_says_how_to_install_it(monkeypatch):
-    monkeypatch.delenv("SAO_VLLM_PYTHON", raising=False)
-    for name in overhead.CPU_BUILD:
-        monkeypatch.setenv(name, "")
-    (row,) = engines.measurements((), "cpu", "vllm", 1)
-    assert "vLLM is not installed: pip install" in row["status"]
 
 
 @pytest.mark.parametrize("nf4", [False, True])

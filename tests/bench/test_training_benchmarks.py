@@ -212,17 +212,6 @@ def test_a_small_run_is_kept(small):
     ET.parse(folder / "cpu-trial-gemma2.svg")
 
 
-def test_without_trl_ours_and_the_peers_are_rows_that_say_so(monkeypatch):
-    for package in ("trl", "trl.experimental.cpo", "trl.trainer.utils"):
-        monkeypatch.setitem(sys.modules, package, None)
-    ours, stock = training.loss_stage("trial-gemma2", "cpu", 128, 1, (PACKED, CPO))
-    assert ours["status"] == "ok" and stock["status"].startswith("not available: trl")
-    base = {"measurement": "step"}
-    shape = ("trial-gemma2", "cpu", (), 1, 2, (1,))
-    (failed,) = measuring.attempt(base, training.whole_steps, *shape)
-    assert failed["status"].startswith("not available: trl")
-
-
 def test_without_a_gpu_nothing_of_another_machine_is_overwritten(tmp_path, monkeypatch):
     import torch
 
