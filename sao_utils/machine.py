@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
-OPTIONAL = ("vllm", "bitsandbytes", "ray", "lm-eval")  # named where they are installed
+OPTIONAL = ("vllm", "bitsandbytes", "ray", "lm-eval", "liger-kernel")  # named where they are installed
 
 
 def versions() -> dict[str, str]:
