@@ -176,28 +176,34 @@ def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
         annotations: of one model, `index` being the prompt's place among the 805.
         gamed: the program's file df_gamed.csv.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
-
+    n = len(annotations)
     longer = np.array([len(row["output_1"]) - len(row["output_2"]) for row in annotations], float)
     longer /= np.std(longer, ddof=1) if np.ptp(longer) > 0 else 1.0
-    n = len(annotations)
     difficulty = _difficulties(gamed, [row["index"] for row in annotations])
-    at_zero = np.column_stack([np.zeros(n), difficulty, np.ones(n)])
-    own = at_zero + np.column_stack([np.tanh(longer), 0 * longer, 0 * longer])
+    own = np.column_stack([np.tanh(longer), difficulty, np.ones(n)])
     theirs = np.column_stack(
         [np.tanh(gamed["std_delta_len"]), gamed["instruction_difficulty"], np.zeros(len(gamed))]
     )
     outcomes = np.array(from_preferences([row["preference"] for row in annotations]), float)
     y = np.concatenate([gamed["preference"], outcomes])
     valid = ~np.isnan(y)
-    x, y = np.concatenate([theirs, own])[valid], y[valid]
     weight = np.repeat([0.1, 1.0], [len(gamed), n])[valid]
-    # A share as two weighted labels, both in the same fold.
+    model = _cross_validated(np.concatenate([theirs, own])[valid], y[valid], weight)
+    own[:, 0] = 0  # at equal length
+    return float(model.predict_proba(own)[:, 1].mean())
+
+
+def _cross_validated(x: np.ndarray, y: np.ndarray, weight: np.ndarray):
+    """scikit-learn's logistic regression of shares y [n] on x [n, features], L1 penalised.
+
+    A share counts as two weighted labels, both in the same fold.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
     n = len(y)
     x, group, label = np.concatenate([x, x]), np.tile(np.arange(n), 2), np.repeat([1, 0], n)
     share, weight = np.concatenate([y, 1 - y]), np.tile(weight, 2)
-
     named = getattr(LogisticRegression(), "penalty", None) == "l2"  # before scikit-learn 1.8
     options = {"solver": "liblinear", "fit_intercept": False}
     options |= {"penalty": "l1"} if named else {"l1_ratio": 1}
@@ -215,8 +221,7 @@ def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
     for train, test in GroupKFold(5).split(x, label, group):
         draws = np.random.RandomState(123)  # of a fold's ten fits: scores may be all but equal
         scores.append([score(fit(c, train, draws), test) for c in strengths])
-    best = fit(strengths[int(np.argmax(np.mean(scores, axis=0)))], slice(None), 123)
-    return float(best.predict_proba(at_zero)[:, 1].mean())
+    return fit(strengths[int(np.argmax(np.mean(scores, axis=0)))], slice(None), 123)
 
 
 def files(benchmark: dict, answers: dict[str, dict], annotations: dict, judge: str) -> dict:
