@@ -271,13 +271,13 @@ def _asked_of(loaded: dict, name: str, seen: set[str], greedy: bool) -> _Asked:
                     continue
                 seen.add(text)
             answers.append((sum(map(tokens, turns[: turn + 1])), turn))
-        if "grade" in loaded:  # by the oracle
+        if "by_oracle" in loaded:
             continue
         if name == "mt_bench":
-            shown = [(show(item, [""] * n)[0], n) for n in range(1, len(turns) + 1)]
+            shown = [(show(item, [""] * n)["chat"], n) for n in range(1, len(turns) + 1)]
         elif name in ("arena_hard", "tiny_arena"):
             other = baseline(item["id"])
-            shown = [(show(turns[0], other or "", ""), 1 if other else 2)] * 2
+            shown = [(show(turns[0], other or "", "")["chat"], 1 if other else 2)] * 2
         else:
             shown = [(show(turns[0], baseline(item["id"]), "")["chat"], 1)]
         verdicts += [(sum(tokens(m["content"]) for m in chat), n) for chat, n in shown]

@@ -51,7 +51,6 @@ BENCHMARKED = {
     "score.turn_2": "score, turn 2",
     "valid_rate": "valid verdicts",
     "first_rate": "first position",
-    "kappa": "kappa",
 }
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
 

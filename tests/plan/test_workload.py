@@ -10,7 +10,6 @@ from scripted_server import reply, settings, steps
 
 from sao_utils import store
 from sao_utils.engines.requests import BYTES, spent
-from sao_utils.evaluation import arena_hard
 from sao_utils.evaluation import tasks as evaluation_tasks
 from sao_utils.methods import evaluate, sao
 from sao_utils.plan import evaluation_work, workload
@@ -102,13 +101,15 @@ def test_the_texts_of_a_benchmark_are_counted_where_they_are_here(tmp_path):
         (folder / "model_answer" / "gpt-4-0314.jsonl", baseline),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    prompt = {"system_prompt": "Be fair.", "prompt_template": ["{question_1}{answer_1}{answer_2}"]}
+    (folder / "judge_config.yaml").write_text(json.dumps(prompt))
     load = published(benchmarks=["arena_hard"], data=str(tmp_path))
     (answers,) = parts(load, "benchmark_answers").values()
     (verdicts,) = parts(load, "benchmark_verdicts").values()
     assert (answers.rows, answers.read, answers.longest) == (2 * 3, 40, 60)  # two bytes a letter
     assert verdicts.rows == 2 * 2 * 3
-    around = tokens(arena_hard._own_chat("", "", "")[0]["content"])
-    assert verdicts.read == pytest.approx(around + 40 + 100 + 375)
+    # The system turn; question and baseline in one text, and an answer.
+    assert verdicts.read == pytest.approx(tokens("Be fair.") + 40 + 100 + 375)
     assert load.notes == []
 
 
