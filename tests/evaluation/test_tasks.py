@@ -123,16 +123,13 @@ def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
         assert not kind or f'name: "{kind}"' in text
 
 
-def test_names_of_exams_are_read_and_misread_ones_refused(tmp_path):
-    assert [e.name for e in harness.tasks_of(["leaderboard"])] == [
-        e.name for e in harness.LEADERBOARD
-    ]
+def test_names_of_tasks_are_read_and_files_that_are_none_refused(tmp_path):
+    assert harness.tasks_of(["leaderboard"]) == list(harness.LEADERBOARD)
     assert harness.tasks_of(["gsm8k"]) == [Task("gsm8k", 5, "exact_match,strict-match")]
     (tmp_path / "recipe.yaml").write_text("name: mine\n")
-    with pytest.raises(TaskError, match="no task of lm-eval"):
-        harness.tasks_of([str(tmp_path / "recipe.yaml")])
-    with pytest.raises(TaskError, match="There is no task file"):
-        harness.tasks_of([str(tmp_path / "none.yaml")])
+    for name, message in (("recipe", "no task of lm-eval"), ("none", "There is no task file")):
+        with pytest.raises(TaskError, match=message):
+            harness.tasks_of([str(tmp_path / f"{name}.yaml")])
 
 
 def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, monkeypatch):

@@ -28,11 +28,6 @@ def within(interval):
 # ---------------------------------------------------------------------- means
 
 
-def test_the_mean_is_the_mean_over_values_not_over_clusters():
-    found = clustered_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])
-    assert found.value == 0.75 and found.n == 4
-
-
 def test_two_clusters_resample_to_three_means_with_known_chances():
     # aa (1/4): 2, ab (1/2): (2 * 3 + 8) / 4 = 3.5, bb (1/4): 8. So the 2.5 % and 97.5 % quantiles
     # are the extremes, and a resample is a ratio of sums (not the mean of 2 and 8, which is 5).
@@ -51,14 +46,6 @@ def test_the_quantiles_are_those_of_all_resamples():
     tail = stats.norm.cdf(-2.7764451 * math.sqrt(5 / 4))
     exact = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (tail, 1 - tail))
     assert (found.low, found.high) == pytest.approx(tuple(exact), abs=0.02)
-
-
-def test_whole_clusters_are_resampled():
-    rng = np.random.default_rng(2)
-    values = np.repeat(rng.random(40), 25)  # 1,000 values, but only 40 that are independent
-    clustered = clustered_mean(values, np.repeat(np.arange(40), 25))
-    single = clustered_mean(values, range(1000))
-    assert (clustered.high - clustered.low) / (single.high - single.low) == pytest.approx(5, 0.1)
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -153,20 +140,6 @@ def test_a_win_rate_counts_ties_and_what_is_invalid():
     assert (found.wins, found.ties, found.losses, found.invalid) == (3, 1, 1, 2)
     assert found.rate.value == pytest.approx(3.3 / 5) and found.rate.n == 5
     assert found.rate == win_rate([1, 0.5, 0, 1, 0.8]).rate  # what is invalid changes nothing
-
-
-def test_clusters_widen_a_win_rate_and_ties_narrow_it():
-    wins = (np.random.default_rng(23).random(200) < 0.6).astype(float)
-
-    def width(*arguments):
-        found = win_rate(*arguments).rate
-        return found.high - found.low
-
-    four = np.repeat(wins, 4)
-    assert width(four, np.repeat(np.arange(200), 4)) == pytest.approx(width(wins), rel=1e-6)
-    assert width(four) == pytest.approx(width(wins) / 2, rel=0.02)
-    wins[::2] = 0.5
-    assert width(wins) < 0.8 * width(np.round(wins - 0.1))
 
 
 @pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
@@ -335,23 +308,3 @@ def test_95_of_100_intervals_of_three_trainings_hold_the_truth_over_1000_evaluat
     *shares, without = np.mean(covered, axis=0)
     assert all(0.93 <= share <= 0.97 for share in shares), shares
     assert without < min(shares) - 0.02
-
-
-@pytest.mark.parametrize(
-    ("trainings", "scatter", "least", "most"),
-    [
-        (2, 0.04, 0.87, 0.97),  # two trainings alone say too little of how trainings scatter
-        (3, 0.0, 0.95, 0.99),
-        (5, 0.04, 0.93, 0.97),
-    ],
-)
-def test_the_gain_of_a_few_trainings_holds_what_others_would_gain(trainings, scatter, least, most):
-    """Gains of each training on 200 questions, with an error of 0.013 each, as the tiny model has."""
-    rng, held = np.random.default_rng(35), []
-    codes, of_run = np.tile(np.arange(200), trainings), np.repeat(np.arange(trainings), 200)
-    for _ in range(1000):
-        gains = rng.normal(0.08, scatter, trainings)[of_run] + rng.normal(0, 0.18, len(of_run))
-        mean = gains.mean()
-        error, freedom = two_way_error((gains - mean) / len(gains), codes, of_run)
-        held.append(abs(mean - 0.08) <= stats.t.ppf(0.975, freedom) * error)
-    assert least <= np.mean(held) <= most

@@ -132,27 +132,3 @@ def test_any_duels_give_an_ordered_interval_or_say_why_not(rows):
         assert math.isnan(found.low) and math.isnan(found.high)
     else:
         assert 0 <= found.low <= found.value <= found.high <= 1
-
-
-def test_a_length_controlled_interval_covers_other_trainings_too(scatter=0.4):
-    """Three trainings whose own log-odds scatter: without `runs` the interval is of these three.
-
-    Over 1,000 evaluations; the truth is the chance to win at equal length of a training yet to come.
-    """
-    rng, held, narrow = np.random.default_rng(21), [], []
-    at, weights = np.polynomial.hermite_e.hermegauss(40)
-    truth = weights @ special.expit(0.4 + scatter * at) / weights.sum()
-    for _ in range(1000):
-        parts = []
-        for training in range(3):
-            odds = 0.4 + rng.normal(0, scatter)
-            wins, longer, names = duels(rng, 1 / (1 + math.exp(-odds)), 1.0, 60)
-            parts.append((wins, longer, names, [training] * len(wins)))
-        wins, longer, names, runs = (np.concatenate(part) for part in zip(*parts))
-        for found, kept in (
-            (length_controlled_win_rate(wins, longer, names, runs=runs), held),
-            (length_controlled_win_rate(wins, longer, names), narrow),
-        ):
-            kept.append(found.low <= truth <= found.high)
-    assert 0.93 <= np.mean(held) <= 0.97
-    assert np.mean(narrow) < np.mean(held) - 0.05
