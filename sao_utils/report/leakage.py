@@ -102,7 +102,6 @@ def _own_results(run: Run, left_out: Collection[str]) -> Iterator[dict]:
             [row["combination"] for row, _, _ in known],
             settings.bootstrap,
             runs=[row["seed"] for row, _, _ in known],
-            bounds=(0, 1),
         )
         yield make_row("leakage", "good answers", gain, "points", judge="oracle", **names)
     yield make_row("leakage", "win rate", rate(rows), judge="self", **names)

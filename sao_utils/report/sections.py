@@ -32,7 +32,6 @@ NAN = float("nan")
 UNITS = {
     "length bias": "points",
     "length difference": "characters",
-    "prompts needed": "prompts",
     "kappa": "",
     "kappa, one order": "",
 }
@@ -183,7 +182,7 @@ def _share_of_good(
     by, runs = [*clusters.values()] * len(over), [s for s in over for _ in clusters]
     if against is None:
         return clustered_mean(values[0], by, resamples, runs=runs)
-    return clustered_difference(*values, by, resamples, runs=runs, bounds=(0, 1))
+    return clustered_difference(*values, by, resamples, runs=runs)
 
 
 def _first_answers(run: Run) -> dict[str, list[dict]]:
@@ -270,7 +269,6 @@ def comparison(run: Run) -> Iterator[dict]:
         found = {"win rate": rate(of)}
         if name == "self":  # its win rates are in the section of these
             found = comparisons.scores(of, resamples)
-            found = {m: one for m, one in found.items() if not m.startswith("win rate")}
         known = [{**r, "quality": oracles.quality(r["prompt"], *r["responses"])} for r in of]
         quality = judge_quality(known, resamples)
         found |= {m: one for m, one in quality.items() if m.startswith(OF_JUDGE)}
@@ -332,9 +330,7 @@ def tasks(run: Run) -> Iterator[dict]:
         if row["problem"]:
             yield make_row("task", "score", missing(row["problem"]), model=model, **where)
             continue
-        notes = [f"the first {row['limit']} items only"] if row["limit"] else []
-        notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
-        text, metric = "; ".join(notes), row["metric"]
+        text, metric = f"the first {row['limit']} items only" if row["limit"] else "", row["metric"]
         if row["task"] not in bases:
             bases.add(row["task"])
             yield make_row("task", metric, _share(row["base"]), note=text, **where)
@@ -348,4 +344,4 @@ def _share(found: Interval) -> Interval:
     """A share's interval within 0..1; Wilson's where all items fared alike."""
     if found.value in (0, 1):
         return wilson(found.value * found.n, found.n)
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # NaN stays NaN
