@@ -7,18 +7,17 @@ show that the machinery works: their numbers say nothing about the paper's model
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
-from sao_utils.methods.sao import pairs as pairs_of
 from sao_utils.report.table import select, value_of
-from sao_utils.report.words import HEADING, NOT_COMPARABLE, markdown, number
+from sao_utils.report.words import HEADING, NOT_COMPARABLE, in_words, markdown, model_in_words
 from sao_utils.store import Run, results_folder
 
 DAGGER = "†"
+COLUMNS = ["whose", "benchmark", "model", "judge", "metric", HEADING, "n", "remarks"]
 #: table of the paper -> (what it shows, benchmarks that answer the same question)
 TABLES = {
     "Table 1": (
@@ -30,9 +29,6 @@ TABLES = {
         ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt"),
     ),
     "Table 2": ("Open LLM Leaderboard, first version: what was not forgotten", ()),
-    "Figure 3a dataset size": ("How much data it takes", ()),
-    "Figure 3d algorithm": ("The algorithm", ()),
-    "Figure 3e persona": ("With and without personas", ()),
     "Figure 3f judge": ("Who labels the pairs", ()),
 }
 #: benchmark -> parts of the names of the judges that the paper had
@@ -51,16 +47,7 @@ LEADERBOARD = {
     "mmlu": "MMLU (5)",
 }
 #: a metric of the paper -> what it is called here
-METRICS = {
-    "win_rate": "win rate",
-    "lc_win_rate": "length-controlled win rate",
-    "repetition_rate": "repeated prompts",
-}
-OWN_BASE = "against its own base model (50 is no change), both orders"
-OWN_DEFINITION = (
-    "repeated up to case and white space (ours); the paper does not define its repetition rate"
-)
-COLUMNS = "table by benchmark model judge metric value low high unit n remarks".split()
+METRICS = {"win_rate": "win rate", "lc_win_rate": "length-controlled win rate"}
 
 
 def reported(paper: str = "sao") -> pd.DataFrame:
@@ -78,199 +65,108 @@ def reported(paper: str = "sao") -> pd.DataFrame:
     )
 
 
-def rows(run: Run, table: pd.DataFrame) -> list[dict]:
-    """One row a result: the paper's, and under them this run's.
+def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """One table of the paper with this run's rows beneath, in words.
 
     Args:
         table: as `results.results` returns it.
+        name: of `TABLES`.
 
     Returns:
-        Rows of `COLUMNS`: `by` is "paper" or "run"; value, low, high as in the tidy table, None where
-        the paper gives none or nothing was measured; `remarks`: how ours is another measurement than
-        the paper's, or doubtful, or what to do to measure it.
+        `COLUMNS`: `whose` is "paper" or "run"; `remarks` says how ours is another measurement than the
+        paper's, or doubtful, or what to do to measure it.
     """
-    paper, found = reported("sao").to_dict("records"), []
-    for name, (_, benchmarks) in TABLES.items():
-        found += [_of_paper(row) for row in paper if _is_shown(row, name)]
-        for benchmark in benchmarks:
-            found += _of_benchmark(run, table, name, benchmark)
-        if name == "Table 2":
-            found += _of_tasks(run, table, name)
-        if name.startswith("Figure 3"):
-            found += _of_ablation(run, table, name)
-    return found
-
-
-def _is_shown(row: dict, table: str) -> bool:
-    """Of the large tables the paper's own models, before and after; of the small ones all."""
-    if row["table"] != table:
-        return False
-    small = table.startswith("Figure 3")
-    return small or row["model"] in MODELS and row["method"] in ("base", "SAO")
-
-
-def _row(table: str, by: str, benchmark: str, model: str, found=None, **more) -> dict:
-    """A row of `COLUMNS`; `found` is a row of the tidy table, None where nothing was measured."""
-    names = {"table": table, "by": by, "benchmark": benchmark, "model": model}
-    row = {**dict.fromkeys(COLUMNS, ""), **dict.fromkeys(("value", "low", "high", "n")), **names}
-    if found is not None:
-        ends = {k: getattr(found, k) for k in ("value", "low", "high")}
-        row |= {k: end if math.isfinite(end) else None for k, end in ends.items()}
-        row |= {"metric": found.metric, "unit": found.unit, "n": found.n}
-    return row | more
+    paper = reported("sao").query("table == @name")
+    if name != "Figure 3f judge":  # of the large tables the paper's own models
+        paper = paper[paper["model"].isin(MODELS) & paper["method"].isin(["base", "SAO"])]
+    lines = [_of_paper(row) for row in paper.to_dict("records")]
+    for benchmark in TABLES[name][1]:
+        lines += _of_benchmark(run, table, benchmark)
+    if name == "Table 2":
+        lines += _of_tasks(run, table)
+    if name == "Figure 3f judge":
+        lines += _of_arms(run, table)
+    return pd.DataFrame(lines, columns=COLUMNS).fillna("")
 
 
 def _of_paper(row: dict) -> dict:
-    graded = row["metric"] == "score"
-    return _row(
-        row["table"],
-        "paper",
-        row["benchmark"].removeprefix("Open LLM Leaderboard: "),
-        " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
-        judge=row["judge"],
-        metric=METRICS.get(row["metric"], row["metric"]),
-        value=float(row["value"]) / (1 if graded else 100),
-        unit="of 10" if graded else "%",
-        remarks="as reported",
-    )
+    return {
+        "whose": "paper",
+        "benchmark": row["benchmark"].removeprefix("Open LLM Leaderboard: "),
+        "model": " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
+        "judge": row["judge"],
+        "metric": METRICS.get(row["metric"], row["metric"]),
+        HEADING: f"{row['value']:g} {'of 10' if row['metric'] == 'score' else '%'}",
+        "remarks": "as reported",
+    }
 
 
-def _of_benchmark(run: Run, table: pd.DataFrame, name: str, benchmark: str) -> list[dict]:
+def _of_run(row, benchmark: str, model: str, judge: str, *remarks: str) -> dict:
+    """A line from a row of the tidy table."""
+    remark = "; ".join(filter(None, remarks))
+    names = {"whose": "run", "benchmark": benchmark, "model": model, "judge": judge}
+    value = f"{in_words(row)} {DAGGER if remark else ''}".rstrip()
+    return {**names, "metric": row.metric, HEADING: value, "n": f"{row.n:,}", "remarks": remark}
+
+
+def _not_measured(benchmark: str, how: str) -> dict:
+    names = {"whose": "run", "benchmark": benchmark, "model": "this run"}
+    return {**names, HEADING: "not measured", "remarks": how}
+
+
+def _of_benchmark(run: Run, table: pd.DataFrame, benchmark: str) -> list[dict]:
     """Base, tuned model and the recipe's others by every judge."""
     there = select(table, section="benchmark", questions=benchmark)
     if there.empty:
         if benchmark.startswith("tiny_") and run.recipe.model.path != "tiny":
             return []
-        how = f"add {benchmark} to evaluation.benchmarks"
-        return [_row(name, "run", benchmark, "this run", remarks=how)]
-    judges, found = {"self": run.recipe.judging_model, **run.recipe.judges}, []
-    theirs = JUDGES.get(benchmark, ())
+        return [_not_measured(benchmark, f"add {benchmark} to evaluation.benchmarks")]
+    judges = {"self": run.recipe.judging_model, **run.recipe.judges}
+    theirs, lines = JUDGES.get(benchmark, ()), []
     for row in there.itertuples(index=False):
-        remarks, judge = row.note, judges.get(row.judge)
-        if judge and theirs and not any(part in judge.path.lower() for part in theirs):
-            remarks += f"; the paper's judge is {' or '.join(theirs)}"
+        judge = judges.get(row.judge)
         shown = f"{judge.label} ({row.judge})" if judge else row.judge
-        more = {"judge": shown, "remarks": remarks.removeprefix("; ")}
-        found.append(_row(name, "run", benchmark, _model(run, row), row, **more))
-    return found
+        other = judge and theirs and not any(part in judge.path.lower() for part in theirs)
+        remark = f"the paper's judge is {' or '.join(theirs)}" if other else ""
+        lines.append(_of_run(row, benchmark, _model(run, row), shown, row.note, remark))
+    return lines
 
 
 def _model(run: Run, row) -> str:
     if row.model in run.recipe.others:
         return f"{run.recipe.others[row.model].label} ({row.model})"
-    name = "self-judged" if row.model == "self" else row.model
-    return f"{run.recipe.model.label}, {name}" + ("" if row.seed is None else f", seed {row.seed}")
+    name = f"{run.recipe.model.label}, {model_in_words(row.model)}"
+    return name if row.seed is None else f"{name}, seed {row.seed}"
 
 
-def _of_tasks(run: Run, table: pd.DataFrame, name: str) -> list[dict]:
+def _of_tasks(run: Run, table: pd.DataFrame) -> list[dict]:
     """Base, tuned model and others on each task, and whether the change is more than noise."""
-    if not run.recipe.evaluation.tasks:
-        how = 'set evaluation.tasks, to ["leaderboard"] say'
-        return [_row(name, "run", "leaderboard", "this run", remarks=how)]
-    found, tasks = [], select(table, section="task")
+    tasks, lines = select(table, section="task"), []
     for row in select(tasks, against=None).itertuples(index=False):
-        task = LEADERBOARD.get(row.questions, row.questions)
         change = value_of(tasks, questions=row.questions, model=row.model, against="base")
         own = "" if row.questions in LEADERBOARD else "a task of the tiny world, or one's own"
-        remarks = "; ".join(filter(None, (own, row.note, change and change.note)))
-        found.append(_row(name, "run", task, _model(run, row), row, remarks=remarks))
-    return found
+        task = LEADERBOARD.get(row.questions, row.questions)
+        remarks = (own, row.note, change.note if change else "")
+        lines.append(_of_run(row, task, _model(run, row), "", *remarks))
+    how = 'set evaluation.tasks, to ["leaderboard"] say'
+    return lines or [_not_measured("leaderboard", how)]
 
 
-def _of_ablation(run: Run, table: pd.DataFrame, name: str) -> list[dict]:
-    """What a run says to the paper's ablations: its win rates against its own base model."""
-
-    def win(arm: str, metric: str = "win rate"):
-        return value_of(table, section="win rate", metric=metric, model=arm, against="base")
-
-    algorithm = run.recipe.training.algorithm
-    pairs = _pairs_in_words(run) if name == "Figure 3a dataset size" else ""
-    personas = ["with persona", "without persona"]
-    if run.recipe.prompts.source == "no_persona":
-        personas.reverse()
-    lines = {
-        "Figure 3a dataset size": [
-            (pairs, win("self")),
-            (pairs, win("self", "win rate at equal length")),
-            ("other sizes", None),
-        ],
-        "Figure 3d algorithm": [
-            (each, win("self") if each == algorithm else None) for each in ("simpo", "dpo", "orpo")
-        ],
-        "Figure 3e persona": [
-            (personas[0], win("self")),
-            (personas[0], value_of(table, section="prompts", metric="repeated prompts")),
-            (personas[1], None),
-        ],
-        "Figure 3f judge": [
-            ("labels of the model itself", win("self")),
-            ("random labels", win("random")),
-            ("labels of the oracle (in the reward model's place)", win("oracle")),
-        ],
-    }[name]
-    found = []
-    for words, row in lines:
-        if row is None:
-            how = "takes a run of its own, or another arm"
-            found.append(_row(name, "run", "", words, remarks=how))
-        elif row.section == "prompts":
-            more = {"remarks": OWN_DEFINITION}
-            model = f"{run.recipe.model.label}, {words}"
-            found.append(_row(name, "run", "prompt repetition", model, row, **more))
-        else:
-            judge = f"{run.recipe.judging_model.label} (self)"
-            more = {"judge": judge, "remarks": "; ".join(filter(None, (OWN_BASE, row.note)))}
-            model = f"{run.recipe.model.label}, {words}"
-            found.append(_row(name, "run", "held-out questions", model, row, **more))
-    return found
+def _of_arms(run: Run, table: pd.DataFrame) -> list[dict]:
+    """Who labelled the pairs: win rates of the arms against their own base model."""
+    arms, judge = ("self", "random", "oracle"), f"{run.recipe.judging_model.label} (self)"
+    wins = select(table, section="win rate", metric="win rate", model=arms, seed=None)
+    remark = "against its own base model (50 is no change), both orders"
+    lines = [
+        _of_run(row, "held-out questions", _model(run, row), judge, remark, row.note)
+        for row in wins.itertuples(index=False)
+    ]
+    missing = [arm for arm in arms if arm not in run.recipe.arms]
+    return lines + [_not_measured("held-out questions", f"add {arm} to arms") for arm in missing]
 
 
-def _pairs_in_words(run: Run) -> str:
-    """How many pairs of its own labels each training saw: `854, 851, 835 pairs a training`."""
-    used = [row["seed"] for row in pairs_of(run, "self") if row["discarded"] is None]
-    counts = ", ".join(str(used.count(seed)) for seed in run.recipe.seeds)
-    return f"{counts} pairs" + (" a training" if len(run.recipe.seeds) > 1 else "")
-
-
-def _shown(row: dict) -> str:
-    """The value of a row in words: `71.2 [68.0, 74.1] % †`, `not measured`."""
-    if row["value"] is None:
-        return "not measured"
-    if row["by"] == "paper":  # as many decimals as it reports
-        return f"{row['value'] * (100 if row['unit'] == '%' else 1):.6g} {row['unit']}"
-    value, low, high = (number(row[key], row["unit"]) for key in ("value", "low", "high"))
-    interval = "" if low == "nan" else f"[{low}, {high}]"
-    return " ".join(filter(None, (value, interval, row["unit"], DAGGER if row["remarks"] else "")))
-
-
-def frame(found: list[dict], table: str) -> pd.DataFrame:
-    """One table of the paper with ours beneath, in words.
-
-    Args:
-        found: as `rows` returns them.
-        table: a name of `TABLES`.
-    """
-    return pd.DataFrame(
-        {
-            "whose": row["by"],
-            "benchmark": row["benchmark"],
-            "model": row["model"],
-            "judge": row["judge"],
-            "metric": row["metric"],
-            HEADING: _shown(row),
-            "n": "" if row["n"] is None else f"{row['n']:,}",
-            "remarks": row["remarks"],
-        }
-        for row in found
-        if row["table"] == table
-    )
-
-
-def write(run: Run, table: pd.DataFrame) -> list[dict]:
-    """Write benchmarks.csv, and benchmarks.md in words, into the run's tables. Returns `rows`."""
-    found, folder = rows(run, table), run.folder / "tables"
-    csv = pd.DataFrame(found, columns=COLUMNS).to_csv(index=False, lineterminator="\n")
-    write_whole(folder / "benchmarks.csv", csv)
+def write(run: Run, table: pd.DataFrame) -> None:
+    """Write all of the paper's tables with ours, benchmarks.md, into the run's tables."""
     parts = [
         "# The paper's tables, and this run\n",
         f"{DAGGER}: measured in another way than the paper's figures, or doubtful; see the column "
@@ -278,8 +174,7 @@ def write(run: Run, table: pd.DataFrame) -> list[dict]:
         "results/reported/sao.csv.\n",
     ]
     for name, (about, _) in TABLES.items():
-        parts += [f"## {name}: {about}\n", markdown(frame(found, name)) + "\n"]
+        parts += [f"## {name}: {about}\n", markdown(frame(run, table, name)) + "\n"]
     if run.recipe.model.path == "tiny":
         parts.append(NOT_COMPARABLE + "\n")
-    write_whole(folder / "benchmarks.md", "\n".join(parts))
-    return found
+    write_whole(run.folder / "tables" / "benchmarks.md", "\n".join(parts))
