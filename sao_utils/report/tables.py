@@ -56,13 +56,10 @@ def reported(paper: str = "sao") -> pd.DataFrame:
     Raises:
         FileNotFoundError: the kit was installed without its results/reported folder.
     """
-    beside_package = Path(__file__).resolve().parents[2] / "results"
-    for folder in (results_folder(), beside_package):
-        if (folder / "reported" / f"{paper}.csv").exists():
-            return pd.read_csv(folder / "reported" / f"{paper}.csv", keep_default_na=False)
-    raise FileNotFoundError(
-        f"results/reported/{paper}.csv is missing: it comes with a checkout of the repository."
-    )
+    folder = results_folder() / "reported"
+    if not folder.is_dir():
+        folder = Path(__file__).resolve().parents[2] / "results" / "reported"
+    return pd.read_csv(folder / f"{paper}.csv", keep_default_na=False)
 
 
 def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -86,7 +83,7 @@ def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
         lines += _of_tasks(run, table)
     if name == "Figure 3f judge":
         lines += _of_arms(run, table)
-    return pd.DataFrame(lines, columns=COLUMNS).fillna("")
+    return pd.DataFrame(lines, columns=COLUMNS, dtype=object).fillna("")
 
 
 def _of_paper(row: dict) -> dict:

@@ -140,10 +140,9 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
             line["n"] = f"{row.n:,}"
     for (apart, measured, _), line in lines.items():
         line["base"] = "" if apart else bases.get(measured, "")
+    in_order = [lines[key] for key in sorted(lines, key=lambda key: key[0])]
     columns = ["what", "model", "base", "tuned", DIFFERENCE, "n"]
-    return pd.DataFrame(
-        [lines[key] for key in sorted(lines, key=lambda key: key[0])], columns=columns
-    ).fillna("")
+    return pd.DataFrame(in_order, columns=columns, dtype=object).fillna("")
 
 
 def markdown(shown: pd.DataFrame) -> str:
