@@ -16,6 +16,7 @@ from sao_utils.report.words import (
     compare,
     in_words,
     is_difference,
+    markdown,
     model_in_words,
     show,
     sizes,
@@ -36,12 +37,8 @@ def csv_text(folder: Path) -> str:
 
 
 def all_rows(folder: Path) -> str:
-    """Every row of a run's results in words, under its section, in aligned columns."""
-    table, parts = read_table(folder), []
-    for section in dict.fromkeys(table["section"]):
-        shown = show(select(table, section=section))
-        parts.append([section.upper(), *_grid([list(shown.columns), *shown.values.tolist()])])
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    """Every row of a run's results in words, as a Markdown table."""
+    return markdown(show(read_table(folder)))
 
 
 def _grid(lines: list[list[str]]) -> list[str]:

@@ -12,24 +12,38 @@ from pathlib import Path
 import pandas as pd
 
 from sao_utils.disk import write_whole
-from sao_utils.report.table import select, value_of
-from sao_utils.report.words import HEADING, NOT_COMPARABLE, in_words, markdown, model_in_words
+from sao_utils.report.table import select
+from sao_utils.report.words import HEADING, NOT_COMPARABLE, markdown, show
 from sao_utils.store import Run, results_folder
 
 DAGGER = "†"
-COLUMNS = ["whose", "benchmark", "model", "judge", "metric", HEADING, "n", "remarks"]
-#: table of the paper -> (what it shows, benchmarks that answer the same question)
+COLUMNS = ["whose", "what", "model", "judge", HEADING, "n", "remarks"]
+#: table of the paper -> (what it shows, columns that select the run's rows)
 TABLES = {
     "Table 1": (
         "AlpacaEval 2.0, against the answers of GPT-4-Turbo",
-        ("alpaca_eval", "tiny_alpaca"),
+        {"section": "benchmark", "questions": ("alpaca_eval", "tiny_alpaca")},
     ),
     "Figure 2": (
         "Arena-Hard and MT-Bench",
-        ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt"),
+        {
+            "section": "benchmark",
+            "questions": ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt"),
+        },
     ),
-    "Table 2": ("Open LLM Leaderboard, first version: what was not forgotten", ()),
-    "Figure 3f judge": ("Who labels the pairs", ()),
+    "Table 2": (
+        "Open LLM Leaderboard, first version: what was not forgotten",
+        {"section": "task"},
+    ),
+    "Figure 3f judge": (
+        "Who labels the pairs",
+        {
+            "section": "win rate",
+            "metric": "win rate",
+            "model": ("self", "random", "oracle"),
+            "seed": None,
+        },
+    ),
 }
 #: benchmark -> parts of the names of the judges that the paper had
 JUDGES = {
@@ -38,14 +52,6 @@ JUDGES = {
     "mt_bench": ("gpt-4o-mini",),
 }
 MODELS = ("Gemma-2-9B-it", "Llama-3-8B-Instruct")  # those that the paper trains
-LEADERBOARD = {
-    "arc_challenge": "ARC (25)",
-    "truthfulqa_mc2": "TruthfulQA (0)",
-    "winogrande": "Winogrande (5)",
-    "gsm8k": "GSM8K (5)",
-    "hellaswag": "HellaSwag (10)",
-    "mmlu": "MMLU (5)",
-}
 #: a metric of the paper -> what it is called here
 METRICS = {"win_rate": "win rate", "lc_win_rate": "length-controlled win rate"}
 
@@ -74,92 +80,63 @@ def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
         paper's, or doubtful, or what to do to measure it.
     """
     paper = reported("sao").query("table == @name")
-    if name != "Figure 3f judge":  # of the large tables the paper's own models
+    if name != "Figure 3f judge":  # of the large tables the paper's own models, before and after
         paper = paper[paper["model"].isin(MODELS) & paper["method"].isin(["base", "SAO"])]
+    rows = select(table, **TABLES[name][1])
+    rows = rows.assign(note=[_remarks(run, row) for row in rows.itertuples(index=False)])
+    ours = show(rows).assign(whose="run", judge=rows["judge"].tolist())
+    marks = [f" {DAGGER}" if note else "" for note in rows["note"]]
+    ours[HEADING] = [value + mark for value, mark in zip(ours[HEADING], marks)]
     lines = [_of_paper(row) for row in paper.to_dict("records")]
-    for benchmark in TABLES[name][1]:
-        lines += _of_benchmark(run, table, benchmark)
-    if name == "Table 2":
-        lines += _of_tasks(run, table)
-    if name == "Figure 3f judge":
-        lines += _of_arms(run, table)
+    lines += [*ours.to_dict("records"), *_not_measured(run, rows, name)]
     return pd.DataFrame(lines, columns=COLUMNS, dtype=object).fillna("")
 
 
 def _of_paper(row: dict) -> dict:
+    benchmark = row["benchmark"].removeprefix("Open LLM Leaderboard: ")
     return {
         "whose": "paper",
-        "benchmark": row["benchmark"].removeprefix("Open LLM Leaderboard: "),
+        "what": f"{benchmark}: {METRICS.get(row['metric'], row['metric'])}",
         "model": " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
         "judge": row["judge"],
-        "metric": METRICS.get(row["metric"], row["metric"]),
         HEADING: f"{row['value']:g} {'of 10' if row['metric'] == 'score' else '%'}",
         "remarks": "as reported",
     }
 
 
-def _of_run(row, benchmark: str, model: str, judge: str, *remarks: str) -> dict:
-    """A line from a row of the tidy table."""
-    remark = "; ".join(filter(None, remarks))
-    names = {"whose": "run", "benchmark": benchmark, "model": model, "judge": judge}
-    value = f"{in_words(row)} {DAGGER if remark else ''}".rstrip()
-    return {**names, "metric": row.metric, HEADING: value, "n": f"{row.n:,}", "remarks": remark}
+def _remarks(run: Run, row) -> str:
+    """How a row of the run was measured in another way than the paper's, or is doubtful."""
+    remarks = [row.note]
+    judge = run.recipe.judges.get(row.judge, run.recipe.judging_model)
+    theirs = JUDGES.get(row.questions, ())
+    if theirs and not any(part in judge.path.lower() for part in theirs):
+        remarks.append(f"the paper's judge is {' or '.join(theirs)}")
+    if row.section == "task" and row.questions.startswith("tiny_"):
+        remarks.append("a task of the tiny world")
+    if row.section == "win rate":
+        remarks.append("against its own base model (50 is no change), both orders")
+    return "; ".join(filter(None, remarks))
 
 
-def _not_measured(benchmark: str, how: str) -> dict:
-    names = {"whose": "run", "benchmark": benchmark, "model": "this run"}
-    return {**names, HEADING: "not measured", "remarks": how}
-
-
-def _of_benchmark(run: Run, table: pd.DataFrame, benchmark: str) -> list[dict]:
-    """Base, tuned model and the recipe's others by every judge."""
-    there = select(table, section="benchmark", questions=benchmark)
-    if there.empty:
-        if benchmark.startswith("tiny_") and run.recipe.model.path != "tiny":
-            return []
-        return [_not_measured(benchmark, f"add {benchmark} to evaluation.benchmarks")]
-    judges = {"self": run.recipe.judging_model, **run.recipe.judges}
-    theirs, lines = JUDGES.get(benchmark, ()), []
-    for row in there.itertuples(index=False):
-        judge = judges.get(row.judge)
-        shown = f"{judge.label} ({row.judge})" if judge else row.judge
-        other = judge and theirs and not any(part in judge.path.lower() for part in theirs)
-        remark = f"the paper's judge is {' or '.join(theirs)}" if other else ""
-        lines.append(_of_run(row, benchmark, _model(run, row), shown, row.note, remark))
-    return lines
-
-
-def _model(run: Run, row) -> str:
-    if row.model in run.recipe.others:
-        return f"{run.recipe.others[row.model].label} ({row.model})"
-    name = f"{run.recipe.model.label}, {model_in_words(row.model)}"
-    return name if row.seed is None else f"{name}, seed {row.seed}"
-
-
-def _of_tasks(run: Run, table: pd.DataFrame) -> list[dict]:
-    """Base, tuned model and others on each task, and whether the change is more than noise."""
-    tasks, lines = select(table, section="task"), []
-    for row in select(tasks, against=None).itertuples(index=False):
-        change = value_of(tasks, questions=row.questions, model=row.model, against="base")
-        own = "" if row.questions in LEADERBOARD else "a task of the tiny world, or one's own"
-        task = LEADERBOARD.get(row.questions, row.questions)
-        remarks = (own, row.note, change.note if change else "")
-        lines.append(_of_run(row, task, _model(run, row), "", *remarks))
-    how = 'set evaluation.tasks, to ["leaderboard"] say'
-    return lines or [_not_measured("leaderboard", how)]
-
-
-def _of_arms(run: Run, table: pd.DataFrame) -> list[dict]:
-    """Who labelled the pairs: win rates of the arms against their own base model."""
-    arms, judge = ("self", "random", "oracle"), f"{run.recipe.judging_model.label} (self)"
-    wins = select(table, section="win rate", metric="win rate", model=arms, seed=None)
-    remark = "against its own base model (50 is no change), both orders"
-    lines = [
-        _of_run(row, "held-out questions", _model(run, row), judge, remark, row.note)
-        for row in wins.itertuples(index=False)
+def _not_measured(run: Run, rows: pd.DataFrame, name: str) -> list[dict]:
+    """Lines for what a table of the paper has, and the run does not; how to measure it."""
+    wanted, there = TABLES[name][1], set(rows["questions"])
+    missing = {
+        what: f"add {what} to evaluation.benchmarks"
+        for what in wanted.get("questions", ())
+        if what not in there and not what.startswith("tiny_")
+    }
+    if name == "Table 2" and not run.recipe.evaluation.tasks:
+        missing["leaderboard"] = 'set evaluation.tasks, to ["leaderboard"] say'
+    missing |= {
+        f"win rate of {arm}": f"add {arm} to arms"
+        for arm in wanted.get("model", ())
+        if arm not in run.recipe.arms
+    }
+    return [
+        {"whose": "run", "what": what, HEADING: "not measured", "remarks": how}
+        for what, how in missing.items()
     ]
-    missing = [arm for arm in arms if arm not in run.recipe.arms]
-    return lines + [_not_measured("held-out questions", f"add {arm} to arms") for arm in missing]
 
 
 def write(run: Run, table: pd.DataFrame) -> None:

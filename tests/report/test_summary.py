@@ -18,7 +18,7 @@ from sao_utils.report.table import (
     select,
     value_of,
 )
-from sao_utils.report.words import check, compare, in_words, show
+from sao_utils.report.words import compare, in_words, show
 from sao_utils.statistics.intervals import Interval
 
 NAN, RECIPE = float("nan"), "name: tiny\nseeds: [0]\nmodel: {path: tiny}\nprompts: {count: 9}\n"
@@ -168,11 +168,9 @@ def test_the_summary_of_a_run_that_measured_little_leaves_the_rest_out(folder):
     assert "The judge" not in text and "Price" not in text
 
 
-def test_all_rows_are_in_words_under_their_sections(folder):
+def test_all_rows_are_in_words(folder):
     text = summary.all_rows(folder)
-    assert text.startswith("JUDGE\n") and "\n\nTASK\n" in text
-    assert len(text.splitlines()) == len(ROWS) + 3 * len({r["section"] for r in ROWS}) - 1
-    assert "not estimated: one verdict" in text
+    assert len(text.splitlines()) == len(ROWS) + 2 and "| not estimated: one verdict |" in text
 
 
 def test_a_run_is_shown_without_loading_torch(folder):
@@ -180,8 +178,3 @@ def test_a_run_is_shown_without_loading_torch(folder):
     code += "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_what_is_not_healthy_is_printed_with_what_to_do(capsys):
-    assert check("it is so", True, "nothing") and not check("it grows", False, "wait")
-    assert capsys.readouterr().out == "ok    it is so\nLOOK  not so: it grows\n      wait\n"
