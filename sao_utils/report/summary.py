@@ -101,16 +101,16 @@ def _result(table: pd.DataFrame) -> list[str]:
             columns.setdefault(heading, {})[key] = row
     if not columns:
         return []
-    keys = dict.fromkeys(key for cells in columns.values() for key in cells)
+    every = dict.fromkeys(key for cells in columns.values() for key in cells)
+    keys, gains = ([key for key in every if key[0] == ahead] for ahead in (False, True))
     lines = [["Result, on held-out questions", *columns]]
     lines.append(["", *(f"n = {sizes(cells.values())}" for cells in columns.values())])
-    for ahead in (False, True):
-        if ahead:
-            lines.append(["Self-judged ahead, in points, of", *[""] * len(columns)])
-        for key in keys:
-            if key[0] == ahead:
-                cells = (_short(of.get(key)) for of in columns.values())
-                lines.append([f"  {key[1]}", *cells])
+    for title, group in (("", keys), ("Self-judged ahead, in points, of", gains)):
+        if title and group:
+            lines.append([title, *[""] * len(columns)])
+        for key in group:
+            cells = (_short(of.get(key)) for of in columns.values())
+            lines.append([f"  {key[1]}", *cells])
     return _grid(lines)
 
 
