@@ -5,12 +5,12 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from sao_utils.recipe import Model, Recipe, RecipeError, Section
+from sao_utils.recipe import Recipe, RecipeError, Section
 
 SHIPPED = files("sao_utils") / "recipes"
 #: key of an earlier version -> its name of today
@@ -37,9 +37,10 @@ def valid_keys() -> list[str]:
     """Every key that a recipe knows, dotted: `training.beta`."""
     keys = []
     for name, field in Recipe.model_fields.items():
-        kind = Model if name == "judge" else field.annotation  # others, judges: set as a whole
-        is_section = isinstance(kind, type) and issubclass(kind, Section)
-        keys += [f"{name}.{key}" for key in kind.model_fields] if is_section else [name]
+        named = get_origin(field.annotation) is dict  # others, judges: set as a whole
+        kinds = () if named else get_args(field.annotation) or (field.annotation,)
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys
 
 
