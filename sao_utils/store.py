@@ -80,18 +80,19 @@ def open_run(
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
     folder = results_folder() / name
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    return _kept(loaded, folder)
+    return _save(loaded, folder)
 
 
 def variant(run: Run, name: str, overrides: dict) -> Run:
     """A run beside a run, in a folder inside of its own: the same recipe but for `overrides`."""
     folder = run.folder / "variants" / name
-    below = _kept(run.recipe, folder)
-    changed = load_recipe(str(below.folder / "recipe.yaml"), overrides)
-    return _kept(_with_whole_paths(changed), folder)
+    _save(run.recipe, folder)
+    changed = load_recipe(str(folder / "recipe.yaml"), overrides)
+    return _save(_with_whole_paths(changed), folder)
 
 
-def _kept(recipe: Recipe, folder: Path) -> Run:
+def _save(recipe: Recipe, folder: Path) -> Run:
+    """The run of a recipe, which is written into its folder."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_whole(folder / "recipe.yaml", text)
     return Run(recipe, folder)
