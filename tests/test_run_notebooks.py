@@ -277,7 +277,7 @@ def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    _, alive = psutil.wait_procs(kernels, timeout=20)
+    _, alive = psutil.wait_procs(kernels, timeout=120)  # a kernel looks once it has imported
     assert not alive
     slow.unlink()
     assert go(folder)[0].endswith("skipped")
