@@ -33,15 +33,13 @@ FLAWS = {
     "garbled": "has a garbled sentence",
     "unfinished": "does not come to an end",
 }
-DECIMALS = {"": 2, "of 10": 2, "prompts": 0, "pairs": 0}  # of a unit; others have one
+DECIMALS = {"": 2, "of 10": 2}  # of a unit; others have one
 HEADING = "value [95 % interval]"
 DIFFERENCE = "difference [95 % interval]"
 
 
 def number(value: float, unit: str) -> str:
     """A value in its unit: shares in percent, kappa and grades with two decimals."""
-    if unit == "prompts" and not math.isfinite(value):  # infinite, which JSON keeps as nothing
-        return "no end"
     factor = 100 if unit in ("%", "points") else 1
     return f"{factor * value:.{DECIMALS.get(unit, 1)}f}"
 
@@ -53,7 +51,7 @@ def interval_in_words(found: Interval, unit: str = "%") -> str:
         found: anything with value, low, high and note, such as an `Interval` or a row of the table.
         unit: of its numbers, as in the table.
     """
-    if math.isnan(found.value) and (found.note or unit != "prompts"):
+    if math.isnan(found.value):
         return f"not estimated: {found.note}".removesuffix(": ")
     value, low, high = (number(getattr(found, key), unit) for key in ("value", "low", "high"))
     interval = "(no interval)" if "nan" in (low, high) else f"[{low}, {high}]"
@@ -76,7 +74,7 @@ def what(row) -> str:
     parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
     if row.section == "judge":
         parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
-    if row.section in ("benchmark", "task", "leakage", "pairs"):
+    if row.section in ("benchmark", "task", "leakage"):
         parts.insert(0, f"{row.questions}:")
     if row.section in ("quality", "leakage") and row.temperature is not None:
         parts[-1] += f", {decoding(row.temperature)}"
