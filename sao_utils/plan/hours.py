@@ -9,8 +9,7 @@ from __future__ import annotations
 from sao_utils.plan.hardware import GIB, Gpu, model_shape
 from sao_utils.plan.memory import VLLM_ROWS, dtype_of, static_rows
 from sao_utils.plan.workload import Work
-from sao_utils.recipe import Model, Training
-from sao_utils.training.shapes import Shape
+from sao_utils.recipe import Training
 
 #: Share of a data sheet's speed that decoding reaches; for all else see `Gpu.reached`.
 DECODE_SHARE = 0.3
@@ -20,39 +19,6 @@ LAUNCH_SECONDS = 8e-4
 LONGEST_REPLY = 3
 #: Rows that lm-eval decodes at a time; assumed.
 TASK_ROWS = 8
-
-
-def prefill_hours(shape: Shape, gpu: Gpu, tokens: float) -> float:
-    """Hours of reading so many tokens, or choosing a verdict after them."""
-    return 2 * shape.linear * tokens / (gpu.compute * 1e12) / gpu.reached / 3600
-
-
-def decode_hours(
-    shape: Shape,
-    gpu: Gpu,
-    model: Model,
-    replies: float,
-    prompt: float,
-    new: float,
-    batch: float,
-    steps: float,
-) -> float:
-    """Hours of writing replies: every step reads all weights and the batch's KV cache, or, if that
-    takes longer, computes.
-
-    Args:
-        replies: how many, of `new` tokens after prompts of `prompt` tokens, in the mean.
-        batch: rows at a time. steps: that a batch takes.
-    """
-    weights = shape.weight_bytes(dtype_of(model), model.quantisation)
-    rows = batch * new / steps  # that are still written, in the mean
-    cache = rows * shape.kv_bytes(dtype_of(model)) * (prompt + new / 2)
-    reading = (weights + cache) / (gpu.bandwidth * 1e9)
-    computing = 2 * (shape.linear + shape.vocabulary * shape.width) * rows / (gpu.compute * 1e12)
-    seconds = max(reading, computing) / DECODE_SHARE
-    if model.engine == "transformers":
-        seconds = max(seconds, LAUNCH_SECONDS * shape.layers)
-    return replies / batch * steps * seconds / 3600
 
 
 def training_hours(work: Work, gpu: Gpu, training: Training, twice: bool) -> float:
@@ -68,26 +34,32 @@ def training_hours(work: Work, gpu: Gpu, training: Training, twice: bool) -> flo
 
 
 def work_hours(work: Work, gpu: Gpu, memory: dict[str, float]) -> float:
-    """Hours of requests to a model on one GPU.
+    """Hours of requests to a model on one GPU: reading, and writing if it writes.
+
+    A decoding step reads all weights and the batch's KV cache once, or, if that takes longer, computes.
 
     Args:
         memory: GiB by part that the work needs (`work_memory`).
     """
     model, shape = work.model, model_shape(work.model)
     read, written, _, most_written = work.lengths
-    requests = work.rows * work.requests
-    hours = prefill_hours(shape, gpu, requests * read)
-    if work.stage == "tasks":  # the logits of every token
-        hours *= 1 + shape.vocabulary * shape.width / shape.linear
+    requests, head = work.rows * work.requests, shape.vocabulary * shape.width
+    each = shape.linear + (head if work.stage == "tasks" else 0)  # logits of every token
+    hours = 2 * each * requests * read / (gpu.compute * 1e12) / gpu.reached / 3600
     if not written:
         return hours
-    steps = min(most_written, LONGEST_REPLY * written)
+    row = shape.kv_bytes(dtype_of(model)) * (read + written / 2)
+    batch, steps = static_rows(model, read + most_written), LONGEST_REPLY * written
     if work.stage == "tasks":
         batch = TASK_ROWS
     elif model.engine == "vllm":  # a place is filled again at once
-        row = shape.kv_bytes(dtype_of(model)) * (read + written / 2)
         batch, steps = min(VLLM_ROWS, memory["KV cache"] * GIB / row), written
-    else:
-        batch = static_rows(model, read + most_written)
-    batch = max(1, min(batch, requests))
-    return hours + decode_hours(shape, gpu, model, requests, read, written, batch, steps)
+    batch, steps = max(1, min(batch, requests)), min(steps, most_written)
+    rows = batch * written / steps  # that are not done yet, in the mean of the steps
+    weights = shape.weight_bytes(dtype_of(model), model.quantisation)
+    reading = (weights + rows * row) / (gpu.bandwidth * 1e9)
+    computing = 2 * (shape.linear + head) * rows / (gpu.compute * 1e12)
+    seconds = max(reading, computing) / DECODE_SHARE
+    if model.engine == "transformers":
+        seconds = max(seconds, LAUNCH_SECONDS * shape.layers)
+    return hours + requests / batch * steps * seconds / 3600

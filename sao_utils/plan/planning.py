@@ -135,15 +135,18 @@ def _hours_as_measured(work: Work, times: dict[str, dict]) -> float | None:
 
 # ---------------------------------------------------------------------------- what does not fit
 
-#: What a model does -> keys to try where its memory does not suffice.
+#: What a model does -> what to try where its memory does not suffice.
 KEYS = {
-    "transformers": "{who}.quantisation=nf4, {who}.batch_tokens={half}, or a smaller {who}.path",
-    "vllm": "{who}.quantisation=fp8, a smaller {who}.max_context, or a smaller {who}.path",
-    "task": "evaluation.tasks=[], or a smaller {who}.path",
-    "lora": "training.quantisation=nf4, training.gradient_checkpointing=on, a smaller "
-    "training.token_budget or pairs.max_tokens, or a smaller model.path",
-    "full": "training.method=lora with training.quantisation=nf4, more GPUs (--gpus), or a smaller "
-    "model.path",
+    "transformers": ("{who}.quantisation=nf4", "{who}.batch_tokens={half}"),
+    "vllm": ("{who}.quantisation=fp8", "a smaller {who}.max_context"),
+    "task": ("evaluation.tasks=[]",),
+    "lora": (
+        "training.quantisation=nf4",
+        "training.gradient_checkpointing=on",
+        "a smaller training.token_budget",
+        "a smaller pairs.max_tokens",
+    ),
+    "full": ("training.method=lora with training.quantisation=nf4", "more GPUs (--gpus)"),
 }
 
 
@@ -158,14 +161,23 @@ def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
             room = work.model.gpu_memory * gpu.memory
         lack = need - room
         if lack > 0.01 and lack > worst.get((work.who, kind), (0, ""))[0]:
-            keys = KEYS[kind].format(who=work.who, half=work.model.batch_tokens // 2)
             there = f"the {gpu.name} has" if gpu else "of this machine's memory are free"
             text = (
                 f"{work.stage} with {work.model.path} needs {need:.1f} GiB, {there} {room:.1f}: "
-                f"{lack:.1f} too little. Try {keys}."
+                f"{lack:.1f} too little. Try {_keys(kind, work, recipe)}."
             )
             worst[work.who, kind] = lack, text
     return [text for _, text in worst.values()]
+
+
+def _keys(kind: str, work: Work, recipe: Recipe) -> str:
+    """The keys to try that do not have their value already."""
+    settings, keys = recipe.training if work.trains else work.model, []
+    for text in (*KEYS[kind], "a smaller {who}.path"):
+        key, _, value = text.rpartition(".")[2].partition("=")
+        if getattr(settings, key, None) != value:
+            keys.append(text.format(who=work.who, half=work.model.batch_tokens // 2))
+    return ", or ".join(keys)
 
 
 def _misfits(recipe: Recipe, gpu: Gpu | None, processes: int) -> list[str]:

@@ -8,7 +8,7 @@ that can be bought, with every reply as long as it may be.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from statistics import fmean
 from typing import NamedTuple
@@ -159,14 +159,19 @@ def _sizes() -> dict[str, dict]:
 # ---------------------------------------------------------------------------- a round, and beside it
 
 
-def round_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
     """Prompts, responses and verdicts of one round."""
-    asked = recipe.prompts.count * len(recipe.seeds)
-    if recipe.prompts.source != "file":
-        yield _prompts(recipe, rates, "prompts", asked)
-    yield _responses(recipe, rates, "responses", asked)
-    judged = asked * rates.prompts_kept * rates.judged
-    yield _verdicts(recipe, rates, "verdicts", 2 * judged, 2 * asked)
+    asked, model = recipe.prompts.count * len(recipe.seeds), recipe.model
+    written = 0 if recipe.prompts.source == "file" else asked
+    limit, read = recipe.prompts.max_new_tokens, rates.instruction
+    of_prompt = Lengths(read, min(rates.prompt, limit), 2 * read, limit)
+    of_response = Lengths(rates.prompt, rates.response, limit, recipe.responses.max_new_tokens)
+    kept, most = rates.prompts_kept, PER_PROMPT * asked
+    return (
+        Work("prompts", "model", model, written, of_prompt),
+        Work("responses", "model", model, round(most * kept), of_response, most_rows=most),
+        _verdicts(recipe, rates, "verdicts", 2 * asked * kept * rates.judged, 2 * asked),
+    )
 
 
 def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -177,14 +182,18 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         for name in recipe.judges:
             yield _verdicts(recipe, rates, "labelled", rows, rows, who=f"judges.{name}")
     yield _verdicts(recipe, rates, "labelled", rows, rows)
+    prompts, responses, _ = round_work(recipe, rates)
     tried = TEMPERATURES * min(TRIED, count) * seeds
-    written = seeds * (min(WITHOUT, count) + OWN)
-    written += tried if recipe.prompts.source != "file" else 0
-    yield _prompts(recipe, rates, "variants", written, part="prompts")
-    yield _responses(recipe, rates, "variants", tried, part="responses")
+    written = seeds * (min(WITHOUT, count) + OWN) + (tried if prompts.rows else 0)
+    yield replace(prompts, stage="variants", part="prompts", rows=written)
+    most = PER_PROMPT * tried
+    rows = round(most * rates.prompts_kept)
+    yield replace(responses, stage="variants", part="responses", rows=rows, most_rows=most)
     if recipe.judging.method == "logprob":
-        rows, again = 2 * min(SAMPLED, count * seeds), _sampling(recipe)
-        yield _verdicts(again, rates, "variants", rows, rows, part="verdicts, sampled")
+        rows, judging = 2 * min(SAMPLED, count * seeds), {"method": "sampled"}
+        again = {"judging": recipe.judging.model_copy(update=judging)}
+        part = "verdicts, sampled"
+        yield _verdicts(recipe.model_copy(update=again), rates, "variants", rows, rows, part=part)
 
 
 def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -196,19 +205,6 @@ def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         for seed in recipe.seeds:
             lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
             yield Work(f"training {arm}-{seed}", "model", recipe.model, pairs, lengths)
-
-
-def _prompts(recipe: Recipe, rates: Rates, stage: str, rows: int, part: str = "") -> Work:
-    read, limit = rates.instruction, recipe.prompts.max_new_tokens
-    lengths = Lengths(read, min(rates.prompt, limit), 2 * read, limit)
-    return Work(stage, "model", recipe.model, rows, lengths, part)
-
-
-def _responses(recipe: Recipe, rates: Rates, stage: str, asked: int, part: str = "") -> Work:
-    most, limits = PER_PROMPT * asked, (recipe.prompts, recipe.responses)
-    lengths = Lengths(rates.prompt, rates.response, *(limit.max_new_tokens for limit in limits))
-    rows = round(most * rates.prompts_kept)
-    return Work(stage, "model", recipe.model, rows, lengths, part, most)
 
 
 def _verdicts(
@@ -237,11 +233,6 @@ def _verdicts(
     most_read += PER_PROMPT * (limit or recipe.responses.max_new_tokens)
     lengths = Lengths(rates.verdict, written[0], max(most_read, rates.verdict), written[1])
     return Work(stage, who, recipe.models[who], round(rows), lengths, part, most_rows)
-
-
-def _sampling(recipe: Recipe) -> Recipe:
-    judging = recipe.judging.model_copy(update={"method": "sampled"})
-    return recipe.model_copy(update={"judging": judging})
 
 
 def _own_judge(recipe: Recipe) -> str:

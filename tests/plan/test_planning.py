@@ -53,7 +53,7 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
         ("gpu-24gb", "T4", {}, "Gemma overflows in float16: another model.path"),
         ("gpu-24gb", "4090", {"model.dtype": "float16"}, "model.dtype=bfloat16"),
         ("paper", "A100-80", {}, "model.workers=0, or --gpus 4"),
-        ("paper", "L4", {}, "the L4 has 19.8: 1.4 too little. Try model.quantisation=fp8"),
+        ("paper", "L4", {}, "the L4 has 19.8: 1.4 too little. Try model.quantisation=fp8, or"),
         ("paper", "L4", {}, "the L4 has 21.4: 141.9 too little. Try training.method=lora"),
         ("colab-t4", "T4", {"model.batch_tokens": 500_000}, "model.batch_tokens=250000"),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}, "Try training.quantisation=nf4"),
