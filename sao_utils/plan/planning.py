@@ -21,7 +21,7 @@ from sao_utils.store import results_folder
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 #: Compute capability from which on vLLM runs, and a GPU has bfloat16.
-VLLM_CAPABILITY = BFLOAT16_CAPABILITY = 8.0
+CAPABILITY = 8.0
 
 
 @dataclass(frozen=True)
@@ -183,20 +183,19 @@ def _keys(kind: str, work: Work, recipe: Recipe) -> str:
 def _misfits(recipe: Recipe, gpu: Gpu | None, processes: int) -> list[str]:
     """What the GPU cannot do, and workers without one."""
     found = []
-    for who, model in recipe.models.items():
-        if model.engine == "api" or gpu is None:
-            continue
-        old, gemma = gpu.capability < BFLOAT16_CAPABILITY, "gemma" in model_shape(model).family
-        card = f"the {gpu.name} (compute capability {gpu.capability})"
+    for who, model in recipe.models.items() if gpu else ():
         if model.workers > processes:
             found.append(
                 f"Each of {model.workers} workers takes a GPU, and there is {processes}: "
                 f"{who}.workers=0, or --gpus {model.workers}."
             )
-        if model.engine == "vllm" and gpu.capability < VLLM_CAPABILITY:
-            found.append(f"vLLM does not promise to run on {card}: {who}.engine=transformers.")
-        if model.dtype == "bfloat16" and old:
-            found.append(f"{card[0].upper()}{card[1:]} has no bfloat16: {who}.dtype=auto.")
+        old = gpu.capability < CAPABILITY
+        if model.engine == "vllm" and old:
+            found.append(
+                f"vLLM does not promise to run on the {gpu.name} (compute capability "
+                f"{gpu.capability}): {who}.engine=transformers."
+            )
+        gemma = model.engine != "api" and "gemma" in model_shape(model).family
         if gemma and (old or model.dtype == "float16"):
             change = f"another {who}.path" if old else f"{who}.dtype=bfloat16"
             found.append(f"Gemma overflows in float16: {change}.")

@@ -118,9 +118,8 @@ def workload(recipe: Recipe) -> list[Work]:
     """
     rates = rates_of(recipe)
     works = [*round_work(recipe, rates), *notebook_work(recipe, rates)]
-    if (
-        recipe.model.engine != "api"
-    ):  # what a server holds cannot be trained: notebooks 01 to 03 only
+    # What a server holds cannot be trained: then there are notebooks 01 to 03 only.
+    if recipe.model.engine != "api":
         works += training_work(recipe, rates)
         works += answer_work(recipe, rates)
         works += task_work(recipe)
@@ -304,9 +303,8 @@ def task_work(recipe: Recipe) -> Iterator[Work]:
             for who, model, count in _compared(recipe):
                 if model.engine != "api":  # a server cannot do them
                     model = model.model_copy(update=in_16_bit if model.engine == "vllm" else {})
-                    yield Work(
-                        "tasks", who, model, count, lengths, _part(task, who), requests=passes
-                    )
+                    part = _part(task, who)
+                    yield Work("tasks", who, model, count, lengths, part, requests=passes)
 
 
 def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -325,10 +323,12 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
             yield Work("benchmark_answers", who, model, rows, lengths, _part(name, who))
         shown, answers = size["shown"], size["answers"]
         most = size["verdicts"] * prompts * (models - size.get("without", 0))
-        rows = round(most * rates.compared)
+        rows, retries = round(most * rates.compared), size.get("retries", 0)
         for who in judges:
             model, part = recipe.models[who], _part(name, who)
             written = (size["argued"], size["most"]) if "argued" in size else _short_verdict(model)
-            read = (shown + answers * usual, shown + answers * limit)
-            lengths = Lengths(read[0], written[0], read[1], written[1])
-            yield Work("benchmark_verdicts", who, model, rows, lengths, part, most)
+            # A second request holds the first reply.
+            most_read = shown + answers * limit + retries * written[1] / 2
+            lengths = Lengths(shown + answers * usual, written[0], most_read, written[1])
+            most_rows = most * (1 + retries)
+            yield Work("benchmark_verdicts", who, model, rows, lengths, part, most_rows)
