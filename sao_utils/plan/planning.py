@@ -76,6 +76,9 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         )
     if gpu is None and not times:
         notes.append("Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU.")
+    elif gpu is None:
+        source = "a trial on this machine" if measure else "the reference run on two CPU cores"
+        notes.append(f"Hours: by {source}.")
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
     return Plan(recipe, machine, stages, disk, problems, notes)
 
