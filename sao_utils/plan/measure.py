@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sao_utils.recipe import Recipe
@@ -32,11 +32,12 @@ def measured(recipe: Recipe) -> dict[str, dict]:
 
     def write(limit: int) -> dict:
         sampling = Sampling(recipe.responses.temperature, min(TOKENS, limit))
-        return _timed(engine.generate(chats, sampling, [*range(ROWS)]))
+        return _timed(lambda rows: engine.generate(chats[:rows], sampling, [*range(rows)]))
 
     prompts = write(recipe.prompts.max_new_tokens)
     responses = write(recipe.responses.max_new_tokens)
-    verdicts = _timed(engine.choose(ranking, templates.VERDICT_PREFIX, templates.VERDICTS))
+    choices = (templates.VERDICT_PREFIX, templates.VERDICTS)
+    verdicts = _timed(lambda rows: engine.choose(ranking[:rows], *choices))
     return {
         "prompts": prompts,
         **dict.fromkeys(("responses", "answers", "benchmark_answers"), responses),
@@ -45,9 +46,11 @@ def measured(recipe: Recipe) -> dict[str, dict]:
     }
 
 
-def _timed(batches: Iterator) -> dict:
+def _timed(work: Callable[[int], Iterator]) -> dict:
+    """Seconds of some work on ROWS rows, after one row, since the first call of anything is slow."""
+    list(work(1))
     start = time.monotonic()
-    made = sum(len(batch) for batch in batches)
+    made = sum(len(batch) for batch in work(ROWS))
     return {"seconds": time.monotonic() - start, "made": made}
 
 
