@@ -115,9 +115,9 @@ def plan(
 ) -> None:
     """Print what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
 
-    Ends with exit code 1 if something does not fit, after naming the key to change.
+    Ends with exit code 1 if something does not fit, after naming keys to try.
     """
-    from sao_utils.plan import hardware, planning, render, workload
+    from sao_utils.plan import hardware, planning, render
     from sao_utils.recipe import RecipeError
     from sao_utils.recipes import load_recipe
 
@@ -129,7 +129,7 @@ def plan(
         made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
     except (RecipeError, hardware.PlanError) as error:
         _fail(error, 2)
-    typer.echo(render.render(made, workload.actual(folder) if folder else None))
+    typer.echo(render.render(made, planning.actual(folder) if folder else None))
     if made.problems:
         raise typer.Exit(1)
 
@@ -224,11 +224,10 @@ def _agree_to_pay(run, yes: bool) -> None:
         return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.render import bill_lines
-    from sao_utils.plan.workload import workload
+    from sao_utils.plan.workload import bill, workload
 
-    load = workload(run.recipe)
-    if load.bill:
-        typer.echo("\n".join([*bill_lines(load.bill), *load.notes]))
+    if owed := bill(workload(run.recipe)):
+        typer.echo("\n".join(bill_lines(owed)))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
