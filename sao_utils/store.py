@@ -188,7 +188,7 @@ def _drop_torn_line(path: Path) -> None:
 def standing(path: Path, max_context: int | None = None) -> dict[str, dict]:
     """The rows of a file by id, the latest of each; without those to be made again.
 
-    These have a key "max_context" (see `engines.limit_met`): the context ended them, and it was
+    These have a key "max_context" (see `engines.requests`): the context ended them, and it was
     another one than `max_context`.
     """
     latest = {row["id"]: row for row in read_rows(path)}

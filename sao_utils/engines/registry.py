@@ -22,51 +22,47 @@ def load_engine(model: Model) -> Engine:
     base = model.model_copy(update={"adapter": None})  # the same base for every adapter
     # By name, too: an adapter trained anew in the same folder is another one.
     key = (model.model_dump_json(), name)
-    engine = _loaded.pop(key, (None, None))[1]
+    _, engine = _loaded.pop(key, (None, None))
     if engine is None:
         find(base)
-    _make_room(base)
-    _loaded[key] = base, engine or _load(base, adapter, name)  # now the latest
+    kind = "ray" if model.workers else model.engine
+    _make_room(kind)
+    _loaded[key] = kind, engine or _load(kind, base, adapter, name)  # now the latest
     return _loaded[key][1]
 
 
-_loaded: dict[tuple[str, str], tuple[Model, Engine]] = {}  # the latest last
+_loaded: dict[tuple[str, str], tuple[str, Engine]] = {}  # with their kinds, the latest last
 
 
-def _load(model: Model, adapter: Path | None, name: str) -> Engine:
-    if model.workers:
+def _load(kind: str, model: Model, adapter: Path | None, name: str) -> Engine:
+    if kind == "ray":
         from sao_utils.engines.ray import RayEngine as Kind
-    elif model.engine == "vllm":
+    elif kind == "vllm":
         from sao_utils.engines.vllm import VllmEngine as Kind
-    elif model.engine == "api":
+    elif kind == "api":
         from sao_utils.engines.api import ApiEngine as Kind
     else:
         from sao_utils.engines.transformers import TransformersEngine as Kind
     return Kind(model, adapter, name)
 
 
-def _make_room(coming: Model) -> None:
-    """Let go of all loaded engines but the latest; of that, too, if it is in the way on a GPU."""
+def _make_room(coming: str) -> None:
+    """Let go of all loaded engines but the latest; of that, too, if it is in the way on a GPU.
+
+    A vLLM process serves a base and its adapters alike, and ends by itself when vLLM loads another
+    model; Ray's workers hold nothing between two calls, and a server nothing here.
+    """
     for key in list(_loaded)[:-1]:
         del _loaded[key]
     for key in list(_loaded):
-        if _in_the_way(_loaded[key][0], coming) and _on_gpu():
+        kind = _loaded[key][0]
+        in_the_way = "api" not in (kind, coming) and (kind != coming or kind == "transformers")
+        if in_the_way and _on_gpu():
             import torch
 
             del _loaded[key]
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def _in_the_way(loaded: Model, coming: Model) -> bool:
-    """Whether a loaded model holds GPU memory that another one wants.
-
-    A vLLM process serves a base and its adapters alike, and ends by itself when vLLM loads another
-    model; Ray's workers hold nothing between two calls.
-    """
-    holds = loaded.engine != "api" and not loaded.workers
-    shared = loaded.engine == coming.engine == "vllm" and not coming.workers
-    return holds and coming.engine != "api" and not shared
 
 
 def _on_gpu() -> bool:
