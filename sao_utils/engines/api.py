@@ -39,8 +39,8 @@ ADVICE = {
     401: KEY,
     403: KEY,
     404: "Check model.path, the model's name there, and model.url.",
-    429: "The server's rate or quota is used up; a smaller model.concurrency may help.",
     422: SETTING,
+    429: "The server's rate or quota is used up; a smaller model.concurrency may help.",
     "APIConnectionError": "Is the server running, and is model.url right (most end in /v1)?",
 }
 
@@ -221,7 +221,8 @@ class ApiEngine:
 
     def _fault(self, error: Exception | str) -> EngineError:
         """A fault that ends the call, in words that tell what to do and no key."""
-        advice = ADVICE.get(getattr(error, "status_code", type(error).__name__), "")
+        kind = getattr(error, "status_code", type(error).__name__)
+        advice = ADVICE.get(kind, "The server has a fault of its own.")
         return EngineError(
             f"{self.model.url}: {self._without_key(error)[:500]}\n{advice} The rows made so far are "
             "kept; run again to go on."

@@ -203,7 +203,7 @@ class TransformersEngine:
 
         if rows == 1:
             raise EngineError(
-                f"The memory does not hold one row of {longest} tokens. Rows made so far are kept. Set "
+                f"The memory does not hold even one row of {longest} tokens. Rows made so far are kept. Set "
                 "model.quantisation=nf4, lower max_new_tokens of the stage, take a smaller model, or "
                 "leave out long prompts by a smaller model.max_context."
             )

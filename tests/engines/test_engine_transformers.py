@@ -222,14 +222,14 @@ def test_a_pair_without_replies_is_not_called_identical(engine):
 # ---------------------------------------------------------------------------- memory
 
 
-def limit_rows(engine, most, error=None):
+def limit_rows(engine, most):
     """Make the model's forward run out of memory above `most` rows, as a GPU does."""
     forward, seen = engine.model.forward, []
 
     def limited(*args, **kwargs):
         seen.append(len(kwargs["input_ids"]))
         if len(kwargs["input_ids"]) > most:
-            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(*args, **kwargs)
 
     engine.model.forward = limited

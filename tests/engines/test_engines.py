@@ -1,4 +1,3 @@
-import gc
 import http.server
 import json
 import math
@@ -13,7 +12,7 @@ import weakref
 import pytest
 import torch
 
-from sao_utils.engines import base, loading, registry
+from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
@@ -203,35 +202,12 @@ def test_an_adapter_trained_anew_in_the_same_folder_is_loaded_anew(tmp_path):
     assert said[0] != said[1]
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "alive"), [(False, [False, True]), (True, [False, False])], ids=["cpu", "gpu"]
-)
-def test_base_and_tuned_model_stay_loaded_but_do_not_share_a_gpu(on_gpu, alive, monkeypatch):
+def test_a_model_stays_loaded_until_another_one_is_asked_for():
     """A GPU that holds one model may not hold two."""
-    monkeypatch.setattr(registry, "_on_gpu", lambda: on_gpu)
-    one, other, third = (TINY.model_copy(update={"batch_tokens": n}) for n in (1024, 512, 256))
-    registry.unload_engines()
-    before = [weakref.ref(load_engine(model)) for model in (one, other)]
-    assert load_engine(third) is load_engine(third)
-    gc.collect()
-    assert [held() is not None for held in before] == alive
-
-
-@pytest.mark.parametrize(
-    ("loaded", "coming", "stays"),
-    [
-        ("transformers", "vllm", False),
-        ("vllm", "transformers", False),
-        ("vllm", "vllm", True),
-        ("transformers", "api", True),
-        ("vllm", "ray", False),
-    ],
-)
-def test_what_holds_a_gpu_makes_way_for_what_wants_one(loaded, coming, stays, monkeypatch):
-    monkeypatch.setattr(registry, "_on_gpu", lambda: True)
-    monkeypatch.setattr(registry, "_loaded", {"key": (loaded, None)})
-    registry._make_room(coming)
-    assert bool(registry._loaded) == stays
+    one, other = (TINY.model_copy(update={"batch_tokens": n}) for n in (1024, 512))
+    before = weakref.ref(load_engine(one))
+    assert load_engine(one) is before()
+    assert load_engine(other).batch_tokens == 512 and before() is None
 
 
 def test_the_name_of_a_model_changes_with_its_weights(tmp_path):
