@@ -163,7 +163,7 @@ def read_rows(path: Path) -> list[dict]:
 def standing(path: Path, max_context: int | None = None) -> dict[str, dict]:
     """The rows of a file by id, the latest of each; without those to be made again.
 
-    These have a key "max_context" (see `engines.limit_met`): the context ended them, and it was
+    These have a key "max_context" (see `engines.requests`): the context ended them, and it was
     another one than `max_context`.
     """
     latest = {row["id"]: row for row in read_rows(path)}
