@@ -17,7 +17,7 @@ ERROR_LINES = 8  # of a cell's error message; long ones end with what matters
 #: What a kernel imports while the notebook before its own still runs: 5 seconds that nobody waits for.
 IMPORTS = "import sao_utils, torch, pandas, matplotlib.pyplot; from transformers import AutoModelForCausalLM"
 #: What training needs; on a GPU it could take memory from the notebook that still runs.
-CPU_IMPORTS = "import trl.experimental.cpo"
+CPU_IMPORTS = "import sao_utils.training.trainer"
 
 
 class NotebookFailed(RuntimeError):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sao_utils.recipe import Training
-from sao_utils.training.losses import CHUNK_BYTES
 from sao_utils.training.shapes import Shape
 
 GIB = 2**30
+#: float32 logits that are held at a time, in bytes, on a CPU and on a GPU (whose big matrix products
+#: need more rows to be efficient). The backward pass holds about twice as much.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
 #: Share of the free memory that one step may fill.
 FILLED = 0.7
 #: Token budgets that "auto" chooses from, the best first: more tokens make larger matrix products, but

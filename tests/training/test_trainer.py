@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sao_utils.recipe import Training
-from sao_utils.training.losses import TrainingFailed
+from sao_utils.training import TrainingFailed
 from sao_utils.training.setup import add_adapter, pair_trainer
 
 COMMON = dict(
