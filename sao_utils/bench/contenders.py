@@ -195,7 +195,7 @@ def ours_by_hand(policy, pairs, share: bool, budget: int, device: str):
                 with torch.autocast(device, torch.bfloat16) if half else nullcontext():
                     hidden = base.model(**inputs, use_cache=False).last_hidden_state
                     head = base.get_output_embeddings().weight
-                    logps = token_logps(hidden[0, places], head, targets, None, softcap)
+                    logps = token_logps(hidden[0, places], head, targets, softcap)
                 sums = torch.zeros(2 * made.pairs, device=device).index_add(0, owner, logps)
                 means = sums / torch.bincount(owner, minlength=2 * made.pairs)
                 loss = simpo(torch.cat([means[0::2], means[1::2]])) * made.pairs / len(pairs)

@@ -55,7 +55,8 @@ def fit(
     killed goes on from its last whole checkpoint if that hash is the same, else it begins anew.
 
     Args:
-        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); SFT reads no "rejected".
+        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); for SFT "chosen" or
+            "completion" is all the answer it needs.
         watch: called with all rows of the log after every step.
 
     Returns:
@@ -64,7 +65,8 @@ def fit(
 
     Raises:
         ValueError: no pairs, or one that cannot be trained on; the message names it.
-        TrainingFailed: the loss or the gradient is no number any more, or the disk is full.
+        TrainingFailed: the loss or the gradient is no number any more, or a checkpoint could not be
+            written.
     """
     if not pairs:
         raise ValueError("There are no pairs to train on. The funnel shows why none are left.")

@@ -134,11 +134,11 @@ def pair_trainer(
     from sao_utils.training.trainer import PairTrainer
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
-    arguments["use_cpu"] = not cuda
+    arguments |= {"use_cpu": not cuda}
     rate = settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate
     choice = _choose_memory(policy, rows, settings, cuda)
     if choice.twice:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     optimiser = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
     all_arguments = dict(
         output_dir=str(Path(folder) / "checkpoints"),
@@ -175,7 +175,7 @@ def pair_trainer(
 
 
 def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> memory.Choice:
-    """Token budget and gradient checkpointing by what is free now; says what was chosen, and why."""
+    """Token budget and gradient checkpointing by what is free now; prints the choice and its reason."""
     import psutil
     import torch
 
@@ -192,16 +192,12 @@ def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> 
         free = torch.cuda.mem_get_info()[0]
     else:
         free = psutil.virtual_memory().available / processes.world_size()
+    dtype = "float32" if policy.dtype == torch.float32 and not cuda else "bfloat16"
+    device = "cuda" if cuda else "cpu"
     choice = memory.choose(
-        shape_of(policy.config),
-        settings,
-        longest,
-        max(0, free - coming),
-        "float32" if policy.dtype == torch.float32 and not cuda else "bfloat16",
-        "cuda" if cuda else "cpu",
+        shape_of(policy.config), settings, longest, max(0, free - coming), dtype, device
     )
-    auto = "auto" in (settings.token_budget, settings.gradient_checkpointing)
-    if auto and processes.is_main():
+    if "auto" in (settings.token_budget, settings.gradient_checkpointing) and processes.is_main():
         twice = "on" if choice.twice else "off"
         print(
             f"Token budget {choice.budget:,}, gradient checkpointing {twice}: {choice.reason}",

@@ -10,9 +10,9 @@ Importing this module costs seconds: `fit` does so when it trains.
 
 from __future__ import annotations
 
-import functools
 import shutil
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,12 @@ def answer_logps(model, rows, targets, **inputs):
     return token_logps(picked, head, targets, softcap)
 
 
+def _full_logps(model, rows, targets, **inputs):
+    """The same by the model's own logits, all of them."""
+    logits = model(**inputs).logits.flatten(0, 1)[rows]
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
 def summed_logps(score, microbatch: packing.Microbatch, device):
     """Summed log-probability and length of each answer, [2 * pairs]: chosen and rejected in turn.
 
@@ -96,7 +102,7 @@ def add_scoring(policy) -> None:
     model = _inner(policy)
     original = model.forward
 
-    @functools.wraps(original)
+    @wraps(original)
     def forward(*args, rows=None, targets=None, **inputs):
         if rows is None:
             return original(*args, **inputs)
@@ -273,44 +279,32 @@ class PairTrainer(Trainer):
         """Compare with the model's own logits on a few tokens: an architecture may do more to its
         attention or its logits than is known here. Falls back to padding, or refuses."""
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-        few = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
+        rows = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
+        padded = packing.pad(rows)
+        model, error = _inner(self.model), ""
+        close = 1e-3 if model.dtype == torch.float32 else 0.1
         with self._quiet():
-            truth = self._answers_by_logits(few)
+            device = self.accelerator.device
+            truth, lengths = summed_logps(partial(_full_logps, self.model), padded, device)
             if not truth.isfinite().all():  # broken weights: the first step will say so
                 return
-            error = self._error(few, truth)
-            if error is not None:
-                self.packed, self.packing_reason = False, f"packed: off by {error}"
-                error = self._error(few, truth)
-        if error is not None:
-            raise TrainingFailed(
-                f"{type(_inner(self.model)).__name__} computes its logits in a way that is not known "
-                f"here (off by {error} a token). Take another base model."
-            )
-
-    def _answers_by_logits(self, rows: list[dict]):
-        """Summed log-probability of each answer by the model's own logits, one at a time."""
-        found = []
-        for row in rows:
-            for answer in filter(None, (row["chosen_ids"], row["rejected_ids"])):
-                ids = torch.tensor([row["prompt_ids"] + answer], device=_inner(self.model).device)
-                logits = self.model(input_ids=ids).logits[0].float()
-                scores = logits[-len(answer) - 1 : -1].log_softmax(-1)
-                found.append(scores.gather(1, ids[0, -len(answer) :, None]).sum())
-        return torch.stack(found)
-
-    def _error(self, rows: list[dict], truth) -> str | None:
-        """How far off `_logps` is a token, or its error; None if it is right up to rounding."""
-        close = 1e-3 if _inner(self.model).dtype == torch.float32 else 0.1
-        sharing = self.settings.share_prompt
-        try:
-            with self._attention():
-                made = packing.pack(rows, sharing) if self.packed else packing.pad(rows)
-                sums, lengths = self._logps(self.model, made)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        off = ((sums[lengths > 0] - truth).abs().sum() / lengths.sum()).item()
-        return None if off < close else str(off)
+            for self.packed in (True, False):
+                made = packing.pack(rows, self.settings.share_prompt) if self.packed else padded
+                self.packing_reason = error
+                try:
+                    with self._attention():
+                        sums, _ = self._logps(self.model, made)
+                except (TypeError, ValueError, RuntimeError) as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+                    continue
+                off = ((sums - truth).abs().sum() / lengths.sum()).item()
+                if off < close:
+                    return
+                error = f"off by {off:.2g} a token"
+        raise TrainingFailed(
+            f"{type(model).__name__} computes its logits in a way that is not known here ({error}). "
+            "Take another base model."
+        )
 
     def _add_reference(self) -> None:
         """DPO compares with the model before training: its log-probabilities, once for all pairs."""
