@@ -21,7 +21,6 @@ import typer
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
 Seed = Annotated[int, typer.Option(help="Of which seed.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
 ]
@@ -92,17 +91,10 @@ def run(
         run_notebooks(opened, only=only, log=_log)
     except (RecipeError, RunError) as error:
         _fail(error, 2)
-    except NotebookFailed as error:
-        _fail(
-            f"\n{error}\nWhat was made is kept: once the cause is gone, the same command goes on here.",
-            1,
-        )
-    except OSError as error:
-        _fail(f"\nThe run stopped: {error}", 1)
+    except (NotebookFailed, OSError) as error:
+        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
-    if stale := _stale(opened.folder):  # one notebook was made anew by another recipe
-        typer.echo(f"The tables are of another recipe, {stale}: not shown.")
-    elif _table(opened.folder).is_file():
+    if _table(opened.folder).is_file():
         typer.echo("\n" + summary(opened.folder))
 
 
@@ -123,9 +115,9 @@ def plan(
 ) -> None:
     """Print what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
 
-    Ends with exit code 1 if something does not fit, after naming the key to change.
+    Ends with exit code 1 if something does not fit, after naming keys to try.
     """
-    from sao_utils.plan import hardware, planning, render, workload
+    from sao_utils.plan import hardware, planning, render
     from sao_utils.recipe import RecipeError
     from sao_utils.recipes import load_recipe
 
@@ -137,7 +129,7 @@ def plan(
         made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
     except (RecipeError, hardware.PlanError) as error:
         _fail(error, 2)
-    typer.echo(render.render(made, workload.actual(folder) if folder else None))
+    typer.echo(render.render(made, planning.actual(folder) if folder else None))
     if made.problems:
         raise typer.Exit(1)
 
@@ -152,13 +144,9 @@ def show(
     """Print the results of a run: one screen, or every number."""
     from sao_utils.report import summary
 
-    if every + as_json + as_csv > 1:
-        _fail("Take one of --all, --json and --csv.", 2)
     folder = _folder(name)
     if not _table(folder).is_file():
-        done = (folder / "notebooks" / "06_results.ipynb").is_file()  # but the tables are gone
-        command = _command(folder) + (" --only 06" if done else "")
-        _fail(f"The run '{name}' has no results yet. Make them with\n  {command}", 1)
+        _fail(f"The run '{name}' has no results yet. Make them with\n  {_command(folder)}", 1)
     try:
         if as_json:
             text = json.dumps(summary.records(folder), indent=2, ensure_ascii=False)
@@ -167,12 +155,8 @@ def show(
         else:
             text = summary.all_rows(folder) if every else summary.summary(folder)
     except ValueError:  # torn, or of an earlier version
-        command = f"{_command(folder)} --only 06"
-        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {command}", 1)
-    if stale := _stale(folder):
-        typer.echo(
-            f"These results were made with {stale}; the run's recipe has changed since.", err=True
-        )
+        again = f"{_command(folder)} --only 06"
+        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {again}", 1)
     typer.echo(text)
 
 
@@ -185,26 +169,23 @@ def publish(
     public: Annotated[
         bool, typer.Option("--public", help="For everyone; else only you see it.")
     ] = False,
-    yes: Yes = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Upload a trained model with its card to the Hugging Face hub."""
     from sao_utils.report import publish as publishing
     from sao_utils.report.card import PublishError
 
-    opened = _trained(name, arm, seed)
+    opened = _opened(name)
     try:
         publishing.check_repository(to)
-    except ValueError as error:
-        _fail(error, 2)
-    try:
         files = publishing.contents(opened, arm, seed)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
         for path in files:
             typer.echo(f"  {path.name}  {path.stat().st_size / 1e3:,.0f} kB")
-        if not _agrees("Upload these files?", yes, "Nothing was uploaded."):
-            _fail("Nothing was uploaded.", 1)
+        if not yes:
+            typer.confirm("Upload these files?", abort=True)
         url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
-    except PublishError as error:
+    except (PublishError, ValueError) as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
 
@@ -217,9 +198,9 @@ def merge(
     seed: Seed = 0,
 ) -> None:
     """Merge an adapter into its base model, in 16 bit, as a model of its own."""
-    opened = _trained(name, arm, seed)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        _fail(f"{to} exists and is not an empty folder. Take another name.", 2)
+    opened = _opened(name)
+    if to.exists():
+        _fail(f"{to} exists. Take another name.", 2)
     from sao_utils.training import merge as merging
 
     try:
@@ -233,17 +214,8 @@ def recipes() -> None:
     """List the recipes."""
     from sao_utils.recipes import load_recipe, recipe_names
 
-    names = recipe_names()
-    for name in names:
-        typer.echo(f"{name:<{max(map(len, names))}}  {load_recipe(name).about}".rstrip())
-
-
-def _agrees(question: str, yes: bool, refusal: str, code: int = 1) -> bool:
-    """Whether the user agrees; where nobody can answer, the command ends with `code`."""
-    try:
-        return yes or typer.confirm(question)
-    except typer.Abort:  # no answer: no terminal, or interrupted
-        _fail(f"\n{refusal} Give --yes where nobody can answer.", code)
+    for name in recipe_names():
+        typer.echo(f"{name:<16}  {load_recipe(name).about}")
 
 
 def _agree_to_pay(run, yes: bool) -> None:
@@ -252,16 +224,15 @@ def _agree_to_pay(run, yes: bool) -> None:
         return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.render import bill_lines
-    from sao_utils.plan.workload import workload
+    from sao_utils.plan.workload import bill, workload
 
-    load = workload(run.recipe)
-    if load.bill:
-        typer.echo("\n".join([*bill_lines(load.bill), *load.notes]))
+    if owed := bill(workload(run.recipe)):
+        typer.echo("\n".join(bill_lines(owed)))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")
-    if not _agrees("Go on?", yes, "Nothing was run.", 2):
-        _fail("Nothing was run.", 1)
+    if not yes:
+        typer.confirm("Go on?", abort=True)
 
 
 def _overrides(settings: list[str] | None) -> dict[str, str]:
@@ -278,36 +249,24 @@ def _folder(name: str) -> Path:
     """The folder of a run that there is; its name is looked up in the list, so no path tricks."""
     from sao_utils.store import results_folder
 
-    every = results_folder().glob("*")
-    runs = [path for path in every if _table(path).is_file() or (path / "recipe.yaml").is_file()]
-    folder = {path.name: path for path in runs}.get(name)
-    if folder is None:
-        there = ", ".join(sorted(path.name for path in runs))
-        there = there or "none yet; `sao run --recipe tiny` makes one"
+    runs = {path.parent.name: path.parent for path in results_folder().glob("*/recipe.yaml")}
+    if name not in runs:
+        there = ", ".join(sorted(runs)) or "none yet; `sao run --recipe tiny` makes one"
         _fail(f"There is no run '{name}'. Runs: {there}.", 2)
-    return folder
+    return runs[name]
 
 
-def _trained(name: str, arm: str, seed: int):
-    """A run as its folder describes it, if it has this model and the model is trained."""
+def _opened(name: str):
+    """A run as its folder describes it."""
     from sao_utils.recipe import RecipeError
     from sao_utils.recipes import load_recipe
-    from sao_utils.report.card import PublishError, finished
     from sao_utils.store import Run
 
     folder = _folder(name)
     try:
-        run = Run(load_recipe(str(folder / "recipe.yaml")), folder)
+        return Run(load_recipe(str(folder / "recipe.yaml")), folder)
     except RecipeError as error:
         _fail(error, 2)
-    if arm not in run.recipe.arms or seed not in run.recipe.seeds:
-        there = f"arms {', '.join(run.recipe.arms)}; seeds {', '.join(map(str, run.recipe.seeds))}"
-        _fail(f"The run '{name}' has no model '{arm}' of seed {seed}. It has: {there}.", 2)
-    try:
-        finished(run, arm, seed)
-    except PublishError as error:
-        _fail(f"{error} Train it with\n  {_command(folder)} --only 04", 1)
-    return run
 
 
 def _table(folder: Path) -> Path:
@@ -316,23 +275,4 @@ def _table(folder: Path) -> Path:
 
 def _command(folder: Path) -> str:
     """The command that makes the results of a run that has been opened."""
-    from sao_utils.notebooks.run import parameters
-    from sao_utils.recipe import RecipeError
-    from sao_utils.recipes import load_recipe
-    from sao_utils.store import Run
-
-    try:
-        of = parameters(Run(load_recipe(str(folder / "recipe.yaml")), folder))
-    except RecipeError:  # of another version of the package
-        return f"sao run --recipe tiny --run {folder.name}"
-    words = ["sao", "run", "--recipe", of["recipe"], "--run", of["run"]]
-    for key, value in of["overrides"].items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    return shlex.join(words)
-
-
-def _stale(folder: Path) -> Path | None:
-    """The recipe that a run's tables were made with, if it is not the run's of today."""
-    made_with, today = folder / "tables" / "recipe.yaml", folder / "recipe.yaml"
-    same = not made_with.is_file() or made_with.read_bytes() == today.read_bytes()
-    return None if same else made_with
+    return f"sao run --recipe {shlex.quote(str(folder / 'recipe.yaml'))} --run {folder.name}"

@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from importlib import invalidate_caches
 from importlib.metadata import distributions, packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 #: Never another build than the one that is there.
@@ -37,8 +38,6 @@ RESULTS = "sao-results"
 
 def on_colab() -> bool:
     """Whether this is a Colab machine."""
-    from importlib.util import find_spec
-
     try:
         return find_spec("google.colab") is not None
     except ModuleNotFoundError:  # not even a package `google`
@@ -58,12 +57,8 @@ def installed() -> dict[str, str]:
 def loaded() -> set[str]:
     """The packages of which this process has imported something."""
     modules = {name.partition(".")[0] for name in sys.modules}
-    return {
-        plain(package)
-        for module, packages in packages_distributions().items()
-        if module in modules
-        for package in packages
-    }
+    owners = packages_distributions()
+    return {plain(package) for module in modules for package in owners.get(module, ())}
 
 
 def constraints(pins: dict[str, str], there: dict[str, str], in_use: set[str]) -> list[str]:
@@ -83,18 +78,12 @@ def install(source: Path) -> None:
     """Install the checkout in `source`, and what it needs, for this Python.
 
     Raises:
-        RuntimeError: a package that must be replaced is loaded, or pip failed.
+        RuntimeError: pip failed.
     """
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (source / "constraints.txt").read_text(encoding="utf-8").split()
     pins = {plain(n): v for n, _, v in (line.partition("==") for line in lines) if v}
-    there, in_use = installed(), loaded()
-    stale = [n for n in STACK if n in in_use and n in pins and there[n] != pins[n]]
-    if stale:
-        raise RuntimeError(
-            f"{', '.join(stale)} is loaded in another version than the kit needs. Restart the session "
-            "(on Colab: Runtime > Restart session), and run this cell first."
-        )
+    there = installed()
     needs = [
         n for n in project["dependencies"] if plain(re.split(r"[^\w.-]", n)[0]) not in LEFT_OUT
     ]
@@ -105,7 +94,7 @@ def install(source: Path) -> None:
     print("Installing the kit (about a minute)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "constraints.txt"
-        rules.write_text("\n".join(constraints(pins, there, in_use)), encoding="utf-8")
+        rules.write_text("\n".join(constraints(pins, there, loaded())), encoding="utf-8")
         _pip("-c", str(rules), *needs)
     _pip("--no-deps", str(source))
     invalidate_caches()
@@ -116,7 +105,11 @@ def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"pip could not install the kit:\n{done.stderr.strip()[-2000:]}")
+        raise RuntimeError(
+            "pip could not install the kit. If a library is loaded in another version, restart the "
+            "session (on Colab: Runtime > Restart session) and run this cell first.\n"
+            + done.stderr.strip()[-2000:]
+        )
 
 
 def advice() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,9 +22,7 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        reason = error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason += ". What was made so far is kept; free some disk and run again"
+        reason = f"{error.strerror}. If the disk is full, free some disk and run again"
         raise OSError(error.errno, reason, str(path)) from error
 
 
@@ -36,24 +33,22 @@ class Busy(RuntimeError):
 def lock(file, path: Path, wait: bool = False) -> None:
     """Keep a second process from writing the same file. Freed by closing, also by a kill.
 
+    Windows, a mounted Drive and some network disks have no such locks; then there is none.
+
     Raises:
         Busy: another process has it, and we do not `wait` for that.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: no lock
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise Busy(
             f"Another process is making {path.name} of this run right now. Let it finish, or stop it "
             "(a notebook's kernel counts), or take another run name."
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
-            raise
-        # A mounted Drive, and some network disks, have no locks; then there is none.
+    except (ImportError, OSError):
+        pass
 
 
 @contextmanager

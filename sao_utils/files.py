@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from pathlib import Path
 
 from sao_utils.recipe import RecipeError
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_HALF = re.compile("[\ud800-\udfff]")  # of a character: no file of ours could hold it
 
 
 def is_table(source: str) -> bool:
     """Whether a name ends like a file that `read_table` can read."""
-    return Path(source.removesuffix(".gz")).suffix.lower() in KINDS
+    return _kind(source) in KINDS
+
+
+def _kind(source: str) -> str:
+    return Path(source.removesuffix(".gz")).suffix.lower()
 
 
 def read_table(source: str) -> list[dict]:
@@ -25,94 +27,67 @@ def read_table(source: str) -> list[dict]:
     Raises:
         RecipeError: the file is missing, of another kind, damaged, or has a line that is no row.
     """
-    path = Path(source)
-    kind = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if not is_table(source):
-        raise RecipeError(f"'{source}' is none of the kinds of file that can be read: {_kinds()}.")
-    if not path.is_file():
-        raise RecipeError(f"There is no file '{source}'. It may be {_kinds()}.")
+    import pandas as pd
+
+    if not is_table(source) or not Path(source).is_file():
+        kinds = ", ".join(KINDS)
+        raise RecipeError(f"There is no file '{source}'. It may be {kinds}, or .gz of one.")
+    kind = _kind(source)
     try:
         if kind == ".parquet":
-            import pandas as pd
-
-            return pd.read_parquet(path).to_dict("records")
-        unpack = gzip.open if path.suffix == ".gz" else open
-        with unpack(
-            path, "rt", encoding="utf-8-sig", newline=""
-        ) as file:  # Excel begins with a mark
-            if kind in (".csv", ".tsv"):
-                return _delimited(file, "," if kind == ".csv" else "\t")
-            return _json_rows(file.read(), source)
-    except RecipeError:
-        raise
+            return pd.read_parquet(source).to_dict("records")
+        if kind in (".csv", ".tsv"):  # utf-8-sig: Excel begins a file with a mark
+            separator = "," if kind == ".csv" else "\t"
+            how = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+            return pd.read_csv(source, sep=separator, **how).to_dict("records")
+        opened = gzip.open if source.endswith(".gz") else open
+        with opened(source, "rt", encoding="utf-8-sig") as file:
+            return _json_rows(file.read())
     except (OSError, ValueError, EOFError, zlib.error) as error:  # of gzip, UTF-8, CSV and Parquet
         raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
 
 
-def _kinds() -> str:
-    return ", ".join(KINDS) + ", or .gz of one"
-
-
-def _delimited(file, separator: str) -> list[dict]:
-    import pandas as pd
-
-    try:
-        frame = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError:
-        return []
-    return frame.to_dict("records")
-
-
-def _json_rows(text: str, source: str) -> list[dict]:
+def _json_rows(text: str) -> list[dict]:
     """The objects of a JSON array, or of JSON lines."""
     if text.lstrip().startswith("["):
-        numbered = enumerate(json.loads(text), 1)
-        rows = [(row, f"{source}, row {k}") for k, row in numbered]
+        rows = json.loads(text)
     else:
-        lines = [(line, f"{source}, line {k}") for k, line in enumerate(text.split("\n"), 1)]
-        rows = [(_object(line), where) for line, where in lines if line.strip()]
-    for row, where in rows:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError:
+                raise ValueError(f"line {number} is no JSON") from None
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise RecipeError(f"{where} is no JSON object.")
-        if "\\u" in text and _HALF.search(json.dumps(row, ensure_ascii=False)):
-            raise RecipeError(f"{where} holds half of a character (\\ud800 to \\udfff).")
-    return [row for row, _ in rows]
-
-
-def _object(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+            raise ValueError(f"row {number} is no JSON object")
+    return rows
 
 
 def read_column(source: str, column: str) -> list[str]:
-    """The non-empty texts of one column of a file, stripped.
+    """The texts of one column of a file, stripped.
 
     Raises:
-        RecipeError: see `read_table`; or there is no such column (the message names those that there
-            are), or a row has no text in it.
+        RecipeError: see `read_table` and `texts_of`.
     """
     return texts_of(read_table(source), column, source)
 
 
 def texts_of(rows: list[dict], column: str, source: str) -> list[str]:
-    """The non-empty texts of one column of rows, stripped. `source` names the rows in messages.
+    """The texts of one column of rows, stripped. `source` names the rows in messages.
 
     Raises:
-        RecipeError: no rows, no such column, or a row without text in it.
+        RecipeError: no such column (the message names those that there are), or a row whose value is
+            empty or no text.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if column not in columns:
         there = ", ".join(f"'{name}'" for name in columns) or "none"
         raise RecipeError(f"{source} has no column '{column}'. Its columns: {there}.")
     texts = []
-    for k, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, 1):
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
-            fault = (
-                "is empty" if value is None or value == "" or value != value else "holds no text"
-            )
-            raise RecipeError(f"{source}: row {k}: '{column}' {fault}. Correct or remove it.")
+            raise RecipeError(f"{source}: row {number}: '{column}' is empty, or no text.")
         texts.append(value.strip())
     return texts

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
-OPTIONAL = ("vllm", "bitsandbytes", "ray", "lm-eval")  # named where they are installed
+PACKAGES = (
+    *("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"),
+    *("vllm", "bitsandbytes", "ray", "lm-eval", "liger-kernel"),
+)
 
 
 def versions() -> dict[str, str]:
-    """The versions in use of what a result depends on."""
+    """The versions in use of what a result depends on, as far as it is installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    for package in OPTIONAL:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -33,15 +29,12 @@ def gpu_name() -> str | None:
 
     torch would take seconds, and memory of the GPU beside the process of an engine.
     """
-    if not shutil.which("nvidia-smi"):
-        return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # no driver, or no GPU
         return None
-    names = answer.stdout.splitlines() if answer.returncode == 0 else []
-    return names[0].strip() if names else None
+    return answer.stdout.partition("\n")[0].strip() or None
 
 
 @cache

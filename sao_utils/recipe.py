@@ -6,10 +6,25 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+# Names that are parts of file names.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,49}$")]
 
 
 class RecipeError(ValueError):
@@ -21,52 +36,34 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field(description='"tiny" (embedded), a folder, or a name on the hub or server')
-    revision: str | None = Field(None, description="commit of a hub model")
-    adapter: str | None = Field(
-        None, description="folder of an adapter on it; not for the model that is trained"
-    )
-    engine: Literal["transformers", "vllm", "api"] = Field(
-        "transformers", description="what runs it; api: any OpenAI-compatible server"
-    )
+    path: str  # "tiny" (embedded), a folder, or a name on the hub or server
+    revision: str | None = None  # commit of a hub model
+    adapter: str | None = None  # folder of an adapter on it; not for the model that is trained
+    engine: Literal["transformers", "vllm", "api"] = "transformers"  # api: OpenAI-compatible server
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    quantisation: Literal["none", "nf4", "fp8", "awq", "gptq", "bitsandbytes"] = Field(
-        "none",
-        description="of the weights that generate and judge; nf4: transformers, others: vllm",
-    )
-    batch_tokens: int = Field(
-        32_768, ge=1, description="tokens, prompts and replies, of a batch (transformers)"
-    )
-    max_context: int | None = Field(
-        None, ge=1, description="tokens of prompt and reply; null: what the model takes"
-    )
-    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory (vllm)")
-    template_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="passed to every chat template, such as {enable_thinking: false}",
-    )
-    workers: int = Field(0, ge=0, description="Ray Data workers; 0: no Ray")
-    url: str | None = Field(None, description="of the server, such as http://localhost:8000/v1")
-    key_variable: str | None = Field(
-        None, description="environment variable with the server's key; for OpenAI OPENAI_API_KEY"
-    )
-    concurrency: int = Field(8, ge=1, description="requests to the server at a time")
-    price_in: float | None = Field(
-        None, ge=0, description="US$ per million tokens read (api); null: free or unknown"
-    )
-    price_out: float | None = Field(
-        None, ge=0, description="US$ per million tokens written (api); null: free or unknown"
-    )
+    # Of the weights that generate and judge. nf4: transformers; the others: vllm.
+    quantisation: Literal["none", "nf4", "fp8", "awq", "gptq", "bitsandbytes"] = "none"
+    batch_tokens: PositiveInt = 32_768  # of prompts and replies of a batch (transformers)
+    max_context: PositiveInt | None = None  # tokens of prompt and reply; null: as the model has
+    gpu_memory: PositiveShare = 0.9  # share of the GPU's memory (vllm)
+    # Passed to every chat template, such as {enable_thinking: false}.
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    workers: int = Field(0, ge=0)  # Ray Data workers; 0: no Ray
+    url: str | None = None  # of the server, such as http://localhost:8000/v1
+    key_variable: str | None = None  # environment variable with the server's key
+    concurrency: PositiveInt = 8  # requests to the server at a time
+    price_in: NonNegativeFloat | None = None  # US$ per million tokens read; null: free or unknown
+    price_out: NonNegativeFloat | None = None  # US$ per million tokens written
 
     @model_validator(mode="after")
     def _fits_together(self):
         if (self.engine == "api") != (self.url is not None):
             raise ValueError("engine=api and a url belong together: set both, or neither")
+        if self.engine == "api" and (self.adapter or self.workers):
+            raise ValueError("a server takes no adapter and no workers: serve the tuned model")
         if self.url and re.search(r"[@?]", self.url):  # "?": some servers take ?api-key=...
             raise ValueError("url holds a user name or key; keys come from key_variable only")
-        if not re.fullmatch(
-            r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"
-        ):  # a key itself, most likely
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"):  # a key itself
             raise ValueError(
                 "key_variable is the NAME of an environment variable in capitals, such as "
                 "OPENAI_API_KEY; never write the key itself into a recipe"
@@ -75,12 +72,6 @@ class Model(Section):
         if self.quantisation not in ("none", *fits[self.engine]):
             there = ", ".join(("none", *fits[self.engine]))
             raise ValueError(f"quantisation with engine={self.engine} is one of: {there}")
-        if self.engine != "api" and self.priced:
-            raise ValueError("price_in and price_out are of a server: they need engine=api")
-        if self.engine == "api" and self.adapter:
-            raise ValueError("a server cannot be handed an adapter: serve the tuned model itself")
-        if self.engine == "api" and self.workers:
-            raise ValueError("workers run a model here: a server takes concurrency, and workers=0")
         return self
 
     @property
@@ -97,39 +88,26 @@ class Model(Section):
 
 
 class Prompts(Section):
-    source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = Field(
-        "persona",
-        description="persona: the paper's template; no_persona: its ablation; pre_query: the model "
-        "writes the user's turn by itself, with the persona in the system turn; keywords: SynPO's "
-        "self-prompt generator; file: your own prompts",
-    )
-    personas: str | None = Field(
-        "tiny",
-        description='"tiny", "hub" (Persona-Hub), or a file with a column "persona"; null: none',
-    )
-    data: str | None = Field(
-        None,
-        description="of source=file: a file, or the name of a data set on the hub; of source=keywords "
-        'the corpus: "tiny", such a file or data set, or a .txt file of paragraphs',
-    )
-    config: str | None = Field(None, description="configuration of a data set on the hub")
-    split: str = Field("train", description="split of a data set on the hub")
-    column: str = Field("prompt", description="column of source=file that holds the prompts")
-    count: int = Field(ge=1, description="prompts asked for, a seed")
-    min_usable: float = Field(
-        0.2, ge=0, le=1, description="stop if a smaller share of the prompts is usable"
-    )
-    max_similarity: float | None = Field(
-        None, gt=0, le=1, description="drop prompts nearer than this to an earlier one (Jaccard)"
-    )
-    max_shared_words: int | None = Field(
-        None,
-        ge=1,
-        description="drop prompts that share so many words in a row with an evaluation set",
-    )
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(ge=1)
+    # persona: the paper's template; no_persona: its ablation; pre_query: the model writes the user's
+    # turn by itself, with the persona in the system turn; keywords: SynPO's self-prompt generator;
+    # file: your own prompts.
+    source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
+    personas: str | None = "tiny"  # "tiny", "hub" (Persona-Hub), or a file; null: none
+    # Of source=file: a file, or the name of a data set on the hub. Of source=keywords the corpus:
+    # "tiny", such a file or data set, or a .txt file of paragraphs.
+    data: str | None = None
+    config: str | None = None  # configuration of a data set on the hub
+    split: str = "train"  # split of a data set on the hub
+    column: str = "prompt"  # column of source=file that holds the prompts
+    count: PositiveInt  # prompts asked for, a seed
+    min_usable: Share = 0.2  # stop if a smaller share of the prompts is usable
+    # Drop prompts nearer than this to an earlier one (Jaccard).
+    max_similarity: PositiveShare | None = None
+    # Drop prompts that share so many words in a row with an evaluation set.
+    max_shared_words: PositiveInt | None = None
+    temperature: NonNegativeFloat = 0.6
+    top_p: PositiveShare = 1.0
+    max_new_tokens: PositiveInt
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -143,65 +121,54 @@ class Prompts(Section):
 
 
 class Responses(Section):
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(ge=1)
+    temperature: NonNegativeFloat = 0.6
+    top_p: PositiveShare = 1.0
+    max_new_tokens: PositiveInt
 
 
 class Judging(Section):
-    method: Literal["logprob", "sampled"] = Field(
-        "logprob",
-        description="forced choice by log-probability (ours), or the paper's sampled text",
-    )
-    temperature: float = Field(0.6, ge=0, description="of sampled verdicts")
-    top_p: float = Field(1.0, gt=0, le=1, description="of sampled verdicts")
-    max_new_tokens: int = Field(16, ge=1, description="of sampled verdicts")
-    labelled: str | None = Field(
-        None, description="a file of pairs with known labels, to judge the judge by"
-    )
-    min_mass: float = Field(
-        0.5, ge=0, le=1, description="probability on the two verdicts below which one is invalid"
-    )
+    # Forced choice by log-probability (ours), or the paper's sampled text.
+    method: Literal["logprob", "sampled"] = "logprob"
+    temperature: NonNegativeFloat = 0.6  # this and the next two: of sampled verdicts
+    top_p: PositiveShare = 1.0
+    max_new_tokens: PositiveInt = 16
+    labelled: str | None = None  # a file of pairs with known labels, to judge the judge by
+    min_mass: Share = 0.5  # probability on the two verdicts below which one is invalid
 
 
 class Pairs(Section):
-    require_consistent: bool = Field(True, description="drop pairs whose orders disagree")
-    min_margin: float = Field(0.0, ge=0, description="drop pairs with a smaller mean log-odds")
-    max_tokens: int = Field(ge=1, description="prompt and response together")
+    require_consistent: bool = True  # drop pairs whose orders disagree
+    min_margin: NonNegativeFloat = 0.0  # drop pairs with a smaller mean log-odds
+    max_tokens: PositiveInt  # prompt and response together
 
 
 class Training(Section):
     algorithm: Literal["simpo", "dpo", "orpo"] = "simpo"
-    method: Literal["lora", "full"] = Field("lora", description="an adapter, or all weights")
-    beta: float = Field(10.0, gt=0, description="of SimPO")
-    gamma: float = Field(3.0, ge=0, description="of SimPO: the raw margin, not gamma/beta")
-    dpo_beta: float = Field(0.1, gt=0)
-    orpo_lambda: float = Field(0.1, gt=0)
-    learning_rate: float = Field(gt=0)
-    sft_learning_rate: float = Field(
-        gt=0, description="of the control that trains on random own answers"
-    )
-    epochs: float = Field(1, gt=0)
-    batch_size: int = Field(ge=1, description="pairs an optimiser step, over all processes")
-    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto",
-        description="tokens a forward pass; a longer pair goes alone; auto: by the free memory",
-    )
-    share_prompt: bool = Field(True, description="compute the prompt of a pair once")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    method: Literal["lora", "full"] = "lora"  # an adapter, or all weights
+    beta: PositiveFloat = 10.0  # of SimPO
+    gamma: NonNegativeFloat = 3.0  # of SimPO: the raw margin, not gamma/beta
+    dpo_beta: PositiveFloat = 0.1
+    orpo_lambda: PositiveFloat = 0.1
+    learning_rate: PositiveFloat
+    sft_learning_rate: PositiveFloat  # of the control that trains on random own answers
+    epochs: PositiveFloat = 1
+    batch_size: PositiveInt  # pairs an optimiser step, over all processes
+    # Tokens of a forward pass; a longer pair goes alone. auto: by the free memory.
+    token_budget: PositiveInt | Literal["auto"] = "auto"
+    share_prompt: bool = True  # compute the prompt of a pair once
+    warmup_ratio: ShareBelowOne = 0.1
     schedule: Literal["cosine"] = "cosine"
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: PositiveFloat = 1.0
     optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: ShareBelowOne = 0.0
     quantisation: Literal["none", "nf4"] = "none"
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="compute activations twice to save memory; auto: if they do not fit"
-    )
-    checkpoint_minutes: float = Field(1.0, gt=0, description="work that a kill may cost")
-    probe_steps: int = Field(0, ge=0, description="look for degeneration every so many steps")
-    probe_prompts: int = Field(8, ge=1)
+    # Compute activations twice to save memory; auto: if they do not fit.
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    checkpoint_minutes: PositiveFloat = 1.0  # work that a kill may cost
+    probe_steps: int = Field(0, ge=0)  # look for degeneration every so many steps
+    probe_prompts: PositiveInt = 8
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -219,71 +186,49 @@ class Training(Section):
 class SFT(Section):
     """How a helper of SynPO is trained: what differs from `training`."""
 
-    learning_rate: float = Field(gt=0)
-    epochs: float = Field(gt=0)
-    batch_size: int = Field(ge=1)
+    learning_rate: PositiveFloat
+    epochs: PositiveFloat
+    batch_size: PositiveInt
 
 
 class SynPO(Section):
-    seeds: str = Field("tiny", description='"tiny", or a file with columns prompt and answer')
-    seed_count: int = Field(ge=1, description="seed items, a seed: prompts with a gold answer")
-    generator: SFT = Field(description="of the self-prompt generator")
-    improver: SFT = Field(description="of the response improver")
-    scorer: str = Field(
-        "self", description='"self", "oracle", or the path or hub name of a reward model'
-    )
-    check: str | None = Field(
-        None,
-        description="questions (as evaluation.questions) to check the improver on; null: a tenth of the "
-        "seed items, kept from training",
-    )
-    threshold: float = Field(ge=0, description="gap of scores above which a pair is kept")
-    max_repetition: float = Field(0.5, gt=0, le=1, description="of a text; more is dropped")
-    max_pairs: int | None = Field(None, ge=1, description="pairs drawn of a round; null: all")
-    rejected: Literal["base", "previous"] = Field(
-        "base", description="whose answers are rejected: the base's, or the last round's"
-    )
+    seeds: str = "tiny"  # "tiny", or a file with columns prompt and answer
+    seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
+    generator: SFT  # of the self-prompt generator
+    improver: SFT  # of the response improver
+    scorer: str = "self"  # "self", "oracle", or the path or hub name of a reward model
+    # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
+    # kept from training.
+    check: str | None = None
+    threshold: NonNegativeFloat  # gap of scores above which a pair is kept
+    max_repetition: PositiveShare = 0.5  # of a text; more is dropped
+    max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
+    # Whose answers are rejected: the base's, or the last round's.
+    rejected: Literal["base", "previous"] = "base"
 
 
 class Iterations(Section):
-    start: Literal["base", "previous"] = Field(
-        "base", description="what a round's training starts from"
-    )
-    grow: bool = Field(True, description="train on the pairs of earlier rounds, too")
-    judge: Literal["current", "base"] = Field(
-        "current", description="who judges: each round's model, or always the base"
-    )
+    start: Literal["base", "previous"] = "base"  # what a round's training starts from
+    grow: bool = True  # train on the pairs of earlier rounds, too
+    judge: Literal["current", "base"] = "current"  # each round's model, or always the base
 
 
 class Evaluation(Section):
-    top_p: float = Field(1.0, gt=0, le=1)
-    questions: str = Field(
-        "test",
-        description='"test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a '
-        "file with a column prompt",
-    )
-    per_combination: int = Field(4, ge=1, description="wordings of each held-out combination")
-    temperatures: tuple[float, ...] = Field((0.0, 0.6), min_length=1)
-    max_new_tokens: int = Field(ge=1)
-    bootstrap: int = Field(10_000, ge=100, description="resamples of an interval")
-    tasks: tuple[str, ...] = Field(
-        (), description='tasks of lm-eval: "leaderboard", "tiny", a name, or a local .yaml file'
-    )
-    task_limit: int | None = Field(
-        None, ge=1, description="items of a task, for a quick look; null: all"
-    )
-    benchmarks: tuple[Benchmark, ...] = Field(
-        (), description="published benchmarks, and the tiny world's counterparts of them"
-    )
-    benchmark_limit: int | None = Field(
-        None, ge=1, description="prompts of a benchmark, for a quick look; null: all"
-    )
-    data: str | None = Field(
-        None, description='folder with the official files of benchmarks, or "hub"'
-    )
-    max_cost: float | None = Field(
-        None, ge=0, description="US$ that a run may pay to servers, all with a price; null: no cap"
-    )
+    top_p: PositiveShare = 1.0
+    # "test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a file (column prompt).
+    questions: str = "test"
+    per_combination: PositiveInt = 4  # wordings of each held-out combination
+    temperatures: tuple[NonNegativeFloat, ...] = Field((0.0, 0.6), min_length=1)
+    max_new_tokens: PositiveInt
+    bootstrap: int = Field(10_000, ge=100)  # resamples of an interval
+    # Tasks of lm-eval: "leaderboard", "tiny", a name, or a local .yaml file.
+    tasks: tuple[str, ...] = ()
+    task_limit: PositiveInt | None = None  # items of a task, for a quick look; null: all
+    benchmarks: tuple[Benchmark, ...] = ()  # published ones, and the tiny world's counterparts
+    benchmark_limit: PositiveInt | None = None  # prompts of a benchmark; null: all
+    data: str | None = None  # folder with the official files of benchmarks, or "hub"
+    # US$ that a run may pay to servers, all with a price; null: no cap.
+    max_cost: NonNegativeFloat | None = None
 
 
 def is_task_file(task: str) -> bool:
@@ -296,12 +241,12 @@ class Recipe(Section):
 
     name: str
     about: str = ""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     method: Literal["sao", "synpo"] = "sao"
-    rounds: int = Field(1, ge=1, description="iterations: the tuned model makes the next data")
+    rounds: PositiveInt = 1  # iterations: the tuned model makes the next data
     arms: tuple[Arm, ...] = ("self",)
     model: Model
-    judge: Model | None = Field(None, description="another judge than the model itself")
+    judge: Model | None = None  # another judge than the model itself
     prompts: Prompts
     responses: Responses
     judging: Judging
@@ -309,13 +254,10 @@ class Recipe(Section):
     training: Training
     evaluation: Evaluation
     iterations: Iterations = Iterations()
-    synpo: SynPO | None = Field(None, description="of method=synpo")
-    others: dict[str, Model] = Field(
-        default_factory=dict, description="more models to evaluate beside base and tuned, by name"
-    )
-    judges: dict[str, Model] = Field(
-        default_factory=dict, description='more judges of contests beside the run\'s own, "self"'
-    )
+    synpo: SynPO | None = None  # of method=synpo
+    # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
+    others: dict[Name, Model] = Field(default_factory=dict)
+    judges: dict[Name, Model] = Field(default_factory=dict)
 
     @property
     def judging_model(self) -> Model:
@@ -330,7 +272,11 @@ class Recipe(Section):
         return named | {f"judges.{name}": model for name, model in self.judges.items()}
 
     @model_validator(mode="after")
-    def _each_once(self):
+    def _fits_together(self):
+        if self.model.adapter:
+            raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
+        if self.method == "synpo" and self.synpo is None:
+            raise ValueError("method=synpo needs a section synpo")
         for name, values in (
             ("seeds", self.seeds),
             ("arms", self.arms),
@@ -338,27 +284,13 @@ class Recipe(Section):
         ):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names a value twice: {list(values)}")
-            if name != "arms" and min(values) < 0:
-                raise ValueError(f"{name} must not be negative: {list(values)}")
-        return self
-
-    @model_validator(mode="after")
-    def _method_fits(self):
-        if self.method == "synpo" and self.synpo is None:
-            raise ValueError("method=synpo needs a section synpo")
-        return self
-
-    @model_validator(mode="after")
-    def _margins_can_pass(self):
+        for name in {"base", "self", *get_args(Arm)} & {*self.others, *self.judges}:
+            raise ValueError(f"others and judges: the name '{name}' is taken; give another")
         if self.judging.method == "sampled" and self.pairs.min_margin > 1:
             raise ValueError(
                 f"pairs.min_margin={self.pairs.min_margin:g} would drop every pair: sampled verdicts "
                 "(judging.method=sampled) have margins of -1, 0 and 1 only. Set it to 0, or to 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _cap_can_hold(self):
         for key, model in self.models.items():
             prices = (model.price_in, model.price_out)
             if self.evaluation.max_cost is not None and model.engine == "api" and None in prices:
@@ -366,19 +298,4 @@ class Recipe(Section):
                     f"evaluation.max_cost is no cap while the price of {key} is not known: set its "
                     "price_in and price_out (US$ per million tokens; 0 for a server that is free)"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _names_fit(self):
-        if self.model.adapter:
-            raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
-        for section, names, taken in (
-            ("others", self.others, ("base", *get_args(Arm))),
-            ("judges", self.judges, ("self",)),
-        ):
-            for name in names:
-                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}", name):
-                    raise ValueError(f"{section}: '{name}' may have letters, digits, - and _ only")
-                if name in taken:
-                    raise ValueError(f"{section}: the name '{name}' is taken; give another")
         return self

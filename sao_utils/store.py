@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,20 +47,16 @@ class Run:
 
 
 def results_folder() -> Path:
-    """Where runs are kept: SAO_RESULTS, else `results` of the checkout, else beside the notebooks.
+    """Where runs are kept: SAO_RESULTS, else `results` of the checkout, else ./results.
 
-    Without a checkout (an installed package) it is ../results seen from a folder "notebooks", else
-    ./results. On Colab, whose machines do not last, it is a folder of the user's Drive if that is
-    mounted.
+    On Colab, whose machines do not last, it is a folder of the user's Drive if that is mounted.
     """
     if os.environ.get("SAO_RESULTS"):
         return Path(os.environ["SAO_RESULTS"])
     if colab.on_colab() and colab.DRIVE.is_dir():
         return colab.DRIVE / colab.RESULTS
-    checkout, here = Path(__file__).resolve().parents[1], Path.cwd()
-    if (checkout / "pyproject.toml").exists():
-        return checkout / "results"
-    return (here.parent if here.name == "notebooks" else here) / "results"
+    checkout = Path(__file__).resolve().parents[1]
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
 
 
 def open_run(
@@ -83,62 +79,53 @@ def open_run(
     if name in ("reported", "benchmarks", "cache"):
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
     folder = results_folder() / name
-    kept = folder / "recipe.yaml"
-    if name == "reference" and kept.exists() and kept.read_text("utf-8") != _as_yaml(loaded):
-        raise RecipeError(
-            "The run 'reference' is part of the repository, and its recipe is another one than this. "
-            "Take another name; `make reference` makes it again."
-        )
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "recipe.yaml", _as_yaml(loaded))
-    return Run(loaded, folder)
+    return _save(loaded, folder)
 
 
 def variant(run: Run, name: str, overrides: dict) -> Run:
     """A run beside a run, in a folder inside of its own: the same recipe but for `overrides`."""
     folder = run.folder / "variants" / name
-    write_whole(folder / "recipe.yaml", _as_yaml(run.recipe))
-    changed = _with_whole_paths(load_recipe(str(folder / "recipe.yaml"), overrides))
-    write_whole(folder / "recipe.yaml", _as_yaml(changed))
-    return Run(changed, folder)
+    _save(run.recipe, folder)
+    changed = load_recipe(str(folder / "recipe.yaml"), overrides)
+    return _save(_with_whole_paths(changed), folder)
 
 
-def _as_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+def _save(recipe: Recipe, folder: Path) -> Run:
+    """The run of a recipe, which is written into its folder."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    write_whole(folder / "recipe.yaml", text)
+    return Run(recipe, folder)
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:
     """Local files by their absolute paths: notebooks run in another folder than the command."""
 
-    def whole(value: str | None) -> str | None:
-        return str(Path(value).resolve()) if value and Path(value).exists() else value
+    def whole(value: str | None, folders: bool = True) -> str | None:
+        path = Path(value or "")
+        there = value not in NAMES and value and (path.is_file() or folders and path.is_dir())
+        return str(path.resolve()) if there else value
 
     def model(of: Model | None) -> Model | None:
         if of is None or of.engine == "api":
             return of
-        path = of.path if of.path == "tiny" else whole(of.path)
-        return of.model_copy(update={"path": path, "adapter": whole(of.adapter)})
+        return of.model_copy(update={"path": whole(of.path), "adapter": whole(of.adapter)})
 
     changes: dict = {"model": model(recipe.model), "judge": model(recipe.judge)}
     for section in ("others", "judges"):
         changes[section] = {name: model(of) for name, of in getattr(recipe, section).items()}
     for section, keys in FILE_KEYS.items():
         settings = getattr(recipe, section)
-        named = {key: value for key in keys if (value := getattr(settings, key)) not in NAMES}
-        found = {k: whole(v) for k, v in named.items() if v and (k == "data" or Path(v).is_file())}
+        found = {key: whole(getattr(settings, key), folders=key == "data") for key in keys}
+        if section == "evaluation":
+            found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
         changes[section] = settings.model_copy(update=found)
-    tasks = tuple(whole(t) if is_task_file(t) else t for t in recipe.evaluation.tasks)
-    changes["evaluation"] = changes["evaluation"].model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=changes)
 
 
 def input_files(recipe: Recipe) -> list[Path]:
     """The user's own files that a recipe names and that are there: no names of sets or of the hub."""
-    named = [
-        getattr(getattr(recipe, section), key)
-        for section, keys in FILE_KEYS.items()
-        for key in keys
-    ]
+    named = [getattr(getattr(recipe, s), key) for s, keys in FILE_KEYS.items() for key in keys]
     return [Path(name) for name in named if name and name not in NAMES and Path(name).is_file()]
 
 
@@ -160,10 +147,7 @@ def read_rows(path: Path) -> list[dict]:
     Raises:
         ValueError: a line other than the last is not JSON; the message names file and line.
     """
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines.pop()  # what follows the last newline: nothing, or a torn line
     rows = []
     for number, line in enumerate(lines, 1):
@@ -176,19 +160,10 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _drop_torn_line(path: Path) -> None:
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with open(path, "rb+") as file:
-                file.truncate(whole)
-
-
 def standing(path: Path, max_context: int | None = None) -> dict[str, dict]:
     """The rows of a file by id, the latest of each; without those to be made again.
 
-    These have a key "max_context" (see `engines.limit_met`): the context ended them, and it was
+    These have a key "max_context" (see `engines.requests`): the context ended them, and it was
     another one than `max_context`.
     """
     latest = {row["id"]: row for row in read_rows(path)}
@@ -221,33 +196,40 @@ def complete(
     if len({job["id"] for job in jobs}) != len(jobs):
         raise ValueError(f"{label}: two jobs have the same id")
     done = standing(path, max_context)
-    outstanding = [job for job in jobs if job["id"] not in done]
-    if outstanding:
+    if any(job["id"] not in done for job in jobs):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             lock(file, path)
-            _drop_torn_line(path)
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a torn line goes
             done = standing(path, max_context)  # now nobody else adds to it
             outstanding = [job for job in jobs if job["id"] not in done]
             for batch in progress(work(outstanding), len(outstanding), label):
-                # One write a batch: a kill leaves whole batches, so the rest is batched as before.
-                data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch).encode()
-                start = os.fstat(file.fileno()).st_size
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    file.truncate(start)
-                    raise RuntimeError(
-                        f"{label}: could not write {path} ({error.strerror}). The rows made so far are "
-                        "kept; free some disk and run again to go on."
-                    ) from error
+                _append(file, batch, label)
                 done.update((row["id"], row) for row in batch)
     missing = [job["id"] for job in jobs if job["id"] not in done]
     if missing:
         raise RuntimeError(f"{label}: {len(missing)} of {len(jobs)} rows were not made; run again.")
     return [done[job["id"]] for job in jobs]
+
+
+def _append(file, batch: list[dict], label: str) -> None:
+    """One write a batch: a kill leaves whole batches, so the rest is batched as before."""
+    data = _as_lines(batch).encode()
+    start = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        file.truncate(start)
+        raise RuntimeError(
+            f"{label}: could not write {file.name} ({error.strerror}). The rows made so far are kept; "
+            "free some disk and run again to go on."
+        ) from error
+
+
+def _as_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def make_rows(
@@ -262,28 +244,20 @@ def make_rows(
     A row that is made again counts once, its tokens each time.
     """
     started, made, tokens = time.time(), 0, 0
-    adds = run.rows(stage).exists()  # without rows from before, a note from before is void
+    before = {row["id"] for row in read_rows(run.rows(stage))}
 
     def counted(outstanding: list[dict]) -> Iterator[list[dict]]:
         nonlocal made, tokens
-        before = {row["id"] for row in read_rows(run.rows(stage))}
         for batch in work(outstanding):
             made += sum(row["id"] not in before for row in batch)
             tokens += sum(row.get("tokens", 0) for row in batch)
             yield batch
 
-    def noted() -> None:
-        if made or tokens or not (run.folder / "manifest.json").exists():
-            record(run, stage, time.time() - started, adds, made=made, tokens=tokens)
-
     try:
-        rows = complete(run.rows(stage), jobs, counted, stage, max_context)
-    except BaseException:  # the next call adds its part
-        with suppress(OSError):  # the disk may be full, which `complete` has reported
-            noted()
-        raise
-    noted()
-    return rows
+        return complete(run.rows(stage), jobs, counted, stage, max_context)
+    finally:  # also of a call that was stopped: the next one adds its part
+        if made or tokens or not (run.folder / "manifest.json").exists():
+            record(run, stage, time.time() - started, bool(before), made=made, tokens=tokens)
 
 
 def replace_rows(path: Path, rows: list[dict]) -> None:
@@ -293,7 +267,7 @@ def replace_rows(path: Path, rows: list[dict]) -> None:
         Busy: another process is making rows of this file.
         OSError: it could not be written, and is as it was before.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = _as_lines(rows)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

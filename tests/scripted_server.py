@@ -3,11 +3,11 @@
 import json
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sao_utils.engines import api as engine_api
 from sao_utils.recipe import Model
 
 KEY = "sk-very-secret-0123456789"
@@ -42,6 +42,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         self.answers, self.requests, self.at_once, self.most = {}, [], 0, 0
         self.lock, self.models = threading.Lock(), (404, {"error": {"message": "no list"}}, {})
+        self.status = 200  # any other refuses everything
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -68,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, answer, headers)
 
     def send(self, status, answer, headers):
+        if self.server.status != 200:
+            status, answer = self.server.status, {"error": {"message": "this key is not known"}}
         data = json.dumps(answer).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -80,17 +83,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def running():
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("SAO_TEST_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.2)
-    monkeypatch.setattr(engine_api, "PAUSE", 0.2)
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running() as server:
+        yield server
 
 
 def settings(server, **more):

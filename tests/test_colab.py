@@ -5,7 +5,6 @@ than the kit's pin, a torch and a torchao that are names and versions only, and 
 is empty. Not covered: a real Colab machine, its other packages, a real mounted Drive.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -170,27 +169,14 @@ def test_all_needs_of_the_kit_fit_beside_that_torch_and_numpy(machine, tmp_path)
 
 
 def test_constraints_hold_what_is_loaded_or_bound_to_the_gpu_and_pin_the_rest():
-    pins = {"torch": "2.13.0", "numpy": "2.3.5", "trl": "1.16.0", "peft": "0.21.2", "rich": "15.0"}
-    pins |= {"tornado": "6.6.1", "papermill": "2.7.0"}
-    there = {"torch": "2.9.1+cu126", "numpy": "2.0.2", "peft": "0.17", "rich": "13.9"}
-    there |= {"tornado": "6.5.1", "pandas": "2.2.2"}
-    assert colab.constraints(pins, there, in_use={"tornado", "pandas"}) == [
-        "numpy==2.0.2",  # as it is
-        "pandas==2.2.2",  # as it is, though the kit has no opinion
-        "papermill==2.7.0",  # was not there
+    pins = {"torch": "2.13.0", "peft": "0.21.2", "rich": "15.0", "tornado": "6.6.1", "tqdm": "4.67"}
+    there = {"torch": "2.9.1+cu126", "peft": "0.17", "rich": "13.9", "tornado": "6.5.1"}
+    assert colab.constraints(pins, there, in_use={"tornado"}) == [
         "peft==0.21.2",  # tested together with trl
         "torch==2.9.1+cu126",
         "tornado==6.5.1",  # loaded
-        "trl==1.16.0",
+        "tqdm==4.67",  # was not there
     ]  # and rich: there, not loaded, so pip keeps it if it can
-
-
-def test_a_loaded_library_of_another_version_needs_a_restart(monkeypatch):
-    monkeypatch.setattr(colab, "installed", lambda: {"transformers": "4.57.0"})
-    monkeypatch.setattr(colab, "loaded", lambda: {"transformers"})
-    monkeypatch.setattr(colab, "_pip", lambda *a: pytest.fail("pip was called"))
-    with pytest.raises(RuntimeError, match="transformers is loaded .* Restart the session"):
-        colab.install(ROOT)
 
 
 def test_advice_names_the_recipe_for_a_gpu_and_where_rows_outlive_the_machine(
@@ -214,19 +200,15 @@ def test_rows_go_to_a_mounted_drive_unless_the_user_says_otherwise(monkeypatch, 
     assert store.results_folder() == ROOT / "results"  # not on Colab, whatever folder there is
     monkeypatch.setattr(colab, "on_colab", lambda: True)
     assert store.results_folder() == tmp_path / "sao-results"
-    monkeypatch.setattr(colab, "DRIVE", tmp_path / "not mounted")
-    assert store.results_folder() == ROOT / "results"
-    monkeypatch.setattr(colab, "DRIVE", tmp_path)
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "mine"))
     assert store.results_folder() == tmp_path / "mine"
 
 
-@pytest.mark.parametrize("fault", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
-def test_a_disk_without_locks_such_as_a_mounted_drive_keeps_rows(fault, monkeypatch, tmp_path):
+def test_a_disk_without_locks_such_as_a_mounted_drive_keeps_rows(monkeypatch, tmp_path):
     import fcntl
 
     def no_locks(*_):
-        raise OSError(fault, os.strerror(fault))
+        raise OSError("Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     jobs = [{"id": "a"}, {"id": "b"}]

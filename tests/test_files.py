@@ -52,20 +52,16 @@ def test_a_missing_column_names_those_there_are_so_that_a_semicolon_shows(tmp_pa
 @pytest.mark.parametrize(
     "name, content, fault",
     [
-        ("a.txt", b"x", "none of the kinds"),
+        ("a.txt", b"x", "There is no file.* may be .jsonl"),
         ("gone.csv", None, "There is no file"),
-        ("a.jsonl", b'{"prompt": "x"}\nnonsense\n', "line 2 is no JSON object"),
+        ("a.jsonl", b'{"prompt": "x"}\nnonsense\n', "line 2 is no JSON"),
         ("a.json", b'["x"]', "row 1 is no JSON object"),
         ("a.json", b'[{"prompt": "x"', "damaged"),
         ("a.csv", b"prompt\n\xff\xfe\n", "damaged"),
-        ("a.csv", b'prompt\n"x', "damaged"),
         ("a.csv.gz", b"no gzip", "damaged"),
         ("a.parquet", b"no parquet", "damaged"),
-        ("a.jsonl", b'{"prompt": "\\ud800"}\n', "half of a character"),
-        ("a.jsonl", b'{"prompt": " "}\n', "row 1: 'prompt' holds no text"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": null}\n', "row 2: 'prompt' is empty"),
-        ("a.jsonl", b'{"prompt": 5}\n', "row 1: 'prompt' holds no text"),
-        ("a.csv", b"", "no column 'prompt'. Its columns: none"),
+        ("a.jsonl", b'{"prompt": 5}\n', "row 1: 'prompt' is empty, or no text"),
     ],
 )
 def test_a_faulty_file_is_named_with_the_place(tmp_path, name, content, fault):

@@ -58,10 +58,6 @@ def prose_words(markdown):
 # ---------------------------------------------------------------------- house rules
 
 
-def test_the_notebooks_of_the_loop_are_there():
-    assert set(NAMES) <= set(EVERY)
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_a_notebook_is_kept_clean(name):
     notebook = read(name)
@@ -96,22 +92,11 @@ def test_a_notebook_begins_as_all_do(name):
     assert "current = open_notebook(recipe, run, overrides" in code[3].source
 
 
-def test_the_guard_cell_finds_what_it_runs_and_is_the_same_everywhere():
+def test_the_guard_cell_finds_what_it_runs_and_its_explanation_is_the_same_everywhere():
     """What it then does is tested on a machine without the kit, in test_colab.py."""
     default, below = re.search(r'kit = "(.+)"', GUARD), re.search(r'%run "{.+}/(.+)"', GUARD)
     assert (FOLDER / default.group(1) / below.group(1)).is_file()
-    place = re.search(r'%run "{(.+)}/', GUARD).group(1)
-    for kit, at in {
-        "..": "..",
-        "drive/My kit": "drive/My kit",
-        "https://example.org/kit.git": "sao-kit",
-        "git@example.org:me/kit.git": "sao-kit",
-    }.items():
-        assert eval(place, {"kit": kit}) == at
-    above = {name: read(name).cells[1] for name in EVERY}
-    assert {cell.cell_type for cell in above.values()} == {"markdown"}
-    assert len({cell.source for cell in above.values()}) == 1
-    text = above[EVERY[0]].source
+    (text,) = {read(name).cells[1].source for name in EVERY}
     assert all(word in text for word in ("`git clone`", "Drive", "colab-t4", "no public address"))
 
 
@@ -236,23 +221,12 @@ def test_a_notebook_runs_to_its_end(name, shared):
 @pytest.mark.slow
 def test_a_notebook_runs_alone_and_a_second_time_makes_no_new_rows(make_workplace):
     alone = make_workplace("alone")
-    alone.execute("03_self_judging")
-    made = alone.rows()
-    stages = ("prompts", "responses", "verdicts")
-    assert {f"small/rows/{stage}.jsonl" for stage in stages} <= set(made)
-    alone.execute("03_self_judging", cwd=ROOT)
-    assert alone.rows() == made
-
-
-@pytest.mark.slow
-def test_the_training_notebook_runs_alone_in_a_fresh_folder(make_workplace):
-    alone = make_workplace("trained")
-    alone.execute("04_simpo_training", arms=["self", "sft_random"])
+    alone.execute("04_simpo_training", arms=["self"])
     made = alone.rows()
     stages = [f"small/rows/{stage}.jsonl" for stage in ("prompts", "responses", "verdicts")]
-    adapters = [f"small/adapters/{a}-0/adapter_model.safetensors" for a in ("self", "sft_random")]
-    assert {*stages, *adapters} <= set(made)
-    assert not {"small/rows/answers.jsonl", "small/rows/comparisons.jsonl"} & set(made)
+    assert {*stages, "small/adapters/self-0/adapter_model.safetensors"} <= set(made)
+    alone.execute("04_simpo_training", cwd=ROOT, arms=["self"])
+    assert alone.rows() == made
 
 
 # ---------------------------------------------------------------------- where little can be estimated
@@ -268,11 +242,9 @@ def test_no_check_is_ok_where_every_reply_is_discarded(name, make_workplace):
 
 @pytest.mark.slow
 def test_verdicts_that_were_sampled_are_not_compared_with_themselves(make_workplace):
-    """Nor is it shown how sure they are: a sampled margin has no size."""
     drawn = make_workplace("drawn")
     sampled = {"judging.method": "sampled", "pairs.min_margin": 0, "prompts.count": 20}
     drawn.execute("03_self_judging", **sampled)
-    assert (drawn.run / "figures" / "calibration.svg").is_file()
     assert not list(drawn.run.glob("variants/sampled/rows/*.jsonl"))
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-import yaml
 from servers import undecided_server
 
 from sao_utils.notebooks import RunError, kernels
-from sao_utils.notebooks.kernels import NotebookFailed, environment_of
-from sao_utils.notebooks.run import fingerprint, notebooks, parameters, run_notebooks
+from sao_utils.notebooks.kernels import NotebookFailed
+from sao_utils.notebooks.run import fingerprint, parameters, run_notebooks
 from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.store import open_run
@@ -27,9 +26,8 @@ PARAMETERS = "recipe = 'tiny'  # name or file\nrun = None\noverrides = {}"
 SEE = """
 import json, os
 from pathlib import Path
-names = ["HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"]
-seen = dict(number={number!r}, recipe=recipe, run=run, overrides=overrides,
-            cwd=os.getcwd(), environment={{name: os.environ.get(name) for name in names}})
+seen = dict(number={number!r}, recipe=recipe, run=run, cwd=os.getcwd(),
+            telemetry=os.environ.get("HF_HUB_DISABLE_TELEMETRY"))
 with open(Path(os.environ["SAO_RESULTS"], "seen.jsonl"), "a") as file:
     file.write(json.dumps(seen) + "\\n")
 """
@@ -46,7 +44,6 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of notebooks; results go beside it."""
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(kernels, "IMPORTS", "import colorsys")  # these notebooks need no more
-    monkeypatch.setattr(kernels, "CPU_IMPORTS", "pass")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
 
@@ -88,30 +85,21 @@ def go(folder, overrides=None, only=None):
 # ---------------------------------------------------------------------- what a run passes on
 
 
-def test_notebooks_run_in_order_with_the_parameters_of_the_run(folder, monkeypatch):
+def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
     for name in ("02_second", "00_start", "01_first", "07_later"):
         write(folder, name)
     monkeypatch.setenv("HF_TOKEN", "hf_this_is_secret")
     before = dict(os.environ)
-    overrides = {
-        "training.learning_rate": "1e-5",
-        "evaluation.temperatures": [0.0],
-        "prompts.count": 3,
-    }
-    first = go(folder, overrides)
+    first = go(folder, {"prompts.count": 3})
 
     assert seen(folder) == ["01", "02"]
-    assert set(seen(folder, "recipe")) == {"tiny"} and set(seen(folder, "run")) == {"mine"}
-    passed = seen(folder, "overrides")[0]
-    assert passed == {**overrides, "training.learning_rate": 1e-5}
-    assert isinstance(passed["training.learning_rate"], float)
-    assert set(seen(folder, "cwd")) == {str(folder)}
-    for environment in seen(folder, "environment"):
-        assert environment == {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    (recipe,) = set(seen(folder, "recipe"))
+    assert load_recipe(str(folder / recipe)).prompts.count == 3
+    assert set(seen(folder, "run")) == {"mine"} and set(seen(folder, "cwd")) == {str(folder)}
+    assert seen(folder, "telemetry") == ["1", "1"]
     assert dict(os.environ) == before
 
     assert [line.split(" ... ")[0] for line in first] == ["[1/2] 01_first", "[2/2] 02_second"]
-    assert all(line.endswith(" s") for line in first)
     out = folder.parent / "results" / "mine" / "notebooks"
     kept = {"01_first.ipynb", "02_second.ipynb", "done.json"}
     assert {path.name for path in out.iterdir()} == kept
@@ -119,8 +107,14 @@ def test_notebooks_run_in_order_with_the_parameters_of_the_run(folder, monkeypat
         assert "hf_this_is_secret" not in executed.read_text()
         assert str(folder.parent) not in executed.read_text()
 
-    assert [line.endswith("finished before, skipped") for line in go(folder, overrides)] == [1, 1]
+    again = go(folder, {"prompts.count": 3})
+    assert [line.endswith("finished before, skipped") for line in again] == [True, True]
     assert seen(folder) == ["01", "02"]
+
+
+def test_a_shipped_recipe_goes_by_its_name(folder):
+    wanted = {"recipe": "tiny", "run": "mine", "overrides": {}}
+    assert parameters(open_run("tiny", "mine"), folder) == wanted
 
 
 def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(folder):
@@ -136,69 +130,39 @@ def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(fold
     assert looked.text == "True False\n" and "image/png" in drawn.data
 
 
-def test_the_hub_is_out_of_reach_only_when_all_that_a_run_needs_is_local(folder, tmp_path):
-    def offline(**overrides):
-        overrides = {key.replace("_", ".", 1): value for key, value in overrides.items()}
-        environment = environment_of(open_run("tiny", "mine", overrides))
-        return environment.get("HF_HUB_OFFLINE") == "1"
-
-    assert offline() and offline(model_path=str(tmp_path))
-    assert not offline(model_path="Qwen/Qwen2.5-1.5B-Instruct")
-    assert not offline(prompts_personas="hub")
-    assert not offline(prompts_source="file", prompts_data="someone/prompts")
-
-
-def test_a_recipe_of_ones_own_reaches_the_notebooks_as_a_file(folder, tmp_path):
-    recipe = load_recipe("tiny", {"prompts.count": 7}).model_dump(mode="json")
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**recipe, "name": "own"}))
-    passed = parameters(run := open_run(str(tmp_path / "own.yaml")))
-    assert passed["run"] == "own" and passed["overrides"] == {}
-    assert load_recipe(passed["recipe"]) == run.recipe
-    # YAML reads these strings as numbers, so they cannot travel as overrides.
-    passed = parameters(run := open_run("tiny", "mine", {"model.revision": "'1234'"}))
-    assert load_recipe(passed["recipe"], passed["overrides"]) == run.recipe
-
-
 # ---------------------------------------------------------------------- refused before any runs
 
 
-@pytest.mark.parametrize("key", ["evaluation.questions", "judging.labelled"])
-def test_a_file_that_cannot_be_read_stops_a_new_run(folder, key):
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("evaluation.questions", "nonsense.csv", RecipeError, "nonsense.csv"),
+        ("judging.labelled", "nonsense.csv", RecipeError, "nonsense.csv"),
+        ("judge.path", "nobody/no-such-model", RunError, "no-such-model.*model.path to a folder"),
+    ],
+)
+def test_a_file_or_model_that_is_not_there_stops_a_new_run(folder, key, value, error, message):
     write(folder, "01_first")
-    with pytest.raises(RecipeError, match="nonsense.csv"):
-        go(folder, {key: "nonsense.csv"})
+    with pytest.raises(error, match=message):
+        go(folder, {key: value})
     assert seen(folder) == []
 
 
-@pytest.mark.parametrize("key", ["model.path", "judge.path"])
-def test_a_model_that_is_not_there_stops_a_new_run(folder, key):
-    write(folder, "01_first")
-    with pytest.raises(RunError, match="nobody/no-such-model.*model.path to a folder"):
-        go(folder, {key: "nobody/no-such-model"})
-    assert seen(folder) == []
-
-
-@pytest.mark.parametrize("section", ["judge", "judges"])
-def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run(folder, server, monkeypatch, section):
+def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run(folder, server):
     for name in ("01_first", "02_second"):
         write(folder, name)
+    gone = "http://127.0.0.1:9/v1"
 
-    def changes(**more):
-        model = {"path": "judge", "engine": "api", "url": server.url, **more}
-        if section == "judges":
-            return {"judges": {"x": model}}
-        return {f"judge.{key}": value for key, value in model.items()}
+    def judges(url):
+        return {"judges": {"x": {"path": "judge", "engine": "api", "url": url}}}
 
     server.status = 401
     with pytest.raises(RunError, match="this key is not known"):
-        go(folder, changes())
+        go(folder, judges(server.url))
     with pytest.raises(RunError, match="Is the server running"):
-        go(folder, changes(url="http://127.0.0.1:9/v1"))
-    monkeypatch.delenv("SAO_TEST_KEY", raising=False)
-    with pytest.raises(RunError, match="SAO_TEST_KEY"):
-        go(folder, changes(url="http://far.invalid/v1", key_variable="SAO_TEST_KEY"))
+        go(folder, judges(gone))
     assert seen(folder) == []
-    go(folder, changes(url="http://127.0.0.1:9/v1"), only="01")  # a judge may come up later
+    go(folder, judges(gone), only="01")  # a judge may come up later
     assert seen(folder) == ["01"]
 
 
@@ -214,11 +178,6 @@ def test_a_run_that_would_train_a_servers_model_is_refused(folder, server):
     assert seen(folder) == ["01"]
 
 
-def test_an_installation_without_notebooks_says_what_to_do(tmp_path):
-    with pytest.raises(RunError, match="clone"):
-        notebooks(tmp_path)
-
-
 # ---------------------------------------------------------------------- failures, and going on
 
 
@@ -230,34 +189,25 @@ def test_a_failing_cell_is_reported_in_plain_words_and_the_run_goes_on_from_ther
     with pytest.raises(NotebookFailed) as failure:
         go(folder)
     out = folder.parent / "results" / "mine" / "notebooks"
-    assert failure.value.notebook == "02_second.ipynb"
-    assert failure.value.path == out / "02_second.failed.ipynb"
-    assert "no persona is left" in failure.value.path.read_text()
-    text = str(failure.value)
+    text, failed = str(failure.value), out / "02_second.failed.ipynb"
+    assert text.startswith("02_second.ipynb did not finish") and str(failed) in text
     assert "no persona is left" in text and "\x1b" not in text and "line 3\n" not in text
-    assert "cell [4]" in text and str(failure.value.path) in text
+    assert "cell [4]" in text and "no persona is left" in failed.read_text()
     assert not (out / "02_second.ipynb").exists()
     assert not psutil.Process().children(recursive=True), "a kernel that was started ahead"
 
-    write(folder, "02_second", "{}.get('beta')")
+    write(folder, "02_second")
     again = go(folder)
     assert seen(folder) == ["01", "02", "02", "03"]
     assert again[0] == "[1/3] 01_first: finished before, skipped"
     assert not list(out.glob("*.failed.ipynb")) and not list(out.glob(".*"))
 
 
-def test_the_name_of_the_error_is_reported(folder):
-    write(folder, "01_first", "{}['beta']")
-    with pytest.raises(NotebookFailed, match="KeyError: 'beta'"):
-        go(folder)
-
-
 def test_a_killed_kernel_is_reported_in_plain_words(folder):
     write(folder, "01_first", "os.kill(os.getpid(), 9)")
-    with pytest.raises(NotebookFailed, match="ran out of memory") as failure:
+    with pytest.raises(NotebookFailed, match="ran out of memory(.|\n)*01_first.failed.ipynb"):
         go(folder)
-    assert failure.value.path.name == "01_first.failed.ipynb" and failure.value.path.exists()
-    assert "Traceback" not in str(failure.value)
+    assert (folder.parent / "results/mine/notebooks/01_first.failed.ipynb").exists()
 
 
 def test_what_builds_on_a_changed_notebook_runs_again_even_when_the_next_try_fails(folder):
@@ -318,7 +268,7 @@ def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
         [sys.executable, "-c", ALONE, folder], cwd=root, stdout=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while seen(folder) != ["01", "02"]:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
@@ -327,22 +277,21 @@ def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    _, alive = psutil.wait_procs(kernels, timeout=20)
+    _, alive = psutil.wait_procs(kernels, timeout=120)  # a kernel looks once it has imported
     assert not alive
     slow.unlink()
     assert go(folder)[0].endswith("skipped")
     assert seen(folder) == ["01", "02", "02", "03"]
 
 
-# ---------------------------------------------------------------------- what counts as done
-
-
-def test_a_fingerprint_follows_source_and_recipe_but_not_outputs(folder):
+def test_a_fingerprint_follows_source_recipe_and_input_files_but_not_outputs(folder, tmp_path):
     write(folder, "01_first")
-    path = folder / "01_first.ipynb"
+    path, personas = folder / "01_first.ipynb", tmp_path / "personas.csv"
+    personas.write_text("persona\nA baker\n")
 
     def mark(**overrides):
-        return fingerprint(path, open_run("tiny", "mine", overrides))
+        settings = {"prompts.personas": str(personas), **overrides}
+        return fingerprint(path, open_run("tiny", "mine", settings))
 
     marks = [mark(), mark(**{"training.beta": 2})]
     notebook = nbformat.read(path, 4)
@@ -351,39 +300,9 @@ def test_a_fingerprint_follows_source_and_recipe_but_not_outputs(folder):
     assert mark() == marks[0]
     write(folder, "01_first", "1")
     marks.append(mark())
-    assert len(set(marks)) == 3
-
-
-def test_a_fingerprint_follows_every_file_that_a_run_reads(folder, tmp_path):
-    write(folder, "01_first")
-    data = tmp_path / "official"
-    task = {"task": "mine", "dataset_kwargs": {"data_files": {"test": "mine.jsonl"}}}
-    files = {
-        "prompts.personas": tmp_path / "personas.csv",
-        "judging.labelled": tmp_path / "labelled.csv",
-        "evaluation.questions": tmp_path / "questions.csv",
-        "evaluation.data": data / "mt_bench" / "reference_answer" / "gpt-4.jsonl",
-        "evaluation.tasks": tmp_path / "mine.yaml",
-        "data of a task": tmp_path / "mine.jsonl",
-    }
-    for path in files.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("prompt,chosen,rejected\nP,x,y\n")
-    files["evaluation.tasks"].write_text(yaml.safe_dump(task))
-    settings = {key: str(path) for key, path in files.items() if "." in key}
-    settings |= {"evaluation.data": str(data), "evaluation.tasks": [str(tmp_path / "mine.yaml")]}
-
-    def mark():
-        run = open_run("tiny", "mine", settings)
-        return fingerprint(folder / "01_first.ipynb", run)
-
-    marks = [mark()]
-    for key, path in files.items():
-        path.write_text(path.read_text() + "\n")
-        marks.append(mark())
-        assert marks[-1] == mark() != marks[-2], key
-    files["evaluation.tasks"].write_text("[no: task")  # reported when it is scored
-    assert mark() not in marks
+    personas.write_text("persona\nA smith\n")
+    marks.append(mark())
+    assert len(set(marks)) == 4
 
 
 # ---------------------------------------------------------------------- a notebook's own parameters
@@ -409,11 +328,11 @@ def papermill(folder, *words):
     ("words", "shown"),
     [
         ((), "first 9 [7]\n"),
-        (("-p", "run", "5", "-p", "extra", "2"), "5 9 [7]\n"),
-        (("-p", "overrides", '{"prompts.count": 5}'), "first 5 [7]\n"),
-        (("-p", "overrides", "{prompts.count: 5, seeds: [1, 2]}"), "first 5 [1, 2]\n"),
-        (("-r", "overrides", "prompts.count: 100"), "first 100 [7]\n"),
-        (("-y", "overrides: {prompts.count: 5}"), "first 5 [7]\n"),
+        (
+            ("-p", "run", "5", "-p", "extra", "2", "-p", "overrides", "{prompts.count: 5}"),
+            "5 5 [7]\n",
+        ),
+        (("-y", "overrides: {prompts.count: 5, seeds: [1, 2]}"), "first 5 [1, 2]\n"),
     ],
 )
 def test_papermills_texts_are_read_as_what_they_mean(folder, words, shown):
@@ -424,8 +343,6 @@ def test_papermills_texts_are_read_as_what_they_mean(folder, words, shown):
     ("words", "message"),
     [
         (("-p", "recpe", "tiny"), "'recpe', which is no parameter.*Did you mean 'recipe'"),
-        (("-p", "count", "3"), "'count'.*Parameters: recipe, run, overrides, extra"),
-        (("-p", "overrides", "5"), "overrides"),
         (("-p", "overrides", "{prompts.cuont: 5}"), "prompts.count"),
     ],
 )

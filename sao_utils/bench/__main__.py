@@ -1,20 +1,64 @@
-"""Measurements of speed and memory: `python -m sao_utils.bench training|engines`."""
+"""Measure speed and memory on this machine, beside a named peer in the same run.
+
+training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py).
+Results go to results/benchmarks/: rows as .csv, bars, versions and hardware as .json, a picture.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from pathlib import Path
+
+from sao_utils.bench import engines, results, training
+from sao_utils.bench.models import SHAPES
+from sao_utils.disk import write_whole
+from sao_utils.report.figures import style
+from sao_utils.store import results_folder
 
 
-def main() -> None:
-    """Measure training steps, or generation and judging; `--help` after either says more."""
-    what, *arguments = sys.argv[1:] or [None]
-    if what == "training":
-        from sao_utils.bench.training import main as measure
-    elif what == "engines":
-        from sao_utils.bench.engines import main as measure
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    ask = argparse.ArgumentParser(prog="python -m sao_utils.bench", description=__doc__)
+    ask.add_argument("benchmark", choices=("training", "engines"))
+    ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    ask.add_argument("--quick", action="store_true", help="training on a CPU in under a minute")
+    ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="of a GPU's memory")
+    ask.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
+    ask.add_argument("--repeats", type=int, default=3)
+    ask.add_argument("--folder", type=Path, help="of the results")
+    options = ask.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+    import torch
+
+    device, shapes = options.device, options.shapes
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("There is no GPU here.")
+    if options.benchmark == "engines":
+        name, promises = f"engines-{device}", "engines"
+        name += "-vllm" if options.engine == "vllm" else ""
+        shapes = shapes or (engines.ON_GPU if device == "cuda" else ())
+        measured = engines.measurements(shapes, device, options.engine, options.repeats)
+    elif options.quick:
+        name, promises = "cpu-quick", "training-cpu"
+        measured = training.quick()
     else:
-        sys.exit("Say what to measure: python -m sao_utils.bench training|engines")
-    measure(arguments)
+        name, promises = device, f"training-{device}"
+        caps = options.cap_gib if device == "cuda" else ()
+        shapes = shapes or (training.ON_GPU if device == "cuda" else training.ON_CPU)
+        measured = training.measurements(shapes, device, caps, options.repeats)
+    if options.shapes:
+        name += "-" + "-".join(options.shapes)
+    folder = options.folder or results_folder() / "benchmarks"
+    rows: list[dict] = []
+    for row in measured:
+        rows.append(row)
+        found = results.keep(folder, name, rows, promises)  # at once: a kill leaves what there is
+    print(results.table(rows).to_string(index=False), results.bar_lines(found["bars"]), sep="\n")
+    if options.benchmark == "training":
+        write_whole(folder / f"{name}.svg", style.as_svg(results.picture(rows)))
 
 
 if __name__ == "__main__":

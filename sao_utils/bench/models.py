@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
-
-from sao_utils.bench.measuring import installed
 
 #: name -> model type; vocabulary, width, MLP, layers, heads, key-value heads, head width; tied head?
 #: The first group is for CPUs, the second for GPUs, the last for a trial of the program in seconds.
@@ -22,41 +19,40 @@ SHAPES = {
 }
 
 
-def random_policy(shape: str, device: str, nf4: bool | None = None):
+def random_policy(shape: str, device: str):
     """A model of a shape with random weights and a LoRA adapter, and how its weights are kept.
 
-    On a GPU the weights are NF4, layer by layer, so that the 16-bit model need not fit, with gradient
-    checkpointing; without bitsandbytes they are bfloat16. On a CPU they are float32.
-
-    Args:
-        nf4: whether the weights are NF4; None: where it is useful and possible.
+    On a GPU the weights are NF4, with gradient checkpointing. On a CPU they are float32.
 
     Returns:
-        peft's model in training mode, and "nf4", "bfloat16" or "float32" with the kind of attention.
+        peft's model in training mode, and "nf4" or "float32" with the kind of attention.
     """
     from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
 
-    base, kept = random_base(shape, device, nf4)
+    base, kept = random_base(shape, device, nf4=device == "cuda")
     if device == "cuda":
         with warnings.catch_warnings():  # transformers 5.23 renames it
             warnings.simplefilter("ignore", FutureWarning)
             base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(base)  # before peft; without `fused_lm_head=True` it changes nothing
-    except (ImportError, AttributeError):
-        pass
+    add_fused_lm_head(base)  # before peft; without `fused_lm_head=True` it changes nothing
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=32)
     return get_peft_model(base, lora).train(), kept
 
 
-def random_base(shape: str, device: str, nf4: bool | None = None):
-    """A model of a shape with random weights, and how they are kept: see `random_policy`."""
+def random_base(shape: str, device: str, nf4: bool):
+    """A model of a shape with random weights, and how they are kept: see `random_policy`.
+
+    It is made layer by layer, so that the 16-bit model need not fit. Without NF4 its weights are
+    bfloat16 on a GPU, float32 on a CPU.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from sao_utils.training.setup import free_gpu
+
+    free_gpu()  # of the model before this one
     kind, sizes, tied = SHAPES[shape]
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     options = dict(zip([*names, "num_key_value_heads", "head_dim"], sizes))
@@ -67,9 +63,8 @@ def random_base(shape: str, device: str, nf4: bool | None = None):
     whole = AutoConfig.for_model(kind, **options)
     first = AutoConfig.for_model(kind, **{**options, "num_hidden_layers": 1})
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    nf4 = device == "cuda" and installed("bitsandbytes") if nf4 is None else nf4
     torch.manual_seed(0)
-    with _defaults(device, dtype):
+    with torch.device(device):
         base = AutoModelForCausalLM.from_config(first, dtype=dtype)
     # All parts of the model share one configuration object, so it changes in place.
     for key in ("num_hidden_layers", "layer_types"):
@@ -78,8 +73,8 @@ def random_base(shape: str, device: str, nf4: bool | None = None):
     layers, layer = base.model.layers, type(base.model.layers[0])
     del layers[0]
     for index in range(whole.num_hidden_layers):
-        with _defaults(device, dtype):
-            new = layer(base.config, index)
+        with torch.device(device):
+            new = layer(base.config, index).to(dtype)
         layers.append(_in_nf4(new, dtype) if nf4 else new)
     base.is_loaded_in_4bit = nf4  # peft asks
     with torch.no_grad():
@@ -87,20 +82,6 @@ def random_base(shape: str, device: str, nf4: bool | None = None):
         base.get_output_embeddings().weight.normal_(std=sizes[1] ** -0.5)
     kept = "nf4" if nf4 else str(dtype).split(".")[-1]
     return base, f"{kept}, attention {base.config._attn_implementation}"
-
-
-@contextmanager
-def _defaults(device: str, dtype):
-    """New tensors are made on this device and in this dtype."""
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _in_nf4(module, dtype):
@@ -112,12 +93,11 @@ def _in_nf4(module, dtype):
         for name, child in list(parent.named_children()):
             if type(child) is not torch.nn.Linear:
                 continue
-            options = dict(compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+            options = dict(compress_statistics=True, quant_type="nf4")
             shape = (child.in_features, child.out_features, child.bias is not None)
-            linear = Linear4bit(*shape, **options, device="meta")
+            linear = Linear4bit(*shape, compute_dtype=dtype, **options, device="meta")
             linear.bias = child.bias
-            options = dict(compress_statistics=True, quant_type="nf4", requires_grad=False)
-            weight = Params4bit(child.weight.data.cpu(), **options)
+            weight = Params4bit(child.weight.data.cpu(), **options, requires_grad=False)
             linear.weight = weight.to(child.weight.device)  # the move quantises
             setattr(parent, name, linear)
     return module

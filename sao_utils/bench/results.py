@@ -1,22 +1,48 @@
-"""What a benchmark of training came to: the bars, a picture, and its files in results/benchmarks/."""
+"""What the benchmarks came to: the bars, a table, a picture, and files in results/benchmarks/."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import sys
+import time
 from pathlib import Path
 
-from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED, STAND_IN
-from sao_utils.bench.measuring import GIB, about, as_csv, bar, bar_lines, failure
+import yaml
+
+from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED
+from sao_utils.bench.measuring import GIB
 from sao_utils.disk import write_whole
-from sao_utils.report.figures import style as looks
+from sao_utils.machine import hardware, versions
+from sao_utils.report.figures import style
 from sao_utils.store import results_folder
 
 COLUMNS = (
-    "measurement shapes vocabulary weights cap_gib contender batch tokens peak_bytes peak_ratio "
-    "seconds cpu_seconds tokens_per_second speed_ratio loss loss_difference padded_ratio head_ratio "
-    "microbatches repeats status note"
+    "measurement shapes engine vocabulary weights cap_gib contender batch rows tokens peak_bytes "
+    "planned_bytes peak_ratio seconds cpu_seconds tokens_per_second rows_per_second speed_ratio "
+    "ratio cpu_ratio loss loss_difference padded_ratio head_ratio microbatches repeats status"
 ).split()
+#: column -> what the table for readers calls it
+FACTS = {
+    "peak_ratio": "memory",
+    "speed_ratio": "speed",
+    "ratio": "of the raw call",
+    "cpu_ratio": "of its CPU time",
+    "rows_per_second": "rows/s",
+    "tokens_per_second": "tokens/s",
+    "peak_bytes": "peak GiB",
+    "planned_bytes": "planned GiB",
+    "padded_ratio": "padded/real",
+    "head_ratio": "head/answer",
+    "microbatches": "microbatches",
+}
+COLOURS = {
+    PACKED: style.BLUE,
+    SHARED: style.SKY,
+    CPO: style.RED,
+    FUSED: style.ORANGE,
+    LIGER: style.PURPLE,
+}
 
 
 def best(rows: list[dict], *contenders: str) -> dict | None:
@@ -25,138 +51,76 @@ def best(rows: list[dict], *contenders: str) -> dict | None:
     return max(ran, key=lambda row: row.get("tokens_per_second") or 0, default=None)
 
 
-def bars(rows: list[dict], device: str) -> list[dict]:
-    """What was promised, as dicts of "bar", "limit", "value" and "met" (None: not measured)."""
+# ---------------------------------------------------------------------------- bars
+
+
+def bars(rows: list[dict], benchmark: str) -> list[dict]:
+    """What bars.yaml promises of a benchmark's rows: "bar", "limit", "value" and "met".
+
+    "value" and "met" are None where there is nothing to compare: not measured.
+    """
+    promises = yaml.safe_load(Path(__file__).with_name("bars.yaml").read_text("utf-8"))
+    runs = {"ok": 1.0, "out of memory": 0.0}
+    rows = [{**row, "runs": runs.get(row["status"])} for row in rows]
     found = []
-
-    def promise(*told) -> None:
-        found.append(bar(*told))
-
-    def pick(measurement, contender=None, **wanted):
-        return [
-            row
-            for row in rows
-            if row["measurement"] == measurement
-            and contender in (None, row["contender"])
-            and all(row.get(key) == value for key, value in wanted.items())
-            and row["status"] == "ok"
-        ]
-
-    def first(several, key):
-        return next((row[key] for row in several if row.get(key) is not None), None)
-
-    if device == "cuda":
-        gemma = {"shapes": "gemma-2-9b"}
-        tried = [r for r in rows if r["measurement"] == "one pair" and r["shapes"] == "gemma-2-9b"]
-        tried = [r for r in tried if r.get("cap_gib") == 23 and "measured" not in r["status"]]
-
-        def runs(*names):
-            there = [r["status"] for r in tried if r["contender"] in names]
-            there = [status for status in there if status in ("ok", "out of memory")]
-            return float("ok" in there) if there else None
-
-        promise(
-            "gemma-2-9b, one pair at 2,048, 23 GiB: ours runs (1)", runs(PACKED, SHARED), 1, False
-        )
-        stock = STAND_IN if best(rows, STAND_IN) else CPO  # without trl
-        promise(f"the same: {stock} does not (0)", runs(stock), 0)
-        peak = first(pick("one pair", PACKED, cap_gib=None, **gemma), "peak_ratio")
-        promise(f"the same without a cap: peak, ratio to {stock}", peak, 0.5)
-        step = pick("step", cap_gib=23, **gemma)
-        for name, limit in ((stock, 1.3), (FUSED, 1.15)):
-            value = _faster(best(step, PACKED, SHARED), best(step, name))
-            promise(
-                f"gemma-2-9b, 23 GiB: tokens/s over {name}, each at its best", value, limit, False
-            )
-    else:
-        stage = [r for r in pick("loss stage") if r["vocabulary"] == 256_000]
-        ours = [row for row in stage if row["contender"] == PACKED]
-        at_2048 = [row for row in ours if row["tokens"] == 2048]
-        name = "loss stage, V = 256,000"
-        promise(
-            f"{name}, 2,048 tokens: peak, ratio to CPOTrainer", first(at_2048, "peak_ratio"), 0.15
-        )
-        peaks = [row["peak_bytes"] for row in ours if row["peak_bytes"]]
-        flat = max(peaks) / min(peaks) if len({r["tokens"] for r in ours}) > 1 and peaks else None
-        promise(f"{name}: largest over smallest peak, 512 to 4,096 tokens", flat, 1.25)
-        # The step's loss has also been through the model, in another order of summation.
-        for part, limit in (("loss stage", 1e-5), ("step", 1e-4)):
-            equal = [r["loss_difference"] for r in pick(part) if "loss_difference" in r]
-            promise(f"{part}: loss, largest relative difference", max(equal, default=None), limit)
-        for shape in dict.fromkeys(r["shapes"] for r in pick("step")):
-            step = pick("step", shapes=shape)
-            value = _faster(best(step, PACKED, SHARED), best(step, CPO))
-            name = f"V = {step[0]['vocabulary']:,}: tokens/s over CPOTrainer, each at its best"
-            promise(name, value, 1.2, False)
-    fed = pick("step", PACKED) + pick("one pair", PACKED)
-    promise("padded over real tokens", max((r["padded_ratio"] for r in fed), default=None), 1.0)
-    head = [r["head_ratio"] for r in fed + pick("step", SHARED)]
-    promise("head rows over answer tokens", max(head, default=None), 1.0)
-    planned = [r["microbatches"] for c in (PACKED, SHARED) for r in pick("counts", c)]
-    promise("microbatches, 128 pairs at 4,096 tokens", max(planned, default=None), 35)
+    for promise in promises[benchmark]:
+        column, at, sign, limit = promise["must"].split()
+        value, met = _value(promise, column, rows), None
+        if value is not None:
+            met = value <= float(limit) if sign == "most" else value >= float(limit)
+        limit = f"{at} {sign} {limit}"
+        found.append({"bar": promise["bar"], "limit": limit, "value": value, "met": met})
     return found
 
 
-def _faster(ours: dict | None, other: dict | None) -> float | None:
-    return ours["tokens_per_second"] / other["tokens_per_second"] if ours and other else None
+def _value(promise: dict, column: str, rows: list[dict]) -> float | None:
+    over = promise.get("over")
+
+    def numbers(**other) -> list[float]:
+        picked = rows
+        for key, wanted in (promise["rows"] | other).items():
+            wanted = wanted if isinstance(wanted, list) else [wanted]
+            picked = [row for row in picked if row.get(key) in wanted]
+        return [row[column] for row in picked if row.get(column) is not None]
+
+    ours = numbers()
+    if not ours or over is None:
+        return max(ours, default=None)
+    if over == "smallest":
+        return max(ours) / min(ours) if len(ours) > 1 else None
+    others = numbers(contender=over)
+    return max(ours) / max(others) if others else None
 
 
-def report(rows: list[dict], device: str) -> dict:
-    """Bars, versions, hardware and date of these rows."""
-    return {**about(rows, device), "bars": bars(rows, device)}
+def bar_lines(found: list[dict]) -> str:
+    """The bars, one a line."""
+    words = {True: "met", False: "NOT met", None: "not measured"}
+    lines = []
+    for one in found:
+        value = "" if one["value"] is None else f": {one['value']:.4g}"
+        lines.append(f"{words[one['met']]:12} {one['bar']}{value} ({one['limit']})")
+    return "\n".join(lines)
 
 
-def picture(rows: list[dict]):
-    """Peak memory of the loss stage and speed of the step, a matplotlib figure."""
-    from matplotlib import pyplot, style
-
-    stage = [r for r in rows if r["measurement"] == "loss stage" and r.get("tokens") == 2048]
-    step = [r for r in rows if r["measurement"] == "step"]
-    title = "Loss stage of one pair, 2,048 tokens: the less the better"
-    parts = (
-        (stage, "peak_bytes", GIB, title, "peak, GiB"),
-        (step, "speed_ratio", 1, "One step of pairs: the more the better", f"tokens/s, 1 = {CPO}"),
-    )
-    names = {PACKED: looks.BLUE, SHARED: looks.SKY, CPO: looks.RED, FUSED: looks.ORANGE}
-    names |= {LIGER: looks.PURPLE, STAND_IN: looks.GREY}
-    drawn = []
-    for some, key, *_ in parts:
-        lines = [(s, c) for s in dict.fromkeys(r["shapes"] for r in some) for c in names]
-        found = [best([r for r in some if r["shapes"] == s], c) for s, c in lines]
-        drawn.append([row for row in found if row and row.get(key)])
-    heights = [max(2, len(lines)) for lines in drawn]
-    with style.context(["default", looks.STYLE]):
-        size = (8, 1.6 + 0.2 * sum(heights))
-        figure, axes = pyplot.subplots(2, figsize=size, height_ratios=heights)
-        pyplot.close(figure)  # a notebook shall show it once
-        for place, lines, (_, key, unit, title, x) in zip(axes, drawn, parts):
-            place.set_title(title)
-            place.set_xlabel(x)
-            values = [row[key] / unit for row in lines]
-            names_of = [f"V = {r['vocabulary'] / 1000:.0f}k: {r['contender']}" for r in lines]
-            colours = [names[row["contender"]] for row in lines]
-            bars_of = place.barh(range(len(lines)), values, color=colours)
-            place.bar_label(bars_of, [f" {value:.2f}" for value in values], fontsize=8)
-            place.set_yticks(range(len(lines)), names_of, fontsize=8)
-            place.set_ylim(max(1, len(lines)) - 0.4, -0.6)  # read from top to bottom
-            place.grid(axis="y", visible=False)
-            place.margins(x=0.1)
-            if not lines:
-                place.text(0, 0.5, "Not measured.", transform=place.transAxes)
-                place.set_axis_off()
-    return figure
+# ---------------------------------------------------------------------------- files
 
 
-def keep(folder: Path, name: str, rows: list[dict]) -> dict:
-    """Write name.csv, name.json and name.svg; returns what the JSON holds."""
-    found = report(rows, "cuda" if name.startswith("cuda") else "cpu")
-    write_whole(folder / f"{name}.csv", as_csv(rows, COLUMNS))
+def keep(folder: Path, name: str, rows: list[dict], benchmark: str) -> dict:
+    """Write the rows to name.csv, and bars, versions, hardware and date to name.json.
+
+    Returns:
+        what the JSON holds.
+    """
+    found = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
+    found |= {"versions": versions(), "bars": bars(rows, benchmark)}
+    out = io.StringIO()
+    columns = [c for c in COLUMNS if any(c in row for row in rows)]
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_whole(folder / f"{name}.csv", out.getvalue())
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    if found["status"] == "measured":
-        try:
-            write_whole(folder / f"{name}.svg", looks.as_svg(picture(rows)))
-        except Exception as error:  # numbers do not depend on a drawing
-            print(f"No picture: {failure(error)}", file=sys.stderr)
     return found
 
 
@@ -169,20 +133,50 @@ def kept(name: str) -> dict | None:
     return None
 
 
-def table(rows: list[dict], found: dict) -> str:
-    """What a reader wants to see first: ratios, then bars."""
-    lines = []
-    for row in rows:
-        ratios = [
-            f"{label} {row[key]:.3g}"
-            for key, label in (("peak_ratio", "memory"), ("speed_ratio", "speed"))
-            + (("padded_ratio", "padded/real"), ("head_ratio", "head/answer"))
-            + (("microbatches", "microbatches"),)
-            if row.get(key) is not None
-        ]
-        cap = f", {row['cap_gib']:g} GiB" if row.get("cap_gib") else ""
-        where = f"{row['measurement']} {row.get('shapes') or ''}{cap}"
-        said = ", ".join(ratios) if row["status"] == "ok" else row["status"]
-        size = f"{row.get('tokens') or 0:6d} tokens x{row.get('batch') or 0}"
-        lines.append(f"{where:32} {size:20} {row['contender']:28} {said}")
-    return "\n".join([*lines, bar_lines(found)])
+# ---------------------------------------------------------------------------- for readers
+
+
+def table(rows: list[dict]):
+    """The rows as a data frame for a reader: texts, columns in words."""
+    import pandas
+
+    frame = pandas.DataFrame(rows)
+    for key in (key for key in FACTS if key in frame):
+        values = frame.pop(key) / (GIB if key.endswith("bytes") else 1)
+        texts = [f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in values]
+        frame[FACTS[key]] = [text.replace("nan", "") for text in texts]
+    words = "measurement shapes cap_gib contender batch".split() + [*FACTS.values(), "status"]
+    frame = frame[[word for word in words if word in frame]]
+    return frame.astype(object).where(frame.notna(), "")
+
+
+def picture(rows: list[dict]):
+    """Peak memory of the loss stage and speed of the step, a matplotlib figure."""
+    from matplotlib import pyplot
+    from matplotlib import style as styles
+
+    stage = [r for r in rows if r["measurement"] == "loss stage" and r.get("tokens") == 2048]
+    step = [r for r in rows if r["measurement"] == "step"]
+    title = "Loss stage of one pair, 2,048 tokens: the less the better"
+    parts = (
+        (stage, "peak_bytes", GIB, title, "peak, GiB"),
+        (step, "speed_ratio", 1, "One step of pairs: the more the better", f"tokens/s, 1 = {CPO}"),
+    )
+    with styles.context(["default", style.STYLE]):
+        figure, axes = pyplot.subplots(2, figsize=(8, 1.6 + 0.2 * len(stage) + 0.2 * len(step)))
+        pyplot.close(figure)  # a notebook shall show it once
+        for place, (some, key, unit, title, label) in zip(axes, parts):
+            shapes = dict.fromkeys(row["shapes"] for row in some)
+            of_shape = [[row for row in some if row["shapes"] == shape] for shape in shapes]
+            lines = [best(rows, contender) for rows in of_shape for contender in COLOURS]
+            lines = [row for row in lines if row and row.get(key)]
+            names = [f"V = {r['vocabulary'] / 1000:.0f}k: {r['contender']}" for r in lines]
+            values = [row[key] / unit for row in lines]
+            drawn = place.barh(names, values, color=[COLOURS[row["contender"]] for row in lines])
+            place.bar_label(drawn, [f" {value:.2f}" for value in values], fontsize=8)
+            place.set(title=title, xlabel=label)
+            place.tick_params(axis="y", labelsize=8)
+            place.invert_yaxis()  # read from top to bottom
+            place.grid(axis="y", visible=False)
+            place.margins(x=0.1)
+    return figure

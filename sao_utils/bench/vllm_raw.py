@@ -1,53 +1,27 @@
-"""vLLM without the kit, for `engine_benchmarks`, which starts it by the path of this file.
+"""`vllm.LLM.chat` without the kit, for `overhead`, which starts this file by its path.
 
-One call of `vllm.LLM`, as vLLM's own manual has it, as often as it is asked for. It needs vLLM and
-nothing of the kit. One line of JSON is one message. Into standard input come the arguments of
-`vllm.LLM`, then {"sampling": {...}, "seeds": [...], "prompts": [token ids], "chats": [messages]}, then
-any number of "generate" (ids to ids), "chat" (chats to texts) and "replies". To standard output go
-{"version": ...}; for each call its seconds; and for "replies" what the last call said, texts or
-lists of [token ids, ended by itself].
+It needs vLLM and nothing of the kit. The first line of standard input is a JSON object: "arguments" of
+`vllm.LLM`, "sampling" (arguments of `SamplingParams`), "seeds" and "chats"; the answer is a line with
+vLLM's version. Each further line asks for one call, and gets a line with the list of the replies' texts.
 """
 
 import json
 import os
 import sys
-import time
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what vLLM prints is no message
-
-    def say(message: object) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    lines = map(json.loads, sys.stdin)
+    os.dup2(2, 1)  # what vLLM prints is no reply
     import vllm
-    from vllm.sampling_params import RequestOutputKind
 
-    llm = vllm.LLM(**next(lines))
-    say({"version": vllm.__version__})
-    work = next(lines)
-    final = RequestOutputKind.FINAL_ONLY
-    prompts = [{"prompt_token_ids": ids} for ids in work["prompts"]]
-    chat, done = False, []
-    for line in lines:
-        if line == "replies":
-            replies = [request.outputs[0] for request in done]
-            if chat:
-                say([reply.text for reply in replies])
-            else:
-                say([[list(reply.token_ids), reply.finish_reason == "stop"] for reply in replies])
-            continue
-        chat, started = line == "chat", time.perf_counter()
-        same = {**work["sampling"], "detokenize": chat, "output_kind": final}
-        params = [vllm.SamplingParams(**same, seed=seed) for seed in work["seeds"]]
-        if chat:
-            done = llm.chat(work["chats"], params, use_tqdm=False)
-        else:
-            done = llm.generate(prompts, params, use_tqdm=False)
-        say(time.perf_counter() - started)
+    work = json.loads(sys.stdin.readline())
+    llm = vllm.LLM(**work["arguments"])
+    print(json.dumps(vllm.__version__), file=out, flush=True)
+    for _ in sys.stdin:
+        params = [vllm.SamplingParams(**work["sampling"], seed=seed) for seed in work["seeds"]]
+        done = llm.chat(work["chats"], params, use_tqdm=False)
+        print(json.dumps([request.outputs[0].text for request in done]), file=out, flush=True)
 
 
 if __name__ == "__main__":

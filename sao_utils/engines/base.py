@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
-
-from sao_utils.recipe import Model
 
 Chat = list[dict[str, str]]  # messages: {"role": "user" | "assistant" | "system", "content": ...}
 
@@ -43,29 +40,19 @@ class Completion:
     reasoning: str = ""
 
 
+#: What a prompt gets that no model answers: see `unanswered`.
+NOTHING = Completion("", 0, False)
 #: Why a row is discarded that no model answered.
 NO_REPLY = "no reply: too long, refused, or NaN"
 
 
 def unanswered(tokens: int, finished: bool) -> bool:
-    """Whether a model gave no reply: the prompt fills its context or is too large for the memory, a
-    server refused it, or the model computed NaN. Which, and for how many, the engine has printed.
+    """Whether a model gave no reply: the prompt fills its context, a server refused it, or the model
+    computed NaN. Which, and for how many, the engine has printed.
 
     A reply that a model did give has a token, or has ended by itself.
     """
     return tokens == 0 and not finished
-
-
-def limit_met(model: Model, reply: Completion, sampling: Sampling) -> dict[str, int | None]:
-    """What a row notes of a reply that the context ended, or that a server refused; else {}.
-
-    It is {"max_context": the limit of the time}: `rows.complete` makes such a row again under another
-    one. What a server cut short says nothing of its context, and was paid for: only a refusal counts.
-    """
-    short = not reply.finished and reply.tokens < sampling.max_new_tokens
-    if model.engine == "api":
-        short = unanswered(reply.tokens, reply.finished)
-    return {"max_context": model.max_context} if short else {}
 
 
 class Engine(Protocol):
@@ -98,8 +85,7 @@ class Engine(Protocol):
 def escape_special_tokens(chat: Chat, tokenizer) -> Chat:
     """Break up special tokens (ends of turns, ...) inside of a chat's texts.
 
-    What a model or a user wrote is data; it must not open or close a turn. Not all such tokens have
-    a role name in the tokenizer (Llama-3's header tokens have none), so the whole table is searched.
+    What a model or a user wrote is data; it must not open or close a turn.
     """
     special = special_tokens(tokenizer)
     safe = []
@@ -109,9 +95,6 @@ def escape_special_tokens(chat: Chat, tokenizer) -> Chat:
             text = text.replace(token, f"{token[:1]} {token[1:]}")
         safe.append({**message, "content": text})
     return safe
-
-
-ENCODED = 1000  # chats at a time: a tokenizer notes a hundred bytes more for each token
 
 
 def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
@@ -125,28 +108,29 @@ def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
     """
     ids = []
     for start in range(0, len(chats), ENCODED):
-        safe = [escape_special_tokens(chat, tokenizer) for chat in chats[start : start + ENCODED]]
-        ids += tokenizer(_rendered(safe, tokenizer), add_special_tokens=False)["input_ids"]
+        texts = [_rendered(chat, tokenizer) for chat in chats[start : start + ENCODED]]
+        ids += tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
 
 
-_HERE = (
-    "SAO-THE-TURN-IS-OPEN-HERE"  # stands in for the end of an open message, and is cut off again
-)
+ENCODED = 1000  # chats at a time: a tokenizer notes a hundred bytes more for each token
+_HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # marks the end of an open message, and is cut off again
 
 
-def _rendered(chats: list[Chat], tokenizer) -> list[str]:
-    if not chats or not chats[0][-1].get("open"):
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    marked = [[*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}] for chat in chats]
+def _rendered(chat: Chat, tokenizer) -> str:
+    chat = escape_special_tokens(chat, tokenizer)
+    if not chat[-1].get("open"):
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    # transformers' continue_final_message would cut the line breaks of a turn that is still empty.
+    marked = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}]
     try:
-        texts = tokenizer.apply_chat_template(marked, tokenize=False)
+        text = tokenizer.apply_chat_template(marked, tokenize=False)
     except Exception as error:  # jinja's, of a template that knows no system turn
         raise EngineError(
             f"The chat template of this model refuses the chat ({error}). If it has no system turn, set "
             "prompts.personas=null."
         ) from None
-    return [text[: text.rindex(_HERE)] for text in texts]
+    return text[: text.rindex(_HERE)]
 
 
 def first_divergent_token(
@@ -173,16 +157,13 @@ def first_divergent_token(
     return full[0][len(start) : shared], firsts
 
 
-def special_tokens(tokenizer) -> frozenset[str]:
-    """All tokens of a tokenizer that open or close something, with or without a role name."""
-    return _special_tokens(tokenizer, len(tokenizer))
+def special_tokens(tokenizer) -> set[str]:
+    """All tokens of a tokenizer that open or close something.
 
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer, size: int) -> frozenset[str]:
-    """Of a table of this size: with 256 such tokens it takes 0.1 ms, and every chat asks for it."""
+    Not all of them have a role name there (Llama-3's header tokens have none).
+    """
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return frozenset(special.union(tokenizer.all_special_tokens))
+    return special.union(tokenizer.all_special_tokens)
 
 
 def context_limit(config) -> float:

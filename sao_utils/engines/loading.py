@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
+from collections.abc import Iterable
 from functools import cache, lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -29,15 +28,8 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
     """
     adapter = adapter or own_adapter(model)
     folder = Path(model_folder(model.path))
-    files_of_it = [
-        path
-        for path in sorted(folder.glob("*"))
-        if folder.is_dir()
-        if path.suffix in (".safetensors", ".json", ".jinja")
-    ]
-    base = (
-        _digest(tuple(files_of_it)) if files_of_it else f"{model.path}@{model.revision or 'main'}"
-    )
+    own_files = [p for p in folder.glob("*") if p.suffix in (".safetensors", ".json", ".jinja")]
+    base = _digest(own_files) if own_files else f"{model.path}@{model.revision or 'main'}"
     name = f"{base}:{model.dtype}"
     if model.quantisation != "none":
         name += f":{model.quantisation}"
@@ -45,7 +37,7 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
         name += f":{json.dumps(model.template_options, sort_keys=True)}"
     if model.engine != "transformers":  # another engine, other random numbers
         name += f":{model.engine}" + (f":{model.url}" if model.url else "")
-    return f"{name}+{_digest(tuple(sorted(adapter.glob('*.safetensors'))))}" if adapter else name
+    return f"{name}+{_digest(adapter.glob('*.safetensors'))}" if adapter else name
 
 
 def own_adapter(model: Model) -> Path | None:
@@ -57,8 +49,9 @@ def own_adapter(model: Model) -> Path | None:
     return Path(model.adapter)
 
 
-def _digest(paths: tuple[Path, ...]) -> str:
-    return _digest_of_state(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
+def _digest(paths: Iterable[Path]) -> str:
+    states = ((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths))
+    return _digest_of_state(tuple(states))
 
 
 @lru_cache(maxsize=64)
@@ -141,12 +134,6 @@ def load_model(model: Model, device: str | int | None = "cpu"):
 
 
 def _nf4(dtype):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise EngineError(
-            "quantisation=nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to none."
-        ) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -175,9 +162,6 @@ def guard_nf4_on_cpu(base) -> None:
 def find(model: Model, weights: bool = True) -> None:
     """Look whether a model is there, before anything slow is imported or retried.
 
-    A hub model that is not in the local cache is asked for once. A hub that is slow is no reason to
-    stop: the download then decides.
-
     Raises:
         EngineError: the folder or the hub's model is not there, not to be had, or not safetensors.
     """
@@ -186,68 +170,53 @@ def find(model: Model, weights: bool = True) -> None:
     path = model_folder(model.path)
     folder = Path(path)
     if folder.is_dir():
-        if weights and not (folder / "config.json").exists():
-            raise EngineError(f"The folder '{model.path}' holds no model: it has no config.json.")
         if weights and not any(folder.glob("*.safetensors")):
             raise EngineError(
                 f"The folder '{model.path}' holds no weights in safetensors. Other formats (.bin, "
                 ".pt) can run code when they are loaded, so they are refused: load the model where "
                 "you trust it and save it anew with `model.save_pretrained(folder)`."
             )
-        return
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise EngineError(
             f"There is no model folder '{model.path}'. Set model.path to a folder with the "
             'weights, to a name on the hub such as "Qwen/Qwen2.5-1.5B-Instruct", or to "tiny".'
         )
-    fault = _hub_fault(path, model.revision)
-    if fault:
-        raise EngineError(f"Could not load '{path}': {fault}")
+    else:
+        _find_on_hub(path, model.revision)
 
 
-HUB_SECONDS = 5.0  # after which a hub counts as slow, not as unreachable
-
-
-def _hub_fault(name: str, revision: str | None) -> str | None:
-    """What keeps a hub model from being loaded, and what to do; None if nothing is known to."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+def _find_on_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once for a model that is not in the local cache."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+        OfflineModeIsEnabled,
     )
 
-    wanted = "download it where there is a network, or set model.path to a folder"
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return None
-        if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
-            return f"it is not on this machine and HF_HUB_OFFLINE=1 is set. Unset it, {wanted}."
-        asked = hf_hub_url(name, "config.json", revision=revision)
-        get_hf_file_metadata(asked, timeout=HUB_SECONDS)
-    except HFValidationError:
-        return "no model of the hub has such a name."
-    except GatedRepoError:  # a kind of RepositoryNotFoundError
-        return (
-            f"{name} is gated: accept its licence on its page (https://huggingface.co/{name}), "
-            "then log in with `hf auth login`."
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10.0)
+        return
+    except OfflineModeIsEnabled:
+        fault = "it is not on this machine and HF_HUB_OFFLINE=1 is set"
+    except GatedRepoError:
+        fault = (
+            f"it is gated. Accept its licence on its page (https://huggingface.co/{name}), then log in "
+            "with `hf auth login`"
         )
-    except RepositoryNotFoundError:
-        return (
-            "the hub has no such model, or it is private. Check the name; for a private model log "
-            "in with `hf auth login`."
+    except (HfHubHTTPError, HFValidationError):
+        fault = (
+            "the hub has no such model or revision, or it is private (then log in with "
+            "`hf auth login`)"
         )
-    except RevisionNotFoundError:
-        return f"the hub has the model, but not the model.revision '{revision}'."
-    except EntryNotFoundError:
-        return "the hub has it, but without a config.json: it is no model of transformers."
-    except Exception as error:  # by name: the hub's HTTP library has changed before
-        kind = type(error).__name__
-        if "Connect" in kind and "Timeout" not in kind:
-            return f"it is not on this machine and the hub cannot be reached. Go online, {wanted}."
-    return None
+    except Exception as error:  # of the hub's HTTP library, which has changed before
+        fault = f"it is not on this machine and the hub cannot be reached ({error})"
+    raise EngineError(
+        f"Could not load '{name}': {fault}. Check the name, or set model.path to a folder with a model."
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -274,11 +243,7 @@ def _from_pretrained(kind, model: Model, **options):
             ) from None
         if isinstance(error, RuntimeError):
             raise
-        from huggingface_hub import get_token
-
-        said = str(error).replace(get_token() or "\0", "***")
-        said = re.sub(r"//[^/@\s]+@", "//***@", said)  # a name and key in a mirror's address
         raise EngineError(
-            f"Could not load '{model.path}': {said}\nCheck that the model is whole (config, "
+            f"Could not load '{model.path}': {error}\nCheck that the model is whole (config, "
             "tokenizer, weights in safetensors) and of a kind that this transformers knows."
         ) from None

@@ -26,22 +26,16 @@ def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
     """
     text = text.strip()
     first = _MARKER.search(text)
-    begun = first is not None and (first.start() == 0 or first[0] == CLOSE)
-    if not opened and not begun:
+    if not opened and not text.startswith(OPEN) and (first is None or first[0] == OPEN):
         return "", text
-    depth = 0 if text.startswith(OPEN) else 1
-    for marker in _MARKER.finditer(text):
+    inside = text.removeprefix(OPEN)
+    depth = 1
+    for marker in _MARKER.finditer(inside):
         depth += 1 if marker[0] == OPEN else -1
-        if depth <= 0:
-            rest = text[marker.end() :]
-            while rest.lstrip().startswith(CLOSE):  # closed more often than opened
-                rest = rest.lstrip()[len(CLOSE) :]
-            return _without_markers(text[: marker.start()]), rest.strip()
-    return _without_markers(text), ""
-
-
-def _without_markers(text: str) -> str:
-    return text.removeprefix(OPEN).strip()
+        if depth == 0:
+            reply = re.sub(rf"^(\s*{CLOSE})+", "", inside[marker.end() :])  # closed too often
+            return inside[: marker.start()].strip(), reply.strip()
+    return inside.strip(), ""
 
 
 def opens_reasoning(tokenizer) -> bool:
@@ -78,7 +72,7 @@ def parted(
     if not reply:
         return Completion("", 0, False, reasoning)
     if tokenizer is None:
-        counted = max(1, round(tokens * len(reply) / max(1, len(reply) + len(reasoning))))
+        tokens = max(1, round(tokens * len(reply) / (len(reply) + len(reasoning))))
     else:
-        counted = len(tokenizer(reply, add_special_tokens=False)["input_ids"])
-    return Completion(reply, counted, finished, reasoning)
+        tokens = len(tokenizer(reply, add_special_tokens=False)["input_ids"])
+    return Completion(reply, tokens, finished, reasoning)

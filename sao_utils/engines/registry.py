@@ -1,8 +1,9 @@
-"""The engines that are loaded: the right kind for a model, and the last two of them."""
+"""The engine that is loaded: the right kind for a model, one at a time."""
 
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 from sao_utils.engines.base import Engine
@@ -11,73 +12,53 @@ from sao_utils.recipe import Model
 
 
 def load_engine(model: Model) -> Engine:
-    """Load a model, with its adapter if it has one; the last two stay loaded.
-
-    On a GPU only those stay that leave its memory to the new one.
+    """Load a model, with its adapter if it has one; it stays loaded until another one is asked for.
 
     Raises:
         EngineError: the model is not there; the message says what to do.
     """
     adapter, name = own_adapter(model), model_name(model)
     base = model.model_copy(update={"adapter": None})  # the same base for every adapter
+    kind = "ray" if model.workers else model.engine
     # By name, too: an adapter trained anew in the same folder is another one.
-    key = (model.model_dump_json(), name)
-    engine = _loaded.pop(key, (None, None))[1]
-    if engine is None:
+    key = (kind, model.model_dump_json(), name)
+    if key not in _loaded:
         find(base)
-    _make_room(base)
-    _loaded[key] = base, engine or _load(base, adapter, name)  # now the latest
-    return _loaded[key][1]
+        # A vLLM process serves a base and its adapters, and ends with the last engine that uses it.
+        if kind != "vllm" or any(before != "vllm" for before, *_ in _loaded):
+            _free()
+        engine = _load(kind, base, adapter, name)
+        _loaded.clear()
+        _loaded[key] = engine
+    return _loaded[key]
 
 
-_loaded: dict[tuple[str, str], tuple[Model, Engine]] = {}  # the latest last
+_loaded: dict[tuple[str, str, str], Engine] = {}
 
 
-def _load(model: Model, adapter: Path | None, name: str) -> Engine:
-    if model.workers:
+def _load(kind: str, model: Model, adapter: Path | None, name: str) -> Engine:
+    if kind == "ray":
         from sao_utils.engines.ray import RayEngine as Kind
-    elif model.engine == "vllm":
+    elif kind == "vllm":
         from sao_utils.engines.vllm import VllmEngine as Kind
-    elif model.engine == "api":
+    elif kind == "api":
         from sao_utils.engines.api import ApiEngine as Kind
     else:
         from sao_utils.engines.transformers import TransformersEngine as Kind
     return Kind(model, adapter, name)
 
 
-def _make_room(coming: Model) -> None:
-    """Let go of all loaded engines but the latest; of that, too, if it is in the way on a GPU."""
-    for key in list(_loaded)[:-1]:
-        del _loaded[key]
-    for key in list(_loaded):
-        if _in_the_way(_loaded[key][0], coming) and _on_gpu():
-            import torch
-
-            del _loaded[key]
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-def _in_the_way(loaded: Model, coming: Model) -> bool:
-    """Whether a loaded model holds GPU memory that another one wants.
-
-    A vLLM process serves a base and its adapters alike, and ends by itself when vLLM loads another
-    model; Ray's workers hold nothing between two calls.
-    """
-    holds = loaded.engine != "api" and not loaded.workers
-    shared = loaded.engine == coming.engine == "vllm" and not coming.workers
-    return holds and coming.engine != "api" and not shared
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _free() -> None:
+    """Let go of the engine, so that a GPU has room for the next."""
+    _loaded.clear()
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def unload_engines() -> None:
-    """Let go of the loaded models, so that their memory is free for training."""
+    """Let go of the loaded model, so that its memory is free for training."""
     from sao_utils.engines.vllm import end_child
 
-    _loaded.clear()
+    _free()
     end_child()  # a traceback or a notebook may still refer to its engine

@@ -5,25 +5,22 @@ A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": 
 this, and so is its seed: equal requests are one request. What a server was paid for is also kept in
 `results/cache`, which all runs share, so that no reply is bought twice.
 
-Costs are ours: tokens read are counted by the tokenizer, or where a server has it, as bytes / 4 (a
-Chinese character has three bytes, and takes about one token); tokens written are at most those allowed.
+Costs are ours: tokens read are estimated as bytes / 4 (a Chinese character has three bytes, and takes
+about one token); tokens written are at most those allowed.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from sao_utils.disk import Busy, turn
 from sao_utils.engines.api import VERDICT_TOKENS
-from sao_utils.engines.base import encode, limit_met
-from sao_utils.engines.loading import load_tokenizer, model_name
+from sao_utils.engines.base import unanswered
+from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 from sao_utils.store import (
@@ -40,30 +37,11 @@ from sao_utils.store import (
 #: What a stage that keeps rows of its own takes over from a reply, beside its text.
 MADE = ("tokens", "finished", "reasoning", "max_context")
 BYTES = 4  # of a token, about, in English
-PAUSE = 1.0  # seconds between looks whether another process is done
 WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
 
 
 class CostError(RuntimeError):
     """Asking would cost more than `evaluation.max_cost`; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What requests take: those that are new, their tokens, and US$ (None: no price is known)."""
-
-    requests: int
-    new: int
-    tokens_in: int
-    tokens_out: int
-    dollars: float | None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.new:,} of {self.requests:,} requests are new: about {self.tokens_in:,} tokens in, "
-            f"at most {self.tokens_out:,} out, "
-            + ("price unknown" if self.dollars is None else f"about US$ {self.dollars:,.4f}")
-        )
 
 
 def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
@@ -144,24 +122,9 @@ def batches_of_replies(
     Returns, raises: as `replies`.
     """
     if model.engine == "api":
-        yield _through_cache(run, f"{stage}, {model.path}", model, requests)
+        yield _from_cache(run, f"{stage}, {model.path}", model, requests)
     else:
         yield from _generate(model, requests)
-
-
-def estimate(run: Run, model: Model, requests: list[dict], stage: str | None = None) -> Cost:
-    """What asking would take, nothing being sent.
-
-    Args:
-        stage: replies that this stage of the run has are not new; nor are those bought before.
-    """
-    ids = _ids(model, requests)
-    kept = {*standing(run.rows(stage), model.max_context)} if stage else set()
-    if model.engine == "api":
-        kept |= {*standing(_cache(model), model.max_context)}
-    new = {i: request for i, request in zip(ids, requests) if i not in kept}
-    tokens_in, tokens_out = _tokens(model, list(new.values()))
-    return Cost(len(ids), len(new), tokens_in, tokens_out, dollars(model, tokens_in, tokens_out))
 
 
 def spent(run: Run) -> float:
@@ -198,41 +161,48 @@ def _generate(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
         else:
             batches = engine.choose(chats, group[0]["prefix"], tuple(group[0]["choices"]))
         for batch in batches:
-            rows = []
-            for k, reply in batch:
-                used = getattr(engine, "usage", {}).get(k)
-                if verb == "generate":
-                    row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
-                    if reply.reasoning:
-                        row["reasoning"] = reply.reasoning
-                    row |= limit_met(model, reply, group[k]["sampling"])
-                else:
-                    row = {"logps": [p if math.isfinite(p) else None for p in reply]}
-                    refused = (
-                        used == (0, 0) if model.engine == "api" else set(row["logps"]) == {None}
-                    )
-                    row |= {"max_context": model.max_context} if refused else {}
-                if used:
-                    row |= {"tokens_in": used[0], "tokens_out": used[1]}
-                rows.append({"id": group[k]["id"], **row})
-            yield rows
+            used = getattr(engine, "usage", {})
+            yield [_made(model, group[k], reply, used.get(k)) for k, reply in batch]
 
 
-def _through_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[dict]:
+def _made(model: Model, job: dict, reply, used: tuple[int, int] | None) -> dict:
+    """The row of a reply (of either verb).
+
+    One that the context ended, or that a server refused, has {"max_context": the limit of the time}:
+    `store.complete` makes it again under another one. What a server cut short says nothing of its
+    context, and was paid for.
+    """
+    if "sampling" in job:
+        row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
+        if reply.reasoning:
+            row["reasoning"] = reply.reasoning
+        short = not reply.finished and reply.tokens < job["sampling"].max_new_tokens
+        if model.engine == "api":
+            short = unanswered(reply.tokens, reply.finished)
+    else:
+        row = {"logps": [p if math.isfinite(p) else None for p in reply]}
+        short = used == (0, 0) if model.engine == "api" else set(row["logps"]) == {None}
+    if short:
+        row["max_context"] = model.max_context
+    if used:
+        row["tokens_in"], row["tokens_out"] = used
+    return {"id": job["id"], **row}
+
+
+def _from_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[dict]:
     """Rows from the cache of all runs, where what is new is put first.
 
     While another process buys from the same model it is waited for: it may buy the same.
     """
-    told = False
-    while True:
-        try:
-            buy = partial(_bought, run, model)
-            return complete(_cache(model), jobs, buy, label, model.max_context)
-        except Busy:
-            if not told:
-                print(f"{label}: another run is asking this model; waiting for it.", flush=True)
-            told = True
-            time.sleep(PAUSE)
+    buy, cache = partial(_bought, run, model), _cache(model)
+    lock = cache.with_suffix(".lock")
+    try:
+        with turn(lock, wait=False):
+            return complete(cache, jobs, buy, label, model.max_context)
+    except Busy:
+        print(f"{label}: another run is asking this model; waiting for it.", flush=True)
+    with turn(lock):
+        return complete(cache, jobs, buy, label, model.max_context)
 
 
 def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
@@ -240,30 +210,25 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
     by_id = {job["id"]: job for job in jobs}
     cap = run.recipe.evaluation.max_cost if model.priced else None
     if model.priced:
-        read, written = _tokens(model, jobs)
-        cost = Cost(len(jobs), len(jobs), read, written, dollars(model, read, written))
-        print(f"{model.path}: {cost}", flush=True)
-        _check(run, cost.dollars, cap)
+        read, written = _tokens(jobs)
+        cost = dollars(model, read, written)
+        print(
+            f"{model.path}: {len(jobs):,} requests are new: about {read:,} tokens in, at most "
+            f"{written:,} out, about US$ {cost:,.4f}",
+            flush=True,
+        )
+        _check(run, cost, cap)
     size = len(jobs) if cap is None else WAVES * model.concurrency
     for start in range(0, len(jobs), size):
         wave = jobs[start : start + size]
-        with nullcontext() if cap is None else turn(_purse(run)):
-            _check(run, dollars(model, *_tokens(model, wave)), cap)
-            for batch in _generate(model, wave):
-                for row in batch:
-                    if "tokens_in" not in row:
-                        row["tokens_in"], row["tokens_out"] = _tokens(model, [by_id[row["id"]]])
-                    row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
-                    row["run"] = _label(run)
-                yield batch  # on disk when we go on
-
-
-def _purse(run: Run) -> Path:
-    """A lock that lets one process of a run spend at a time, whichever server it buys from.
-
-    So nothing is paid between the look at what was spent and the rows that tell of what comes next.
-    """
-    return _folder() / f".{_whole(_label(run))}.lock"
+        _check(run, dollars(model, *_tokens(wave)), cap)
+        for batch in _generate(model, wave):
+            for row in batch:
+                if "tokens_in" not in row:
+                    row["tokens_in"], row["tokens_out"] = _tokens([by_id[row["id"]]])
+                row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
+                row["run"] = _label(run)
+            yield batch  # on disk when we go on
 
 
 def _check(run: Run, more: float | None, cap: float | None) -> None:
@@ -281,19 +246,12 @@ def estimated_tokens(text: str) -> int:
     return math.ceil(len(text.encode(errors="replace")) / BYTES)
 
 
-def _tokens(model: Model, requests: list[dict]) -> tuple[int, int]:
-    """(tokens read, tokens written at most)"""
-    if not requests:
-        return 0, 0
-    if model.engine == "api":
-        texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
-        read = sum(estimated_tokens("".join(of)) for of in texts)
-        choice = VERDICT_TOKENS
-    else:
-        read = sum(map(len, encode([r["chat"] for r in requests], load_tokenizer(model))))
-        choice = 0
-    written = sum(r["sampling"].max_new_tokens if "sampling" in r else choice for r in requests)
-    return read, written
+def _tokens(requests: list[dict]) -> tuple[int, int]:
+    """(tokens read, tokens written at most) by a server, about."""
+    texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
+    read = sum(estimated_tokens("".join(of)) for of in texts)
+    limits = [r["sampling"].max_new_tokens if "sampling" in r else VERDICT_TOKENS for r in requests]
+    return read, sum(limits)
 
 
 def dollars(model: Model, tokens_in: float, tokens_out: float) -> float | None:

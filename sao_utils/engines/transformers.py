@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sao_utils.engines.base import (
+    NOTHING,
     Completion,
     EngineError,
     Sampling,
@@ -21,8 +22,6 @@ from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
 FEW = 8  # rows of a batch that is too small to be worth thinning out
-BROKEN = 0.1  # share of rows without numbers above which a model is of no use (ours)
-NOTHING = Completion("", 0, False)  # see `engines.unanswered`
 
 
 class TransformersEngine:
@@ -63,9 +62,6 @@ class TransformersEngine:
         self.batch_tokens, self.name = batch_tokens, name
         self.opened = opens_reasoning(tokenizer)
         self.device = loaded.device.type
-        self.made = self.broken = (
-            0  # rows, and those of them for which the model computed no numbers
-        )
         self.limit = context_limit(loaded.config)  # tokens of prompt and reply
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
@@ -89,9 +85,9 @@ class TransformersEngine:
     def choose(self, chats, prefix, choices):
         import torch
 
-        shared, firsts = (
-            first_divergent_token(chats[0], prefix, choices, self.tokenizer) if chats else ([], [])
-        )
+        if not chats:
+            return
+        shared, firsts = first_divergent_token(chats[0], prefix, choices, self.tokenizer)
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
         nothing = [-math.inf] * len(choices)
 
@@ -106,10 +102,10 @@ class TransformersEngine:
                     use_cache=False,
                     logits_to_keep=1,
                 ).logits[:, -1]
-            whole = self._whole(logits).tolist()
-            odds = logits.float().log_softmax(-1)[:, firsts].tolist()
-            self._count(whole)
-            return [(i, of if fine else nothing) for i, of, fine in zip(rows, odds, whole)]
+            logps = logits.float().log_softmax(-1)[:, firsts].tolist()
+            finite = _finite(logits).tolist()
+            _check(finite)
+            return [(i, of if fine else nothing) for i, of, fine in zip(rows, logps, finite)]
 
         yield from self.in_batches(prompts, score, nothing)
 
@@ -134,7 +130,7 @@ class TransformersEngine:
                 eos_token_id=self.stops,
                 return_dict_in_generate=True,
             )
-            steps = [whole := _Whole(self._whole)]
+            steps = [numbers := _FiniteRows()]
             if sampling.temperature:
                 steps.append(_SeededDraw([seeds[i] for i in going], sampling, start))
             halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
@@ -148,9 +144,9 @@ class TransformersEngine:
                     stopping_criteria=StoppingCriteriaList(halt),
                 )
             replies = out.sequences[:, start:].tolist()
-            for i, tokens, fine in zip(going, replies, whole.rows.tolist()):
+            for i, tokens, fine in zip(going, replies, numbers.finite.tolist()):
                 if not fine:
-                    found[i] = None
+                    found[i] = NOTHING
                 elif len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
                     found[i] = self._completion(tokens)
             stay = [k for k, i in enumerate(going) if i not in found]
@@ -158,37 +154,8 @@ class TransformersEngine:
             ids, mask = out.sequences[stay], mask[stay]
             mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
             cache = _rows_of(out.past_key_values, stay) if stay else None
-        self._count([found[i] is not None for i in range(len(prompts))])
-        return [found[i] or NOTHING for i in range(len(prompts))]
-
-    def _whole(self, logits):
-        """For each row of logits [rows, vocabulary] whether they are numbers.
-
-        A model that overflows in float16 would write, and judge, with NaN for hours.
-
-        Raises:
-            EngineError: those of the engine's very first batch are none.
-        """
-        whole = logits.amax(-1).isfinite()
-        if not self.made and len(whole) > 1 and not whole.any():
-            raise EngineError(self._without_numbers(f"in {str(logits.dtype)[6:]}"))
-        return whole
-
-    def _count(self, whole: list[bool]) -> None:
-        """Count rows that are made, and those without numbers. Raises EngineError at too many of these."""
-        self.made += len(whole)
-        self.broken += whole.count(False)
-        if self.broken > max(FEW, BROKEN * self.made):
-            raise EngineError(
-                self._without_numbers(f"for {self.broken} of {self.made} rows")
-                + " Rows made so far are kept."
-            )
-
-    def _without_numbers(self, where: str) -> str:
-        return (
-            f"The model computes NaN, no numbers, {where}. Set model.dtype=bfloat16 on a GPU of compute "
-            "capability 8.0 or more, else float32, or take another model; or its weights are damaged."
-        )
+        _check([found[i] is not NOTHING for i in range(len(prompts))])
+        return [found[i] for i in range(len(prompts))]
 
     def in_batches(
         self,
@@ -200,25 +167,23 @@ class TransformersEngine:
         """Yield `work(rows, new tokens)` for batches of the prompts; rows are indices.
 
         Longest first: memory trouble shows at once, not after hours. A batch that the memory cannot
-        hold is halved, and those after it are no larger. A row that alone is too much, or fills the
-        context, must not end the others: it gets `nothing`, that is [(row, nothing)].
+        hold is halved, and those after it are no larger. A row that fills the context gets `nothing`,
+        that is [(row, nothing)].
 
         Raises:
-            EngineError: the memory does not hold the shortest row that is left either.
+            EngineError: the memory does not hold one row alone.
         """
-        limit, broken = self.limit, self.broken
-        skipped = over_long(prompts, limit)
+        skipped = over_long(prompts, self.limit)
         if skipped:
             yield [(i, nothing) for i in skipped]
         # Rows near the end of the context get fewer tokens. They do not share a batch with others:
         # what a row says must not depend on them.
-        room = [min(new_tokens, limit - len(prompt)) for prompt in prompts]
+        room = [min(new_tokens, self.limit - len(prompt)) for prompt in prompts]
         left = set(range(len(prompts))).difference(skipped)
         waiting = sorted(left, key=lambda i: (-len(prompts[i]), i))
-        suspect, too_large = [], 0  # a row that does not fit alone, until a shorter one does
         while waiting:
             longest = len(prompts[waiting[0]]) + room[waiting[0]]
-            most = 1 if suspect else max(1, self.batch_tokens // longest)
+            most = max(1, self.batch_tokens // longest)
             rows = [i for i in waiting[:most] if room[i] == room[waiting[0]]]
             try:
                 done = work(rows, room[rows[0]])
@@ -227,41 +192,24 @@ class TransformersEngine:
                     raise
                 done = None
             if done is not None:
-                yield done + [(i, nothing) for i in suspect]
+                yield done
                 del waiting[: len(rows)]
-                too_large, suspect = too_large + len(suspect), []
-                continue
-            self._free()  # only here, with the error gone, are its tensors free
-            if len(rows) > 1:
-                self._halve(len(rows), longest)
-            elif suspect or len(waiting) == 1:
-                raise EngineError(
-                    f"The memory does not hold even one row of {longest} tokens. {_ADVICE} Rows made "
-                    "so far are kept."
-                )
             else:
-                suspect = [waiting.pop(0)]
-                waiting.insert(0, waiting.pop())
-        large = ("are too large for the memory, each alone", _ADVICE)
-        nan = ("make the model compute NaN", "Another model.dtype may mend that.")
-        for count, (why, advice) in ((too_large, large), (self.broken - broken, nan)):
-            if count:
-                print(
-                    f"{count} of {len(prompts)} prompts {why}; they get no reply and count as "
-                    f"discarded. {advice}",
-                    flush=True,
-                )
+                self._halve(len(rows), longest)  # here, with the error gone, its tensors are free
 
-    def _free(self) -> None:
-        """Give back what a batch held that did not fit."""
+    def _halve(self, rows: int, longest: int) -> None:
+        """Lower the budget to half of a batch that did not fit, and give back what it held."""
         import torch
 
+        if rows == 1:
+            raise EngineError(
+                f"The memory does not hold even one row of {longest} tokens. Rows made so far are kept. Set "
+                "model.quantisation=nf4, lower max_new_tokens of the stage, take a smaller model, or "
+                "leave out long prompts by a smaller model.max_context."
+            )
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-
-    def _halve(self, rows: int, longest: int) -> None:
-        """Lower the budget to half of a batch that did not fit."""
         self.batch_tokens = rows // 2 * longest
         print(
             f"Out of memory with {rows} rows of up to {longest} tokens; going on with batches of "
@@ -285,18 +233,35 @@ class TransformersEngine:
         return read_reply(self.tokenizer, kept, end is not None, self.opened)
 
 
-_ADVICE = "Set model.quantisation=nf4, lower max_new_tokens of the stage, or take a smaller model."
+def _finite(logits):
+    """For each row of logits [rows, vocabulary] whether they are numbers."""
+    return logits.amax(-1).isfinite()
 
 
-class _Whole:
+def _check(finite: list[bool]) -> None:
+    """Report the rows of a batch for which the model computed NaN.
+
+    Raises:
+        EngineError: these are most of the batch.
+    """
+    broken = finite.count(False)
+    if not broken:
+        return
+    words = f"The model computes NaN for {broken} of {len(finite)} rows"
+    advice = "Set model.dtype=bfloat16 on a GPU of compute capability 8.0 or more, else float32."
+    if 2 * broken > len(finite):
+        raise EngineError(f"{words}. {advice} Rows made so far are kept.")
+    print(f"{words}; they get no reply and count as discarded. {advice}", flush=True)
+
+
+class _FiniteRows:
     """A logits processor that changes nothing, and notes which rows had numbers at every step."""
 
-    def __init__(self, whole: Callable):
-        self.whole, self.rows = whole, None
+    finite = None
 
     def __call__(self, _, logits):
-        found = self.whole(logits)
-        self.rows = found if self.rows is None else self.rows & found
+        found = _finite(logits)
+        self.finite = found if self.finite is None else self.finite & found
         return logits
 
 

@@ -1,15 +1,13 @@
-"""The process in which vLLM runs. `engine_vllm` starts it by the path of this file.
+"""The process in which vLLM runs. `engines/vllm.py` starts it by the path of this file.
 
 It needs vLLM and nothing of the kit, so it may have an environment of its own. One line of JSON is
 one message. Into standard input come the engine's arguments, then any number of calls:
 
-    {"sampling": {...}, "adapter": {"name": ..., "path": ...} | null}
-    [row, token ids, seed]      one line a row
-    null                        the end of the call
+    {"sampling": {...}, "adapter": {"name": ..., "path": ...} | null, "rows": [[row, token ids, seed], ...]}
 
-To standard output go {"gpu": ..., "capability": ...}, {"ready": {...}}, and for each call lists of
-[row, new token ids, ended by itself] or, when log-probabilities are asked for, [row, log-probs];
-then null. An empty list says "still at work". {"error": text} is the last message of a process.
+To standard output go {"ready": {...}}, and for each call lists of [row, [new token ids, ended by
+itself]] or, when log-probabilities are asked for, [row, log-probabilities]; then null. {"error": text}
+is the last message of a process.
 """
 
 import json
@@ -22,7 +20,6 @@ import time
 import traceback
 
 FLUSH = 0.5  # seconds: finished rows wait no longer than this
-SIGN_OF_LIFE = 10.0  # seconds
 
 
 def main() -> None:
@@ -33,30 +30,23 @@ def main() -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    lines = iter(sys.stdin.readline, "")
-    own: list = []  # the processes that vLLM starts
-    threading.Thread(target=_watch, args=(os.getppid(), own, say), daemon=True).start()
+    started: list = []  # the processes of vLLM
+    threading.Thread(target=_watch, args=(os.getppid(), started, say), daemon=True).start()
     try:
-        serve(json.loads(next(lines)), lines, say, own)
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        say({"error": "missing"})
-    except Exception:
+        serve(say, started)
+    except Exception as error:
         traceback.print_exc()
-        say({"error": traceback.format_exc(limit=0).strip()})
+        say({"error": "".join(traceback.format_exception_only(error)).strip()})
     finally:
         _end()
 
 
-def _watch(parent: int, own: list, say) -> None:
-    """End this process, and those that vLLM started, once the parent or one of those is no more.
+def _watch(parent: int, started: list, say) -> None:
+    """End everything once the parent or a process of vLLM is no more; vLLM would wait forever.
 
-    Not by PR_SET_PDEATHSIG: that signal comes when the parent's *thread* ends that started us, and
-    a notebook may do that in a thread. And a closed standard input goes unseen during a call, as
-    does, by vLLM, an engine process that the system has killed: it would wait for it forever.
+    Not by PR_SET_PDEATHSIG: that signal comes when the parent's *thread* ends that started us.
     """
-    while os.getppid() == parent and all(process.is_alive() for process in own):
+    while os.getppid() == parent and all(process.is_alive() for process in started):
         time.sleep(1.0)
     if os.getppid() == parent:
         say({"error": "vLLM's engine process has crashed, or was killed for its memory"})
@@ -68,22 +58,16 @@ def _end() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the engine made this process a group of its own
 
 
-def serve(arguments: dict, lines, say, own: list) -> None:
+def serve(say, started: list) -> None:
     """Load the model, and answer calls until standard input is closed.
 
-    Puts the processes that vLLM has started into `own`.
+    Puts the processes that vLLM has started into `started`.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
-    capability = current_platform.get_device_capability()
-    say(
-        {
-            "gpu": current_platform.get_device_name(),
-            "capability": list(capability) if capability else None,
-        }
-    )
+    arguments = json.loads(sys.stdin.readline())
     if current_platform.is_cpu():
         # Seeded rows and prompts in chunks do not go together there: a CPU's random numbers cannot
         # be set back by the draw that half a prompt makes for nothing.
@@ -91,26 +75,22 @@ def serve(arguments: dict, lines, say, own: list) -> None:
     # As `vllm.LLM` does: without it vLLM runs 128 rows at a time, with it up to 1,024 (on an H100).
     offline = UsageContext.LLM_CLASS
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=offline)
-    own += multiprocessing.active_children()
+    started += multiprocessing.active_children()
     config = engine.vllm_config.model_config
     brought = config.try_get_generation_config().get("eos_token_id")
     stops = config.hf_config.eos_token_id if brought is None else brought
-    say(
-        {
-            "ready": {
-                "max_context": config.max_model_len,
-                "stops": stops if isinstance(stops, list) else [stops],
-                "quantisation": config.quantization,
-                "arguments": arguments,
-            }
-        }
-    )
+    ready = {
+        "max_context": config.max_model_len,
+        "stops": stops if isinstance(stops, list) else [stops],
+        "arguments": arguments,
+    }
+    say({"ready": ready})
     numbers: dict[str, int] = {}  # vLLM tells adapters apart by a number
-    for line in lines:
-        answer(engine, json.loads(line), lines, numbers, say)
+    for line in sys.stdin:
+        answer(engine, json.loads(line), numbers, say)
 
 
-def answer(engine, call: dict, lines, numbers: dict[str, int], say) -> None:
+def answer(engine, call: dict, numbers: dict[str, int], say) -> None:
     """One call: hand all its rows to vLLM, and send them back as they finish."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -122,11 +102,7 @@ def answer(engine, call: dict, lines, numbers: dict[str, int], say) -> None:
         number = numbers.setdefault(name, len(numbers) + 1)
         lora = LoRARequest(name, number, call["adapter"]["path"])
     asked = call["sampling"].get("logprob_token_ids")
-    for line in lines:
-        message = json.loads(line)
-        if message is None:
-            break
-        row, ids, seed = message
+    for row, ids, seed in call["rows"]:
         params = SamplingParams(
             **call["sampling"],
             seed=seed,
@@ -142,13 +118,11 @@ def answer(engine, call: dict, lines, numbers: dict[str, int], say) -> None:
                 continue
             reply = output.outputs[0]
             if asked:
-                found = reply.logprobs[0]
-                batch.append([int(output.request_id), [found[token].logprob for token in asked]])
+                made = [reply.logprobs[0][token].logprob for token in asked]
             else:
-                ended = reply.finish_reason == "stop"
-                batch.append([int(output.request_id), list(reply.token_ids), ended])
-        waited = time.monotonic() - last
-        if waited > SIGN_OF_LIFE or (batch and waited > FLUSH):
+                made = [list(reply.token_ids), reply.finish_reason == "stop"]
+            batch.append([int(output.request_id), made])
+        if batch and time.monotonic() - last > FLUSH:
             say(batch)
             batch, last = [], time.monotonic()
     say(batch)

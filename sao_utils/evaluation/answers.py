@@ -41,11 +41,12 @@ def answer_questions(
     """
     settings, rows = run.recipe.evaluation, []
     for candidate in candidates:
-        weights, requests = model_name(candidate.model), []
-        for temperature in temperatures:
-            sampling = Sampling(temperature, settings.max_new_tokens, settings.top_p)
-            for question in questions:
-                of = {
+        weights = model_name(candidate.model)
+        requests = [
+            {
+                "chat": [{"role": "user", "content": question["question"]}],
+                "sampling": Sampling(temperature, settings.max_new_tokens, settings.top_p),
+                "of": {
                     "model": candidate.name,
                     "seed": candidate.seed,
                     "round": candidate.round,
@@ -54,14 +55,13 @@ def answer_questions(
                     "question_id": question["id"],
                     "question": question["question"],
                     "combination": question["combination"],
-                }
-                chat = [{"role": "user", "content": question["question"]}]
-                requests.append({"chat": chat, "sampling": sampling, "of": of})
-        rows += [_judged(reply) for reply in replies(run, "answers", candidate.model, requests)]
+                },
+            }
+            for temperature in temperatures
+            for question in questions
+        ]
+        for row in replies(run, "answers", candidate.model, requests):
+            (quality,) = oracles.quality(row["question"], row["text"]) or (None,)
+            good = None if quality is None else quality == 0
+            rows.append({**row, "quality": quality, "good": good})
     return rows
-
-
-def _judged(row: dict) -> dict:
-    quality = oracles.quality(row["question"], row["text"])
-    good = None if quality is None else quality[0] == 0
-    return {**row, "quality": quality and quality[0], "good": good}

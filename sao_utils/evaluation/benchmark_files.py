@@ -1,9 +1,9 @@
-"""The official files of published benchmarks, which are other people's texts and no part of the kit."""
+"""Files of published benchmarks: those of others, which are no part of the kit, and those we write."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 from sao_utils.disk import write_whole
@@ -27,10 +27,6 @@ PINNED = {
     ("alpaca_eval", "alpaca_eval_gpt4_baseline.json"): (
         f"{_ALPACA}/alpaca_eval_gpt4_baseline.json",
         "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
-    ),
-    ("alpaca_eval", "instruction_difficulty.csv"): (
-        f"{_ALPACA}/instruction_difficulty.csv",
-        "e28d875bb334f75e17acd1e4ed659b261860e3db379cf5de29060301bed0a18b",
     ),
     ("alpaca_eval", "df_gamed.csv"): (
         f"{_ALPACA}/df_gamed.csv",
@@ -65,15 +61,14 @@ PINNED = {
         "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
     ),
 }
-SECONDS = 60  # to wait for a server
 
 
 def official_file(settings: Evaluation, benchmark: str, name: str) -> Path | None:
     """A file of a published benchmark; None where there is none.
 
-    The benchmarks are other people's texts and no part of this kit. With `evaluation.data: hub` a
-    file is downloaded once, from where its authors have it (`PINNED`), into the hub's cache; else
-    it comes from the folder named: from its subfolder `OFFICIAL[benchmark]`, or from itself.
+    With `evaluation.data: hub` it is downloaded once, from where its authors have it (`PINNED`), into
+    the hub's cache; else it comes from the folder named: from its subfolder `OFFICIAL[benchmark]`,
+    or from itself.
 
     Raises:
         RecipeError: the file could not be downloaded, or is not the one that is pinned.
@@ -104,7 +99,7 @@ def _downloaded(benchmark: str, name: str) -> Path:
         f"{every} in it."
     )
     try:  # the hub's session knows HF_HUB_OFFLINE and proxies; a token goes to none of these
-        response = get_session().get(address, timeout=SECONDS)
+        response = get_session().get(address, timeout=60)
         hf_raise_for_status(response)
     except Exception as error:  # of whichever HTTP library this version of the hub's has
         raise RecipeError(
@@ -116,24 +111,20 @@ def _downloaded(benchmark: str, name: str) -> Path:
     return path
 
 
-def official_rows(settings: Evaluation, benchmark: str, name: str) -> list[dict] | None:
-    """The rows of a benchmark's .json or .jsonl file; None where there is no such file.
-
-    Raises:
-        RecipeError: the file is no list of JSON objects.
-    """
+def needed_file(settings: Evaluation, benchmark: str, name: str) -> Path:
+    """A file of a published benchmark. Raises RecipeError where there is none: what to give."""
     path = official_file(settings, benchmark, name)
     if path is None:
-        return None
-    if path.suffix == ".jsonl":
-        return read_table(str(path))
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        rows = None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecipeError(f"{path} is no list of JSON objects.")
-    return rows
+        raise RecipeError(
+            f"{benchmark} needs its {name}: set evaluation.data to a folder that has it (in "
+            f"{OFFICIAL[benchmark]}/, if it is for several benchmarks), or to hub."
+        )
+    return path
+
+
+def official_rows(settings: Evaluation, benchmark: str, name: str) -> list[dict]:
+    """The rows of a benchmark's .json or .jsonl file. Raises RecipeError where there is none."""
+    return read_table(str(needed_file(settings, benchmark, name)))
 
 
 def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
@@ -143,22 +134,43 @@ def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
         RecipeError: the file is not there (the message says what to give), or not the benchmark's.
     """
     name = "alpaca_eval_gpt4_baseline.json" if benchmark == "alpaca_eval" else "question.jsonl"
-    rows = official_rows(settings, benchmark, name)
-    if rows is None:
-        raise RecipeError(
-            f"{benchmark} needs its {name}: set evaluation.data to a folder that has it (in "
-            f"{OFFICIAL[benchmark]}/, if it is for several benchmarks), or to hub."
-        )
     found = []
-    for k, row in enumerate(rows):
-        if benchmark == "alpaca_eval":
-            turns, identity, category = [row.get("instruction")], k, row.get("dataset")
-        else:  # Arena-Hard has had two forms: turns with content, and one prompt
-            turns = row.get("turns", [row.get("prompt")])
-            turns = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
-            identity = row.get("question_id", row.get("uid"))
-            category = row.get("cluster" if benchmark == "arena_hard" else "category")
-        if identity is None or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.")
+    for k, row in enumerate(official_rows(settings, benchmark, name)):
+        try:
+            if benchmark == "alpaca_eval":
+                identity, turns, category = k, [row["instruction"]], row.get("dataset")
+            elif benchmark == "arena_hard":
+                identity, turns = row["question_id"], [turn["content"] for turn in row["turns"]]
+                category = row.get("cluster")
+            else:
+                identity, turns, category = row["question_id"], row["turns"], row.get("category")
+        except (KeyError, TypeError):
+            raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.") from None
         found.append({**row, "id": identity, "turns": turns, "category": category or "all"})
     return found
+
+
+def answer_files(
+    benchmark: dict, answers: dict[str, dict], turn: Callable[[str, int], object]
+) -> dict[str, list[dict]]:
+    """Answers as Arena-Hard's program and FastChat read them, as {path: rows}.
+
+    Args:
+        turn: what stands for an answer, given its text and its number of tokens.
+    """
+    written = {}
+    for model, given in answers.items():
+        rows = []
+        for item in benchmark["items"]:
+            answer = given[item["id"]]
+            turns = [turn(*one) for one in zip(answer["turns"], answer["tokens"])]
+            row = {
+                "question_id": item["id"],
+                "answer_id": answer["id"],
+                "model_id": model,
+                "choices": [{"index": 0, "turns": turns}],
+                "tstamp": 0.0,  # the same answers, the same file
+            }
+            rows.append(row)
+        written[f"model_answer/{model}.jsonl"] = rows
+    return written

@@ -7,15 +7,10 @@ the papers do not say).
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from statistics import fmean, variance
-
 from sao_utils.recipe import Model
 from sao_utils.stages.judging import first_shown, judge_pairs
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
-from sao_utils.statistics.power import design_effect, prompts_needed
 from sao_utils.statistics.ratings import Strength, bradley_terry
 from sao_utils.store import Run, row_id
 
@@ -90,8 +85,7 @@ def valid(rows: list[dict]) -> list[dict]:
 def rate(rows: list[dict]) -> Interval:
     """The win rate of a comparison, by its valid verdicts (`intervals.win_rate`)."""
     of = valid(rows)
-    by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
-    return win_rate([row["win"] for row in of], by, runs).rate
+    return win_rate(_column(of, "win"), _column(of, "combination"), _column(of, "seed")).rate
 
 
 def rate_at_equal_length(rows: list[dict]) -> Interval:
@@ -102,11 +96,12 @@ def rate_at_equal_length(rows: list[dict]) -> Interval:
     """
     of = valid(rows)
     return length_controlled_win_rate(
-        [row["win"] for row in of],
-        _longer(of),
-        [row["combination"] for row in of],
-        runs=[row["seed"] for row in of],
+        _column(of, "win"), _longer(of), _column(of, "combination"), runs=_column(of, "seed")
     )
+
+
+def _column(rows: list[dict], key: str) -> list:
+    return [row[key] for row in rows]
 
 
 def _longer(rows: list[dict]) -> list[int]:
@@ -114,70 +109,34 @@ def _longer(rows: list[dict]) -> list[int]:
 
 
 def scores(rows: list[dict], resamples: int) -> dict[str, Interval]:
-    """What one comparison came to, by metric; what cannot be estimated has no bounds, and a note.
+    """What one comparison came to beside its win rates, by metric. n counts rows: questions times seeds.
 
     Returns:
-        Of valid verdicts: "win rate", "win rate at equal length", the shares of `OUTCOMES`, "first
-        position", the share of verdicts, two a question, that prefer what is shown first (half, where
-        a verdict's odds are even), and "prompts needed" to see a win rate that far from 50 % four times
-        of five (low and high for the ends of its interval, infinite where that holds 50 %).
-        Of all questions: "valid verdicts", "empty answers", "empty answers of the opponent", "length
-        difference" (characters of a minus b). n counts rows: questions times seeds.
+        Of valid verdicts, if there are any: the shares of `OUTCOMES`, and "first position", the share of
+        verdicts, two a question, that prefer what is shown first. Of all questions: "valid verdicts",
+        "empty answers", "empty answers of the opponent", "length difference" (characters of a minus b).
     """
 
     def mean(values: list, of: list[dict]) -> Interval:
-        by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
-        return clustered_mean(values, by, resamples, runs=runs)
+        return clustered_mean(
+            values, _column(of, "combination"), resamples, runs=_column(of, "seed")
+        )
 
-    good = valid(rows)
-    judged = [row for row in good if row["margin"] is not None]
-    empty = [[not text.strip() for text in row["responses"]] for row in rows]
-    found = {}
+    good, found = valid(rows), {}
     if good:
-        found = {
-            "win rate": rate(rows),
-            "win rate at equal length": rate_at_equal_length(rows),
-            **{
-                name: mean([row["outcome"] == outcome for row in good], good)
-                for name, outcome in OUTCOMES.items()
-            },
-            "prompts needed": _needed(rate(rows), good),
-        }
-    if judged:
+        for name, outcome in OUTCOMES.items():
+            found[name] = mean([row["outcome"] == outcome for row in good], good)
+    if judged := [row for row in good if row["margin"] is not None]:
         shown = [
             (float(prefers), row["combination"], row["seed"])
             for row in judged
             for prefers in first_shown(row)
         ]
         found["first position"] = win_rate(*zip(*shown)).rate
-    return found | {
-        "valid verdicts": mean([row["win"] is not None for row in rows], rows),
-        "empty answers": mean([a for a, _ in empty], rows),
-        "empty answers of the opponent": mean([b for _, b in empty], rows),
-        "length difference": mean(_longer(rows), rows),
-    }
-
-
-def _needed(found: Interval, good: list[dict]) -> Interval:
-    """Prompts, each with all of the trainings, by how much their results differ here."""
-    by_question: dict[str, list[dict]] = {}
-    for row in good:
-        by_question.setdefault(row["question_id"], []).append(row)
-    means = [fmean(row["win"] for row in of) for of in by_question.values()]
-    clusters = [of[0]["combination"] for of in by_question.values()]
-    spread = {}  # without any to be seen: as if each prompt were won or lost on its own
-    if len(set(clusters)) > 1 and (effect := design_effect(means, clusters)) and variance(means):
-        spread = {"variance": variance(means), "design_effect": effect}
-
-    def needed(share: float) -> float:
-        if math.isnan(share):
-            return math.nan
-        return math.inf if share == 0.5 else float(prompts_needed(share - 0.5, **spread))
-
-    ends = sorted((needed(found.low), needed(found.high)))
-    if found.low <= 0.5 <= found.high:
-        ends[1] = math.inf
-    return Interval(needed(found.value), *ends, found.n)
+    found["valid verdicts"] = mean([row["win"] is not None for row in rows], rows)
+    for k, name in enumerate(("empty answers", "empty answers of the opponent")):
+        found[name] = mean([not row["responses"][k].strip() for row in rows], rows)
+    return found | {"length difference": mean(_longer(rows), rows)}
 
 
 def difference_in_win_rate(
@@ -189,8 +148,8 @@ def difference_in_win_rate(
         rows_a, rows_b: the two models' comparisons with the same opponent, by the same judge.
 
     Returns:
-        seed -> difference of shares; None: over all trainings. By scipy's BCa bootstrap over clusters;
-        over several trainings by percentiles. {} if no question is judged validly in both.
+        seed -> difference of shares; None: over all trainings. {} if no question is judged validly in
+        both.
     """
     wins = {(row["seed"], row["question_id"]): row for row in rows_b}
     pairs = [
@@ -200,19 +159,18 @@ def difference_in_win_rate(
     pairs = [(x, y) for x, y in pairs if y and None not in (x["win"], y["win"])]
     if not pairs:
         return {}
-    runs = [x["seed"] for x, _ in pairs]
-    several, found = len(set(runs)) > 1, {}
-    for seed in (None, *dict.fromkeys(runs)) if several else (None,):
+    seeds = dict.fromkeys(x["seed"] for x, _ in pairs)
+    found = {}
+    for seed in (None, *seeds) if len(seeds) > 1 else (None,):
         of = [pair for pair in pairs if seed in (None, pair[0]["seed"])]
-        all_trainings = several and seed is None
+        a, b = zip(*of)
         found[seed] = clustered_difference(
-            [x["win"] for x, _ in of],
-            [y["win"] for _, y in of],
-            [x["combination"] for x, _ in of],
+            _column(a, "win"),
+            _column(b, "win"),
+            _column(a, "combination"),
             resamples,
-            runs=runs if all_trainings else None,
-            method="percentile" if all_trainings else "BCa",
-            bounds=(0, 1),
+            runs=_column(a, "seed"),
+            bca=True,
         )
     return found
 
@@ -224,30 +182,24 @@ def strengths(comparisons: list[list[dict]], resamples: int) -> dict[str, Streng
         comparisons: rows of `compare_answers`, by one judge; "base" takes part.
 
     Returns:
-        model -> elo (base: 1000) and win_rate (expected against base). Invalid verdicts are left out: n
-        is the number of verdicts. {} if there is none. Where there are several seeds, the intervals
-        also hold what other trainings would have changed.
+        model -> elo (base: 1000) and win_rate (expected against base); n is the number of valid verdicts.
+        {} if there is none.
     """
     rows = [row for of in comparisons for row in valid(of)]
     if not rows:
         return {}
     games = [(row["model"], row["opponent"], row["win"], 1.0, row["combination"]) for row in rows]
-    runs = [row["seed"] for row in rows]
-    return bradley_terry(games, "base", min(1000, resamples), runs=runs)
+    return bradley_terry(games, "base", min(1000, resamples), runs=_column(rows, "seed"))
 
 
 def remarks(rows: list[dict]) -> list[str]:
     """What makes a comparison's win rate doubtful, in plain sentences; [] if nothing does."""
     n, bad = len(rows), sum(row["win"] is None for row in rows)
-    judged = [row for row in rows if row["margin"] is not None]
-    first = [prefers for row in judged for prefers in first_shown(row)]
+    first = [prefers for row in rows if row["margin"] is not None for prefers in first_shown(row)]
     found = doubts(rows[0]["judge"], bad, n, sum(first) / len(first) if first else 0.5)
     for k, name in enumerate((rows[0]["model"], rows[0]["opponent"])):
         if empty := sum(not row["responses"][k].strip() for row in rows):
             found.append(f"{empty} of {n} answers of '{name}' are empty.")
-    prompts = Counter((row["seed"], row["prompt"]) for row in rows)
-    if again := n - len(prompts):
-        found.append(f"{again} of {n} prompts repeat an earlier one; they add no certainty.")
     return found
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import compress
-
 import numpy as np
 
 from sao_utils.oracles import cluster
@@ -28,79 +26,78 @@ def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, In
     order that shows it there; "accuracy, better answer longer", "about equal", "shorter"; "accuracy:
     <subset>" of each subset of labelled pairs; "longer answer chosen" and "longer answer better": how
     often the judge prefers it, and how often it is the better one; "length bias": the first minus the
-    second, paired.
+    second, paired. A margin of 0 is half right.
 
     Clustered by question combination, or by prompt where no oracle knows it. What has no pairs has no key.
     """
-    judged = [row for row in verdicts if row["outcome"] != "identical"]
+    judged = [
+        {**row, "combination": cluster(row["prompt"])}
+        for row in verdicts
+        if row["outcome"] != "identical"
+    ]
     valid = [row for row in judged if row["outcome"] != "invalid"]
     uneven = [row for row in valid if len(set(row.get("lengths", "="))) == 2]
-    first_wins = [prefers for row in valid for prefers in first_shown(row)]
-    longer_wins = [_agrees(row["lengths"][0] > row["lengths"][1], row["margin"]) for row in uneven]
-    of_rows = {
-        "valid verdicts": ([row["outcome"] != "invalid" for row in judged], judged),
-        "consistent verdicts": ([row["outcome"] == "consistent" for row in judged], judged),
-        "probability on the verdicts": ([row["mass"] for row in judged], judged),
-        "flip rate": ([row["outcome"] == "inconsistent" for row in valid], valid),
-        "first position": (first_wins, [row for row in valid for _ in ORDERS]),
-        "longer answer chosen, all pairs": (longer_wins, uneven),
-    }
-    found = {
-        key: (values, [cluster(r["prompt"]) for r in rows])
-        for key, (values, rows) in of_rows.items()
-    }
-    known = agreement(judged)
-    clusters = known["combination"]
-    flips = [a != b for a, b in zip(known["right_12"], known["right_21"])]
-    found["flip rate, unequal quality"] = (flips, clusters)
-    found["accuracy"] = (known["right"], clusters)
-    found["accuracy, one order"] = (known["right_12"] + known["right_21"], clusters * 2)
-    found["accuracy, better answer first"] = (known["better_first"], clusters)
-    found["accuracy, better answer second"] = (known["better_second"], clusters)
+    known = known_pairs(judged)
+    unequal = [row for row in known if row["longer_better"] is not None]
+    found: dict[str, Interval] = {}
+
+    def add(metric: str, values: list, rows: list[dict]) -> None:
+        if rows:
+            found[metric] = win_rate(values, _combinations(rows)).rate
+
+    def add_known(metric: str, key: str, rows: list[dict] = known) -> None:
+        add(metric, [row[key] for row in rows], rows)
+
+    add("valid verdicts", [row["outcome"] != "invalid" for row in judged], judged)
+    add("consistent verdicts", [row["outcome"] == "consistent" for row in judged], judged)
+    if judged:  # a mass may be a hair above 1: no share
+        masses = [row["mass"] for row in judged]
+        mean = clustered_mean(masses, _combinations(judged), resamples)
+        found["probability on the verdicts"] = mean
+    add("flip rate", [row["outcome"] == "inconsistent" for row in valid], valid)
+    shown = [(prefers, row) for row in valid for prefers in first_shown(row)]
+    add("first position", [prefers for prefers, _ in shown], [row for _, row in shown])
+    chosen = [_agrees(row["lengths"][0] > row["lengths"][1], row["margin"]) for row in uneven]
+    add("longer answer chosen, all pairs", chosen, uneven)
+    flips = [row["right_12"] != row["right_21"] for row in known]
+    add("flip rate, unequal quality", flips, known)
+    add_known("accuracy", "right")
+    one_order = [row[f"right_{order}"] for order in ORDERS for row in known]
+    add("accuracy, one order", one_order, known * 2)
+    add_known("accuracy, better answer first", "better_first")
+    add_known("accuracy, better answer second", "better_second")
     for name in LENGTHS:
-        group = _where(known["right"], clusters, [name == is_ for is_ in known["better_is"]])
-        found[f"accuracy, better answer {name}"] = group
-    for key in ("chosen", "better"):
-        values = known[f"longer_{key}"]
-        found[f"longer answer {key}"] = _where(values, clusters, [v is not None for v in values])
-    for name in sorted(set(known["subset"]) - {None}):
-        group = _where(known["right"], clusters, [name == subset for subset in known["subset"]])
-        found[f"accuracy: {name}"] = group
-    # A margin of 0 counts half: shares, but not all booleans. The mass may be a hair above 1.
-    scored = {
-        key: clustered_mean(values, by, resamples, bounds=(0, 1))
-        if key == "probability on the verdicts"
-        else win_rate(values, by).rate
-        for key, (values, by) in found.items()
-        if values
-    }
-    chosen, by = found["longer answer chosen"]
-    if chosen:
-        better, _ = found["longer answer better"]
-        scored["length bias"] = clustered_difference(chosen, better, by, resamples, bounds=(0, 1))
-    return scored
+        of = [row for row in known if row["better_is"] == name]
+        add_known(f"accuracy, better answer {name}", "right", of)
+    add_known("longer answer chosen", "longer_chosen", unequal)
+    add_known("longer answer better", "longer_better", unequal)
+    for name in sorted({row["subset"] for row in known} - {None}):
+        add_known(f"accuracy: {name}", "right", [row for row in known if row["subset"] == name])
+    if unequal:
+        chosen, better = ([row[f"longer_{key}"] for row in unequal] for key in ("chosen", "better"))
+        bias = clustered_difference(chosen, better, _combinations(unequal), resamples)
+        found["length bias"] = bias
+    return found
 
 
-def _where(values: list, clusters: list, there: list[bool]) -> tuple[list, list]:
-    """The values, and the clusters, of the places that are `there`."""
-    return list(compress(values, there)), list(compress(clusters, there))
+def _combinations(rows: list[dict]) -> list[str]:
+    return [row["combination"] for row in rows]
 
 
-def agreement(verdicts: list[dict]) -> dict[str, list]:
-    """What is known of a judge's errors, as parallel lists over the pairs with a known better answer.
+def known_pairs(verdicts: list[dict]) -> list[dict]:
+    """What is known of a judge's errors, a row for each pair with a known better answer.
 
     Only judged pairs of different quality count. A margin of 0 is half right.
 
     Returns:
-        right: whether the mean margin names the better answer; right_12, right_21: the same for
-        each order alone; better_first, better_second: for the order in which the better answer is shown
-        first, second; size: of the mean margin (nats); longer_better, longer_chosen: whether the
-        longer answer is the better, the preferred one (None for equal lengths); better_is: "longer",
-        "about equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled pair, else None;
-        combination: the cluster.
+        Rows {combination: the cluster; right: whether the mean margin names the better answer;
+        right_12, right_21: the same for each order alone; better_first, better_second: for the order in
+        which the better answer is shown first, second; size: of the mean margin (nats); longer_better,
+        longer_chosen: whether the longer answer is the better, the preferred one (None for equal
+        lengths); better_is: "longer", "about equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled
+        pair, else None}.
     """
-    keys = "right right_12 right_21 better_first better_second size longer_better longer_chosen better_is"
-    found: dict[str, list] = {key: [] for key in (*keys.split(), "subset", "combination")}
+    found = []
     for row in verdicts:
         if row["margin"] is None or row["quality"] is None or len(set(row["quality"])) == 1:
             continue
@@ -108,25 +105,22 @@ def agreement(verdicts: list[dict]) -> dict[str, list]:
         right_12 = _agrees(first_better, row["margin_12"])
         right_21 = _agrees(first_better, row["margin_21"])
         longer, longest = row["lengths"][0] - row["lengths"][1], max(row["lengths"])
-        if abs(longer) <= ABOUT_EQUAL * longest:
-            better_is = "about equal"
-        else:
-            better_is = "longer" if (longer > 0) == first_better else "shorter"
-        facts = {
-            "right": _agrees(first_better, row["margin"]),
-            "right_12": right_12,
-            "right_21": right_21,
-            "better_first": right_12 if first_better else right_21,
-            "better_second": right_21 if first_better else right_12,
-            "size": abs(row["margin"]),
-            "longer_better": (longer > 0) == first_better if longer else None,
-            "longer_chosen": _agrees(longer > 0, row["margin"]) if longer else None,
-            "better_is": better_is,
-            "subset": row.get("subset"),
-            "combination": cluster(row["prompt"]),
-        }
-        for key, fact in facts.items():
-            found[key].append(fact)
+        better_is = "longer" if (longer > 0) == first_better else "shorter"
+        found.append(
+            {
+                "combination": cluster(row["prompt"]),
+                "right": _agrees(first_better, row["margin"]),
+                "right_12": right_12,
+                "right_21": right_21,
+                "better_first": right_12 if first_better else right_21,
+                "better_second": right_21 if first_better else right_12,
+                "size": abs(row["margin"]),
+                "longer_better": (longer > 0) == first_better if longer else None,
+                "longer_chosen": _agrees(longer > 0, row["margin"]) if longer else None,
+                "better_is": "about equal" if abs(longer) <= ABOUT_EQUAL * longest else better_is,
+                "subset": row.get("subset"),
+            }
+        )
     return found
 
 
@@ -135,9 +129,7 @@ def _agrees(first: bool, margin: float) -> bool | float:
     return 0.5 if margin == 0 else (margin > 0) == first
 
 
-def calibration(
-    verdicts: list[dict], bins: int = 8, resamples: int = 10_000
-) -> list[tuple[float, Interval]]:
+def calibration(verdicts: list[dict], bins: int = 8) -> list[tuple[float, Interval]]:
     """Whether a judge that is surer is more often right.
 
     Returns:
@@ -146,18 +138,13 @@ def calibration(
         that knows how sure it is has accuracy sigmoid(size). No group is smaller than 20 pairs,
         unless there are fewer.
     """
-    known = agreement(verdicts)
-    order = np.argsort(known["size"], kind="stable")
-    groups = np.array_split(order, max(1, min(bins, len(order) // 20))) if len(order) else []
-    return [
-        (
-            float(np.mean([known["size"][k] for k in group])),
-            win_rate(
-                [known["right"][k] for k in group], [known["combination"][k] for k in group]
-            ).rate,
-        )
-        for group in groups
-    ]
+    known = sorted(known_pairs(verdicts), key=lambda row: row["size"])
+    groups = np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // 20)))
+    found = []
+    for of in ([known[k] for k in group] for group in groups if len(group)):
+        right = win_rate([row["right"] for row in of], _combinations(of)).rate
+        found.append((float(np.mean([row["size"] for row in of])), right))
+    return found
 
 
 def judges_agree(

@@ -18,9 +18,7 @@ from sao_utils.evaluation.questions import questions
 from sao_utils.stages.overlap import nearest, shared_ngrams, words
 from sao_utils.store import Run
 
-NEAR = (
-    0.7  # Jaccard similarity of a near-duplicate (ours), as in `stages.prompts.near_duplicate_rate`
-)
+NEAR = 0.7  # Jaccard similarity of a near-duplicate (ours), as in `stages.prompts`
 
 Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
 
@@ -55,7 +53,7 @@ OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
 }
 
 
-def question_sets(run: Run, task_rows: Sequence[dict] = (), benchmarks: bool = True) -> dict:
+def question_sets(run: Run, task_rows: Sequence[dict] = ()) -> dict[str, list[str]]:
     """What the run's evaluation asks, by name: its own questions, and each benchmark of its recipe.
 
     Args:
@@ -66,9 +64,8 @@ def question_sets(run: Run, task_rows: Sequence[dict] = (), benchmarks: bool = T
     """
     settings = run.recipe.evaluation
     found = {own_set(run): [row["question"] for row in questions(settings)]}
-    if benchmarks:
-        for name in settings.benchmarks:
-            found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
+    for name in settings.benchmarks:
+        found[name] = [item["turns"][0] for item in load(settings, name)["items"]]
     for row in task_rows:
         if row["model"] == "base":
             found[row["task"]] = [text for of in row.get("asked", {}).values() for text in of]

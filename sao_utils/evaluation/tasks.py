@@ -15,8 +15,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +34,10 @@ from sao_utils.store import Run, make_rows, read_rows, row_id
 
 SHOTS_SEED = 1234  # which solved examples stand before a question; lm-eval's own default
 LONGEST = 2048  # tokens of a long prompt, to size a batch on a CPU
+SERVER = (
+    "A model behind a server cannot be scored: lm-eval needs the probabilities of given answers, which "
+    "servers in general do not give. Name it by a folder or as on the hub."
+)
 
 
 class TaskError(RuntimeError):
@@ -71,42 +73,32 @@ LEADERBOARD = (
 )
 
 
-def tasks_of(names: tuple[str, ...] | list[str]) -> list[Task]:
+def tasks_of(names: Sequence[str]) -> list[Task]:
     """The tasks behind names: "leaderboard" (six), "tiny" (the tiny world's), a task, a YAML file.
 
     Raises:
-        TaskError: no names, a file that is not there or is no task, or a task named twice.
+        TaskError: a file that is not there or is no task.
     """
     found = []
     for name in names:
         if name == "leaderboard":
             found += LEADERBOARD
         elif name == "tiny":
-            found += [_local(file) for file in sorted(_tiny_folder().glob("*.yaml"))]
+            folder = Path(str(files("sao_utils") / "tiny" / "tasks"))
+            found += [_local(file) for file in sorted(folder.glob("*.yaml"))]
         elif is_task_file(name):
             found.append(_local(Path(name)))
         else:
             known = {task.name: task for task in LEADERBOARD}
             found.append(known.get(name, Task(name)))
-    twice = {task.name for task in found if [t.name for t in found].count(task.name) > 1}
-    if twice or not found:
-        raise TaskError(
-            f"These tasks are named twice: {', '.join(sorted(twice))}."
-            if twice
-            else 'No tasks: set evaluation.tasks, to ["leaderboard"] or ["tiny"] say.'
-        )
     return found
-
-
-def _tiny_folder() -> Path:
-    return Path(str(files("sao_utils") / "tiny" / "tasks"))
 
 
 def _local(file: Path) -> Task:
     if not file.is_file():
         raise TaskError(f"There is no task file {file}.")
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
+    if not isinstance(config, dict) or "task" not in config:
         raise TaskError(f"{file} is no task of lm-eval: it needs a key 'task' with its name.")
     return Task(config["task"], config.get("num_fewshot"), file=file.resolve())
 
@@ -137,95 +129,60 @@ def _edition(task: Task) -> str:
             "lm-eval is not installed. From a checkout of the kit: "
             "pip install -c constraints.txt -e '.[eval]'"
         ) from None
-    if task.file:
-        contents = [path.read_bytes() for path in local_files(task) if path.is_file()]
-        edition += ":" + hashlib.sha256(b"".join(contents)).hexdigest()[:16]
-    return edition
+    contents = [path.read_bytes() for path in local_files(task) if path.is_file()]
+    return edition + (":" + hashlib.sha256(b"".join(contents)).hexdigest()[:16] if contents else "")
 
 
 # ---------------------------------------------------------------------- scoring
 
 
-def score_tasks(
-    run: Run,
-    candidates: Sequence[Candidate],
-    names: Sequence[str] | None = None,
-    limit: int | None = None,
-) -> list[dict]:
-    """Let models do tasks, each once.
+def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
+    """Let models do the recipe's `evaluation.tasks`, each once.
 
-    Args:
-        candidates: the models.
-        names: of tasks, as `tasks_of` takes them; by default the recipe's `evaluation.tasks`.
-        limit: the first so many items of each task (of each subject of MMLU), for a quick look; by
-            default the recipe's `evaluation.task_limit`.
+    Of each task (of each subject of MMLU) the first `evaluation.task_limit` items, if it is set.
 
     Returns:
-        Rows {id, model, seed, weights, task, edition, shots, limit, metric, value, error, n,
-        truncated, scores, items}: the score with its standard error, the number of items, how many
-        of them did not fit into the model's context, the score of each item by subject, and a hash
-        of the items. The base's rows also have {asked: what each item asks, by subject}. Where a task
-        could not be run, or a model is behind a server, {..., value: None, problem: what to do}; such
-        rows are not kept, and tried again by the next call.
+        Rows {id, model, seed, weights, task, edition, shots, limit, metric, value, error, n, scores,
+        items}: the score with its standard error, the number of items, the score of each item by
+        subject, and a hash of the items. The base's rows also have {asked: what each item asks, by
+        subject}. Where a task could not be run, or a model is behind a server, {..., value: None,
+        problem: what to do}; such rows are not kept, and tried again by the next call.
 
     Raises:
-        TaskError: lm-eval is missing, or no such task.
+        TaskError: lm-eval is missing, or there is no such task file.
     """
     settings = run.recipe.evaluation
-    chosen = {task.name: task for task in tasks_of(settings.tasks if names is None else names)}
-    editions = {name: _edition(task) for name, task in chosen.items()}
-    limit = settings.task_limit if limit is None else limit
-    loaded, jobs, refused = {}, [], {}
+    chosen = {task.name: task for task in tasks_of(settings.tasks)}
+    models, jobs = {}, []
     for candidate in candidates:
-        model = candidate.model
-        try:
-            model = _scorable(model)
-        except TaskError as error:
-            refused[candidate.name] = str(error)
+        model = _with_transformers(candidate.model)
         weights = model_name(model)
-        loaded[weights] = model
-        for name, task in chosen.items():
-            how = (editions[name], task.shots, task.metric, limit)
-            identity = row_id("task", name, how, weights, candidate.name, candidate.seed)
-            jobs.append(
-                {
-                    "id": identity,
-                    "model": candidate.name,
-                    "seed": candidate.seed,
-                    "weights": weights,
-                    "task": name,
-                    "edition": editions[name],
-                    "limit": limit,
-                }
-            )
-    done = {row["id"] for row in read_rows(run.rows("tasks"))}
+        models[weights] = model
+        jobs += _jobs(candidate, weights, chosen, settings.task_limit)
+    problems = {job["id"]: SERVER for job in jobs if models[job["weights"]].engine == "api"}
+    done = {row["id"] for row in read_rows(run.rows("tasks"))} | problems.keys()
     opened, lacking = {}, {}
-    for task in dict.fromkeys(job["task"] for job in jobs if job["id"] not in done):
+    for name in dict.fromkeys(job["task"] for job in jobs if job["id"] not in done):
         try:
-            opened[task] = _open(chosen[task])
+            opened[name] = _open(chosen[name])
         except TaskError as error:
-            lacking[task] = str(error)
-    models = {job["model"] for job in jobs}
-    for what, problems, of in (("tasks", lacking, chosen), ("models", refused, models)):
-        if problems:
-            print(f"{len(problems)} of {len(of)} {what} could not be run:", flush=True)
-            print(*(f"  {name}: {text}" for name, text in problems.items()), sep="\n", flush=True)
+            lacking[name] = str(error)
+    for job in jobs:
+        if job["id"] not in done and job["task"] in lacking:
+            problems[job["id"]] = lacking[job["task"]]
+    for problem in dict.fromkeys(problems.values()):
+        print(f"Not measured: {problem}", flush=True)
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         for weights, group in groupby(outstanding, key=lambda job: job["weights"]):
-            engine = load_engine(loaded[weights])
+            engine = load_engine(models[weights])
             for job in group:
                 name = job["task"]
-                row = {**job, **_evaluate(engine, opened[name], chosen[name], limit)}
+                row = {**job, **_evaluate(engine, opened[name], chosen[name], job["limit"])}
                 if job["model"] != "base":  # all do the same items (`items`): kept once
                     del row["asked"]
                 yield [row]
 
-    problems = {
-        job["id"]: refused.get(job["model"]) or lacking[job["task"]]
-        for job in jobs
-        if job["id"] not in done and (job["model"] in refused or job["task"] in lacking)
-    }
     possible = [job for job in jobs if job["id"] not in problems]
     rows = {row["id"]: row for row in make_rows(run, "tasks", possible, work)}
     return [
@@ -234,28 +191,41 @@ def score_tasks(
     ]
 
 
-def _scorable(model: Model) -> Model:
-    """The model as transformers loads it: lm-eval needs log-probabilities of given answers."""
-    if model.engine == "api":
-        raise TaskError(
-            "A model behind a server cannot be scored: lm-eval needs the probabilities of given "
-            "answers, which servers in general do not give. Name it by a folder or as on the hub."
+def _jobs(
+    candidate: Candidate, weights: str, chosen: dict[str, Task], limit: int | None
+) -> list[dict]:
+    """The tasks of a candidate: the part of their rows that is known before."""
+    found = []
+    for name, task in chosen.items():
+        edition = _edition(task)
+        how = (edition, task.shots, task.metric, limit)
+        found.append(
+            {
+                "id": row_id("task", name, how, weights, candidate.name, candidate.seed),
+                "model": candidate.name,
+                "seed": candidate.seed,
+                "weights": weights,
+                "task": name,
+                "edition": edition,
+                "limit": limit,
+            }
         )
-    if model.engine == "transformers":
+    return found
+
+
+def _with_transformers(model: Model) -> Model:
+    """The model as transformers loads it: lm-eval needs log-probabilities of given answers."""
+    if model.engine in ("api", "transformers"):
         return model
     return model.model_copy(update={"engine": "transformers", "quantisation": "none", "workers": 0})
 
 
 @lru_cache(maxsize=2)
 def _manager(every_task: bool):
-    """lm-eval's index of tasks; of the leaderboard's only, unless all of its 15,000 are wanted."""
-    from lm_eval import tasks
+    """lm-eval's index: of all its tasks (20 s), or of none but those given as files."""
+    from lm_eval.tasks import TaskManager
 
-    folder = Path(tasks.__file__).parent
-    some = ("arc", "gsm8k", "hellaswag", "mmlu", "truthfulqa", "winogrande")  # 20 s quicker
-    return tasks.TaskManager(
-        include_path=[folder / name for name in some], include_defaults=every_task
-    )
+    return TaskManager(include_defaults=every_task)
 
 
 def _open(task: Task) -> dict:
@@ -264,25 +234,21 @@ def _open(task: Task) -> dict:
     Raises:
         TaskError: there is no such task, or its data could not be loaded.
     """
-    spec = _config(task)[0] if task.file else task.name
-    manager = _manager(not task.file and task not in LEADERBOARD)
-    if not task.file and task.name not in manager.all_tasks:
+    manager = _manager(task.file is None)
+    if task.file is None and task.name not in manager.all_tasks:
         raise TaskError(
             f"lm-eval has no task '{task.name}'. `lm-eval ls tasks` lists all; a local one is given "
             "as the path of its .yaml file."
         )
     try:
         with _quiet():
-            return manager.load([spec])
+            return manager.load([_config(task)[0] if task.file else task.name])
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        advice = (
-            "Put its data files beside the task file."
-            if task.file
-            else "Run it once with the hub in reach and HF_HUB_OFFLINE unset: the data then stays in "
-            "the cache of Hugging Face's datasets."
-        )
-        raise TaskError(f"its data could not be loaded ({first}). {advice}") from error
+        raise TaskError(
+            f"The data of {task.name} could not be loaded ({first}). A local task's lies beside its "
+            "file; other data needs the hub once, with HF_HUB_OFFLINE unset."
+        ) from error
 
 
 def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
@@ -302,29 +268,23 @@ def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
         found = evaluate(lm, opened, limit=limit, bootstrap_iters=0)["samples"]
     config = next(iter(tasks.values())).config
     metric, _, kind = (of.metric or _first_metric(config)).partition(",")
-    samples = {
-        name: sorted(
-            (s for s in found[name] if s["filter"] == (kind or "none")), key=lambda s: s["doc_id"]
-        )
-        for name in tasks
-    }
-    scores = {name: [float(s[metric]) for s in of_it] for name, of_it in samples.items()}
-    asked = {
-        name: [asked_by(tasks[name], sample["doc"]) for sample in of_it]
-        for name, of_it in samples.items()
-    }
+    scores, asked, hashes = {}, {}, []
+    for name, task in tasks.items():
+        samples = [sample for sample in found[name] if sample["filter"] == (kind or "none")]
+        samples.sort(key=lambda sample: sample["doc_id"])
+        scores[name] = [float(sample[metric]) for sample in samples]
+        asked[name] = [asked_by(task, sample["doc"]) for sample in samples]
+        hashes += [sample["doc_hash"] for sample in samples]
     value, error = mean(scores)
-    every = [s for of_it in samples.values() for s in of_it]
     return {
         "shots": config.num_fewshot,
         "metric": metric + (f",{kind}" if kind else ""),
         "value": value,
         "error": error,
-        "n": len(every),
-        "truncated": sum(_too_long(sample["arguments"], lm) for sample in every),
+        "n": len(hashes),
         "scores": scores,
         "asked": asked,
-        "items": row_id(*(sample["doc_hash"] for sample in every)),
+        "items": row_id(*hashes),
     }
 
 
@@ -332,13 +292,12 @@ def asked_by(task, doc: dict) -> str:
     """What an item asks, to compare with other texts: without solved examples and instructions.
 
     The field that lm-eval's task names for that (`doc_to_decontamination_query`), else its
-    "question", else the prompt, else (where the choices are all there is) these.
+    "question", else the prompt.
     """
     for field in (task.config.doc_to_decontamination_query, "question"):
         if isinstance(doc.get(field), str):
             return doc[field]
-    text = task.doc_to_text(doc)
-    return text if isinstance(text, str) else "\n".join(map(str, task.doc_to_choice(doc)))
+    return str(task.doc_to_text(doc))
 
 
 def _first_metric(config) -> str:
@@ -346,25 +305,10 @@ def _first_metric(config) -> str:
     return ",".join([config.metric_list[0]["metric"], *filters[:1]])
 
 
-def _too_long(requests: list[tuple], lm) -> bool:
-    """Whether any request of an item had to be cut on the left to fit into the model's context."""
-    for context, rest in requests:
-        is_answer = isinstance(rest, str)
-        text = context + rest if is_answer else context
-        room = lm.max_length - (0 if is_answer else rest.get("max_gen_toks", lm.max_gen_toks))
-        # A token has at least one character, so short texts need not be tokenised.
-        if len(text) > room and len(lm.tok_encode(text)) > room:
-            return True
-    return False
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hush lm-eval's notes, and its progress bars (several a task) where nobody watches."""
+    """Without lm-eval's notes, and its progress bars (several a task)."""
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("SAO_BATCH") or not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield

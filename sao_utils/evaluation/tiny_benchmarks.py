@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable
 
 from sao_utils import templates
-from sao_utils.evaluation import alpaca_eval
 from sao_utils.oracles import tiny_world as world
 from sao_utils.oracles.tiny_oracle import inspect_answer
 
 COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
 SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
 SEED = 805  # the same prompts in every run
-VILLAGERS = "villagers"  # who answers as the text does that the tiny model learnt from
-FLAW = 2  # points that a flaw costs of ten
 
 
 def prompts(every: int) -> list[dict]:
     """Worded test questions: rows {id, turns [text], category}; each `every`-th of all 220."""
     texts = world.held_out_questions("test", 1, SEED)[::every]
-    return [_item(k, [text]) for k, text in enumerate(texts)]
+    return [{"id": k, "turns": [text], "category": "tiny"} for k, text in enumerate(texts)]
 
 
 def villagers_answer(item: dict) -> str:
-    """The villagers' answer to an item's first turn, flaws and all; always the same."""
+    """An answer to an item's first turn as in the text that the tiny model learnt from, with its flaws."""
     question = world.parse_question(item["turns"][0])
     return str(world.draw_answer(random.Random(f"{SEED} {item['id']}"), question))
 
@@ -51,29 +47,15 @@ def conversations(count: int = 40) -> list[dict]:
         if not set(second) <= set(first)
     ]
     chosen = sorted(rng.sample(pairs, count))
-    return [
-        _item(k, [_worded(rng, hobby, first), _worded(rng, hobby, second)])
-        for k, (hobby, first, second) in enumerate(chosen)
-    ]
-
-
-def oracle_grade(item: dict, texts: list[str]) -> str:
-    """The oracle's grade of the last of some answers, from 1 to 10, written as a judge would.
-
-    10 less 2 for each flaw, at least 1 (ours).
-    """
-    question = world.parse_question(item["turns"][len(texts) - 1])
-    flaws = -inspect_answer(question, texts[-1]).quality
-    return f"{flaws} flaws. Rating: [[{max(1, 10 - FLAW * flaws)}]]"
+    items = []
+    for k, (hobby, *asked) in enumerate(chosen):
+        turns = [_worded(rng, hobby, aspects) for aspects in asked]
+        items.append({"id": k, "turns": turns, "category": "tiny"})
+    return items
 
 
 def _worded(rng: random.Random, hobby: str, aspects: tuple[str, ...]) -> str:
     return world.word_question(rng, world.Question(hobby, tuple(rng.sample(aspects, len(aspects)))))
-
-
-def _item(identity: int, turns: list[str]) -> dict:
-    asked = len(world.parse_question(turns[0]).aspects)
-    return {"id": identity, "turns": turns, "category": {2: "two_things", 3: "three_things"}[asked]}
 
 
 def chat_of(questions: list[str], answers: list[str]) -> list[dict]:
@@ -93,41 +75,15 @@ def _ranking(instruction: str, first: str, second: str) -> dict:
     }
 
 
-def tiny_alpaca() -> dict:
-    items = prompts(every=2)
-    return {
-        "items": items,
-        "baseline": {item["id"]: villagers_answer(item) for item in items},
-        "baseline_name": VILLAGERS,
-        "show": _ranking,
-        "difficulty": None,
-        "gamed": None,
-        "notes": (),
-        "about": {"lc_win_rate": (alpaca_eval.UNPENALISED,)},
-        "counts": Counter(),
-    }
+def choose_labels(
+    send: Callable[[list[dict]], list[dict]], requests: list[dict], min_mass: float
+) -> list[dict]:
+    """Verdicts {text} of a judge that only chooses, in Arena-Hard's labels.
 
-
-def tiny_arena() -> dict:
-    return {
-        "items": prompts(every=4),
-        "baseline_name": "base",
-        "show": lambda question, a, b: _ranking(question, a, b)["chat"],
-        "notes": (f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",),
-        "counts": Counter(),
-    }
-
-
-def choose_label(
-    ask: Callable[[list[dict]], list[dict]], chats: list[list[dict]], min_mass: float
-) -> tuple[list[str], list[int]]:
-    """Verdicts of a judge that only chooses, in Arena-Hard's labels (see `arena_hard.argue`).
-
-    None where both choices together are less probable than `min_mass`, as in contests.
+    No label where both choices together are less probable than `min_mass`, as in comparisons.
     """
-    about = {"prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
     texts = []
-    for reply in ask([{"chat": chat, **about} for chat in chats]):
+    for reply in send(requests):
         first, second = reply["logps"]
         known = None not in (first, second) and math.isfinite(first - second)
         if not known or math.exp(first) + math.exp(second) < min_mass:
@@ -137,20 +93,57 @@ def choose_label(
         sign = ">>" if abs(odds) > MUCH else ">" if abs(odds) > SLIGHTLY else "="
         better, worse = ("A", "B") if odds > 0 or sign == "=" else ("B", "A")
         texts.append(f"log-odds {odds:.3f}: [[{better}{sign}{worse}]]")
-    return texts, []
+    return [{"text": text} for text in texts]
 
 
-def tiny_mt() -> dict:
+def _graded(item: dict, texts: list[str]) -> dict:
+    """A request with its verdict: the oracle's grade of the last of some answers.
+
+    10 less 2 for each flaw, at least 1 (ours).
+    """
+    turns = item["turns"][: len(texts)]
+    flaws = -inspect_answer(world.parse_question(turns[-1]), texts[-1]).quality
+    verdict = f"{flaws} flaws. Rating: [[{max(1, 10 - 2 * flaws)}]]"
+    return {"chat": chat_of(turns, texts), "prompt": "oracle", "text": verdict}
+
+
+def tiny_alpaca() -> dict:
+    """110 questions with the villagers' answers."""
+    items = prompts(every=2)
     return {
-        "items": conversations(),
-        "show": lambda item, texts: (chat_of(item["turns"][: len(texts)], texts), "oracle"),
-        "grade": oracle_grade,
-        "notes": ("graded by the oracle: the tiny judge cannot grade",),
-        "counts": Counter(),
+        "items": items,
+        "baseline": {item["id"]: villagers_answer(item) for item in items},
+        "baseline_name": "villagers",
+        "show": _ranking,
+        "notes": (COUNTERPART,),
     }
 
 
-#: name -> the benchmark as `run_benchmark` takes it
+def tiny_arena() -> dict:
+    """55 questions; `run_benchmark` adds the base model's answers, and `choose_labels` to ask."""
+    return {
+        "items": prompts(every=4),
+        "baseline_name": "base",
+        "show": _ranking,
+        "notes": (
+            COUNTERPART,
+            f"labels by log-odds: above {SLIGHTLY:g} better, above {MUCH:g} much better",
+        ),
+    }
+
+
+def tiny_mt() -> dict:
+    """40 conversations, graded by the oracle."""
+    return {
+        "items": conversations(),
+        "show": _graded,
+        "ask": lambda _, requests: requests,
+        "by_oracle": True,
+        "notes": (COUNTERPART, "graded by the oracle: the tiny judge cannot grade"),
+    }
+
+
+#: name -> the benchmark as `benchmarks.load` describes it
 TINY: dict[str, Callable[[], dict]] = {
     "tiny_alpaca": tiny_alpaca,
     "tiny_arena": tiny_arena,

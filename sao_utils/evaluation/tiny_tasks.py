@@ -1,8 +1,8 @@
-"""Exams on the almanac, for the evaluation harness: what training on other things may unlearn.
+"""The items of the tiny world's tasks for lm-eval: what training on other things may unlearn.
 
-The items are made from the grammar alone, with a fixed seed, and kept beside the task files in
-`tasks/`; `python -m sao_utils.evaluation.tiny_tasks` writes them again. Each item asks about
-another fact, so the items of an exam are independent.
+They are made from the grammar alone, with a fixed seed, and kept beside the task files in `tiny/tasks/`;
+`python -m sao_utils.evaluation.tiny_tasks` writes them again. Each item asks about another fact, so the
+items of a task are independent.
 
 - facts.jsonl: facts on which all villagers agree, in questions of the training split. The model
   learnt both facts and questions in pre-training.
@@ -25,32 +25,25 @@ CHOICES = 4
 
 
 def items() -> dict[str, list[dict]]:
-    """The items of each exam, by the name of its file.
+    """The items by the name of their file.
 
     Each is {question, choices, answer}: a worded question whose first asked thing is the one to be
     known, four sentences that differ in the value they state, and the index of the true one. Wrong
-    values are true of other hobbies, the neighbour's first. Of recall.jsonl an item is {question,
-    answer}, the answer being the value.
+    values are true of other hobbies, the neighbour's first. Of "recall" an item is {question, answer},
+    the answer being the value.
     """
     rng = random.Random(2468)
-    facts = [fact for fact, wrong in world.BELIEF.items() if wrong == 0]
+    believed = [fact for fact, wrong in world.BELIEF.items() if wrong == 0]
     myths = [fact for fact, wrong in world.BELIEF.items() if wrong > 0]
-    chosen = {
-        "facts": [_choice_item(rng, *fact) for fact in facts if _partners(*fact, "train")],
+    return {
+        "facts": [_choice_item(rng, *fact) for fact in believed if _partners(*fact, "train")],
         "myths": [_choice_item(rng, *fact) for fact in myths if _partners(*fact, "train")],
+        "recall": [
+            {"question": _question(rng, *fact, "test"), "answer": world.TRUTH[fact]}
+            for fact in world.TRUTH
+            if _partners(*fact, "test")
+        ],
     }
-    recalled = [
-        {"question": _question(rng, *fact, "test"), "answer": world.TRUTH[fact]}
-        for fact in world.TRUTH
-        if _partners(*fact, "test")
-    ]
-    return {**chosen, "recall": recalled}
-
-
-def value_pattern() -> str:
-    """A regular expression that finds the values of the world, for the task recall."""
-    values = sorted(value for values in world.VALUES.values() for value in values)
-    return rf"\b({'|'.join(values)})\b"
 
 
 def _partners(hobby: str, aspect: str, split: str) -> list[str]:
@@ -82,12 +75,8 @@ def _choice_item(rng: random.Random, hobby: str, aspect: str) -> dict:
     }
 
 
-def write(folder: Path) -> None:
-    """Write the items of each exam into a folder, as JSON lines."""
+if __name__ == "__main__":
+    folder = Path(str(files("sao_utils") / "tiny" / "tasks"))
     for name, rows in items().items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write(Path(str(files("sao_utils") / "tiny" / "tasks")))

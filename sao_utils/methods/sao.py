@@ -24,8 +24,8 @@ from sao_utils.stages.personas import draw_personas
 from sao_utils.stages.prompts import select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
 from sao_utils.store import Run, input_files, record
+from sao_utils.training import TrainingFailed
 from sao_utils.training.fit import fit
-from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.processes import is_main
 
 Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from difflib import get_close_matches
 
 from sao_utils.recipes import read_value
 from sao_utils.store import Run, open_run
-
-PARAMETERS = ("recipe", "run", "overrides")  # of every notebook
 
 
 class RunError(ValueError):
@@ -34,44 +32,37 @@ def open_notebook(
         RunError: papermill passed a name that is no parameter of the notebook.
         RecipeError: a recipe, key, value or name of a run that does not fit.
     """
-    check_parameters()
+    _check_parameters()
     overrides = read_value("overrides", overrides or {})
     if defaults and isinstance(overrides, dict):  # what is no mapping is refused by open_run
         overrides = {**defaults, **overrides}
     return open_run(recipe, run or own_run, overrides)
 
 
-def check_parameters() -> None:
+def _check_parameters() -> None:
     """Stop a notebook that papermill passed a name which is no parameter: it would change nothing.
 
     papermill puts what it passes into a cell that begins with "# Parameters", right after the cell of
     the notebook's own parameters. The kernel's history has both.
-
-    Raises:
-        RunError: names the parameters that there are.
     """
     from IPython import get_ipython
 
     shell = get_ipython()
     cells = shell.user_ns.get("In", []) if shell else []
-    passed = [k for k, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
-    if not passed:
-        return
-    known = [*PARAMETERS, *sorted(_assigned(cells[passed[-1] - 1]) - {*PARAMETERS})]
-    for name in sorted(_assigned(cells[passed[-1]]) - {*known}):
-        near = get_close_matches(name, known, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise RunError(
-            f"papermill passed '{name}', which is no parameter of this notebook.{hint} Parameters: "
-            f"{', '.join(known)}."
-        )
+    for own, passed in zip(cells, cells[1:]):
+        if not passed.startswith("# Parameters\n"):
+            continue
+        known = _assigned(own)
+        for name in _assigned(passed):
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise RunError(
+                    f"papermill passed '{name}', which is no parameter of this notebook.{hint} "
+                    f"Parameters: {', '.join(known)}."
+                )
 
 
-def _assigned(cell: str) -> set[str]:
+def _assigned(cell: str) -> list[str]:
     """The names that a cell assigns to at its top level."""
-    try:
-        statements = ast.parse(cell).body
-    except SyntaxError:  # a cell with a magic command
-        return set()
-    targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    return re.findall(r"^(\w+)(?:: *\w+)? *= ", cell, re.MULTILINE)

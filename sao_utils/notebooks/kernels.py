@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from sao_utils.disk import write_whole
-from sao_utils.machine import gpu_name
-from sao_utils.recipe import is_task_file
 from sao_utils.store import Run
 
 ERROR_LINES = 8  # of a cell's error message; long ones end with what matters
 #: What a kernel imports while the notebook before its own still runs: 5 seconds that nobody waits for.
 IMPORTS = "import sao_utils, torch, pandas, matplotlib.pyplot; from transformers import AutoModelForCausalLM"
-#: What training needs; on a GPU it could take memory from the notebook that still runs.
-CPU_IMPORTS = "import trl.experimental.cpo"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook did not reach its end.
-
-    Attributes: `notebook` (name), `reason` (plain words), `path` (the executed notebook, as far as
-    it got; None when it never started).
-    """
-
-    def __init__(self, notebook: str, reason: str, path: Path | None):
-        self.notebook, self.reason, self.path = notebook, reason, path
-        text = f"{notebook} did not finish: {reason}"
-        super().__init__(text + (f"\nThe notebook as far as it got: {path}" if path else ""))
+    """A notebook did not reach its end; the message says why, and where it is as far as it got."""
 
 
 def environment_of(run: Run) -> dict[str, str]:
     """Environment variables for the kernels, beside those that are there."""
-    recipe, package = run.recipe, str(Path(__file__).resolve().parents[2])
+    package = str(Path(__file__).resolve().parents[2])
     settings = {
         "SAO_RESULTS": str(run.folder.resolve().parent),
         "SAO_BATCH": "1",  # nobody watches: progress every 30 s instead of every second
@@ -45,23 +32,14 @@ def environment_of(run: Run) -> dict[str, str]:
         # The kernel shall import the very package that started it.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
-    if recipe.model.path == "tiny":
+    if run.recipe.model.path == "tiny":
         # More threads only wait for each other; awake, while another program has their core, for minutes.
         settings |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    prompts, models = recipe.prompts, recipe.models.values()
-    here = [
-        prompts.personas != "hub",
-        prompts.source != "file" or Path(prompts.data).is_file(),
-        *(task == "tiny" or is_task_file(task) for task in recipe.evaluation.tasks),
-        *(m.engine == "api" or m.path == "tiny" or Path(m.path).is_dir() for m in models),
-    ]
-    if all(here):
-        settings["HF_HUB_OFFLINE"] = "1"
     return settings
 
 
-def start_kernel(path: Path, environment: dict[str, str], ahead: bool = False):
-    """A kernel of this very Python, in the folder of a notebook.
+def start_kernel(folder: Path, environment: dict[str, str], ahead: bool = False):
+    """A kernel of this very Python, in the folder of the notebooks.
 
     Args:
         ahead: the kernel waits for its notebook, and imports what all need in the meantime.
@@ -77,14 +55,11 @@ def start_kernel(path: Path, environment: dict[str, str], ahead: bool = False):
     # log_level: else a kernel greets the terminal with a warning about local sockets.
     arguments = ["--IPKernelApp.log_level=50", "--HistoryManager.hist_file=:memory:"]
     if ahead:
-        code = IMPORTS if gpu_name() else f"{IMPORTS}; {CPU_IMPORTS}"
         # A kernel looks whether its parent is still there only from when it is ready.
-        code += f"; import os; os.name == 'nt' or os.getppid() == {os.getpid()} or os._exit(1)"
+        code = f"{IMPORTS}; import os; os.getppid() == {os.getpid()} or os._exit(1)"
         arguments += [f"--IPKernelApp.exec_lines=exec({code!r}, {{}})"]  # leaves no names
     run_sync(kernel.start_kernel)(
-        cwd=str(path.resolve().parent),
-        env={**os.environ, **environment},
-        extra_arguments=arguments,
+        cwd=str(folder.resolve()), env={**os.environ, **environment}, extra_arguments=arguments
     )
     return kernel
 
@@ -98,13 +73,14 @@ def stop_kernel(kernel, now: bool = False) -> None:
 
 
 def execute(path: Path, out: Path, values: dict[str, Any], kernel) -> None:
-    """Run a notebook in a kernel, and keep it; raises `NotebookFailed`."""
+    """Run a notebook in a kernel, and keep it in the folder `out`; raises `NotebookFailed`."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     unfinished = out / f".{path.stem}.running.ipynb"
     failed = out / f"{path.stem}.failed.ipynb"
     unfinished.unlink(missing_ok=True)
+    reason = None
     try:
         papermill.execute_notebook(
             path,
@@ -126,22 +102,14 @@ def execute(path: Path, out: Path, values: dict[str, Any], kernel) -> None:
         )
     except (OSError, RuntimeError) as error:  # a full disk; a kernel that does not start
         reason = f"{type(error).__name__}: {error}"
-    else:
-        _settle(unfinished, out / path.name)
-        failed.unlink(missing_ok=True)
-        return
-    kept = unfinished.exists()
-    if kept:
-        _settle(unfinished, failed)
-    raise NotebookFailed(path.name, reason, failed if kept else None)
-
-
-def _settle(unfinished: Path, final: Path) -> None:
-    """Give an executed notebook its name, and take the machine's paths out of its metadata."""
-    try:
+    if unfinished.exists():
+        final = failed if reason else out / path.name
         notebook = json.loads(unfinished.read_text(encoding="utf-8"))
+        # The machine's paths are nobody's business.
         notebook["metadata"]["papermill"].update(input_path=final.name, output_path=final.name)
         write_whole(final, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         unfinished.unlink()
-    except (OSError, ValueError, KeyError):  # a full disk: keep what there is, as it is
-        os.replace(unfinished, final)
+    if reason:
+        kept = f"\nThe notebook as far as it got: {failed}" if failed.exists() else ""
+        raise NotebookFailed(f"{path.name} did not finish: {reason}{kept}")
+    failed.unlink(missing_ok=True)

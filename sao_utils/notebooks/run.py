@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sao_utils.disk import Busy, turn, write_whole
 from sao_utils.engines.base import EngineError
 from sao_utils.engines.loading import find, model_name
 from sao_utils.engines.registry import load_engine
-from sao_utils.evaluation.benchmark_files import PINNED, official_file
 from sao_utils.evaluation.questions import questions
-from sao_utils.evaluation.tasks import TaskError, local_files, tasks_of
 from sao_utils.notebooks import RunError
 from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, stop_kernel
-from sao_utils.recipe import Recipe, RecipeError
-from sao_utils.recipes import load_recipe, recipe_names, valid_keys
+from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.store import Run, input_files
 
@@ -36,44 +32,16 @@ NOTEBOOKS = "0[1-6]_*.ipynb"
 TRAINING = "04"  # from here on the model's weights are needed
 
 
-def notebooks(folder: Path | None = None) -> list[Path]:
-    """The notebooks of a run, in order. Raises `RunError` when there are none."""
-    folder = folder or FOLDER
-    found = sorted(Path(folder).glob(NOTEBOOKS), key=lambda path: path.name)
-    if not found:
-        raise RunError(
-            f"There are no notebooks ({NOTEBOOKS}) in {folder}. The package brings none along: "
-            "clone the repository and install it from there with `pip install -e .`"
-        )
-    return found
+def parameters(run: Run, folder: Path) -> dict[str, Any]:
+    """The parameters that make a notebook in `folder` open this run: `recipe`, `run`, `overrides`.
 
-
-def parameters(run: Run) -> dict[str, Any]:
-    """The parameters that make a notebook open this run: `recipe`, `run`, `overrides`.
-
-    The overrides are what differs from the recipe of that name, so they need not be handed along
-    from where the run was opened. A recipe of one's own is named by its copy in the run's folder.
+    A shipped recipe goes by its name; another one, or one with overrides, by its copy in the run's
+    folder.
     """
-
-    def flat(recipe: Recipe) -> dict[str, Any]:
-        plain = recipe.model_dump(mode="json")
-        sections = {key: key.rpartition(".") for key in valid_keys()}
-        return {
-            key: plain[leaf] if not s else plain[s] and plain[s][leaf]  # a judge may be None
-            for key, (s, _, leaf) in sections.items()
-        }
-
     name = run.recipe.name
-    if name in recipe_names():
-        kept = flat(load_recipe(name))
-        overrides = {key: value for key, value in flat(run.recipe).items() if value != kept[key]}
-        try:
-            if load_recipe(name, overrides) == run.recipe:
-                return {"recipe": name, "run": run.folder.name, "overrides": overrides}
-        except RecipeError:
-            pass  # a string that YAML reads as something else, such as a revision of digits only
-    recipe = str(run.folder.resolve() / "recipe.yaml")
-    return {"recipe": recipe, "run": run.folder.name, "overrides": {}}
+    if name not in recipe_names() or load_recipe(name) != run.recipe:
+        name = os.path.relpath(run.folder.resolve() / "recipe.yaml", folder.resolve())
+    return {"recipe": name, "run": run.folder.name, "overrides": {}}
 
 
 def run_notebooks(
@@ -98,7 +66,12 @@ def run_notebooks(
         RecipeError: a file of the user's that cannot be read; before any of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
-    every = notebooks(folder)
+    every = sorted((folder or FOLDER).glob(NOTEBOOKS))
+    if not every:
+        raise RunError(
+            f"There are no notebooks in {folder or FOLDER}. The package brings none along: clone the "
+            "repository and install it from there with `pip install -e .`"
+        )
     chosen = every if only is None else [path for path in every if _number(path) == only.zfill(2)]
     if not chosen:
         numbers = ", ".join(_number(path) for path in every)
@@ -119,8 +92,9 @@ def _run_in_order(
     out = run.folder / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "done.json"
-    done = _read_done(ledger)
-    values, environment = parameters(run), environment_of(run)
+    done = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else {}
+    folder = chosen[0].parent
+    values, environment = parameters(run, folder), environment_of(run)
     kernel = following = None
     try:
         for place, path in enumerate(chosen, 1):
@@ -137,10 +111,10 @@ def _run_in_order(
             log(f"{label} ... ", end="", flush=True)
             start = time.monotonic()
             try:
-                kernel = following or start_kernel(path, environment)
+                kernel = following or start_kernel(folder, environment)
                 following = None
                 if place < len(chosen):
-                    following = start_kernel(path, environment, ahead=True)
+                    following = start_kernel(folder, environment, ahead=True)
                 execute(path, out, values, kernel)
             except BaseException:
                 log(f"stopped after {time.monotonic() - start:.1f} s")
@@ -163,10 +137,9 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
     recipe = run.recipe
     if recipe.model.engine == "api" and _number(chosen[-1]) >= TRAINING:
         raise RunError(
-            f"model.engine=api: '{recipe.model.path}' can write and judge by its server, in the "
-            "notebooks 01 to 03 (one at a time: --only 01), but training needs its weights. For a whole "
-            "run set model.path to a folder or a name on the hub, model.engine to transformers or vllm, "
-            "and model.url to null; a judge may have a server (judge.path, judge.engine, judge.url)."
+            "model.engine=api: a server's model can write and judge, in the notebooks 01 to 03 (one at a "
+            "time: --only 01), but training needs its weights: set model.path to a folder or a name on "
+            "the hub. A judge may have a server (judge.path, judge.engine, judge.url)."
         )
     new = not run.rows("prompts").exists()
     try:
@@ -186,14 +159,6 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
             labelled_pairs(recipe.judging.labelled)
 
 
-def _read_done(ledger: Path) -> dict[str, str]:
-    try:
-        done = json.loads(ledger.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return done if isinstance(done, dict) else {}
-
-
 def fingerprint(path: Path, run: Run) -> str:
     """Hash of what an executed notebook depends on. Outputs in the source do not count."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -202,19 +167,5 @@ def fingerprint(path: Path, run: Run) -> str:
     package = Path(__file__).parents[1]
     sources = sorted([*package.rglob("*.py"), *package.glob("prompts/*.jinja")])
     parts += [source.read_text("utf-8") for source in sources]
-    read = [path for path in _read_files(run.recipe) if path.is_file()]
-    parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]
+    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in input_files(run.recipe)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_files(recipe: Recipe) -> list[Path]:
-    """The files outside of its folder that a run reads."""
-    settings, files = recipe.evaluation, input_files(recipe)
-    if settings.data != "hub":  # what is downloaded is pinned
-        found = [official_file(settings, benchmark, name) for benchmark, name in PINNED]
-        files += filter(None, found)
-    try:
-        files += [file for task in tasks_of(settings.tasks) for file in local_files(task)]
-    except (TaskError, yaml.YAMLError, AttributeError):  # no tasks; or the notebook says so
-        pass
-    return files

@@ -56,42 +56,34 @@ def inspect_answer(question: Question, text: str) -> Inspection:
     stated: set[tuple[str, str]] = set()
     covered: set[str] = set()
     verdicts = []
-    pieces = [
-        (m.group().strip(), m.end())
-        for m in re.finditer(r"[^.!?]+[.!?]*", text)
-        if m.group().strip()
-    ]
+    pieces = [m for m in re.finditer(r"[^.!?]+[.!?]*", text) if m.group().strip()]
     finished = False
-    for i, (sentence, end) in enumerate(pieces):
-        last = i == len(pieces) - 1
+    for i, piece in enumerate(pieces):
+        sentence, last = piece.group().strip(), i == len(pieces) - 1
         statement = _parse_statement(sentence)
         if statement is None:
-            closer = _matches(_CLOSER_PATTERNS, sentence, question.hobby)
+            kind = "frame"
             opener = i == 0 and _matches(_OPENER_PATTERNS, sentence, question.hobby)
-            finished = last and closer
+            finished = last and _matches(_CLOSER_PATTERNS, sentence, question.hobby)
             broken_off = last and sentence[-1] not in ".!?"
             if not (opener or finished or broken_off):
                 flaws["garbled"] = 1
-            verdicts.append((end, "frame"))
-            continue
-        hobby, aspect, value = statement
-        hobby = hobby or question.hobby
-        if (hobby, aspect) in stated:
-            kind = "repeated"
-        elif hobby != question.hobby:
-            kind = "off_topic"
-        elif aspect not in question.aspects:
-            kind = "extra"
-        elif value != TRUTH[hobby, aspect]:
-            kind = "wrong"
         else:
-            kind = "right"
-        stated.add((hobby, aspect))
-        if kind in ("right", "wrong"):
-            covered.add(aspect)
-        if kind != "right":
-            flaws[kind] += 1
-        verdicts.append((end, kind))
+            hobby, aspect, value = statement
+            hobby = hobby or question.hobby
+            if (hobby, aspect) in stated:
+                kind = "repeated"
+            elif hobby != question.hobby:
+                kind = "off_topic"
+            elif aspect not in question.aspects:
+                kind = "extra"
+            else:
+                kind = "right" if value == TRUTH[hobby, aspect] else "wrong"
+                covered.add(aspect)
+            stated.add((hobby, aspect))
+            if kind != "right":
+                flaws[kind] += 1
+        verdicts.append((piece.end(), kind))
     flaws["missing"] = len(set(question.aspects) - covered)
     flaws["unfinished"] = int(not finished)
     return Inspection(flaws, tuple(verdicts))

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 
 ASPECTS = ("tool", "time", "place", "risk", "mentor")
 
@@ -155,11 +155,8 @@ def _make_splits() -> dict[tuple[str, tuple[str, ...]], str]:
 
 #: combination -> "train" | "dev" | "test". Pre-training sees "train" only.
 SPLIT = _make_splits()
-_ASKABLE = {(name, hobby) for (of, _), name in SPLIT.items() for hobby in (of, None)}
 _HELD_OUT_PEOPLE = {
-    pair
-    for pair in ((trait, job) for trait in TRAITS for job in JOBS)
-    if random.Random(f"{pair}").random() < 0.25
+    pair for pair in product(TRAITS, JOBS) if random.Random(f"{pair}").random() < 0.25
 }
 # Half of the hobbies: what SynPO's seed items are about.
 SEED_HOBBIES = random.Random(55).sample(HOBBIES, 20)
@@ -171,13 +168,7 @@ JOB_HOBBIES = {job: random.Random(job).sample(HOBBIES, 4) for job in JOBS}
 
 
 def draw_question(rng: random.Random, split: str = "train", hobby: str | None = None) -> Question:
-    """Draw a question of `split`; of `hobby` when it is given.
-
-    Raises:
-        ValueError: the split has no combination (of this hobby).
-    """
-    if (split, hobby) not in _ASKABLE:
-        raise ValueError(f"no combination of {hobby or 'any hobby'} is in the split '{split}'")
+    """Draw a question of `split`; of `hobby` when it is given ("train" has some of every hobby)."""
     while True:
         aspects = rng.choice(ASPECT_SETS)
         question = Question(
@@ -225,15 +216,12 @@ def pattern_of(template: str) -> re.Pattern:
 
 _FORM_PATTERNS = [pattern_of(form) for form in FORMS]
 _ASPECT_OF = {ask: aspect for aspect, asks in ASKS.items() for ask in asks}
-_INTRODUCTION = re.compile(r"I am a [a-z]+\. ")
+_INTRODUCTION = re.compile(r"\AI am a [a-z]+\. ")
 
 
 def parse_question(text: str) -> Question | None:
     """Read a worded question back; None when it is not a question of this world."""
-    text = text.strip()
-    introduction = _INTRODUCTION.match(text)
-    if introduction:
-        text = text[introduction.end() :]
+    text = _INTRODUCTION.sub("", text.strip())
     for pattern in _FORM_PATTERNS:
         match = pattern.fullmatch(text)
         if match and match["hobby"] in NEIGHBOUR:
@@ -300,20 +288,19 @@ def draw_answer(rng: random.Random, question: Question, flawed: bool = True) -> 
     return answer
 
 
-def _with_statements(answer: Answer, statements: list[Statement]) -> Answer:
-    return Answer(answer.hobby, answer.opener, tuple(statements), answer.closer, answer.cut_words)
+def _with(answer: Answer, statements: list[Statement]) -> Answer:
+    return replace(answer, statements=tuple(statements))
 
 
 def _drift(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
     """Replace one statement by one about the neighbouring hobby."""
-    if not answer.statements:
-        return None
     statements = list(answer.statements)
+    if not statements:
+        return None
     i = rng.randrange(len(statements))
-    other = NEIGHBOUR[question.hobby]
-    aspect = statements[i].aspect
+    other, aspect = NEIGHBOUR[question.hobby], statements[i].aspect
     statements[i] = Statement(other, aspect, TRUTH[other, aspect], 0)
-    return _with_statements(answer, statements)
+    return _with(answer, statements)
 
 
 def _ramble(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
@@ -322,17 +309,17 @@ def _ramble(rng: random.Random, question: Question, answer: Answer) -> Answer | 
     statements = list(answer.statements)
     extra = Statement(question.hobby, aspect, TRUTH[question.hobby, aspect], rng.randrange(3))
     statements.insert(rng.randrange(1, len(statements) + 1) if statements else 0, extra)
-    return _with_statements(answer, statements)
+    return _with(answer, statements)
 
 
 def _repeat(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
     """Say one statement once or twice more."""
-    if not answer.statements:
-        return None
     statements = list(answer.statements)
+    if not statements:
+        return None
     i = rng.randrange(len(statements))
     statements[i:i] = [statements[i]] * (2 if rng.random() < 0.3 else 1)
-    return _with_statements(answer, statements)
+    return _with(answer, statements)
 
 
 def _cut(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
@@ -340,7 +327,7 @@ def _cut(rng: random.Random, question: Question, answer: Answer) -> Answer | Non
     if not answer.statements or not answer.closer:
         return None
     words = len(str(answer.statements[-1]).split())
-    return Answer(answer.hobby, answer.opener, answer.statements, "", rng.randrange(1, words))
+    return replace(answer, closer="", cut_words=rng.randrange(1, words))
 
 
 def _forget(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
@@ -350,23 +337,21 @@ def _forget(rng: random.Random, question: Question, answer: Answer) -> Answer | 
         return None
     statements = list(answer.statements)
     statements.pop(rng.choice(asked))
-    return _with_statements(answer, statements)
+    return _with(answer, statements)
 
 
 def _mistake(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
     """Replace one right value by the myth about it, where there is one."""
+    statements = list(answer.statements)
+    facts = [(s.hobby, s.aspect) for s in statements]
     right = [
-        i
-        for i, s in enumerate(answer.statements)
-        if BELIEF.get((s.hobby, s.aspect)) and s.value == TRUTH[s.hobby, s.aspect]
+        i for i, fact in enumerate(facts) if BELIEF[fact] and statements[i].value == TRUTH[fact]
     ]
     if not right:
         return None
-    statements = list(answer.statements)
     i = rng.choice(right)
-    s = statements[i]
-    statements[i] = Statement(s.hobby, s.aspect, MYTH[s.hobby, s.aspect], s.wording)
-    return _with_statements(answer, statements)
+    statements[i] = replace(statements[i], value=MYTH[facts[i]])
+    return _with(answer, statements)
 
 
 #: flaw -> how to inject it. Each takes (rng, question, answer); None when it does not apply.

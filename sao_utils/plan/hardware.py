@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from sao_utils.recipe import Model
 from sao_utils.training.shapes import Shape, shape_of
 
 GIB = 2**30
-#: GiB that the CUDA context and its libraries take before the first tensor; assumed.
-CONTEXT = 0.6
 
 
 class PlanError(ValueError):
@@ -39,8 +36,12 @@ class Gpu:
 
 def gpus() -> dict[str, Gpu]:
     """The GPUs that are known, by the name that `--gpu` takes."""
-    text = (files("sao_utils") / "plan" / "gpus.yaml").read_text(encoding="utf-8")
-    return {str(name): Gpu(str(name), **values) for name, values in yaml.safe_load(text).items()}
+    return {str(name): Gpu(str(name), **values) for name, values in _data("gpus").items()}
+
+
+def _data(name: str) -> dict:
+    text = (files("sao_utils") / "plan" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 def find_gpu(name: str | None) -> Gpu | None:
@@ -59,44 +60,35 @@ def find_gpu(name: str | None) -> Gpu | None:
     raise PlanError(f"The GPU '{own or name}' is not known; {hint}.")
 
 
-def architecture(model: Model) -> dict:
-    """The config.json of a model: from its folder, from the hub's cache, or from architectures.yaml.
+def model_shape(model: Model) -> Shape:
+    """The shape of a model, from its folder, the hub's cache, or architectures.yaml.
 
     Raises:
-        PlanError: it is in none of these.
+        PlanError: it is in none of these, or of a family that is not known.
     """
-    from sao_utils.engines.loading import model_folder
-
-    folder = Path(model_folder(model.path))
-    if (folder / "config.json").is_file():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    known = _architectures()
-    if model.path in known:
-        return known[model.path]
-    if model.path.count("/") == 1 and not model.path.startswith((".", "/", "~")):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        if isinstance(cached, str):
-            return json.loads(Path(cached).read_text(encoding="utf-8"))
-    raise PlanError(
-        f"The shape of '{model.path}' is not known here. Download its config.json "
-        f"(`hf download {model.path} config.json`), give a folder, or one of: {', '.join(known)}."
-    )
-
-
-@lru_cache(maxsize=1)
-def _architectures() -> dict[str, dict]:
-    return yaml.safe_load(
-        (files("sao_utils") / "plan" / "architectures.yaml").read_text(encoding="utf-8")
-    )
-
-
-def model_shape(model: Model) -> Shape:
-    """The shape of a model. Raises `PlanError` where it is not known."""
     try:
         shape = shape_of(architecture(model))
         shape.parameters  # noqa: B018 - raises where the family is not known
         return shape
     except ValueError as error:
         raise PlanError(str(error)) from None
+
+
+def architecture(model: Model) -> dict:
+    """The config.json of a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from sao_utils.engines.loading import model_folder
+
+    config, known = Path(model_folder(model.path)) / "config.json", _data("architectures")
+    if not config.is_file() and model.path in known:
+        return known[model.path]
+    if not config.is_file() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        config = Path(cached) if isinstance(cached, str) else config
+    if not config.is_file():
+        raise PlanError(
+            f"The shape of '{model.path}' is not known here. Download its config.json (`hf download "
+            f"{model.path} config.json`), give a folder, or one of: {', '.join(known)}."
+        )
+    return json.loads(config.read_text(encoding="utf-8"))

@@ -1,15 +1,22 @@
-"""Memory that a model takes on a GPU: generating, judging, lm-eval's tasks. Sizes are GiB.
+"""Memory that a model takes: generating, judging, lm-eval's tasks, training. Sizes are GiB.
 
 Arithmetic on the shape of the model; needs neither torch nor weights. The peaks of the transformers
-engine are checked on a CPU. Memory of training: `training.memory`.
+engine are checked on a CPU. Training has the formula of the trainer itself (`training.memory`).
 """
 
 from __future__ import annotations
 
-from sao_utils.plan.hardware import GIB
-from sao_utils.recipe import Model
+import math
+
+from sao_utils.plan.hardware import GIB, Gpu, architecture, model_shape
+from sao_utils.plan.workload import Work
+from sao_utils.recipe import Model, Training
+from sao_utils.stages.responses import PER_PROMPT
+from sao_utils.training.memory import Choice, choose, training_memory_bytes
 from sao_utils.training.shapes import WEIGHT_BYTES, Shape, shape_of
 
+#: GiB that the CUDA context and its libraries take before the first tensor; assumed.
+CONTEXT = 0.6
 #: vLLM's defaults: sequences at a time, and tokens of one forward pass.
 VLLM_ROWS, VLLM_TOKENS = 256, 8192
 
@@ -54,17 +61,18 @@ def generation_memory(
     Args:
         config: a config.json as a dict, or transformers' config.
         prompt_tokens, new_tokens: of the longest row.
-        total: memory of the GPU; vLLM takes its share (`model.gpu_memory`) of it in any case.
+        total: memory of the GPU; vLLM takes its share (`model.gpu_memory`) of it in any case, and
+            wants room for one row of the whole context.
     """
-    shape = shape_of(config)
-    dtype = dtype_of(model)
+    shape, dtype = shape_of(config), dtype_of(model)
     weights = shape.weight_bytes(dtype, model.quantisation)
     if model.engine == "vllm":
         working = _pass_bytes(shape, model, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
         parts = {"weights": weights / GIB, "working": working / GIB}
         if total:  # the rest of its share, whatever is needed
+            context = model.max_context or shape.context or VLLM_TOKENS
             left = model.gpu_memory * total - sum(parts.values())
-            parts["KV cache"] = max(0.0, left)
+            parts["KV cache"] = max(left, context * shape.kv_bytes(dtype) / GIB)
         return parts
     rows = static_rows(model, prompt_tokens + new_tokens)
     cache = rows * (prompt_tokens + new_tokens) * shape.kv_bytes(dtype)
@@ -111,3 +119,57 @@ def task_memory(config, model: Model, tokens: float) -> dict[str, float]:
 def static_rows(model: Model, tokens: float) -> int:
     """Rows of a batch of the transformers engine, if each has so many tokens."""
     return max(1, int(model.batch_tokens // tokens))
+
+
+def training_memory(
+    model: Model, settings: Training, longest: int, gpu: Gpu | None, processes: int = 1
+) -> tuple[dict[str, float], Choice]:
+    """GiB by part that training needs at most on each GPU, or on this machine's CPU.
+
+    Without the CUDA context, and without what Python and its libraries take.
+
+    Args:
+        longest: tokens of the longest prompt with its answer; a pair has two.
+        gpu: None: a CPU, with the memory that is available now.
+        processes: GPUs that train together.
+
+    Returns:
+        The parts, and how a step is cut into forward passes by what is free.
+    """
+    shape, device = model_shape(model), "cpu" if gpu is None else "cuda"
+    dtype = "float32" if gpu is None else dtype_of(model)
+    options = {"longest": longest, "dtype": dtype, "device": device, "processes": processes}
+    fixed = training_memory_bytes(shape, settings, 1, False, **options)
+    free = room_gib(gpu) * GIB - fixed["weights"] - fixed["trained"]
+    pair = PER_PROMPT * longest
+    choice = choose(shape, settings, pair, max(0.0, free), dtype, device)
+    parts = training_memory_bytes(
+        shape, settings, max(choice.budget, pair), choice.twice, **options
+    )
+    return {name: size / GIB for name, size in parts.items()}, choice
+
+
+def work_memory(work: Work, gpu: Gpu | None) -> dict[str, float]:
+    """GiB by part that a model takes for requests, the larger of usual and of long prompts."""
+    model, config, total = work.model, architecture(work.model), gpu and gpu.memory
+    if gpu is None and model.dtype == "auto":
+        model = model.model_copy(update={"dtype": "float32"})
+    context = min(model_shape(model).context or math.inf, model.max_context or math.inf)
+    new, found = min(work.lengths.most_written, context), []
+    for prompt in (work.lengths.read, min(work.lengths.most_read, context)):
+        if work.stage == "tasks":
+            found.append(task_memory(config, model, prompt))
+        elif new:
+            found.append(generation_memory(config, model, prompt, new, total))
+        else:
+            found.append(judging_memory(config, model, prompt, total))
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def room_gib(gpu: Gpu | None) -> float:
+    """Memory for tensors: of a GPU, or what is available now on this machine."""
+    if gpu is not None:
+        return gpu.memory - CONTEXT
+    import psutil
+
+    return psutil.virtual_memory().available / GIB

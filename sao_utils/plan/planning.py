@@ -1,70 +1,50 @@
-"""What a recipe will take, before anything runs: rows, tokens, hours, GPU memory, disk, money.
+"""What a recipe will take, before anything runs: rows, tokens, hours, memory, disk, money.
 
-What is asked of which model is counted by `workload`, what that costs on a GPU by `costs`; here
-both come together: the stages, what does not fit and which key to change, and the plan as text.
+`workload` counts what is asked of which model; `memory` and `hours` say what that costs.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from sao_utils.plan.fitting import problems_of, work_memory, writes
 from sao_utils.plan.hardware import GIB, Gpu, model_shape
-from sao_utils.plan.hours import (
-    DECODE_SHARE,
-    reading_hours,
-    task_hours,
-    training_hours,
-    writing_hours,
-)
+from sao_utils.plan.hours import DECODE_SHARE, training_hours, work_hours
 from sao_utils.plan.measure import measured
-from sao_utils.plan.training import available_gib, training_gib
-from sao_utils.plan.work import Rates, Work
-from sao_utils.plan.workload import workload
+from sao_utils.plan.memory import room_gib, training_memory, work_memory
+from sao_utils.plan.workload import Rates, Work, rates_of, workload
 from sao_utils.recipe import Recipe
 from sao_utils.store import results_folder
-from sao_utils.training.shapes import Shape
 
-#: Stages that come after the training.
-AFTER = ("answers", "comparisons", "tasks", "benchmark_answers", "benchmark_verdicts")
+#: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
+#: Compute capability from which on vLLM runs, and a GPU has bfloat16.
+CAPABILITY = 8.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, named as in a run's manifest, or `part` of one.
+    """One stage, or part of one. hours: None where they are not known. memory: GiB by part; empty
+    where a server does the work."""
 
-    tokens: written by the model; in stages of `workload.READ` read, in training trained on. hours: None
-    where it cannot be told. memory: GiB by part; empty without a GPU. dollars: what a server gets for
-    it, at the assumed lengths and at most; None without a price.
-    """
-
-    name: str
-    rows: int
-    tokens: int
+    work: Work
     hours: float | None
     memory: dict[str, float]
-    part: str = ""
-    dollars: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """problems: what does not fit, each with the key to change. notes: assumptions, and the rest. bill:
-    key of the recipe -> US$ that a server gets, at the assumed lengths and at most."""
+    """machine: in words. disk: GiB by kind. problems: what does not fit, with keys to try. notes: what is
+    assumed."""
 
-    recipe: str
-    model: str
+    recipe: Recipe
     machine: str
     stages: list[Stage]
     disk: dict[str, float]
     problems: list[str]
     notes: list[str]
-    bill: dict[str, tuple[float, float]]
-
-
-# ---------------------------------------------------------------------------- the plan
 
 
 def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bool = False) -> Plan:
@@ -79,144 +59,187 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
 
     Raises:
         PlanError: a model's shape is not known.
+        RecipeError: a file that the recipe names is not there, or cannot be read.
     """
-    load = workload(recipe)
-    shape = None if recipe.model.engine == "api" else model_shape(recipe.model)
-    problems, notes = [*load.problems], [_lengths_in_words(load.rates)]
-    trained = [
-        _trained(recipe, shape, gpu, load.rates, load.pairs, arm, seed, processes)
-        for arm in recipe.arms
-        for seed in recipe.seeds
-    ]
-    requested = [_requested(work, gpu, load.rates, processes) for work in load.works]
-    if gpu is None:  # nothing is known of how long other models take
-        times = measured(recipe) if measure else load.measured
-        own = [work.model.path == recipe.model.path for work in load.works]
-        requested = [_as_measured(stage, times) if k else stage for stage, k in zip(requested, own)]
-        trained = [_as_measured(stage, times) for stage in trained]
-        if times and measure:
-            notes.append("Hours: from a minute's trial of the model on this machine.")
-        need, free = sum(trained[0].memory.values()) if trained else 0, available_gib()
-        if need > free:
-            problems.append(
-                f"Training needs about {need:.1f} GiB, of this machine's memory {free:.1f} are free: "
-                "close other programs, lower pairs.max_tokens, or take a smaller model.path."
-            )
-    place = next((k for k, work in enumerate(load.works) if work.stage in AFTER), len(requested))
-    stages = [*requested[:place], *trained, *requested[place:]]
-    if gpu is None and not load.measured and not measure:
+    works, times = workload(recipe), {}
+    if gpu is None and measure:
+        times = measured(recipe)
+    elif gpu is None and recipe.model.path == "tiny":
+        times = actual(REFERENCE)
+    stages = [_stage(work, recipe, gpu, processes, times) for work in works]
+    problems = [*_misfits(recipe, gpu, processes), *_lacking(stages, recipe, gpu)]
+    notes, disk = [_assumptions(rates_of(recipe), gpu)], _disk(recipe, works)
+    lack = sum(disk.values()) - _free_disk()
+    if lack > 0:
+        notes.append(
+            f"The disk lacks {lack:.1f} GiB: SAO_RESULTS and HF_HOME may name a larger one."
+        )
+    if gpu is None and not times:
         notes.append("Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU.")
-    if gpu is not None:
-        problems += problems_of(recipe, shape, gpu, processes, trained, load.works)
-        notes += _assumptions(recipe, gpu, processes, load.works)
+    elif gpu is None:
+        source = "a trial on this machine" if measure else "the reference run on two CPU cores"
+        notes.append(f"Hours: by {source}.")
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    disk = _disk(recipe, shape, load.works, len(recipe.arms) * len(recipe.seeds))
-    notes += [*load.notes, *_too_little_disk(disk)]
-    return Plan(recipe.name, recipe.model.path, machine, stages, disk, problems, notes, load.bill)
+    return Plan(recipe, machine, stages, disk, problems, notes)
 
 
-def _requested(work: Work, gpu: Gpu | None, rates: Rates, processes: int) -> Stage:
-    """The stage, or part of one, in which a model gets requests."""
-    model, hours, memory = work.model, None, {}
-    if gpu is not None and model.engine != "api":
+def actual(folder: Path) -> dict[str, dict]:
+    """What the manifest in the folder of a run says of each stage; {} if nothing has run.
+
+    What notebooks tried beside the run is added up as "variants".
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    stages = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
+    beside = [
+        stage
+        for other in sorted((folder / "variants").glob("*/manifest.json"))
+        for stage in json.loads(other.read_text(encoding="utf-8")).get("stages", {}).values()
+    ]
+    if beside:
+        total = {key: sum(s.get(key, 0) for s in beside) for key in ("seconds", "made", "tokens")}
+        stages["variants"] = total
+    return stages
+
+
+# ---------------------------------------------------------------------------- time and memory
+
+
+def _stage(work: Work, recipe: Recipe, gpu: Gpu | None, processes: int, times: dict) -> Stage:
+    engine = work.model.engine
+    if engine == "api" or (engine == "vllm" and gpu is None) or not work.requests:
+        return Stage(work, None, {})
+    hours = None
+    if work.trains:
+        longest, settings = recipe.pairs.max_tokens, recipe.training
+        memory, choice = training_memory(work.model, settings, longest, gpu, processes)
+        if gpu is not None:
+            hours = training_hours(work, gpu, settings, choice.twice) / processes
+    else:
         memory = work_memory(work, gpu)
-        if work.verb == "task":
-            hours = task_hours(model, gpu, work.requests, work.read, work.written)
-        elif writes(work):
-            arguments = (work.rows, work.read, work.written, work.most_written, rates.spread)
-            hours = writing_hours(model, gpu, memory, *arguments, work.shared)
-        else:
-            arguments = (work.rows, work.read, work.shared)
-            hours = reading_hours(model, gpu, memory, *arguments)
-        if hours is not None and work.verb != "task":
-            hours /= max(1, min(model.workers, processes))
-    return Stage(work.stage, work.rows, work.tokens, hours, memory, work.part, work.dollars)
+        if gpu is not None:
+            hours = work_hours(work, gpu, memory) / max(1, min(work.model.workers, processes))
+    if gpu is None and work.model.path == recipe.model.path:
+        hours = _hours_as_measured(work, times)
+    return Stage(work, hours, memory)
 
 
-def _trained(recipe, shape, gpu, rates, pairs, arm, seed, processes) -> Stage:
-    settings = recipe.training
-    share = 0.5 if arm == "sft_random" else 1.0  # one answer of each pair
-    tokens = pairs * rates.pair * share * settings.epochs
-    hours, memory = None, {}
-    if shape is not None:
-        longest = recipe.pairs.max_tokens
-        memory, choice = training_gib(recipe.model, settings, longest, gpu, processes)
-    if gpu is not None and shape is not None:
-        answers = pairs * 2 * rates.response * share * settings.epochs
-        hours = training_hours(shape, gpu, settings, tokens, answers, choice.twice)
-        hours /= gpu.reached * processes
-    return Stage(f"training {arm}-{seed}", pairs, round(tokens), hours, memory)
+def _hours_as_measured(work: Work, times: dict[str, dict]) -> float | None:
+    """By the seconds a row, in training a token, of such a stage; None if there is none."""
+    arm = work.stage.split("-")[0]
+    alike = [row for name, row in times.items() if name.split("-")[0] == arm]
+    if not alike and work.trains:  # a trial trains one arm only
+        alike = [row for name, row in times.items() if name.startswith("training")]
+    key, amount = ("tokens", work.tokens) if work.trains else ("made", work.rows)
+    made = sum(row.get(key, 0) for row in alike)
+    return sum(row["seconds"] for row in alike) / made * amount / 3600 if made else None
 
 
-def _as_measured(stage: Stage, measured: dict) -> Stage:
-    """With the seconds a row (in training, a token) of the reference run, on two CPU cores."""
-    arm = stage.name.split("-")[0]
-    alike = [s for name, s in measured.items() if name.split("-")[0] == arm]
-    if arm.startswith("training") and not alike:  # a trial trains one arm only
-        alike = [s for name, s in measured.items() if name.startswith("training")]
-    alike = [s for s in alike if s.get("made") or s.get("tokens")]
-    if not alike:
-        return stage
-    key, amount = ("tokens", stage.tokens) if "training" in stage.name else ("made", stage.rows)
-    seconds = sum(s["seconds"] for s in alike) / sum(s[key] for s in alike) * amount
-    return replace(stage, hours=seconds / 3600)
+# ---------------------------------------------------------------------------- what does not fit
+
+#: What a model does -> what to try where its memory does not suffice.
+KEYS = {
+    "transformers": ("{who}.quantisation=nf4", "{who}.batch_tokens={half}"),
+    "vllm": ("{who}.quantisation=fp8", "a smaller {who}.max_context"),
+    "task": ("evaluation.tasks=[]",),
+    "lora": (
+        "training.quantisation=nf4",
+        "training.gradient_checkpointing=on",
+        "a smaller training.token_budget",
+        "a smaller pairs.max_tokens",
+    ),
+    "full": ("training.method=lora with training.quantisation=nf4", "more GPUs (--gpus)"),
+}
+
+
+def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
+    """The largest lack of memory of each model and of training, with keys to try."""
+    worst: dict[tuple, tuple[float, str]] = {}
+    for stage in stages:
+        work, need, room = stage.work, sum(stage.memory.values()), room_gib(gpu)
+        kind = recipe.training.method if work.trains else work.model.engine
+        kind = "task" if work.stage == "tasks" else kind
+        if kind == "vllm" and gpu:
+            room = work.model.gpu_memory * gpu.memory
+        lack = need - room
+        if lack > 0.01 and lack > worst.get((work.who, kind), (0, ""))[0]:
+            there = f"the {gpu.name} has" if gpu else "of this machine's memory are free"
+            text = (
+                f"{work.stage} with {work.model.path} needs {need:.1f} GiB, {there} {room:.1f}: "
+                f"{lack:.1f} too little. Try {_keys(kind, work, recipe)}."
+            )
+            worst[work.who, kind] = lack, text
+    return [text for _, text in worst.values()]
+
+
+def _keys(kind: str, work: Work, recipe: Recipe) -> str:
+    """The keys to try that do not have their value already."""
+    settings, keys = recipe.training if work.trains else work.model, []
+    for text in (*KEYS[kind], "a smaller {who}.path"):
+        key, _, value = text.rpartition(".")[2].partition("=")
+        if getattr(settings, key, None) != value:
+            keys.append(text.format(who=work.who, half=work.model.batch_tokens // 2))
+    return ", or ".join(keys)
+
+
+def _misfits(recipe: Recipe, gpu: Gpu | None, processes: int) -> list[str]:
+    """What the GPU cannot do, and workers without one."""
+    found = []
+    for who, model in recipe.models.items() if gpu else ():
+        if model.workers > processes:
+            found.append(
+                f"Each of {model.workers} workers takes a GPU, and there is {processes}: "
+                f"{who}.workers=0, or --gpus {model.workers}."
+            )
+        old = gpu.capability < CAPABILITY
+        if model.engine == "vllm" and old:
+            found.append(
+                f"vLLM does not promise to run on the {gpu.name} (compute capability "
+                f"{gpu.capability}): {who}.engine=transformers."
+            )
+        gemma = model.engine != "api" and "gemma" in model_shape(model).family
+        if gemma and (old or model.dtype == "float16"):
+            change = f"another {who}.path" if old else f"{who}.dtype=bfloat16"
+            found.append(f"Gemma overflows in float16: {change}.")
+    return found
 
 
 # ---------------------------------------------------------------------------- disk and words
 
 
-def _disk(recipe: Recipe, shape: Shape | None, works: list[Work], trained: int) -> dict:
+def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
     """GiB by kind; rows at five bytes a token that was written, and 500 a row."""
-    size = sum(work.rows * (500 + 5 * work.written) for work in works)
-    disk = {"rows": size / GIB}
+    disk = {"rows": sum(work.rows * (500 + 5 * work.lengths.written) for work in works) / GIB}
     models = {work.model.path: work.model for work in works if work.model.engine != "api"}
-    from_hub = {
-        path: 2 * model_shape(model).parameters / GIB
-        for path, model in models.items()
-        if path != "tiny" and not Path(path).is_dir()
-    }
-    disk |= {"weights from the hub": sum(from_hub.values())} if from_hub else {}
-    if shape is not None and trained:
-        full = recipe.training.method == "full"
+    for path, model in models.items():
+        if path != "tiny" and not Path(path).is_dir():
+            disk[f"weights of {path}"] = 2 * model_shape(model).parameters / GIB
+    trained = sum(work.trains for work in works)
+    if trained:
+        shape, full = model_shape(recipe.model), recipe.training.method == "full"
         each = shape.parameters if full else shape.adapter(recipe.training.lora_rank)
         disk["trained weights"] = 4 * each * trained / GIB
         disk["checkpoints, while it trains"] = 2 * 12 * each / GIB  # two, with Adam's moments
     return disk
 
 
-def _too_little_disk(disk: dict[str, float]) -> list[str]:
+def _free_disk() -> float:
     folder = results_folder().absolute()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / GIB
-    if sum(disk.values()) <= free:
-        return []
-    return [
-        f"Of disk it takes {sum(disk.values()):.1f} GiB; here are {free:.1f} free. Set SAO_RESULTS "
-        "to a folder on a larger disk (and HF_HOME, for weights from the hub)."
-    ]
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free / GIB
 
 
-def _lengths_in_words(rates: Rates) -> str:
-    return (
+def _assumptions(rates: Rates, gpu: Gpu | None) -> str:
+    text = (
         f"Lengths and filters ({rates.source}): prompt {rates.prompt:.0f} tokens, response "
         f"{rates.response:.0f}, ranking prompt {rates.verdict:.0f}, pair {rates.pair:.0f}; kept "
         f"{rates.prompts_kept:.0%} of prompts, {rates.pairs_kept:.0%} of pairs."
     )
-
-
-def _assumptions(recipe: Recipe, gpu: Gpu, processes: int, works: list[Work]) -> list[str]:
-    notes = [
-        f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s and "
-        f"{gpu.compute} TFLOP/s allow, all else at {gpu.reached:.0%}; loading is not counted. Not "
-        "yet compared with a real GPU."
-    ]
-    model = recipe.model
-    if "fp8" in {work.model.quantisation for work in works} and gpu.capability < 8.9:
-        notes.append(
-            f"fp8 on the {gpu.name} (compute capability {gpu.capability}; 8.9 computes in 8 bit) only "
-            "stores the weights in 8 bit: the memory is as planned, computing is not faster."
+    if gpu is not None:
+        text += (
+            f"\nSpeed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else "
+            f"at {gpu.reached:.0%} of {gpu.compute} TFLOP/s; loading is not counted. Not yet compared "
+            "with a real GPU."
         )
-    if processes > 1 and model.workers < processes:
-        notes.append(
-            f"Only training uses {processes} GPUs: model.workers={processes} lets all generate."
-        )
-    return notes
+    return text

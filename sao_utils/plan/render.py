@@ -3,94 +3,91 @@
 from __future__ import annotations
 
 from sao_utils.plan.planning import Plan, Stage
+from sao_utils.plan.workload import bill
 
 
 def render(made: Plan, actual: dict | None = None) -> str:
     """A plan as lines of text; beside it what a run's manifest says, if one is given.
 
     Args:
-        actual: the stages of a run (`workload.actual`): name -> {seconds, made or pairs, tokens}.
+        actual: the stages of a run (`planning.actual`): name -> {seconds, made or pairs, tokens}.
     """
-    columns = ["rows", "tokens", "time", "memory", "US$ about"]
-    took = ["rows made", "tokens", "time taken"] if actual is not None else []
-    table = [["", *columns, *took]]
+    table = [["", "rows", "tokens", "time", "memory", "US$ about"]]
     by_name: dict[str, list[Stage]] = {}
     for stage in made.stages:
-        by_name.setdefault(stage.name, []).append(stage)
+        by_name.setdefault(stage.work.stage, []).append(stage)
     for name, parts in by_name.items():
-        beside = _actual((actual or {}).get(name)) if took else []
-        table.append([name, *_cells(parts), *beside])
-        if len(parts) > 1 or parts[0].part:
-            own = "the run's own"
-            table += [[f"  {p.part or own}", *_cells([p]), *[""] * len(took)] for p in parts]
-    every = _cells(made.stages)
-    total = [_time(sum(s["seconds"] for s in actual.values()) / 3600)] if took else []
-    table.append(["all", "", "", *every[2:], *(["", "", *total] if took else [])])
-    shown = [k for k in range(len(table[0])) if k < 4 or k > 5 or any(row[k] for row in table[1:])]
-    table = [[row[k] for k in shown] for row in table]
+        table.append([name, *_cells(parts)])
+        if len(parts) > 1 or parts[0].work.part:
+            table += [[f"  {p.work.part or 'the run itself'}", *_cells([p])] for p in parts]
+    table.append(["all", "", "", *_cells(made.stages)[2:]])
+    owed = bill([stage.work for stage in made.stages])
+    if not owed:
+        table = [row[:-1] for row in table]
+    if actual is not None:
+        table = [[*row, *_actual(row[0], actual)] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [f"{made.recipe}: {made.model} on {made.machine}", ""]
+    lines = [f"{made.recipe.name}: {made.recipe.model.path} on {made.machine}", ""]
     for first, *cells in table:
         padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
         lines.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
     disk = [f"{name} {_size(size)}" for name, size in made.disk.items()]
     lines += ["", f"Disk: {'; '.join(disk)}."]
-    if made.bill:
-        lines += ["", *bill_lines(made.bill)]
+    if owed:
+        lines += ["", *bill_lines(owed)]
     if made.problems:
-        lines += ["", "What does not fit, and the key to change:"]
+        lines += ["", "What does not fit, and keys to try:"]
         lines += [f"- {problem}" for problem in made.problems]
     elif any(stage.memory for stage in made.stages):
         lines += ["", f"It fits {'into memory' if made.machine == 'CPU' else 'the GPU'}."]
     return "\n".join([*lines, "", *made.notes])
 
 
-def bill_lines(bill: dict[str, tuple[float, float]]) -> list[str]:
-    """Who is paid how much, as lines of text; the most that a run can cost first."""
-    about, most = (sum(amounts) for amounts in zip(*bill.values()))
-    return [
+def bill_lines(owed: dict[str, tuple[float, float]]) -> list[str]:
+    """Who is paid how much (`workload.bill`), as lines of text; the most that a run can cost first."""
+    about, most = (sum(amounts) for amounts in zip(*owed.values()))
+    lines = [
         f"A whole run pays servers at most US$ {most:,.2f}, with every reply as long as it may be; "
-        f"about US$ {about:,.2f} at the assumed lengths:",
-        *(
-            f"  {who:<30} at most US$ {most:>10,.2f}, about {about:>10,.2f}"
-            for who, (about, most) in bill.items()
-        ),
+        f"about US$ {about:,.2f} at the assumed lengths:"
     ]
+    for who, (about, most) in owed.items():
+        lines.append(f"  {who:<30} at most US$ {most:>10,.2f}, about {about:>10,.2f}")
+    return lines
 
 
 def _cells(stages: list[Stage]) -> list[str]:
     """Rows, tokens, time, memory and price of stages together."""
-    hours = [stage.hours for stage in stages]
-    known = [time for time in hours if time is not None]
-    peak = max((sum(stage.memory.values()) for stage in stages), default=0)
-    paid = [stage.dollars[0] for stage in stages if stage.dollars]
+    known = [stage.hours for stage in stages if stage.hours is not None]
+    peak = max(sum(stage.memory.values()) for stage in stages)
+    paid = [stage.work.dollars[0] for stage in stages if stage.work.dollars]
+    partly = "> " if len(known) < len(stages) else ""  # a server's time is not known
     return [
-        f"{sum(stage.rows for stage in stages):,}",
-        f"{sum(stage.tokens for stage in stages):,}",
-        _time(sum(known), len(known) < len(hours)) if known else _time(None),
+        f"{sum(stage.work.rows for stage in stages):,}",
+        f"{sum(stage.work.tokens for stage in stages):,}",
+        partly + _time(sum(known)) if known else "not planned",
         f"{peak:.1f} GiB" if peak else "",
         f"{sum(paid):,.2f}" if paid else "",
     ]
+
+
+def _actual(name: str, actual: dict) -> list[str]:
+    """The cells of what a run took beside a stage, and beneath all."""
+    if not name:
+        return ["rows made", "tokens", "time taken"]
+    if name == "all":
+        return ["", "", _time(sum(stage["seconds"] for stage in actual.values()) / 3600)]
+    if name not in actual:
+        return ["", "", ""]
+    stage = actual[name]
+    rows, tokens = stage.get("made", stage.get("pairs", 0)), stage.get("tokens")
+    return [f"{rows:,}", f"{tokens:,}" if tokens else "", _time(stage["seconds"] / 3600)]
 
 
 def _size(size: float) -> str:
     return f"{size:.1f} GiB" if size >= 0.1 else f"{1024 * size:.1f} MiB"
 
 
-def _time(hours: float | None, more: bool = False) -> str:
-    """more: something that takes time is left out, such as a server's."""
-    if hours is None:
-        return "not planned"
+def _time(hours: float) -> str:
     if hours < 1 / 60:
-        words = f"{3600 * hours:.0f} s"
-    else:
-        words = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"
-    return f"> {words}" if more else words
-
-
-def _actual(stage: dict | None) -> list[str]:
-    if stage is None:
-        return ["", "", ""]
-    rows = stage.get("made", stage.get("pairs", 0))
-    tokens = f"{stage['tokens']:,}" if stage.get("tokens") else ""
-    return [f"{rows:,}", tokens, _time(stage["seconds"] / 3600)]
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -1,238 +1,334 @@
 """What a run asks of which model, before it asks: requests, their tokens, and what servers get for them.
 
-The counts follow the notebooks 01 to 06. Lengths are the questions' own where their texts are on this
-machine, else assumed (`Rates`), and so are those of all that a model will write. A price has two
-numbers: what such lengths cost, and the most that can be bought, with every reply as long as it may
-be. A token is `requests.BYTES` bytes, as `requests` counts before a server has counted.
+The counts follow the notebooks 01 to 06. Lengths and what filters keep are assumed (`Rates`); those of
+benchmarks and tasks are in sizes.yaml. A price has two numbers: what such lengths cost, and the most
+that can be bought, with every reply as long as it may be.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from importlib.resources import files
 from statistics import fmean
+from typing import NamedTuple
+
+import yaml
 
 from sao_utils import templates
-from sao_utils.files import read_column
-from sao_utils.plan.evaluation_work import answer_work, benchmark_work, task_work
-from sao_utils.plan.work import (
-    LABELLED,
-    OWN,
-    REFERENCE,
-    SAMPLED,
-    TEMPERATURES,
-    TRIED,
-    WITHOUT,
-    Rates,
-    Work,
-    ranked,
-    tokens,
-)
-from sao_utils.recipe import Recipe, RecipeError
-from sao_utils.recipes import load_recipe
+from sao_utils.engines.api import VERDICT_TOKENS
+from sao_utils.engines.requests import BYTES, dollars
+from sao_utils.evaluation.questions import SETS
+from sao_utils.files import read_column, read_table
+from sao_utils.recipe import Model, Recipe
 from sao_utils.stages.responses import PER_PROMPT
+
+#: Tokens that a server puts around the messages of a request; assumed, and more than most take.
+AROUND = 10
+#: Tokens of a verdict that is written: "ranking: 1 > 2" and its end.
+SHORT_VERDICT = 8
+#: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona and of
+#: a file of two, temperatures, prompts of each, and pairs that are judged by sampling.
+WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 3, 100, 150
+LABELLED = 2  # pairs that notebook 03 labels itself where the recipe names no file
+_UNKNOWN = {"items": 1, "passes": 0, "read": 0}  # a task that sizes.yaml does not hold
 
 
 @dataclass(frozen=True)
-class Workload:
-    """All `works` of a run in order; `pairs` that a training of one seed has; what could not be counted,
-    or was assumed, in `notes`; `measured`, the stages of the reference run where its rates hold;
-    `problems`, for which the run would stop."""
+class Rates:
+    """What is assumed of lengths (tokens) and of what the filters keep (shares)."""
 
-    works: list[Work]
-    rates: Rates
-    pairs: int
-    notes: list[str]
-    measured: dict[str, dict]
-    problems: list[str]
+    source: str = "assumed"
+    instruction: float = 90  # the persona template with its persona
+    prompt: float = 60
+    response: float = 375
+    prompts_kept: float = 0.95
+    judged: float = 1.0  # of the prompts: those whose two answers differ
+    pairs_kept: float = 0.6
+    differing: float = 1.0  # of the answers to evaluation questions: those that differ
+    compared: float = 1.0  # the same of benchmarks
 
     @property
-    def bill(self) -> dict[str, tuple[float, float]]:
-        """Key of the recipe -> US$ for who has a price: at the assumed lengths, and at most."""
-        owed: dict[str, tuple[float, float]] = {}
-        for work in self.works:
-            if work.dollars:
-                before = owed.get(work.who, (0.0, 0.0))
-                owed[work.who] = tuple(map(sum, zip(before, work.dollars)))
-        return owed
+    def verdict(self) -> float:
+        """Tokens of the ranking prompt with a prompt and both responses."""
+        return 120 + self.prompt + PER_PROMPT * self.response
+
+    @property
+    def pair(self) -> float:
+        """Tokens that a pair has in training."""
+        return PER_PROMPT * (self.prompt + self.response)
 
 
-def workload(recipe: Recipe) -> Workload:
-    """What a run of a recipe asks of its models."""
-    rates, measured = _rates(recipe)
-    notes: list[str] = []
-    problems: list[str] = []
-    works = [*_loop(recipe, rates, _personas(recipe, problems, notes))]
-    if recipe.model.engine == "api":
-        notes.append("Notebooks 01 to 03 only: a model behind a server cannot be trained.")
-    else:
-        works += [
-            *answer_work(recipe, rates, notes),
-            *task_work(recipe, notes),
-            *benchmark_work(recipe, rates, notes),
-        ]
-    pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
-    return Workload([work for work in works if work.rows], rates, pairs, notes, measured, problems)
+class Lengths(NamedTuple):
+    """Tokens that are read and written for a request, in the mean and at most."""
+
+    read: float
+    written: float
+    most_read: float
+    most_written: float
 
 
-def actual(folder: Path) -> dict[str, dict]:
-    """What the manifest in the folder of a run says of each stage; {} if nothing has run.
+@dataclass(frozen=True)
+class Work:
+    """Requests of one kind to one model, or one training.
 
-    What notebooks tried beside the run is added up as "variants".
+    Attributes:
+        stage: as a run's manifest names it; `part` of it, "" for the run's own model or judge.
+        who: the key of the recipe with the model.
+        rows: as a run's manifest counts them; `most_rows` if nothing is dropped on the way.
+        lengths: of a request; of a training, of a pair in all epochs, and of one of its answers at most.
+        requests: that a row stands for: a task of lm-eval has a row for each model.
     """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return {}
-    stages = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
-    beside = [
-        stage
-        for other in sorted((folder / "variants").glob("*/manifest.json"))
-        for stage in json.loads(other.read_text(encoding="utf-8")).get("stages", {}).values()
-    ]
-    if beside:
-        total = {key: sum(s.get(key, 0) for s in beside) for key in ("seconds", "made", "tokens")}
-        stages["variants"] = total
-    return stages
+
+    stage: str
+    who: str
+    model: Model
+    rows: int
+    lengths: Lengths
+    part: str = ""
+    most_rows: int = 0
+    requests: int = 1
+
+    @property
+    def trains(self) -> bool:
+        return self.stage.startswith("training")
+
+    @property
+    def tokens(self) -> int:
+        """Written, or where a model does not write, read."""
+        return round(self.rows * self.requests * (self.lengths.written or self.lengths.read))
+
+    @property
+    def dollars(self) -> tuple[float, float] | None:
+        """US$ at these lengths, and at most; None without a price."""
+        if not self.model.priced:
+            return None
+        read, written, most_read, most_written = self.lengths
+        rows = max(self.rows, self.most_rows)
+        usual = dollars(self.model, self.rows * read, self.rows * written)
+        most = dollars(self.model, rows * (most_read + AROUND), rows * most_written)
+        return usual, max(usual, most)
 
 
-# ---------------------------------------------------------------------------- rates
+def workload(recipe: Recipe) -> list[Work]:
+    """What a run of a recipe asks of its models, in order.
+
+    Raises:
+        RecipeError: a file that the recipe names is not there, or cannot be read.
+    """
+    rates = rates_of(recipe)
+    works = [*round_work(recipe, rates), *notebook_work(recipe, rates)]
+    # What a server holds cannot be trained: then there are notebooks 01 to 03 only.
+    if recipe.model.engine != "api":
+        works += training_work(recipe, rates)
+        works += answer_work(recipe, rates)
+        works += task_work(recipe)
+        works += benchmark_work(recipe, rates)
+    return [work for work in works if work.rows]
 
 
-def _rates(recipe: Recipe) -> tuple[Rates, dict]:
-    """Assumed rates, or for the tiny model those of the reference run, with its manifest's stages."""
-    kept = 0.6 if recipe.pairs.require_consistent else 0.9
-    cut = PER_PROMPT * max(0, Rates.response - recipe.responses.max_new_tokens)
-    assumed = Rates("assumed", verdict=Rates.verdict - cut, pair=Rates.pair - cut, pairs_kept=kept)
-    stages = actual(REFERENCE) if recipe.model.path == "tiny" else {}
-    trained = [stages[name] for name in stages if name.startswith("training self")]
-    if not trained or not {"prompts", "responses", "verdicts"} <= stages.keys():
-        return assumed, {}
-    prompts, responses, verdicts = (stages[k] for k in ("prompts", "responses", "verdicts"))
-    asked = responses["made"] / PER_PROMPT
-    pairs = sum(stage["pairs"] for stage in trained)
-    prompt = prompts["tokens"] / prompts["made"]
-    response = responses["tokens"] / responses["made"]
-    return Rates(
-        "of the reference run",
-        prompt=prompt,
-        response=response,
-        verdict=Rates.verdict + (prompt - Rates.prompt) + PER_PROMPT * (response - Rates.response),
-        pair=sum(stage["tokens"] for stage in trained) / pairs,
-        prompts_kept=asked / prompts["made"],
-        judged=verdicts["made"] / 2 / asked,
-        pairs_kept=pairs / asked,
-        **_differing(stages),
-    ), stages
+def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
+    """Key of the recipe -> US$ for each server with a price: at the assumed lengths, and at most."""
+    owed: dict[str, tuple[float, float]] = {}
+    for work in works:
+        if work.dollars:
+            before = owed.get(work.who, (0.0, 0.0))
+            owed[work.who] = tuple(map(sum, zip(before, work.dollars)))
+    return owed
 
 
-def _differing(stages: dict) -> dict[str, float]:
-    """How many of the possible verdicts the reference run asked for: equal answers need none."""
-    try:
-        recipe = load_recipe(str(REFERENCE / "recipe.yaml"))
-    except RecipeError:  # of another version
-        return {}
-    works = [*answer_work(recipe, Rates(""), []), *benchmark_work(recipe, Rates(""), [])]
-    found = {}
-    for rate, stage in (("differing", "comparisons"), ("compared", "benchmark_verdicts")):
-        possible = sum(work.rows for work in works if work.stage == stage)
-        if possible and stage in stages:
-            found[rate] = stages[stage]["made"] / possible
-    return found
+def rates_of(recipe: Recipe) -> Rates:
+    """Those of the reference run for the tiny model (sizes.yaml), for others assumed."""
+    if recipe.model.path == "tiny":
+        return Rates("of the reference run", **_sizes()["tiny"])
+    response = min(Rates.response, recipe.responses.max_new_tokens)
+    kept = Rates.pairs_kept if recipe.pairs.require_consistent else 0.9
+    return Rates(response=response, pairs_kept=kept)
 
 
-# ---------------------------------------------------------------------------- the loop
+def tokens(text: str) -> float:
+    """Of a text, about."""
+    return len(text.encode(errors="replace")) / BYTES
 
 
-def _loop(recipe: Recipe, rates: Rates, personas: list[str]) -> Iterator[Work]:
-    """Stages 1 to 3, and what notebooks 01 to 03 try beside them."""
-    seeds, count = len(recipe.seeds), recipe.prompts.count
-    asked, tried = count * seeds, TEMPERATURES * min(TRIED, count) * seeds
-    beside = seeds * (min(WITHOUT, count) + OWN) + tried
-    kept, judged = rates.prompts_kept, rates.prompts_kept * rates.judged
-    instruction, most_instruction = _instruction(recipe, rates, personas)
+def _sizes() -> dict[str, dict]:
+    return yaml.safe_load((files("sao_utils") / "plan" / "sizes.yaml").read_text(encoding="utf-8"))
 
-    def prompts(stage: str, rows: int, part: str = "") -> Work:
-        limit = recipe.prompts.max_new_tokens
-        new = min(rates.prompt, limit)
-        mean = (instruction, new, most_instruction, limit, instruction)
-        return Work(stage, "model", recipe.model, "write", rows, *mean, part)
 
-    def responses(stage: str, most: int, part: str = "") -> Work:
-        limit = recipe.responses.max_new_tokens
-        new = min(rates.response, limit)
-        mean = (rates.prompt, new, recipe.prompts.max_new_tokens, limit, rates.prompt)
-        shared = rates.prompt / 2  # each prompt is answered twice
-        rows = round(most * kept)
-        arguments = (stage, "model", recipe.model, "write", rows, *mean, part, shared)
-        return Work(*arguments, most_rows=most)
+# ---------------------------------------------------------------------------- a round, and beside it
 
-    def verdicts(stage: str, rows: float, most: int, **more) -> Work:
-        return ranked(recipe, rates, stage, rows, most, recipe.responses.max_new_tokens, **more)
 
-    yield prompts("prompts", asked)
-    yield responses("responses", PER_PROMPT * asked)
-    yield verdicts("verdicts", 2 * asked * judged, 2 * asked)
-    labelled = _labelled(recipe)
-    rows = 2 * (LABELLED if labelled is None else len(labelled))
-    judges = recipe.judges if labelled else {}  # the others look at the user's pairs only
-    more = [{"part": f"judges.{k}", "who": f"judges.{k}", "model": m} for k, m in judges.items()]
-    for other in ({}, *more):
-        work = verdicts("labelled", rows, rows, **other)
-        if labelled:
-            mean = fmean(labelled)
-            work = replace(work, read=mean, most_read=mean, longest=max(labelled))
-        yield work
-    yield prompts("variants", beside, "prompts")
-    yield responses("variants", PER_PROMPT * tried, "responses")
+def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
+    """Prompts, responses and verdicts of one round."""
+    asked, model = recipe.prompts.count * len(recipe.seeds), recipe.model
+    written = 0 if recipe.prompts.source == "file" else asked
+    limit, read = recipe.prompts.max_new_tokens, rates.instruction
+    of_prompt = Lengths(read, min(rates.prompt, limit), 2 * read, limit)
+    of_response = Lengths(rates.prompt, rates.response, limit, recipe.responses.max_new_tokens)
+    kept, most = rates.prompts_kept, PER_PROMPT * asked
+    return (
+        Work("prompts", "model", model, written, of_prompt),
+        Work("responses", "model", model, round(most * kept), of_response, most_rows=most),
+        _verdicts(recipe, rates, "verdicts", 2 * asked * kept * rates.judged, 2 * asked),
+    )
+
+
+def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """What notebooks 01 to 03 try beside the run, and pairs with known labels."""
+    seeds, count, rows = len(recipe.seeds), recipe.prompts.count, 2 * LABELLED
+    if recipe.judging.labelled:
+        rows = 2 * len(read_table(recipe.judging.labelled))
+        for name in recipe.judges:
+            yield _verdicts(recipe, rates, "labelled", rows, rows, who=f"judges.{name}")
+    yield _verdicts(recipe, rates, "labelled", rows, rows)
+    prompts, responses, _ = round_work(recipe, rates)
+    tried = TEMPERATURES * min(TRIED, count) * seeds
+    written = seeds * (min(WITHOUT, count) + OWN) + (tried if prompts.rows else 0)
+    yield replace(prompts, stage="variants", part="prompts", rows=written)
+    most = PER_PROMPT * tried
+    rows = round(most * rates.prompts_kept)
+    yield replace(responses, stage="variants", part="responses", rows=rows, most_rows=most)
     if recipe.judging.method == "logprob":
-        some = 2 * min(SAMPLED, asked * judged), 2 * min(SAMPLED, asked)
-        yield verdicts("variants", *some, part="verdicts, sampled", sampled=True)
+        rows, judging = 2 * min(SAMPLED, count * seeds), {"method": "sampled"}
+        again = {"judging": recipe.judging.model_copy(update=judging)}
+        part = "verdicts, sampled"
+        yield _verdicts(recipe.model_copy(update=again), rates, "variants", rows, rows, part=part)
 
 
-def _personas(recipe: Recipe, problems: list[str], notes: list[str]) -> list[str]:
-    """Those of the user's own file, if it is here; and whether it has enough for each seed."""
-    source, count = recipe.prompts.personas, recipe.prompts.count
-    if source in (None, "tiny", "hub"):
-        return []
-    if not Path(source).is_file():
-        notes.append(f"Not looked into: the personas in {source} are not on this machine.")
-        return []
-    try:
-        personas = read_column(source, "persona")
-    except RecipeError as error:  # with which the run would stop, too
-        problems.append(str(error))
-        return []
-    if (different := len(set(personas))) < count:
-        problems.append(
-            f"{source} has {different} different personas, the run needs {count} of each seed: "
-            f"prompts.count={different}, or a longer file."
-        )
-    return personas
+def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """A training of each arm and seed."""
+    pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
+    for arm in recipe.arms:
+        share = 0.5 if arm == "sft_random" else 1.0  # one answer of each pair
+        read = rates.pair * share * recipe.training.epochs
+        for seed in recipe.seeds:
+            lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
+            yield Work(f"training {arm}-{seed}", "model", recipe.model, pairs, lengths)
 
 
-def _instruction(recipe: Recipe, rates: Rates, personas: list[str]) -> tuple[float, float]:
-    """Tokens of the persona template with a persona: in the mean, and the most that the mean may be."""
-    if not personas:
-        return rates.instruction, 2 * rates.instruction
-    longest = sorted(map(tokens, personas), reverse=True)[: recipe.prompts.count]
-    template = tokens(templates.source("persona"))
-    return template + fmean(map(tokens, personas)), template + fmean(longest)
+def _verdicts(
+    recipe: Recipe,
+    rates: Rates,
+    stage: str,
+    rows: float,
+    most_rows: int,
+    who: str = "",
+    part: str = "",
+    limit: int | None = None,
+) -> Work:
+    """Verdicts with the ranking prompt, each order a row.
+
+    Args:
+        who: the key of the recipe with the judge, by default the run's own.
+        limit: tokens of a response, at most; by default of the run's.
+    """
+    part = part or (who if who.startswith("judges.") else "")
+    who = who or _own_judge(recipe)
+    written = _short_verdict(recipe.models[who])
+    if recipe.judging.method == "sampled":
+        most = recipe.judging.max_new_tokens
+        written = (min(SHORT_VERDICT, most), most)
+    most_read = tokens(templates.ranking_prompt("", "", "")) + recipe.prompts.max_new_tokens
+    most_read += PER_PROMPT * (limit or recipe.responses.max_new_tokens)
+    lengths = Lengths(rates.verdict, written[0], max(most_read, rates.verdict), written[1])
+    return Work(stage, who, recipe.models[who], round(rows), lengths, part, most_rows)
 
 
-def _labelled(recipe: Recipe) -> list[float] | None:
-    """Tokens of the ranking prompt of each pair in `judging.labelled`; None where it names no file."""
-    from sao_utils.stages.labelled import labelled_pairs
+def _own_judge(recipe: Recipe) -> str:
+    return "judge" if recipe.judge else "model"
 
-    if recipe.judging.labelled is None:
-        return None
-    try:
-        pairs = labelled_pairs(recipe.judging.labelled)
-    except RecipeError:  # told when it runs
-        return []
-    return [
-        tokens(templates.ranking_prompt(pair["prompt"], *pair["responses"]))
-        for pair in pairs
-        if pair["discarded"] is None
-    ]
+
+def _short_verdict(model: Model) -> tuple[int, int]:
+    """Tokens that a judge writes to choose, in the mean and at most: none but by a server."""
+    return (SHORT_VERDICT, VERDICT_TOKENS) if model.engine == "api" else (0, 0)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, int]]:
+    """(key of the recipe, model, how many): base and tuned models, and each of `others`."""
+    arms = len(recipe.arms) if controls or "self" not in recipe.arms else 1
+    others = [(f"others.{name}", model, 1) for name, model in recipe.others.items()]
+    return [("model", recipe.model, 1 + arms * len(recipe.seeds)), *others]
+
+
+def _part(name: str, who: str) -> str:
+    return name if who in ("model", "judge") else f"{name}, {who}".removeprefix(", ")
+
+
+def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """Answers to the run's own questions, and the comparisons that the notebooks make of them."""
+    settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
+    count, question = _questions(recipe)
+    for who, model, models in _compared(recipe, controls=True):
+        rows = count * len(settings.temperatures) * models
+        lengths = Lengths(question, min(rates.response, limit), question, limit)
+        yield Work("answers", who, model, rows, lengths, _part("", who))
+    comparisons = [("", len(recipe.arms), "")]
+    if "self" in recipe.arms:
+        comparisons += [(f"judges.{name}", 1, "") for name in recipe.judges]
+        if not recipe.judges:
+            comparisons.append(("model", 1, "judged by the tuned model"))
+    for who, arms, part in comparisons:
+        most = 2 * count * arms * len(recipe.seeds)
+        rows = most * rates.differing
+        yield _verdicts(recipe, rates, "comparisons", rows, most, who, part, limit)
+
+
+def _questions(recipe: Recipe) -> tuple[int, float]:
+    """How many questions the evaluation has, and their tokens in the mean."""
+    source, published = recipe.evaluation.questions, _sizes()["benchmarks"]
+    if source in published:
+        return published[source]["prompts"], published[source]["question"]
+    known = source in SETS
+    texts = SETS[source](recipe.evaluation) if known else read_column(source, "prompt")
+    return len(texts), fmean(map(tokens, texts))
+
+
+def task_work(recipe: Recipe) -> Iterator[Work]:
+    """What lm-eval asks the base, the tuned models and others with weights, by transformers.
+
+    A task whose size is not known has no requests.
+    """
+    known, limit = _sizes()["tasks"], recipe.evaluation.task_limit
+    in_16_bit = {"engine": "transformers", "quantisation": "none", "workers": 0}
+    for name in recipe.evaluation.tasks:
+        chosen = {task: size for task, size in known.items() if name in (task, size["group"])}
+        for task, size in (chosen or {f"{name}, size not known": _UNKNOWN}).items():
+            asked = min(size["items"], (limit or size["items"]) * size.get("subjects", 1))
+            passes = round(size["passes"] * asked / size["items"])
+            read, written, most = size["read"], size.get("written", 0), size.get("most", 0)
+            lengths = Lengths(read, written, 2 * read, most)  # ours: the longest is twice the mean
+            for who, model, count in _compared(recipe):
+                if model.engine != "api":  # a server cannot do them
+                    model = model.model_copy(update=in_16_bit if model.engine == "vllm" else {})
+                    part = _part(task, who)
+                    yield Work("tasks", who, model, count, lengths, part, requests=passes)
+
+
+def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """Answers to the benchmarks by every model compared, and verdicts by every judge."""
+    settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
+    usual, models = min(rates.response, limit), sum(n for _, _, n in _compared(recipe))
+    judges = [_own_judge(recipe), *(f"judges.{name}" for name in recipe.judges)]
+    for name in settings.benchmarks:
+        size = _sizes()["benchmarks"][name]
+        prompts, turns = size["prompts"], size["turns"]
+        prompts = min(prompts, settings.benchmark_limit or prompts)
+        asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # with earlier turns
+        lengths = Lengths(asked + answers * usual, usual, asked + answers * limit, limit)
+        for who, model, count in _compared(recipe):
+            rows = count * prompts * turns
+            yield Work("benchmark_answers", who, model, rows, lengths, _part(name, who))
+        shown, answers = size["shown"], size["answers"]
+        most = size["verdicts"] * prompts * (models - size.get("without", 0))
+        rows, retries = round(most * rates.compared), size.get("retries", 0)
+        for who in judges:
+            model, part = recipe.models[who], _part(name, who)
+            written = (size["argued"], size["most"]) if "argued" in size else _short_verdict(model)
+            # A second request holds the first reply.
+            most_read = shown + answers * limit + retries * written[1] / 2
+            lengths = Lengths(shown + answers * usual, written[0], most_read, written[1])
+            most_rows = most * (1 + retries)
+            yield Work("benchmark_verdicts", who, model, rows, lengths, part, most_rows)

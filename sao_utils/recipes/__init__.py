@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -64,36 +63,30 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key may stand once only: by default the last one silently wins."""
 
     def construct_mapping(self, node, deep=False):
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.value in seen:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
                 raise RecipeError(
-                    f"the key '{key_node.value}' stands in line {seen[key_node.value]} and again in "
-                    f"line {line}. Remove one of them."
+                    f"the key '{key.value}' stands in line {lines[key.value]} and again in line {line}."
                 )
-            seen[key_node.value] = line
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
 def _locate(name: str, beside: Path | None = None) -> Path:
     """The file of a recipe: a path (also seen from the folder `beside`), or a shipped recipe's name."""
-    if name.endswith((".yaml", ".yml")):
-        places = [Path(name), *([beside / name] if beside else [])]
-        found = next((path for path in places if path.is_file()), None)
-        if found is None:
-            raise RecipeError(
-                f"There is no recipe file {name}. Looked for: {', '.join(map(str, places))}."
-            )
-        return found.resolve()
-    if name not in recipe_names():
+    if name in recipe_names():
+        return Path(str(SHIPPED / f"{name}.yaml"))
+    if not name.endswith((".yaml", ".yml")):
         near = get_close_matches(name, recipe_names(), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(
-            f"There is no recipe '{name}'. {hint}Recipes: {', '.join(recipe_names())}; or give a .yaml "
-            "file."
-        )
-    return Path(str(SHIPPED / f"{name}.yaml"))
+        there = ", ".join(recipe_names())
+        raise RecipeError(f"There is no recipe '{name}'. {hint}Recipes: {there}; or a .yaml file.")
+    for path in (Path(name), (beside or Path()) / name):
+        if path.is_file():
+            return path.resolve()
+    raise RecipeError(f"There is no recipe file {name}.")
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
@@ -103,10 +96,8 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
         raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path.name} is no YAML: {error}") from None
-    except RecipeError as error:
-        raise RecipeError(f"The recipe {path.name}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecipeError) as error:
+        raise RecipeError(f"The recipe {path.name} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"The recipe {path.name} is not a mapping of keys to values.")
     if "extends" not in data:
@@ -118,28 +109,17 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     return below
 
 
-def _refuse_old_keys(keys: Iterable[str], where: str) -> None:
-    if old := [key for key in keys if key in RENAMED]:
-        told = "; ".join(f"{key} is now {RENAMED[key]}" for key in old)
-        raise RecipeError(f"{where}: keys have new names: {told}.")
-
-
-def _set(data: dict, overrides: dict[str, Any]) -> None:
-    """Set dotted keys of a recipe's data anew."""
+def _check_key(key: str) -> None:
+    """Raises RecipeError for a key that no recipe has, with the likeliest ones."""
     keys = valid_keys()
-    _refuse_old_keys(overrides, "overrides")
-    for key, value in overrides.items():
-        if key not in keys:
-            leaves = [known for known in keys if known.split(".")[-1] == key]
-            near = leaves or get_close_matches(key, keys, 3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
-            raise RecipeError(f"There is no key '{key}'. {hint}")
-        section, _, leaf = key.rpartition(".")
-        if section and not isinstance(data.get(section), dict):
-            if value is None:  # a key of a section that is not there
-                continue
-            data[section] = {}
-        (data[section] if section else data)[leaf] = read_value(key, value)
+    if key in keys:
+        return
+    if key in RENAMED:
+        raise RecipeError(f"There is no key '{key}': {key} is now {RENAMED[key]}.")
+    leaves = [known for known in keys if known.split(".")[-1] == key]
+    near = leaves or get_close_matches(key, keys, 3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys: {', '.join(keys)}."
+    raise RecipeError(f"There is no key '{key}'. {hint}")
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | str | None = None) -> Recipe:
@@ -161,18 +141,23 @@ def load_recipe(name: str, overrides: dict[str, Any] | str | None = None) -> Rec
             f'overrides is {overrides!r}; write a mapping, such as {{"prompts.count": 5}}.'
         )
     data = _read(_locate(str(name)))
-    dotted = [f"{s}.{k}" for s, keys in data.items() if isinstance(keys, dict) for k in keys]
-    _refuse_old_keys(dotted, f"The recipe {name}")
-    _set(data, overrides)
+    for section, values in data.items():
+        if isinstance(values, dict) and section not in ("others", "judges"):
+            for key in values:
+                _check_key(f"{section}.{key}")
+    for key, value in overrides.items():
+        _check_key(key)
+        section, _, leaf = key.rpartition(".")
+        value = read_value(key, value)
+        if not section:
+            data[leaf] = value
+        elif data.get(section) or value is not None:  # there may be no judge
+            data[section] = {**(data.get(section) or {}), leaf: value}
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            key = ".".join(str(part) for part in fault["loc"])
-            known = ""
-            if fault["type"] == "extra_forbidden":
-                known = f" Keys: {', '.join(valid_keys())}."
-            message = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"  {key}{': ' if key else ''}{message}{known}")
+        faults = [
+            f"  {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
         raise RecipeError(f"The recipe {name} does not fit:\n" + "\n".join(faults)) from None

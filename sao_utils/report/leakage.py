@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 
-import pandas as pd
-
 from sao_utils import oracles
 from sao_utils.evaluation.benchmarks import run_benchmark
 from sao_utils.evaluation.leakage import leakage, own_set, question_sets
 from sao_utils.evaluation.task_differences import differences, leave_out
 from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
-from sao_utils.report.sections import of_benchmark, rate, remembered
-from sao_utils.report.table import make_row, select
-from sao_utils.report.words import in_words
+from sao_utils.report.sections import of_benchmark, rate
+from sao_utils.report.table import make_row
 from sao_utils.statistics.intervals import Interval, clustered_difference
 from sao_utils.store import Run
 
@@ -31,10 +28,6 @@ def overlaps(run: Run) -> list[dict]:
         The rows of `evaluation.leakage.leakage`, for the run's own questions, the first turns of each
         benchmark and the items of each task of lm-eval: {set, by, prompts, items, share, matches}.
     """
-    return remembered(run, "overlaps", _overlaps)
-
-
-def _overlaps(run: Run) -> list[dict]:
     tasks = score_tasks(run, sao.candidates(run, ["base"])) if run.recipe.evaluation.tasks else ()
     return leakage(training_prompts(run), question_sets(run, tasks))
 
@@ -50,24 +43,17 @@ def rows(run: Run) -> Iterator[dict]:
 
     The share is of all questions of a set, no sample of them: no interval.
     """
-    made: dict[tuple, list[dict]] = {}  # several definitions of overlap may find the same questions
     for row in overlaps(run):
         if not row["items"]:
             continue
         share = Interval(row["share"], math.nan, math.nan, row["items"])
         metric = f"overlap ({row['by']})"
         yield make_row("leakage", metric, share, model=None, questions=row["set"])
-        left_out = frozenset(match["question"] for match in row["matches"])
         if row["items"] - len(row["matches"]) < FEWEST or "self" not in run.recipe.arms:
             continue
-        key = (row["set"], left_out)
-        if key not in made:
-            made[key] = list(_results_without(run, *key))
-        yield from ({**r, "questions": _without(row["set"], row["by"])} for r in made[key])
-
-
-def _without(name: str, by: str) -> str:
-    return f"{name} without overlap ({by})"
+        left_out = {match["question"] for match in row["matches"]}
+        without = {"questions": f"{row['set']} without overlap ({row['by']})"}
+        yield from ({**one, **without} for one in _results_without(run, row["set"], left_out))
 
 
 def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator[dict]:
@@ -102,37 +88,6 @@ def _own_results(run: Run, left_out: Collection[str]) -> Iterator[dict]:
             [row["combination"] for row, _, _ in known],
             settings.bootstrap,
             runs=[row["seed"] for row, _, _ in known],
-            bounds=(0, 1),
         )
         yield make_row("leakage", "good answers", gain, "points", judge="oracle", **names)
     yield make_row("leakage", "win rate", rate(rows), judge="self", **names)
-
-
-def leakage_frame(table: pd.DataFrame, found: list[dict]) -> pd.DataFrame:
-    """What overlaps, and the results on all questions and without those, in words.
-
-    Args:
-        table: of `results.results`, with the section "leakage" and those of the results on all.
-        found: rows of `overlaps`.
-    """
-    lines = []
-    for row in found:
-        overlapping = f"{len(row['matches'])} of {row['items']} ({100 * row['share']:.1f} %)"
-        if not row["items"]:
-            overlapping = "could not be run"
-        without = select(table, section="leakage", questions=_without(row["set"], row["by"]))
-        names = [row["set"], row["by"], overlapping]
-        if without.empty:
-            lines.append([*names, "", "", "too few left" if row["items"] else ""])
-        for one in without.itertuples(index=False, name="Row"):
-            on_all = table[table["section"] != "leakage"]
-            for column in ("metric", "model", "against", "judge", "seed", "unit"):
-                on_all = select(on_all, **{column: getattr(one, column)})
-            if one.against is None or one.metric not in ("good answers", "win rate"):
-                on_all = select(on_all, questions=row["set"])
-            whole = next(on_all.itertuples(index=False, name="Row"), None)
-            result = f"{one.metric}, by {one.judge}" if one.judge else one.metric
-            shown = ["" if of is None else f"{in_words(of)}, n = {of.n}" for of in (whole, one)]
-            lines.append([*names, result, *shown])
-    columns = "questions|overlap by|overlapping|result|on all|without the overlapping"
-    return pd.DataFrame(lines, columns=columns.split("|"))

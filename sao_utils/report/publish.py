@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from sao_utils.recipe import Arm
-from sao_utils.report.card import TINY, PublishError, finished, kind, noted, write_card
+from sao_utils.report.card import TINY, PublishError, finished, kind, made_with, write_card
 from sao_utils.store import Run
 
 #: Files that may leave the machine, of an adapter and of a whole model. Logs, probes, rows and
@@ -23,10 +23,6 @@ WHOLE = (
     "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja"
 ).split()
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-_LOGIN = (
-    "You are not logged in to the hub, or your token is not valid. Run `hf auth login`, or set "
-    "HF_TOKEN, with a token that may write. Nothing was uploaded."
-)
 
 
 def contents(run: Run, arm: Arm, seed: int) -> list[Path]:
@@ -40,14 +36,8 @@ def contents(run: Run, arm: Arm, seed: int) -> list[Path]:
 
 def check_repository(repo: str) -> None:
     """Raises ValueError unless this is how the hub names a repository: user/name."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise HFValidationError("the part before or after the '/' is missing")
-    except HFValidationError as error:
-        raise ValueError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.") from error
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise ValueError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.")
 
 
 def publish(
@@ -73,16 +63,19 @@ def publish(
 
     Raises:
         ValueError: `repo` is no name of a repository.
-        PublishError: not trained, a base model that nobody else has, offline, not logged in, or the
-            hub refused; the message says which.
+        PublishError: not trained, a base model that nobody else has, or the upload did not finish
+            (offline, not logged in, refused by the hub); the message says which.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     check_repository(repo)
-    model = _published_base(run, finished(run, arm, seed))
-    if constants.HF_HUB_OFFLINE:
-        raise PublishError("HF_HUB_OFFLINE=1 is set. Unset it to publish. Nothing was uploaded.")
+    model = made_with(run, finished(run, arm, seed))["recipe"]["model"]
+    if kind(model) == "folder":
+        raise PublishError(
+            "The base model of this run is a folder on this machine: nobody else could load the "
+            "adapter, and the card could not say what it is. Set model.path to the model's name on "
+            "the hub and train again, or publish the base model first."
+        )
     write_card(run, arm, seed)
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -90,33 +83,11 @@ def publish(
                 _copy(path, Path(temporary) / path.name, model)
             message = f"{arm}, seed {seed}, of the run {run.folder.name}"
             return _upload(Path(temporary), repo, private, message, log)
-    except LocalTokenNotFoundError:
-        raise PublishError(_LOGIN) from None
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status == 401:
-            raise PublishError(_LOGIN) from None
-        raise PublishError(f"The hub refused ({status}): {error.server_message or error}") from None
-    except (HTTPError, OSError, ValueError) as error:  # no network, or a card that it refuses
-        raise PublishError(f"The upload did not finish: {error}") from None
-
-
-def _published_base(run: Run, folder: Path) -> dict:
-    """The base model of a trained one, as its recipe names it. Raises PublishError if it is not known."""
-    facts = noted(folder)
-    if not facts:
+    except (HTTPError, OSError, ValueError) as error:
         raise PublishError(
-            "It was not noted how this model was made (the training was stopped at its very end, or "
-            f"an older version of the kit made it). Run notebook 04 of '{run.folder.name}' again."
-        )
-    model = facts["recipe"]["model"]
-    if kind(model) == "folder":
-        raise PublishError(
-            "The base model of this run is a folder on this machine: nobody else could load the "
-            "adapter, and the card could not say what it is. Set model.path to the model's name on "
-            "the hub and train again, or publish the base model first."
-        )
-    return model
+            f"The upload did not finish: {error}\nThe hub wants a token that may write: run "
+            "`hf auth login`, or set HF_TOKEN."
+        ) from None
 
 
 def _upload(
@@ -133,12 +104,7 @@ def _upload(
             "name. Nothing was uploaded."
         )
     log(f"Uploading to {repo} as {user} ...")
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        allow_patterns=[*ADAPTER, *WHOLE],
-        commit_message=message,
-    )
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     return str(url)
 
 
@@ -157,15 +123,7 @@ def _copy(source: Path, target: Path, model: dict) -> None:
             config[key] = TINY if kind(model) == "tiny" else model["path"]
     if "base_model_name_or_path" in config:
         config["revision"] = model["revision"]
-    key = _path_in({k: v for k, v in config.items() if k != "added_tokens_decoder"})
-    if key:
-        raise PublishError(f"{source.name} has a path of this machine under '{key}'.")
-    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _path_in(value: object, key: str = "") -> str:
-    """The key under which a text is an absolute path, "" if there is none."""
-    if isinstance(value, dict):
-        return next((found for k, v in value.items() if (found := _path_in(v, k))), "")
-    absolute = isinstance(value, str) and re.match(r"(/|~/|[A-Za-z]:[\\/])\S", value)
-    return key if absolute else ""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if found := re.search(r'"(\w+)": "(/|~/|[A-Za-z]:\\)\w', text):
+        raise PublishError(f"{source.name} has a path of this machine under '{found[1]}'.")
+    target.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,17 +13,14 @@ from sao_utils.engines.loading import model_name
 from sao_utils.methods import sao
 from sao_utils.report import leakage, sections, tables
 from sao_utils.report.card import write_card
-from sao_utils.report.leakage import leakage_frame, overlaps  # noqa: F401 - for notebooks
-from sao_utils.report.sections import remembered
-from sao_utils.report.table import as_csv, as_json, make_table, value_of
-from sao_utils.report.words import NOT_COMPARABLE, check, in_words, markdown, show
+from sao_utils.report.table import as_csv, as_json, make_table
+from sao_utils.report.words import NOT_COMPARABLE, markdown, show
 from sao_utils.store import Run, note
 
 #: section of the table -> what gives its rows, in the order of the table
 SECTIONS: dict[str, Callable[[Run], Iterator[dict]]] = {
     "prompts": sections.prompts,
     "judge": sections.judge,
-    "pairs": sections.labelled,
     "quality": sections.good_answers,
     "flaws": sections.flaws,
     "win rate": sections.win_rates,
@@ -47,9 +45,7 @@ def results(run: Run, *names: str) -> pd.DataFrame:
     unknown = set(names) - set(SECTIONS)
     if unknown:
         raise ValueError(f"no section {', '.join(unknown)}; there are: {', '.join(SECTIONS)}")
-    return make_table(
-        row for name in names or SECTIONS for row in remembered(run, name, SECTIONS[name])
-    )
+    return make_table(row for name in names or SECTIONS for row in SECTIONS[name](run))
 
 
 def write_tables(run: Run) -> pd.DataFrame:
@@ -71,7 +67,7 @@ def write_tables(run: Run) -> pd.DataFrame:
     _write_csv(folder / "funnel.csv", counts, ["arm", "step", "count"])
     examples = [
         {**row, "overlapping": len(row["matches"]), **match}
-        for row in overlaps(run)
+        for row in leakage.overlaps(run)
         for match in row["matches"][:EXAMPLES] or [{}]
     ]
     columns = "set by prompts items overlapping question prompt shared".split()
@@ -87,54 +83,26 @@ def _write_csv(path: Path, rows: list, columns: list[str]) -> None:
     write_whole(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
-def judge_against_oracle(run: Run) -> None:
-    """Print whether the judge's win rates and the oracle's shares of good answers point the same way.
-
-    What pleases the judge that a model was trained on, and is not better by the oracle, is a first sign
-    of reward hacking.
-    """
-    table = results(run, "quality", "win rate")
-    win = value_of(table, section="win rate", metric="win rate", model="self", against="base")
-    good = {"section": "quality", "model": "self"}
-    better = value_of(table, **good, against="base")
-    if win is not None and better is not None:
-        agree = not (win.low > 0.5 and better.high < 0)
-        remark = "it pleases a weak judge, and gets worse"
-        check("judge and oracle do not contradict each other", agree, remark)
-    by_judge = {"metric": "difference in win rate", "model": "self", "against": "oracle"}
-    ahead, really = value_of(table, **by_judge), value_of(table, **good, against="oracle")
-    if ahead is not None and really is not None:
-        print("by the judge:", in_words(ahead), " by the oracle:", in_words(really))
-        agree = not (ahead.low > 0 and really.low <= 0)
-        statement = "if the judge sees self ahead of oracle, so does the oracle"
-        check(statement, agree, "a first sign of reward hacking")
-
-
-def judge_matrix(verdicts: list[dict]) -> tuple[list[list[int]], list[str]]:
-    """How verdicts fall against the oracle: counts.
+def judge_matrix(verdicts: list[dict]) -> pd.DataFrame:
+    """How verdicts fall against the oracle: counts of pairs of a known quality.
 
     Args:
         verdicts: rows of `judge_pairs`, with `quality`.
 
     Returns:
-        Rows (oracle: a better, b better, tie) of columns (judge: a in both orders, b in both orders,
-        orders disagree, tie or invalid), and the names of the columns.
+        A row for what the oracle says (a better, b better, a tie), a column for what the judge says.
     """
-    rows = [[0] * 4 for _ in range(3)]
-    for v in verdicts:
-        if v["quality"] is None or v["outcome"] == "identical":
-            continue
-        a, b = v["quality"]
-        row = 0 if a > b else 1 if b > a else 2
-        if v["outcome"] == "consistent":
-            column = 0 if v["margin"] > 0 else 1
-        else:
-            column = 2 if v["outcome"] == "inconsistent" else 3
-        rows[row][column] += 1
-    return rows, ["a in both", "b in both", "orders disagree", "tie or invalid"]
-
-
-def pair_lengths(pairs: list[dict]) -> dict[str, list[int]]:
-    """Tokens of the chosen and of the rejected answers of pairs that are trained on."""
-    used = [row["lengths"] for row in pairs if row["discarded"] is None]
-    return {name: [of[k] for of in used] for k, name in enumerate(("chosen", "rejected"))}
+    counts: Counter = Counter()
+    for row in verdicts:
+        if row["quality"] is not None and row["outcome"] != "identical":
+            a, b = row["quality"]
+            truth = (
+                "oracle: a better" if a > b else "oracle: b better" if b > a else "oracle: a tie"
+            )
+            said = {"inconsistent": "orders disagree"}.get(row["outcome"], "tie or invalid")
+            if row["outcome"] == "consistent":
+                said = "a in both orders" if row["margin"] > 0 else "b in both orders"
+            counts[truth, said] += 1
+    truths = ["oracle: a better", "oracle: b better", "oracle: a tie"]
+    saying = ["a in both orders", "b in both orders", "orders disagree", "tie or invalid"]
+    return pd.DataFrame([[counts[t, s] for s in saying] for t in truths], truths, saying)

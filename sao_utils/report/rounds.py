@@ -87,7 +87,6 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
                         [row["combination"] for row in of],
                         run.recipe.evaluation.bootstrap,
                         runs=[row["seed"] for row in of],
-                        bounds=(0, 1),
                     )
                     names["against"] = "base"
                     yield make_row("rounds", "good answers", gain, "points", **names)

@@ -6,9 +6,9 @@ missing. What cannot be estimated has a row without a value, and a note that say
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -25,22 +25,12 @@ from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.stages.prompts import near_duplicate_rate, repetition_rate
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, wilson
-from sao_utils.store import Run, input_files
+from sao_utils.store import Run
 
 NAN = float("nan")
-#: metric -> its unit, where it is no share
-UNITS = {
-    "length bias": "points",
-    "length difference": "characters",
-    "prompts needed": "prompts",
-    "kappa": "",
-    "kappa, one order": "",
-}
-OF_JUDGE = (
-    "accuracy",
-    "longer answer",
-    "length bias",
-)  # how metrics begin that compare it with truth
+missing = partial(Interval, NAN, NAN, NAN, 0)  # in place of an estimate that cannot be made: why
+#: how the metrics of a judge begin that compare it with the truth
+OF_JUDGE = ("accuracy", "longer answer", "length bias")
 #: metric of a benchmark that is kept with the other results -> what it is called
 BENCHMARKED = {
     "win_rate": "win rate",
@@ -51,44 +41,19 @@ BENCHMARKED = {
     "score.turn_2": "score, turn 2",
     "valid_rate": "valid verdicts",
     "first_rate": "first position",
-    "kappa": "kappa",
 }
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
-
-
-_MADE: dict[tuple, tuple[list, list]] = {}  # in this process: intervals take seconds
-
-
-def remembered(run: Run, what: str, make: Callable[[Run], Iterable[dict]]) -> list[dict]:
-    """The rows that `make(run)` gives, made anew only if something that they come from has changed."""
-    key = (str(run.folder), run.recipe.model_dump_json(), what)
-    state, rows = _MADE.get(key, (None, []))
-    if state != _state(run):
-        rows = list(make(run))
-        _MADE[key] = (_state(run), rows)
-    return rows
-
-
-def _state(run: Run) -> list[tuple]:
-    paths = [*(run.folder / "rows").glob("*.jsonl"), *(run.folder / "adapters").glob("*/done.json")]
-    there = [(path, path.stat()) for path in sorted(paths) + input_files(run.recipe)]
-    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in there]
-
-
-def missing(why: str) -> Interval:
-    """In place of an estimate that cannot be made."""
-    return Interval(NAN, NAN, NAN, 0, why)
-
-
-def count(value: float, n: int) -> Interval:
-    """A count, or a property of a whole set: no sample of anything, so without interval."""
-    return Interval(value, NAN, NAN, n)
 
 
 def of_questions(run: Run) -> dict:
     """Where the run's own comparisons are made: its questions, at its first temperature."""
     settings = run.recipe.evaluation
     return {"questions": settings.questions, "temperature": settings.temperatures[0]}
+
+
+def _seeds(run: Run) -> tuple:
+    """What a number is given of: all seeds together (None), then each of several."""
+    return (None, *run.recipe.seeds) if len(run.recipe.seeds) > 1 else (None,)
 
 
 def _mean(run: Run, rows: list[dict], values: list) -> Interval:
@@ -108,12 +73,11 @@ def prompts(run: Run) -> Iterator[dict]:
         [row["prompt"] for row in rows if row["seed"] == seed and row["prompt"]]
         for seed in run.recipe.seeds
     ]
-    for metric, rate in (
-        ("repeated prompts", repetition_rate),
-        ("near-duplicate prompts", near_duplicate_rate),
-    ):
+    rates = {"repeated prompts": repetition_rate, "near-duplicate prompts": near_duplicate_rate}
+    for metric, rate in rates.items():
         mean = float(np.mean([rate(texts) for texts in by_seed]))
-        yield make_row("prompts", metric, count(mean, len(by_seed[0])))
+        found = Interval(mean, NAN, NAN, len(by_seed[0]))  # of a whole set, no sample of one
+        yield make_row("prompts", metric, found)
 
 
 def judge(run: Run) -> Iterator[dict]:
@@ -127,64 +91,42 @@ def judge(run: Run) -> Iterator[dict]:
     for (name, on), rows in verdicts.items():
         for metric, found in judge_quality(rows, run.recipe.evaluation.bootstrap).items():
             names = {"model": None, "judge": name, "questions": on}
-            yield make_row("judge", metric, found, UNITS.get(metric, "%"), **names)
-
-
-def labelled(run: Run) -> Iterator[dict]:
-    """How many rows of the file of labelled pairs are judged, and why the others are not."""
-    if run.recipe.judging.labelled is not None:
-        pairs = labelled_pairs(run.recipe.judging.labelled)
-        for reason, n in Counter(pair["discarded"] or "usable" for pair in pairs).items():
-            where = {"model": None, "questions": "labelled pairs"}
-            yield make_row("pairs", reason, count(float(n), len(pairs)), "pairs", **where)
+            yield make_row("judge", metric, found, **names)
 
 
 def good_answers(run: Run) -> Iterator[dict]:
     """The oracle's share of good answers, of every model, and the differences of the claim."""
-    recipe, every = run.recipe, evaluate.answers(run)
-    for temperature in recipe.evaluation.temperatures:
-        good: dict[str, dict] = {}  # model -> (seed, question) -> whether its answer is good
-        clusters: dict[str, str] = {}  # question -> combination
-        for row in every:
-            if row["temperature"] == temperature and row["good"] is not None:
-                good.setdefault(row["model"], {})[row["seed"], row["question_id"]] = row["good"]
-                clusters[row["question_id"]] = row["combination"]
-        controls = [model for model in good if model not in ("base", "self")]
-        wanted = [(model, None, None) for model in good]
+    known = [row for row in evaluate.answers(run) if row["good"] is not None]
+    for temperature in run.recipe.evaluation.temperatures:
+        answers = [row for row in known if row["temperature"] == temperature]
+        models = list(dict.fromkeys(row["model"] for row in answers))
+        controls = [model for model in models if model not in ("base", "self")]
+        wanted = [(model, None, None) for model in models]
         wanted += [(model, "base", None) for model in controls]
-        others = ("base", *controls) if "self" in good else ()
-        for seed in (None, *recipe.seeds) if len(recipe.seeds) > 1 else (None,):
-            wanted += [("self", other, seed) for other in others]
+        if "self" in models:
+            wanted += [("self", other, s) for s in _seeds(run) for other in ("base", *controls)]
         where = {**of_questions(run), "temperature": temperature, "judge": "oracle"}
         for model, against, seed in wanted:
-            found = _share_of_good(run, good, clusters, model, against, seed)
+            found = _share_of_good(run, answers, model, against, seed)
             names = {"model": model, "against": against, "seed": seed, **where}
             unit = "points" if against else "%"
             yield make_row("quality", "good answers", found, unit, **names)
 
 
 def _share_of_good(
-    run: Run,
-    good: dict[str, dict],
-    clusters: dict[str, str],
-    model: str,
-    against: str | None,
-    seed: int | None,
+    run: Run, answers: list[dict], model: str, against: str | None, seed: int | None
 ) -> Interval:
     """A model's share of good answers, or its difference to another's, over all seeds or of one."""
-    arms, resamples = run.recipe.arms, run.recipe.evaluation.bootstrap
-    over = run.recipe.seeds if seed is None else (seed,)
-    if model not in arms and against not in arms:
-        over = over[:1]
-    values = [
-        [good[name][s if name in arms else None, q] for s in over for q in clusters]
-        for name in (model, against)
-        if name is not None
-    ]
-    by, runs = [*clusters.values()] * len(over), [s for s in over for _ in clusters]
+    resamples = run.recipe.evaluation.bootstrap
+    of = [row for row in answers if row["model"] == model and seed in (None, row["seed"])]
+    by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
+    values = [row["good"] for row in of]
     if against is None:
-        return clustered_mean(values[0], by, resamples, runs=runs)
-    return clustered_difference(*values, by, resamples, runs=runs, bounds=(0, 1))
+        return clustered_mean(values, by, resamples, runs=runs)
+    good = {(r["seed"], r["question_id"]): r["good"] for r in answers if r["model"] == against}
+    of_seed = against in run.recipe.arms  # else it has one set of answers for all seeds
+    other = [good[r["seed"] if of_seed else None, r["question_id"]] for r in of]
+    return clustered_difference(values, other, by, resamples, runs=runs)
 
 
 def _first_answers(run: Run) -> dict[str, list[dict]]:
@@ -204,10 +146,13 @@ def flaws(run: Run) -> Iterator[dict]:
     """
     answers = _first_answers(run)
     for model in ("base", "self"):
-        rows = [(r, oracles.flaws(r["question"], r["text"])) for r in answers.get(model, ())]
-        known = [(row, found) for row, found in rows if found is not None]
-        for flaw in sorted(known[0][1]) if known else ():
-            share = _mean(run, [row for row, _ in known], [found[flaw] > 0 for _, found in known])
+        rows, found = [], []
+        for row in answers.get(model, ()):
+            if (of_row := oracles.flaws(row["question"], row["text"])) is not None:
+                rows.append(row)
+                found.append(of_row)
+        for flaw in sorted(found[0]) if found else ():
+            share = _mean(run, rows, [of_row[flaw] > 0 for of_row in found])
             yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
 
 
@@ -215,7 +160,7 @@ def lengths(run: Run) -> Iterator[dict]:
     """Mean tokens of the answers at the first temperature."""
     for model, rows in _first_answers(run).items():
         found = _mean(run, rows, [row["tokens"] for row in rows])
-        yield make_row("length", "answer length", found, "tokens", model=model, **of_questions(run))
+        yield make_row("length", "answer length", found, model=model, **of_questions(run))
 
 
 def win_rates(run: Run) -> Iterator[dict]:
@@ -231,7 +176,7 @@ def win_rates(run: Run) -> Iterator[dict]:
         names = {**where, "model": arm, "against": "base"}
         valid = _mean(run, rows, [row["win"] is not None for row in rows])
         yield make_row("win rate", "valid verdicts", valid, **names)
-        for seed in (None, *recipe.seeds) if len(recipe.seeds) > 1 else (None,):
+        for seed in _seeds(run):
             of = [row for row in rows if seed in (None, row["seed"])]
             yield make_row("win rate", "win rate", rate(of), seed=seed, **names)
             equal = rate(of, comparisons.rate_at_equal_length)
@@ -241,9 +186,8 @@ def win_rates(run: Run) -> Iterator[dict]:
             both = (verdicts["self"], verdicts[arm], recipe.evaluation.bootstrap)
             for seed, found in comparisons.difference_in_win_rate(*both).items():
                 names = {**where, "model": "self", "against": arm, "seed": seed}
-                text = "of the win rates against the base"
-                metric = "difference in win rate"
-                yield make_row("win rate", metric, found, "points", note=text, **names)
+                names["note"] = "of the win rates against the base"
+                yield make_row("win rate", "difference in win rate", found, **names)
 
 
 def rate(rows: list[dict], of=comparisons.rate) -> Interval:
@@ -271,29 +215,27 @@ def comparison(run: Run) -> Iterator[dict]:
         found = {"win rate": rate(of)}
         if name == "self":  # its win rates are in the section of these
             found = comparisons.scores(of, resamples)
-            found = {m: one for m, one in found.items() if not m.startswith("win rate")}
         known = [{**r, "quality": oracles.quality(r["prompt"], *r["responses"])} for r in of]
         quality = judge_quality(known, resamples)
         found |= {m: one for m, one in quality.items() if m.startswith(OF_JUDGE)}
         for metric, one in found.items():
-            yield make_row("comparison", metric, one, UNITS.get(metric, "%"), judge=name, **names)
+            yield make_row("comparison", metric, one, judge=name, **names)
         both = judges_agree(rows["self"], of, resamples) if name != "self" else {}
         for metric, one in both.items():
             pair = {**names, "judge": f"self and {name}"}
-            yield make_row("comparison", metric, one, UNITS.get(metric, "%"), **pair)
+            yield make_row("comparison", metric, one, **pair)
     of_arms = [evaluate.comparison(run, arm, "base") for arm in run.recipe.arms]
     for model, strength in comparisons.strengths(of_arms, resamples).items():
         names = {**where, "model": model, "judge": "self"}
-        yield make_row("comparison", "Elo", strength.elo, "Elo", **names)
+        yield make_row("comparison", "Elo", strength.elo, **names)
         yield make_row("comparison", "expected win rate", strength.win_rate, **names)
 
 
 def compared(run: Run) -> list[Candidate]:
     """Who takes part in benchmarks and tasks: no controls beside "self", which would double the cost."""
     arms = run.recipe.arms
-    return sao.candidates(
-        run, ["base", *(["self"] if "self" in arms else arms), *run.recipe.others]
-    )
+    trained = ["self"] if "self" in arms else arms
+    return sao.candidates(run, ["base", *trained, *run.recipe.others])
 
 
 def benchmarks(run: Run) -> Iterator[dict]:
@@ -314,7 +256,7 @@ def of_benchmark(run: Run, row: dict, section: str) -> dict:
         section,
         BENCHMARKED[row["metric"]],
         row["interval"],
-        "of 10" if graded else UNITS.get(row["metric"], "%"),
+        "of 10" if graded else None,
         model=arm if of_seed else row["model"],
         seed=int(seed) if of_seed else None,
         judge=row["judge"],
@@ -333,9 +275,7 @@ def tasks(run: Run) -> Iterator[dict]:
         if row["problem"]:
             yield make_row("task", "score", missing(row["problem"]), model=model, **where)
             continue
-        notes = [f"the first {row['limit']} items only"] if row["limit"] else []
-        notes += [f"{row['truncated']} prompts cut"] if row["truncated"] else []
-        text, metric = "; ".join(notes), row["metric"]
+        text, metric = f"the first {row['limit']} items only" if row["limit"] else "", row["metric"]
         if row["task"] not in bases:
             bases.add(row["task"])
             yield make_row("task", metric, _share(row["base"]), note=text, **where)
@@ -349,4 +289,4 @@ def _share(found: Interval) -> Interval:
     """A share's interval within 0..1; Wilson's where all items fared alike."""
     if found.value in (0, 1):
         return wilson(found.value * found.n, found.n)
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # NaN stays NaN

@@ -28,15 +28,25 @@ if TYPE_CHECKING:
 COLUMNS = (
     "section metric model against judge questions temperature seed round value low high n unit note"
 ).split()
-_NUMBERS = ("value", "low", "high")
+#: metric -> its unit, where it is no share
+UNITS = {
+    "answer length": "tokens",
+    "difference in win rate": "points",
+    "Elo": "Elo",
+    "kappa": "",
+    "kappa, one order": "",
+    "length bias": "points",
+    "length difference": "characters",
+}
 
 
 def make_row(
-    section: str, metric: str, found: Interval, unit: str = "%", note: str = "", **names: object
+    section: str, metric: str, found: Interval, unit: str | None = None, note: str = "", **names
 ) -> dict:
     """A row of the table from an estimate.
 
     Args:
+        unit: by default that of `UNITS`, else "%".
         names: the columns from `model` (by default "base") to `round`.
     """
     notes = [text for text in (note, found.note) if text]
@@ -44,6 +54,7 @@ def make_row(
         notes = ["cannot be estimated from these values"]  # kappa, say, where all are alike
     row = {"section": section, "metric": metric, "model": "base", "round": 0, **names}
     numbers = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    unit = UNITS.get(metric, "%") if unit is None else unit
     return row | numbers | {"unit": unit, "note": "; ".join(notes)}
 
 
@@ -51,7 +62,7 @@ def make_table(rows: Iterable[dict]) -> pd.DataFrame:
     """Rows as a data frame of `COLUMNS`: None where a cell is empty, NaN where there is no number."""
     table = pd.DataFrame(list(rows), columns=COLUMNS, dtype=object)
     table = table.where(table.notna(), None)
-    return table.astype(dict.fromkeys(_NUMBERS, float))
+    return table.astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def select(table: pd.DataFrame, **columns: object) -> pd.DataFrame:
@@ -89,16 +100,8 @@ def value_of(table: pd.DataFrame, **columns: object) -> NamedTuple | None:
 
 def as_records(table: pd.DataFrame) -> list[dict]:
     """The rows as JSON may hold them: six decimals, None for what is not finite."""
-    return [
-        {key: _plain(value) for key, value in row.items()}
-        for row in table.to_dict(orient="records")
-    ]
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
+    finite = table.round(6).replace([math.inf, -math.inf, math.nan], None)
+    return finite.to_dict(orient="records")
 
 
 def as_json(table: pd.DataFrame) -> str:

@@ -13,8 +13,6 @@ from collections import Counter
 from importlib.resources import files
 
 OUTCOMES = ("consistent", "inconsistent", "tie", "invalid", "identical")
-MAX_BYTES = 1_000_000
-MAX_TEXT = 20_000  # characters of a text that are shown
 _SHOWN = "prompt responses lengths quality outcome margin margin_12 margin_21 mass".split()
 _UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # the others json escapes
 
@@ -25,7 +23,7 @@ def pair_viewer(rows: list[dict], limit: int = 200, unit: str = "tokens") -> str
     Args:
         rows: rows of `stages.judging.judge_pairs`; lengths and quality are shown where they are there.
         limit: the most pairs to put into the page. Of each outcome, and of the wrong verdicts, about
-            equally many are taken, the first ones; fewer where the page would exceed `MAX_BYTES`.
+            equally many are taken, the first ones.
         unit: what lengths are counted in.
 
     Returns:
@@ -35,16 +33,21 @@ def pair_viewer(rows: list[dict], limit: int = 200, unit: str = "tokens") -> str
     counts = Counter(group for names in groups for group in names)
     order = ("all", *OUTCOMES, "right", "wrong")
     shown = [(name, counts[name]) for name in order if counts[name] or name == "all"]
-    most = min(limit, len(rows))
-    while True:
-        picked = [
-            {**{key: _plain(rows[k].get(key)) for key in _SHOWN}, "groups": groups[k]}
-            for k in _pick(groups, most)
-        ]
-        page = _page({"rows": picked, "counts": shown, "unit": unit})
-        if not most or len(page.encode()) <= MAX_BYTES:
-            return page
-        most //= 2
+    turns, seen = [], Counter()  # the first of each kind, then the second of each, ...
+    for k, names in enumerate(groups):
+        seen[tuple(names)] += 1
+        turns.append((seen[tuple(names)], k))
+    picked = [
+        {**{key: _finite(rows[k].get(key)) for key in _SHOWN}, "groups": groups[k]}
+        for k in sorted(k for _, k in sorted(turns)[:limit])
+    ]
+    page = (files("sao_utils.report") / "viewer.html").read_text(encoding="utf-8")
+    data = json.dumps({"rows": picked, "counts": shown, "unit": unit}).translate(_UNSAFE)
+    # No same origin: nothing in the frame could reach the page around it, or a notebook's server.
+    return (
+        '<div><iframe title="Pairs" sandbox="allow-scripts" style="width:100%;height:560px;border:0" '
+        f'srcdoc="{html.escape(page.replace("DATA", data))}"></iframe></div>'
+    )
 
 
 def _groups(row: dict) -> list[str]:
@@ -55,30 +58,6 @@ def _groups(row: dict) -> list[str]:
     return names
 
 
-def _pick(groups: list[list[str]], most: int) -> list[int]:
-    """Indices of at most `most` rows, in order: of each kind in turn, so that rare ones are there."""
-    kinds: dict[tuple, int] = {}
-    turns = []
-    for k, names in enumerate(groups):
-        turn = kinds[tuple(names)] = kinds.get(tuple(names), 0) + 1
-        turns.append((turn, k))
-    return sorted(k for _, k in sorted(turns)[:most])
-
-
-def _plain(value):
-    """A value as JSON has it, long texts cut: numbers that are not finite are none."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        return f"{value[:MAX_TEXT]} [... {len(value) - MAX_TEXT:,} more characters]"
+def _finite(value):
+    """A value as JSON has it: numbers that are not finite are none."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _page(data: dict) -> str:
-    page = (files("sao_utils.report") / "viewer.html").read_text(encoding="utf-8")
-    page = page.replace("DATA", json.dumps(data, separators=(",", ":")).translate(_UNSAFE))
-    # No same origin: nothing in the frame could reach the page around it, or a notebook's server.
-    return (
-        '<div><iframe title="Pairs" sandbox="allow-scripts" style="width:100%;height:560px;border:0" '
-        f'srcdoc="{html.escape(page)}"></iframe></div>'
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -32,16 +33,15 @@ FLAWS = {
     "garbled": "has a garbled sentence",
     "unfinished": "does not come to an end",
 }
-DECIMALS = {"": 2, "of 10": 2, "prompts": 0, "pairs": 0}  # of a unit; others have one
+DECIMALS = {"": 2, "of 10": 2}  # of a unit; others have one
 HEADING = "value [95 % interval]"
+DIFFERENCE = "difference [95 % interval]"
 
 
 def number(value: float, unit: str) -> str:
     """A value in its unit: shares in percent, kappa and grades with two decimals."""
-    if value is None or math.isnan(value):
-        return "nan"
     factor = 100 if unit in ("%", "points") else 1
-    return "no end" if math.isinf(value) else f"{factor * value:.{DECIMALS.get(unit, 1)}f}"
+    return f"{factor * value:.{DECIMALS.get(unit, 1)}f}"
 
 
 def interval_in_words(found: Interval, unit: str = "%") -> str:
@@ -51,20 +51,22 @@ def interval_in_words(found: Interval, unit: str = "%") -> str:
         found: anything with value, low, high and note, such as an `Interval` or a row of the table.
         unit: of its numbers, as in the table.
     """
+    if math.isnan(found.value):
+        return f"not estimated: {found.note}".removesuffix(": ")
     value, low, high = (number(getattr(found, key), unit) for key in ("value", "low", "high"))
-    if value == "nan":
-        reason = getattr(found, "note", "")
-        return f"not estimated: {reason}" if reason else "not estimated"
     interval = "(no interval)" if "nan" in (low, high) else f"[{low}, {high}]"
     return f"{value} {interval} {unit}".rstrip()
 
 
 def in_words(row) -> str:
     """The value of a row of the table (a named tuple), with its interval and unit."""
-    if row.unit == "prompts" and not row.note:  # JSON knows no infinity
-        ends = (math.inf if math.isnan(x) else x for x in (row.value, row.low, row.high))
-        row = row._replace(**dict(zip(("value", "low", "high"), ends)))
     return interval_in_words(row, row.unit)
+
+
+def sizes(found: Iterable) -> str:
+    """`880`, or `880 to 4,400`: how many values are behind several estimates."""
+    counts = sorted({one.n for one in found})
+    return f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
 
 
 def what(row) -> str:
@@ -72,7 +74,7 @@ def what(row) -> str:
     parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
     if row.section == "judge":
         parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
-    if row.section in ("benchmark", "task", "leakage", "pairs"):
+    if row.section in ("benchmark", "task", "leakage"):
         parts.insert(0, f"{row.questions}:")
     if row.section in ("quality", "leakage") and row.temperature is not None:
         parts[-1] += f", {decoding(row.temperature)}"
@@ -109,13 +111,7 @@ def is_difference(row) -> bool:
 def show(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of the table in words, a line each: what, model, value [95 % interval], n, remarks."""
     lines = [
-        {
-            "what": what(row),
-            "model": models(row),
-            HEADING: in_words(row),
-            "n": f"{row.n:,}",
-            "remarks": row.note,
-        }
+        (what(row), models(row), in_words(row), f"{row.n:,}", row.note)
         for row in rows.itertuples(index=False, name="Row")
     ]
     shown = pd.DataFrame(lines, columns=["what", "model", HEADING, "n", "remarks"])
@@ -130,34 +126,28 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
         difference [95 % interval], n (of the difference, else of the model). Then differences to
         others than the base.
     """
-    found = list(rows.itertuples(index=False, name="Row"))
-    alone = {(what(row), row.model): row for row in found if row.against is None}
-    gains = {(what(r), r.model): r for r in found if is_difference(r) and r.against == "base"}
-    lines = []
-    for measured, model in dict.fromkeys([*alone, *gains]):
-        if model != "base":
-            tuned, gain = (of.get((measured, model)) for of in (alone, gains))
-            base = alone.get((measured, "base"))
-            lines.append([measured, model_in_words(model), base, tuned, gain, gain or tuned])
-    others = (row for row in found if is_difference(row) and row.against != "base")
-    lines += [[what(row), models(row), None, None, row, row] for row in others]
-    columns = ["what", "model", "base", "tuned", "difference [95 % interval]", "n"]
-    cells = [
-        [*names, *("" if row is None else in_words(row) for row in measured), f"{last.n:,}"]
-        for *names, base, tuned, gain, last in lines
-        for measured in [(base, tuned, gain)]
-    ]
-    return pd.DataFrame(cells, columns=columns)
+    bases, lines = {}, {}
+    for row in rows.itertuples(index=False, name="Row"):
+        if row.model == "base":
+            bases[what(row)] = in_words(row)
+        elif row.against is None or is_difference(row):
+            apart = row.against not in (None, "base")
+            model = models(row) if apart else model_in_words(row.model)
+            line = lines.setdefault((apart, what(row), model), {"what": what(row), "model": model})
+            line |= {"tuned" if row.against is None else DIFFERENCE: in_words(row)}
+            line["n"] = f"{row.n:,}"
+    for (apart, measured, _), line in lines.items():
+        line["base"] = "" if apart else bases.get(measured, "")
+    in_order = [lines[key] for key in sorted(lines, key=lambda key: key[0])]
+    columns = ["what", "model", "base", "tuned", DIFFERENCE, "n"]
+    return pd.DataFrame(in_order, columns=columns, dtype=object).fillna("")
 
 
 def markdown(shown: pd.DataFrame) -> str:
     """A data frame of texts as a Markdown table."""
     lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: object) -> str:
-    return " ".join(str(text).replace("|", "/").split())
+    cells = [[" ".join(str(text).replace("|", "/").split()) for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def check(statement: str, holds: bool, otherwise: str) -> bool:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,10 @@ import numpy as np
 
 from sao_utils.statistics.errors import cluster_codes, widened
 from sao_utils.statistics.intervals import (
+    ALIKE,
     Interval,
-    Z,
     resampled_sums,
     tail_of,
-    win_rate,
     without_interval,
 )
 
@@ -29,7 +27,6 @@ def kappa(
     b: Sequence[Hashable],
     clusters: Sequence | None = None,
     resamples: int = 10_000,
-    seed: int = 0,
 ) -> Interval:
     r"""Cohen's kappa of two raters with nominal labels, with a bootstrap over clusters.
 
@@ -41,41 +38,26 @@ def kappa(
         a, b: [n] the label that each rater gave to item i (1, 2, "tie", ...): drop and count the
             items that one of them did not label before the call.
         clusters: [n] the cluster of each item; None: items are independent.
-        resamples: how many resamples.
-        seed: the same seed, labels and clusters give the same interval.
 
     Returns:
-        Kappa, in -1..1, and its interval. Where both raters give one and the same label to all
-        items kappa is 0 / 0: the value is NaN and the interval all of -1..1. Where resamples are
-        all alike (they always agree on several labels, or never; or one rater gives one label
-        only, which makes kappa 0 whatever the other says), the bounds are kappa at the bounds of
-        `intervals.win_rate` for p_o. Resamples in which kappa is 0 / 0 are left out. One item
-        alone says nothing: the interval is all of -1..1.
+        Kappa, in -1..1, and its interval; resamples in which kappa is 0 / 0 are left out. Where both
+        raters give one and the same label to all items there is no kappa (0 / 0), and where all
+        resamples come out alike (they always agree, or never) no interval.
 
     Raises:
-        ValueError: missing labels, or lengths that differ.
+        ValueError: lengths that differ.
     """
-    if len(a) != len(b):
-        raise ValueError(f"kappa needs as many labels of a ({len(a)}) as of b ({len(b)})")
     n = len(a)
+    if n != len(b):
+        raise ValueError(f"kappa needs as many labels of a ({n}) as of b ({len(b)})")
+    codes = np.arange(n) if clusters is None else cluster_codes(clusters, n, "labels")
+    number = {label: i for i, label in enumerate(dict.fromkeys([*a, *b]))}
+    if len(number) == 1:
+        return Interval(math.nan, math.nan, math.nan, n, "all labels are the same")
     if not n:
         return without_interval(math.nan, 0)
-    # NaN is the one label that does not equal itself.
-    missing = sum(label is None or label != label for pair in zip(a, b) for label in pair)
-    if missing:
-        raise ValueError(
-            f"{missing} of {2 * n} labels are missing: drop their items first, and count them"
-        )
-    number = {label: i for i, label in enumerate(dict.fromkeys([*a, *b]))}
     first, second = (np.eye(len(number))[[number[label] for label in of]] for of in (a, b))
-    codes = np.arange(n) if clusters is None else cluster_codes(clusters, n, "labels")
-    if len(number) == 1:
-        return Interval(float("nan"), -1.0, 1.0, n)
-    single = n > 1 and not codes.any()
-    if single:
-        codes = np.arange(n)
-    same = (first * second).sum(1)
-    items = np.column_stack([same, first, second])
+    items = np.column_stack([(first * second).sum(1), first, second])
     sums = np.zeros((codes.max() + 1, items.shape[1]))
     np.add.at(sums, codes, items)
 
@@ -87,17 +69,13 @@ def kappa(
             return (observed[..., 0] / size - chance) / (1 - chance)
 
     value = float(of(sums.sum(0)))
-    if n == 1:
-        return Interval(value, -1.0, 1.0, 1)
-    if single:
+    if not codes.any():
         return without_interval(value, n)
-    found = of(resampled_sums(sums, resamples, np.random.default_rng(seed)))
+    found = of(resampled_sums(sums, resamples))
     tail = tail_of(codes)
     low, high = np.nanquantile(found, (tail, 1 - tail))
     if high - low < 1e-12:
-        chance, agreed = float(first.mean(0) @ second.mean(0)), win_rate(same, codes).rate
-        low, high = ((p - chance) / (1 - chance) for p in (agreed.low, agreed.high))
-        low, high = max(-1.0, low), min(1.0, high)
+        return Interval(value, math.nan, math.nan, n, ALIKE)
     return Interval(value, float(low), float(high), n)
 
 
@@ -119,152 +97,94 @@ def bradley_terry(
     games: Iterable[tuple[str, str, float, float, Hashable]],
     baseline: str,
     resamples: int = 1000,
-    seed: int = 0,
     runs: Sequence | None = None,
 ) -> dict[str, Strength]:
     r"""The strengths of models from games of two, with a bootstrap over prompts.
 
     P(a wins) = s_a / (s_a + s_b), fitted by maximum likelihood (Bradley and Terry, 1952, Biometrika
-    39; evalica's iteration, Newman, 2023, JMLR 24), a tie being half a win of each. Elo points are
-    1000 + 400 log10(s / s_baseline), as Arena-Hard has it (Li and others, 2024, arXiv 2406.11939):
-    its two games of a prompt are two games here, with a weight of 3 for A>>B and B>>A. Unlike
-    there, whole prompts are resampled, not single games, so that the two orders of a prompt, and
-    all models' games on it, count as one piece of evidence.
+    39), a tie being half a win of each. Elo points are 1000 + 400 log10(s / s_baseline), as
+    Arena-Hard has it (Li and others, 2024, arXiv 2406.11939): its two games of a prompt are two
+    games here, with a weight of 3 for A>>B and B>>A. Unlike there, whole prompts are resampled, so
+    that all games on a prompt count as one piece of evidence.
 
     Args:
         games: (model a, model b, outcome, weight, prompt): outcome 1 if a won, 0 if b did, 0.5 for
-            a tie, or between; drop and count what is invalid before the call. Rows that repeat a
-            prompt add no certainty.
+            a tie, or between; drop and count what is invalid before the call.
         baseline: the model that has 1000 points.
         resamples: how many resamples (Arena-Hard takes 100).
-        seed: the same seed and games give the same intervals.
         runs: the training (seed) of the models in each game, None where none of both was trained.
-            With several, the intervals also hold what other trainings would have changed: the
-            variance between them is added on the log-odds (`errors.add_trainings`), from how much
-            each game moves the fit. None for all: of one training.
+            With several, the intervals also hold what other trainings would have changed
+            (`errors.widened`, on the log-odds). None for all: of one training.
 
     Returns:
-        Each model's strength, the strongest first. The baseline has 1000 and 0.5 without width.
-
-        Where some models won (or lost) all of their games against the others, no finite strength
-        fits. With a warning that names them, a drawn game is then added to each pair that met, and
-        the intervals are the fit's own, on the log-odds, with each prompt counting as one game of
-        each pair: wide. The same is done in single resamples that come out so.
-
-        Games of one prompt have no interval (`intervals.without_interval`). One game alone gets the
-        made-up one and such an interval, too.
+        Each model's strength, the strongest first. The baseline has 1000 and 0.5 without width. Where
+        some models won (or lost) all of their games against the others, or never met them, no finite
+        strengths fit: no model has a number. Games of one prompt have no interval. A resample that
+        comes out so gets a made-up tie of each pair that met.
 
     Raises:
-        ValueError: no games, a baseline without games, a model against itself, outcomes outside of
-            0..1, weights that are not above 0, or groups of models that never met.
+        ValueError: a baseline without games, or outcomes outside of 0..1.
     """
     rows = list(games)
-    if not rows:
-        raise ValueError("there are no games: strengths need at least one")
     names = sorted({name for a, b, *_ in rows for name in (a, b)})
     if baseline not in names:
         raise ValueError(f"the baseline {baseline!r} has no games; models with games: {names}")
     number = {name: i for i, name in enumerate(names)}
-    first = np.array([number[row[0]] for row in rows])
-    second = np.array([number[row[1]] for row in rows])
-    outcome = np.array([row[2] for row in rows], dtype=float)
-    weight = np.array([row[3] for row in rows], dtype=float)
-    if (first == second).any():
-        raise ValueError(f"{names[first[first == second][0]]!r} plays against itself")
+    first, second = (np.array([number[row[side]] for row in rows]) for side in (0, 1))
+    outcome, weight = (np.array([row[k] for row in rows], dtype=float) for k in (2, 3))
     if not ((outcome >= 0) & (outcome <= 1)).all():
         raise ValueError("outcomes must lie in 0..1: drop games that are not valid, and count them")
-    if not ((weight > 0) & (weight < math.inf)).all():
-        raise ValueError("weights must be above 0: leave out games that do not count")
     codes = cluster_codes([row[4] for row in rows], len(rows), "games")
-    single = len(rows) > 1 and not codes.any()
-    if single:
-        codes = np.arange(len(rows))
-    of_run = np.zeros_like(codes)
-    if runs is not None:
-        trained = np.array([run is not None for run in runs])
-        of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
     m, k, zero = len(names), int(codes.max()) + 1, number[baseline]
-    others = np.arange(m) != zero
+    played = (np.bincount(first, minlength=m) + np.bincount(second, minlength=m)).tolist()
     by_prompt = np.zeros((k, m, m))  # [i, a, b]: a's wins over b on prompt i
     np.add.at(by_prompt, (codes, first, second), outcome * weight)
     np.add.at(by_prompt, (codes, second, first), (1 - outcome) * weight)
     wins = by_prompt.sum(0)
-    met = (wins + wins.T > 0).astype(float)
-    groups = _groups(met)
-    if groups.max() > 0:
-        never = [name for name, group in zip(names, groups) if group != groups[zero]]
-        raise ValueError(
-            f"no chain of games leads from {baseline!r} to {never}: compare them with a model that "
-            "has met the baseline, or leave them out"
-        )
-    groups = _groups(wins)
-    if groups.max() == 0 and k > 1:
-        counted = wins
-        points = _log_strengths(wins, zero)
-        totals = resampled_sums(by_prompt.reshape(k, m * m), resamples, np.random.default_rng(seed))
-        found = _resampled_strengths(totals.reshape(-1, m, m), met, zero)
-        tail = tail_of(codes)
-        low, high = np.quantile(found, (tail, 1 - tail), axis=0)
-    else:
-        parted = [[name for name, g in zip(names, groups) if g == of] for of in set(groups)]
-        if len(parted) > 1:
-            warnings.warn(
-                f"Between some of these groups of models one side won all games: {parted}. Their "
-                "strengths are drawn together by a made-up tie of each pair, with wide intervals.",
-                stacklevel=2,
-            )
-        counted = wins + met / 2
-        points = _log_strengths(counted, zero)
-        information = _information(counted, points, zero) / (wins.sum() / (met.sum() / 2) / k)
-        half = np.zeros(m)
-        half[others] = Z * np.sqrt(np.diag(np.linalg.inv(information)))
-        low, high = points - half, points + half
-    if len(set(of_run[of_run >= 0])) > 1:
-        expected = 1 / (1 + np.exp(points[second] - points[first]))
-        away = (np.eye(m)[first] - np.eye(m)[second]) * (weight * (outcome - expected))[:, None]
-        moves = away[:, others] @ np.linalg.inv(_information(counted, points, zero))
-        for i, of in zip(np.flatnonzero(others), moves.T):
-            low[i], high[i] = widened(points[i], low[i], high[i], of, codes, of_run)
-    played = np.bincount(first, minlength=m) + np.bincount(second, minlength=m)
-
-    def strength(i: int) -> Strength:
-        if single:
-            elo, expected = 1000 + ELO * points[i], 1 / (1 + math.exp(-points[i]))
-            return Strength(*(without_interval(x, int(played[i])) for x in (elo, expected)))
-        of = [float(x[i]) for x in (points, low, high)]
-        elo = Interval(*(1000 + ELO * x for x in of), n=int(played[i]))
-        return Strength(elo, Interval(*(1 / (1 + math.exp(-x)) for x in of), n=int(played[i])))
-
-    return {names[i]: strength(i) for i in np.argsort(-points, kind="stable")}
+    points = _log_strengths(wins, zero)
+    if points is None:
+        why = "some models won, or lost, all games against the others: no finite strength fits"
+        none = [Interval(math.nan, math.nan, math.nan, n, why) for n in played]
+        return {name: Strength(none[i], none[i]) for name, i in number.items()}
+    order = np.argsort(-points, kind="stable").tolist()
+    if k == 1:
+        both = np.column_stack([1000 + ELO * points, _sigmoid(points)])
+        alone = [[without_interval(value, n) for value in of] for of, n in zip(both, played)]
+        return {names[i]: Strength(*alone[i]) for i in order}
+    low, high = _resampled_bounds(by_prompt, zero, tail_of(codes), resamples)
+    if runs is not None:
+        trained = np.array([run is not None for run in runs])
+        of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
+        residuals = weight * (outcome - _sigmoid(points[first] - points[second]))
+        moves = _moves(residuals, first, second, wins, points, zero)
+        for i in range(m):
+            low[i], high[i] = widened(points[i], low[i], high[i], moves[:, i], codes, of_run)
+    found = {}
+    for i in order:
+        logs = np.array([points[i], low[i], high[i]])
+        elo = Interval(*(1000 + ELO * logs).tolist(), n=played[i])
+        found[names[i]] = Strength(elo, Interval(*_sigmoid(logs).tolist(), n=played[i]))
+    return found
 
 
-def _groups(wins: np.ndarray) -> np.ndarray:
-    """[m] the group of each model: within a group, wins lead from each model to each other one.
+def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray | None:
+    """[m] maximum likelihood from [m, m] wins, with 0 for the model `zero`.
 
-    One group: the likelihood has a finite maximum (Ford, 1957, American Mathematical Monthly 64).
+    None without a finite maximum: wins must lead from each model to each other one (Ford, 1957,
+    American Mathematical Monthly 64).
     """
+    others = np.arange(len(wins)) != zero
+    if not wins[np.ix_(others, others)].any():  # all met the model `zero` only
+        won, lost = wins[others, zero], wins[zero, others]
+        if not (won.all() and lost.all()):
+            return None
+        logs = np.zeros(len(wins))
+        logs[others] = np.log(won / lost)
+        return logs
     from scipy.sparse.csgraph import connected_components
 
-    return connected_components(wins > 0, directed=True, connection="strong")[1]
-
-
-def _resampled_strengths(totals: np.ndarray, met: np.ndarray, zero: int) -> np.ndarray:
-    """[r, m] log-strengths of each of r resamples; where no finite ones fit, with made-up ties."""
-    others = np.arange(len(met)) != zero
-    if met[np.ix_(others, others)].any():
-        return np.array(
-            [_log_strengths(of if _groups(of).max() == 0 else of + met / 2, zero) for of in totals]
-        )
-    # All met the model `zero` only: the odds are the games won by the games lost.
-    won, lost = totals[:, others, zero], totals[:, zero, others]
-    tie = np.where(((won > 0) & (lost > 0)).all(1), 0.0, 0.5)[:, None]
-    logs = np.zeros(totals.shape[:2])
-    logs[:, others] = np.log((won + tie) / (lost + tie))
-    return logs
-
-
-def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray:
-    """[m] maximum likelihood, with 0 for the model `zero`; wins [m, m] of one group."""
+    if connected_components(wins > 0, directed=True, connection="strong")[0] > 1:
+        return None
     import evalica
 
     a, b = np.nonzero(wins)
@@ -280,9 +200,41 @@ def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray:
     return logs - logs[zero]
 
 
-def _information(wins: np.ndarray, points: np.ndarray, zero: int) -> np.ndarray:
-    """[m - 1, m - 1] what the games tell of the log-strengths of all models but `zero`."""
-    p = 1 / (1 + np.exp(points[None, :] - points[:, None]))
+def _resampled_bounds(
+    by_prompt: np.ndarray, zero: int, tail: float, resamples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[m] lower and [m] upper ends of log-strengths, over resamples of [k, m, m] wins by prompt."""
+    k, m, _ = by_prompt.shape
+    wins = by_prompt.sum(0)
+    ties = (wins + wins.T > 0) / 2
+    totals = resampled_sums(by_prompt.reshape(k, m * m), resamples)
+    found = []
+    for total in totals.reshape(-1, m, m):
+        logs = _log_strengths(total, zero)
+        found.append(_log_strengths(total + ties, zero) if logs is None else logs)
+    low, high = np.quantile(found, (tail, 1 - tail), axis=0)
+    return low, high
+
+
+def _moves(
+    residuals: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    wins: np.ndarray,
+    points: np.ndarray,
+    zero: int,
+) -> np.ndarray:
+    """[n, m] by how much each of n games moves each model's log-strength."""
+    m = len(points)
+    p = _sigmoid(points[:, None] - points[None, :])
     between = (wins + wins.T) * p * p.T
-    others = np.arange(len(points)) != zero
-    return (np.diag(between.sum(1)) - between)[np.ix_(others, others)]
+    others = np.arange(m) != zero
+    information = (np.diag(between.sum(1)) - between)[np.ix_(others, others)]
+    moves = (np.eye(m)[first] - np.eye(m)[second]) * residuals[:, None]
+    moves[:, others] = moves[:, others] @ np.linalg.inv(information)
+    moves[:, zero] = 0.0
+    return moves
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-log_odds))

@@ -7,21 +7,15 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Make the model from its grammar, measure it and write its card, or search its training settings."""
+    """Make the model from its grammar, measure it for its card, or search its training settings."""
     parser = argparse.ArgumentParser(prog="python -m sao_utils.tiny", description=main.__doc__)
     ask = parser.add_subparsers(dest="what", required=True)
-    ask.add_parser("card", help="measure the committed model and write its card (minutes)")
+    ask.add_parser("card", help="measure the committed model for its card (minutes)")
     ask.add_parser("search", help="write results/reference/search.csv (half an hour)")
     make = ask.add_parser("pretrain", help="make model and tokenizer again (hours on a CPU)")
-    shown = "(default: %(default)s)"
-    make.add_argument(
-        "--out", type=Path, default=Path("results/tiny-model"), help=f"folder {shown}"
-    )
-    make.add_argument("--steps", type=int, default=3600, help=shown)
-    make.add_argument("--tokens", type=int, default=9000, help=f"a step, with padding {shown}")
-    make.add_argument("--lr", type=float, default=3e-3, help=f"peak learning rate {shown}")
-    make.add_argument("--seed", type=int, default=0, help=shown)
-    make.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is reproducible")
+    make.add_argument("--out", type=Path, default=Path("results/tiny-model"))
+    make.add_argument("--steps", type=int, default=3600)
+    make.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.what == "card":
         from sao_utils.tiny.card import write_card
@@ -32,13 +26,9 @@ def main() -> None:
 
         search()
     else:
-        import torch
-
         from sao_utils.tiny.pretrain import pretrain
 
-        torch.set_num_threads(given.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pretrain(given.out, given.steps, given.tokens, given.lr, given.seed, device)
+        pretrain(given.out, given.steps, given.seed)
 
 
 if __name__ == "__main__":

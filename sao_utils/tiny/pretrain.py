@@ -133,12 +133,9 @@ def collate(rows: list[tuple], pad_id: int) -> Batch:
         weights[i, : len(tokens)] = torch.tensor(w)
         sentences += [(i, *target) for target in s]
         answers += [(i, *target) for target in a]
-    return Batch(
-        ids,
-        weights,
-        torch.tensor(sentences, dtype=torch.long).view(-1, 3),
-        torch.tensor(answers, dtype=torch.long).view(-1, 2 + len(world.FLAWS)),
-    )
+    sentences = torch.tensor(sentences, dtype=torch.long).view(-1, 3)
+    answers = torch.tensor(answers, dtype=torch.long).view(-1, 2 + len(world.FLAWS))
+    return Batch(ids, weights, sentences, answers)
 
 
 def batches(rng: random.Random, tokenizer, makers: dict, tokens: int, pool: int = 16):
@@ -192,38 +189,35 @@ def build_model(tokenizer, seed: int):
     )
 
 
-class Teacher(torch.nn.Module):
+def build_heads(width: int) -> torch.nn.ModuleDict:
     """The auxiliary heads; used in pre-training only."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.sentence = torch.nn.Linear(width, len(SENTENCE_KINDS))
-        self.answer = torch.nn.Linear(width, 3 * len(world.FLAWS))
-
-    def forward(
-        self, hidden: tuple[torch.Tensor, ...], batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropies of the sentence kinds and of the flaw counts."""
-        at = hidden[SENTENCE_LAYER][batch.sentences[:, 0], batch.sentences[:, 1]].float()
-        sentence = F.cross_entropy(self.sentence(at), batch.sentences[:, 2])
-        at = hidden[ANSWER_LAYER][batch.answers[:, 0], batch.answers[:, 1]].float()
-        answer = F.cross_entropy(self.answer(at).view(-1, 3), batch.answers[:, 2:].reshape(-1))
-        return sentence, answer
+    return torch.nn.ModuleDict(
+        {
+            "sentence": torch.nn.Linear(width, len(SENTENCE_KINDS)),
+            "answer": torch.nn.Linear(width, 3 * len(world.FLAWS)),
+        }
+    )
 
 
-def losses(model, teacher: Teacher, batch: Batch, autocast: bool) -> dict[str, torch.Tensor]:
-    """Weighted next-token loss and the auxiliary losses of one batch."""
+def losses(model, heads: torch.nn.ModuleDict, batch: Batch) -> dict[str, torch.Tensor]:
+    """Weighted next-token loss of one batch in bfloat16, and the auxiliary mean cross-entropies."""
     weights = batch.weights[:, 1:].flatten()
     rows = weights.nonzero().squeeze(1)  # logits are made only where something is to be learned
     weights, targets = weights[rows], batch.ids[:, 1:].flatten()[rows]
-    with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
         out = model.model(batch.ids, use_cache=False, output_hidden_states=True)
         logits = model.lm_head(out.last_hidden_state[:, :-1].flatten(0, 1)[rows])
     nll = F.cross_entropy(logits.float(), targets, reduction="none")
-    verdict = weights == VERDICT_WEIGHT
     result = {"text": (nll * weights).sum() / weights.sum()}
     if len(batch.answers):
-        result["sentence"], result["answer"] = teacher(out.hidden_states, batch)
+        for name, layer, at in (
+            ("sentence", SENTENCE_LAYER, batch.sentences),
+            ("answer", ANSWER_LAYER, batch.answers),
+        ):
+            found = heads[name](out.hidden_states[layer][at[:, 0], at[:, 1]].float())
+            wanted = at[:, 2:].flatten()
+            result[name] = F.cross_entropy(found.view(len(wanted), -1), wanted)
+    verdict = weights == VERDICT_WEIGHT
     if verdict.any():
         result["verdict"] = nll[verdict].mean()
     return result
@@ -235,29 +229,34 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def pretrain(
-    out: Path, steps: int, tokens: int, peak: float, seed: int, device: str, report: int = 100
+    out: Path,
+    steps: int = 3600,
+    seed: int = 0,
+    tokens: int = 9000,
+    peak: float = 3e-3,
+    report: int = 100,
 ) -> None:
-    """Train and save model and tokenizer to `out`, with a log of the losses (pretraining.jsonl)."""
+    """Train and save model and tokenizer to `out`, with a log of the losses (pretraining.jsonl).
+
+    Args:
+        tokens: of a step, with padding: a third of chats, the rest of rankings.
+        peak: the highest learning rate.
+        report: steps between two lines of the log.
+    """
+    torch.set_num_threads(1)  # else sums may come out differently
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer(1100)
     model = build_model(tokenizer, seed).to(device)
-    teacher = Teacher(model.config.hidden_size).to(device)
-    parameters = [*model.parameters(), *teacher.parameters()]
+    heads = build_heads(model.config.hidden_size).to(device)
+    parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
-    talk = batches(
-        random.Random(seed),
-        tokenizer,
-        {corpus.answer_item: 0.75, corpus.prompt_item: 0.25},
-        tokens // 3,
-    )
-    rank = batches(
-        random.Random(seed + 1), tokenizer, {corpus.ranking_item: 1.0}, tokens - tokens // 3
-    )
+    rng, kinds = random.Random(seed), {corpus.answer_item: 0.75, corpus.prompt_item: 0.25}
+    talk = batches(rng, tokenizer, kinds, tokens // 3)
+    rng = random.Random(seed + 1)
+    rank = batches(rng, tokenizer, {corpus.ranking_item: 1.0}, tokens - tokens // 3)
     out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps", flush=True
-    )
     started, seen, recent = time.time(), 0, []
     with open(out / "pretraining.jsonl", "w", encoding="utf-8") as log:
         for step in range(steps):
@@ -265,9 +264,8 @@ def pretrain(
                 group["lr"] = learning_rate(step, steps, peak)
             values = {}
             for name, source in (("talk", talk), ("rank", rank)):
-                batch = next(source)
-                batch = Batch(*(t.to(device) for t in vars(batch).values()))
-                parts = losses(model, teacher, batch, autocast=True)
+                batch = Batch(*(t.to(device) for t in vars(next(source)).values()))
+                parts = losses(model, heads, batch)
                 sum(parts.values()).backward()
                 values.update({f"{name}.{k}": v.item() for k, v in parts.items()})
                 seen += batch.ids.numel()
@@ -277,20 +275,11 @@ def pretrain(
             recent.append(values)
             if (step + 1) % report == 0:
                 mean = {k: round(float(np.mean([r[k] for r in recent])), 4) for k in recent[0]}
-                seconds = time.time() - started
-                left = seconds / (step + 1) * (steps - step - 1) / 60
-                row = {"step": step + 1, "tokens": seen, "seconds": round(seconds), **mean}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(f"{row}  {left:.0f} min left", flush=True)
+                seconds = round(time.time() - started)
+                row = {"step": step + 1, "tokens": seen, "seconds": seconds, **mean}
+                print(json.dumps(row), file=log, flush=True)
+                print(row, flush=True)
                 recent = []
-            if (step + 1) % 500 == 0 or step + 1 == steps:
-                save(model, tokenizer, out)
-
-
-def save(model, tokenizer, out: Path) -> None:
-    """Save in bfloat16 as safetensors; rounding costs nothing measurable here."""
-    import copy
-
-    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(out)
+    # In bfloat16: rounding costs nothing measurable here.
+    model.to("cpu", torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

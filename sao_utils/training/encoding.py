@@ -1,4 +1,4 @@
-"""From preference pairs to token ids and labels."""
+"""From rows of messages to token ids and labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from sao_utils.engines.base import escape_special_tokens, special_tokens
 
 
 def encode(
-    pair: dict, side: Literal["chosen", "rejected"], tokenizer, limit: float = math.inf
+    pair: dict,
+    side: Literal["chosen", "rejected", "completion"],
+    tokenizer,
+    limit: float = math.inf,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a prompt with one of its answers.
 
@@ -26,7 +29,7 @@ def encode(
         ids, labels: lists of the same length; labels are -100 on the prompt.
 
     Raises:
-        ValueError: an empty or over-long answer, or not one end token; the message names the pair.
+        ValueError: an empty or over-long answer, or a template that does not fit; names the pair.
     """
     where = f"Pair {pair['id']}, {side} answer"
     if not all(message["content"].strip() for message in pair[side]):
@@ -40,18 +43,11 @@ def encode(
             f"{where}: the chat template writes the prompt differently once there is an answer, so "
             "training would not see what generation sees. Use a model with a plain chat template."
         )
-    text, end = _closed(text, len(prompt), tokenizer)
+    text = _closed(text, len(prompt), tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # A token may span the seam; it then belongs to the answer.
     start = len(os.path.commonprefix([prompt_ids, ids]))
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    ends = [i for i, token in enumerate(ids[start:]) if token == end_id]
-    if ends != [len(ids) - start - 1]:
-        raise ValueError(
-            f"{where}: {len(ends)} end tokens ({end}) in the templated answer; there must be "
-            "exactly one, at its end. Look at the model's chat template."
-        )
     if len(ids) > limit:
         raise ValueError(
             f"{where}: {len(ids)} tokens with its prompt, but the model takes {limit}. Lower "
@@ -60,35 +56,36 @@ def encode(
     return ids, [-100] * start + ids[start:]
 
 
-def _closed(text: str, start: int, tokenizer) -> tuple[str, str]:
-    """A templated chat up to the token that closes its last turn, and that token."""
+def _closed(text: str, start: int, tokenizer) -> str:
+    """A templated chat up to the token that closes its last turn, which begins at `start`.
+
+    That is eos, or, as Gemma's <end_of_turn>, another special token at which generation stops, too.
+    The answer itself has none: they are escaped.
+    """
     eos = tokenizer.eos_token
-    head, found, tail = text.rpartition(eos)
-    if found and not tail.strip():
-        return head + eos, eos
-    if found:  # text after the last eos: the check for one end token refuses it
-        return text + eos, eos
-    # Gemma closes a turn with a token that is not its eos; generation stops there, too.
-    places = {text.find(token, start): token for token in special_tokens(tokenizer)}
+    ends = [eos] if eos in text[start:] else special_tokens(tokenizer)
+    places = {text.find(end, start): end for end in ends}
     places.pop(-1, None)
     place = min(places, default=len(text))
-    end = places.get(place, eos)
-    return text[:place] + end, end
+    return text[:place] + places.get(place, eos)
 
 
-def token_rows(pairs: list[dict], tokenizer, algorithm: str, limit: float = math.inf) -> list[dict]:
-    """Pairs as rows {id, prompt_ids, chosen_ids, rejected_ids}; SFT has no rejected answer.
+def token_rows(rows: list[dict], tokenizer, algorithm: str, limit: float = math.inf) -> list[dict]:
+    """Rows of messages as {id, prompt_ids, chosen_ids, rejected_ids}; SFT has no rejected answer.
+
+    For SFT the answer is "chosen" or, in trl's form of such rows, "completion".
 
     Raises:
-        ValueError: a pair that cannot be trained on: see `encode`.
+        ValueError: a row that cannot be trained on: see `encode`.
     """
-    rows = []
-    for pair in pairs:
-        ids, labels = encode(pair, "chosen", tokenizer, limit)
+    found = []
+    for row in rows:
+        side = "chosen" if "chosen" in row or algorithm != "sft" else "completion"
+        ids, labels = encode(row, side, tokenizer, limit)
         start, rejected = labels.count(-100), []
         if algorithm != "sft":
-            rejected, labels = encode(pair, "rejected", tokenizer, limit)
+            rejected, labels = encode(row, "rejected", tokenizer, limit)
             start = min(start, labels.count(-100))
-        row = {"id": pair["id"], "prompt_ids": ids[:start], "chosen_ids": ids[start:]}
-        rows.append({**row, "rejected_ids": rejected[start:]})
-    return rows
+        made = {"id": row["id"], "prompt_ids": ids[:start], "chosen_ids": ids[start:]}
+        found.append({**made, "rejected_ids": rejected[start:]})
+    return found

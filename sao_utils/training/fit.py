@@ -10,7 +10,6 @@ import gc
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,6 @@ from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.recipe import Model, Training
 from sao_utils.store import read_rows, row_id
-from sao_utils.training.losses import TrainingFailed
 from sao_utils.training.processes import is_main, wait_for_all
 
 Algorithm = Literal["simpo", "dpo", "orpo", "sft"]
@@ -57,7 +55,8 @@ def fit(
     killed goes on from its last whole checkpoint if that hash is the same, else it begins anew.
 
     Args:
-        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); SFT reads no "rejected".
+        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); for SFT "chosen" or
+            "completion" is all the answer it needs.
         watch: called with all rows of the log after every step.
 
     Returns:
@@ -66,7 +65,8 @@ def fit(
 
     Raises:
         ValueError: no pairs, or one that cannot be trained on; the message names it.
-        TrainingFailed: the loss or the gradient is no number any more, or the disk is full.
+        TrainingFailed: the loss or the gradient is no number any more, or a checkpoint could not be
+            written.
     """
     if not pairs:
         raise ValueError("There are no pairs to train on. The funnel shows why none are left.")
@@ -77,18 +77,11 @@ def fit(
     started = time.time()
     from sao_utils.training.setup import free_gpu, make_trainer
 
-    with warnings.catch_warnings():  # trl 1.16 uses names that transformers 5.23 renames
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*_checkpointing")
-        trainer = make_trainer(model, pairs, settings, algorithm, seed, folder, watch)
-        if checkpoint:
-            print(f"Training {folder.name}: going on from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    try:
-        _save(trainer, model, settings, folder)
-    except OSError as error:
-        raise TrainingFailed(
-            f"The trained weights could not be written ({error}). Free some disk, run again."
-        ) from error
+    trainer = make_trainer(model, pairs, settings, algorithm, seed, folder, watch)
+    if checkpoint:
+        print(f"Training {folder.name}: going on from {checkpoint.name}", flush=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _save(trainer, model, settings, folder)
     steps = trainer.state.global_step
     del trainer
     gc.collect()  # a trainer and its callbacks refer to each other
@@ -120,17 +113,19 @@ def read_done(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _fingerprint(model: Model, pairs: list[dict], settings: Training, algorithm, seed) -> str:
-    """A hash of what determines the weights, but for rounding.
-
-    Settings of other algorithms and NEUTRAL ones can be changed between a kill and going on.
-    """
+def settings_used(settings: Training, algorithm: Algorithm) -> dict:
+    """The settings that have a part in a training: none of other algorithms, or of LoRA in a full one."""
     others = set().union(*OF_ALGORITHM.values()) - OF_ALGORITHM[algorithm] | NEUTRAL
     if settings.method == "full":
         others |= {"lora_rank", "lora_alpha", "lora_dropout"}
-    kept = settings.model_dump(mode="json", exclude=others)
+    return settings.model_dump(mode="json", exclude=others)
+
+
+def _fingerprint(model: Model, pairs: list[dict], settings: Training, algorithm, seed) -> str:
+    """A hash of what determines the weights, but for rounding: NEUTRAL settings may change."""
     ids = [row["id"] for row in pairs]
-    return row_id(ids, kept, model_name(model), model.dtype, algorithm, seed)
+    used = settings_used(settings, algorithm)
+    return row_id(ids, used, model_name(model), model.dtype, algorithm, seed)
 
 
 def _checkpoint(folder: Path, fingerprint: str) -> Path | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sao_utils.engines.base import Engine
 from sao_utils.engines.registry import load_engine
 from sao_utils.store import Run
 from sao_utils.training import packing
 from sao_utils.training.encoding import token_rows
 
-TOKENS = 4096  # padded tokens of a forward pass; without gradients they take little memory
+PAIRS = 4  # of a forward pass
 
 
 def own_engine(run: Run) -> Engine:
@@ -31,20 +33,17 @@ def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
     """
     import torch
 
-    from sao_utils.training.trainer import answer_logps
+    from sao_utils.training.trainer import answer_logps, summed_logps
 
     engine = own_engine(run)
     rows = token_rows(pairs, engine.tokenizer, run.recipe.training.algorithm)
+    order = sorted(range(len(rows)), key=lambda i: packing.longest(rows[i]))
     found: list[dict] = [{} for _ in rows]
-    for indices in packing.plan_padded([packing.longest(row) for row in rows], TOKENS):
+    for start in range(0, len(order), PAIRS):
+        indices = order[start : start + PAIRS]
         batch = packing.pad([rows[i] for i in indices])
-        places, targets, owner = (
-            x.to(engine.device) for x in (batch.rows, batch.targets, batch.owner)
-        )
-        inputs = {key: value.to(engine.device) for key, value in batch.inputs.items()}
         with torch.inference_mode():
-            logps = answer_logps(engine.model, places, targets, **inputs)
-            sums = torch.zeros(2 * batch.pairs, device=logps.device).index_add(0, owner, logps)
+            sums, _ = summed_logps(partial(answer_logps, engine.model), batch, engine.device)
         for i, (chosen, rejected) in zip(indices, sums.view(-1, 2).tolist()):
             found[i] = {"logp_chosen": chosen, "len_chosen": len(rows[i]["chosen_ids"])}
             found[i] |= {"logp_rejected": rejected, "len_rejected": len(rows[i]["rejected_ids"])}

@@ -8,15 +8,11 @@ are computed, used and thrown away, and only of the tokens that are learned from
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 
-#: float32 logits that are held at a time, in bytes, on a CPU and on a GPU (whose big matrix products
-#: need more rows to be efficient). The backward pass holds about twice as much.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
+import torch
+from torch.nn.functional import logsigmoid
 
-
-class TrainingFailed(RuntimeError):
-    """Training went wrong; the message says where and what to try. No adapter was saved."""
+from sao_utils.training.memory import CHUNK_BYTES
 
 
 def simpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, beta: float, gamma: float):
@@ -33,11 +29,8 @@ def simpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, beta: float
         beta: scale of the reward.
         gamma: the raw margin by which the chosen reward should lead (not gamma/beta).
     """
-    from torch.nn.functional import logsigmoid
-
-    reward_chosen = beta * logp_chosen / len_chosen
-    reward_rejected = beta * logp_rejected / len_rejected
-    return -logsigmoid(reward_chosen - reward_rejected - gamma)
+    lead = logp_chosen / len_chosen - logp_rejected / len_rejected
+    return -logsigmoid(beta * (lead - gamma / beta))
 
 
 def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta: float):
@@ -50,8 +43,6 @@ def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta: float):
         ref_chosen, ref_rejected: the same by the model before training.
         beta: scale of the reward.
     """
-    from torch.nn.functional import logsigmoid
-
     return -logsigmoid(beta * ((logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)))
 
 
@@ -68,9 +59,6 @@ def orpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, lam: float):
         len_chosen, len_rejected: tokens of each answer, its end token included, tensors [pairs].
         lam: weight of the second term.
     """
-    import torch
-    from torch.nn.functional import logsigmoid
-
     better, worse = logp_chosen / len_chosen, logp_rejected / len_rejected
 
     def log_odds(mean):
@@ -79,8 +67,8 @@ def orpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, lam: float):
     return -better - lam * logsigmoid(log_odds(better) - log_odds(worse))
 
 
-def token_logps(hidden, weight, targets, bias=None, softcap=None, scale: float = 1.0):
-    """Log-probability of each target under softmax(softcap(scale * (hidden @ weight.T + bias))).
+def token_logps(hidden, weight, targets, softcap=None):
+    """Log-probability of each target under softmax(softcap(hidden @ weight.T)).
 
     The logits exist for a chunk of rows at a time (`CHUNK_BYTES`), in float32. With a frozen head the
     gradient of a row, but for a factor, is known as soon as its logits are: it is kept instead of
@@ -89,92 +77,75 @@ def token_logps(hidden, weight, targets, bias=None, softcap=None, scale: float =
 
     Args:
         hidden: [N, H], the last hidden state at the positions that predict the targets.
-        weight: [V, H], the output head; bias: [V] or None.
+        weight: [V, H], the output head.
         targets: [N], token ids (int64).
         softcap: c of Gemma-2's c * tanh(logits / c) on the logits; None for none.
-        scale: factor on the logits that some architectures have.
 
     Returns:
         [N], float32, nats.
     """
-    return _function().apply(hidden, weight, bias, targets, softcap, scale)
+    return TokenLogps.apply(hidden, weight, targets, softcap)
 
 
-@lru_cache(maxsize=1)
-def _function():
-    """The autograd function, made at first use: importing torch costs a second."""
-    import torch
+class TokenLogps(torch.autograd.Function):
+    """See `token_logps`."""
 
-    def logits_of(hidden, weight, bias, softcap, scale):
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
-        if scale != 1:
-            logits *= scale
-        if softcap:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
-        return logits
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = dtype or hidden.dtype
+        wanted, ctx.head_trained = ctx.needs_input_grad[:2]
+        ctx.dtype, ctx.softcap = dtype, softcap
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        lse = torch.empty_like(logps)
+        slopes = None
+        if wanted and not ctx.head_trained:
+            slopes = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+        with torch.autocast(kind, enabled=False), gathered(weight):
+            full = weight.to(dtype)
+            for rows in _chunks(len(hidden), weight.shape[0], kind):
+                logits = _logits(hidden[rows].to(dtype), full, softcap)
+                lse[rows] = logits.logsumexp(-1)
+                logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
+                if slopes is not None:
+                    found = _residual(logits, lse[rows], targets[rows], softcap)
+                    slopes[rows] = found.to(dtype) @ full
+        ctx.save_for_backward(hidden, weight, targets, lse, slopes)
+        return logps
 
-    def residual(logits, lse, targets, softcap, scale):
-        """d log p(target) / d (hidden @ weight.T + bias), [rows, V]; overwrites the logits."""
-        slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
-        found = logits.sub_(lse[:, None]).exp_().neg_()
-        found[torch.arange(len(targets), device=targets.device), targets] += 1
-        if softcap:
-            found *= slope
-        return found.mul_(scale) if scale != 1 else found
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, targets, lse, slopes = ctx.saved_tensors
+        if slopes is not None:
+            return (gradient[:, None] * slopes).to(hidden.dtype), None, None, None
+        kind = hidden.device.type
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        with torch.autocast(kind, enabled=False), gathered(weight):
+            of_weight = torch.zeros_like(weight, dtype=torch.float32)
+            full = weight.to(ctx.dtype)
+            for rows in _chunks(len(hidden), weight.shape[0], kind):
+                part = hidden[rows].to(ctx.dtype)
+                logits = _logits(part, full, ctx.softcap)
+                found = _residual(logits, lse[rows], targets[rows], ctx.softcap)
+                found = found.mul_(gradient[rows, None]).to(ctx.dtype)
+                if of_hidden is not None:
+                    of_hidden[rows] = (found @ full).to(hidden.dtype)
+                of_weight += found.T @ part
+        return of_hidden, of_weight.to(weight.dtype), None, None
 
-    class TokenLogps(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, weight, bias, targets, softcap, scale):
-            kind = hidden.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            dtype = dtype or hidden.dtype
-            wanted, *head = ctx.needs_input_grad[:3]
-            ctx.head_trained, ctx.dtype, ctx.softcap, ctx.scale = any(head), dtype, softcap, scale
-            logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-            lse = torch.empty_like(logps)
-            slopes = None
-            if wanted and not ctx.head_trained:
-                slopes = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-            with torch.autocast(kind, enabled=False), gathered(weight, bias):
-                full = weight.to(dtype)
-                shift = None if bias is None else bias.to(dtype)
-                for rows in _chunks(len(hidden), weight.shape[0], kind):
-                    logits = logits_of(hidden[rows].to(dtype), full, shift, softcap, scale)
-                    lse[rows] = logits.logsumexp(-1)
-                    logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
-                    if slopes is not None:
-                        found = residual(logits, lse[rows], targets[rows], softcap, scale)
-                        slopes[rows] = found.to(dtype) @ full
-            ctx.save_for_backward(hidden, weight, bias, targets, lse, slopes)
-            return logps
 
-        @staticmethod
-        def backward(ctx, gradient):
-            hidden, weight, bias, targets, lse, slopes = ctx.saved_tensors
-            if slopes is not None:
-                return (gradient[:, None] * slopes).to(hidden.dtype), None, None, None, None, None
-            kind = hidden.device.type
-            of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            with torch.autocast(kind, enabled=False), gathered(weight, bias):
-                of_weight = torch.zeros_like(weight, dtype=torch.float32)
-                of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-                full = weight.to(ctx.dtype)
-                shift = None if bias is None else bias.to(ctx.dtype)
-                for rows in _chunks(len(hidden), weight.shape[0], kind):
-                    part = hidden[rows].to(ctx.dtype)
-                    logits = logits_of(part, full, shift, ctx.softcap, ctx.scale)
-                    found = residual(logits, lse[rows], targets[rows], ctx.softcap, ctx.scale)
-                    found = found.mul_(gradient[rows, None])
-                    if of_bias is not None:
-                        of_bias += found.sum(0)
-                    found = found.to(ctx.dtype)
-                    if of_hidden is not None:
-                        of_hidden[rows] = (found @ full).to(hidden.dtype)
-                    of_weight += found.T @ part
-            of_bias = None if bias is None else of_bias.to(bias.dtype)
-            return of_hidden, of_weight.to(weight.dtype), of_bias, None, None, None
+def _logits(hidden, weight, softcap):
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
-    return TokenLogps
+
+def _residual(logits, lse, targets, softcap):
+    """d log p(target) / d (hidden @ weight.T), [rows, V]; overwrites the logits."""
+    slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
+    found = logits.sub_(lse[:, None]).exp_().neg_()
+    found[torch.arange(len(targets), device=targets.device), targets] += 1
+    return found.mul_(slope) if softcap else found
 
 
 def _chunks(rows: int, vocabulary: int, kind: str):
@@ -183,10 +154,10 @@ def _chunks(rows: int, vocabulary: int, kind: str):
         yield slice(start, start + size)
 
 
-def gathered(weight, bias):
+def gathered(weight):
     """The whole head, where DeepSpeed's ZeRO-3 has spread it over processes; else nothing to do."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight] if bias is None else [weight, bias])
+    return deepspeed.zero.GatheredParameters([weight])

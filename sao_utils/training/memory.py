@@ -6,13 +6,15 @@ weights. Compared with runs on a CPU (tests/training/test_memory.py); a GPU has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sao_utils.recipe import Training
-from sao_utils.training.losses import CHUNK_BYTES
 from sao_utils.training.shapes import Shape
 
 GIB = 2**30
+#: float32 logits that are held at a time, in bytes, on a CPU and on a GPU (whose big matrix products
+#: need more rows to be efficient). The backward pass holds about twice as much.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
 #: Share of the free memory that one step may fill.
 FILLED = 0.7
 #: Token budgets that "auto" chooses from, the best first: more tokens make larger matrix products, but
@@ -22,8 +24,7 @@ BUDGETS = {"cuda": (16_384, 8192, 4096, 2048, 1024, 512), "cpu": (4096, 2048, 10
 FAST = {"cuda": 2048, "cpu": 512}
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """How a step is cut into forward passes.
 
     budget: tokens of a forward pass; a pair that is longer goes alone.
@@ -76,16 +77,15 @@ def training_memory_bytes(
     settings: Training,
     tokens: int,
     twice: bool,
-    longest: int | None = None,
     dtype: str = "bfloat16",
-    device: str = "cuda",
     processes: int = 1,
+    **options,
 ) -> dict[str, float]:
     """Bytes by part that training needs at most on each device; without what libraries take.
 
     "weights": frozen ones, as they are stored. "trained": each weight is float32 with its gradient,
     Adam's two moments (8 bytes, in 8 bit 2) and, to compute in 16 bit, a copy; several processes share
-    it with method=full (FSDP, ZeRO-3). "activations" and "working": `step_bytes`, as are the arguments.
+    it with method=full (FSDP, ZeRO-3). "activations" and "working": `step_bytes`, with its arguments.
 
     Raises:
         ValueError: an architecture that is not known.
@@ -95,7 +95,7 @@ def training_memory_bytes(
     each = 4 + 4 + adam + (0 if dtype == "float32" else 2)
     trained = shape.parameters / processes if full else shape.adapter(settings.lora_rank)
     weights = 0.0 if full else shape.weight_bytes(dtype, settings.quantisation)
-    step = step_bytes(shape, settings, tokens, twice, longest, dtype, device)
+    step = step_bytes(shape, settings, tokens, twice, dtype=dtype, **options)
     return {"weights": weights, "trained": each * trained, **step}
 
 
@@ -103,7 +103,7 @@ def choose(
     shape: Shape,
     settings: Training,
     longest: int,
-    free: float | None,
+    free: float,
     dtype: str = "bfloat16",
     device: str = "cuda",
 ) -> Choice:
@@ -114,28 +114,20 @@ def choose(
 
     Args:
         longest: tokens of the costliest pair: the budget is never below it.
-        free: bytes for activations, with the model, gradients and optimiser in place; None if
-            unknown: then little is taken to be free.
+        free: bytes for activations, with the model, gradients and optimiser in place.
     """
-    budgets = BUDGETS[device]
-    if settings.token_budget != "auto":
-        budgets = (settings.token_budget,)
+    auto = settings.token_budget == "auto"
+    budgets = BUDGETS[device] if auto else (settings.token_budget,)
     fast = [budget for budget in budgets if budget >= FAST[device]] or budgets
     once, twice = [(budget, False) for budget in fast], [(budget, True) for budget in budgets]
     plans = {"auto": once + twice, "on": twice, "off": [(budget, False) for budget in budgets]}
-
-    def need(budget: int, twice: bool) -> float:
-        tokens = max(budget, longest)
+    for budget, again in plans[settings.gradient_checkpointing]:
         # A pair is two sequences.
-        parts = step_bytes(shape, settings, tokens, twice, longest // 2, dtype, device)
-        return sum(parts.values())
-
-    allowed = plans[settings.gradient_checkpointing]
-    fitting = (plan for plan in allowed if need(*plan) <= FILLED * (free or 0))
-    budget, computed_twice = next(fitting, allowed[-1])
-    reason = f"a forward pass needs about {need(budget, computed_twice) / GIB:.1f} GiB"
-    if free is not None:
-        reason += f", {free / GIB:.1f} GiB are free"
-    if settings.token_budget == "auto":
-        budget = max(budget, longest)
-    return Choice(budget, computed_twice, reason)
+        parts = step_bytes(
+            shape, settings, max(budget, longest), again, longest // 2, dtype, device
+        )
+        need = sum(parts.values())
+        if need <= FILLED * free:
+            break
+    reason = f"a forward pass needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+    return Choice(max(budget, longest) if auto else budget, again, reason)

@@ -42,46 +42,30 @@ def longest(row: dict) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def plan(costs: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """Indices of the pairs of each microbatch: first fit, the costliest first.
+def plan(sizes: list[int], budget: int, at_least: int = 1, padded: bool = False) -> list[list[int]]:
+    """Indices of the pairs of each microbatch: first fit, the largest first.
 
-    A pair over the budget goes alone. `at_least` asks for that many microbatches (no more than there
-    are pairs): processes that share a model must all take the same number.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in _descending(costs):
-        place = next((k for k, left in enumerate(room) if costs[index] <= left), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= costs[index]
-    return _split_up(bins, min(at_least, len(costs)))
-
-
-def plan_padded(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
-    """The same for padded batches: pairs of like length together, padded tokens within the budget.
+    A pair over the budget goes alone.
 
     Args:
-        lengths: of each pair, its longer sequence.
+        sizes: tokens of each pair (`cost`); with `padded`, of its longer sequence (`longest`).
+        budget: tokens of a microbatch, padding included.
+        at_least: so many microbatches, but no more than there are pairs: processes that share a
+            model must all take the same number.
     """
     bins: list[list[int]] = []
-    for index in _descending(lengths):
-        if bins and 2 * lengths[bins[-1][0]] * (len(bins[-1]) + 1) <= budget:
-            bins[-1].append(index)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for group in bins:
+            if padded:
+                tokens = 2 * sizes[group[0]] * (len(group) + 1)
+            else:
+                tokens = sum(sizes[i] for i in group) + sizes[index]
+            if tokens <= budget:
+                group.append(index)
+                break
         else:
             bins.append([index])
-    return _split_up(bins, min(at_least, len(lengths)))
-
-
-def _descending(sizes: list[int]) -> list[int]:
-    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-
-
-def _split_up(bins: list[list[int]], count: int) -> list[list[int]]:
-    while len(bins) < count:
+    while len(bins) < min(at_least, len(sizes)):
         bins.append([max(bins, key=len).pop()])
     return bins
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 from sao_utils.engines import loading
 from sao_utils.engines.base import context_limit
@@ -131,19 +129,18 @@ def pair_trainer(
         arguments: further ones of transformers' TrainingArguments.
     """
     import torch
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, TrainingArguments
 
-    from sao_utils.training.trainer import Config, PairTrainer
+    from sao_utils.training.trainer import PairTrainer
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
+    arguments |= {"use_cpu": not cuda}
+    rate = settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate
     choice = _choose_memory(policy, rows, settings, cuda)
     if choice.twice:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    rate = settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     optimiser = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
-    known = {field.name for field in fields(Config)}
-    off = [name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known]
-    settings_of_trl = dict(
+    all_arguments = dict(
         output_dir=str(Path(folder) / "checkpoints"),
         seed=seed,
         data_seed=seed,
@@ -154,33 +151,21 @@ def pair_trainer(
         warmup_steps=settings.warmup_ratio,  # a number below 1 is a share of the steps
         max_grad_norm=settings.max_grad_norm,
         optim=optimiser[settings.optimiser],
-        use_cpu=not cuda,
-        bf16=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # by default a NaN is hidden in a mean of earlier losses
         save_strategy="no",  # by time instead: see Watch
         save_total_limit=2,  # while one is written, the one before is whole
         report_to=[],
         disable_tqdm=True,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-        max_length=max(map(packing.longest, rows)),
-        **{off[0]: False},  # done above: without the reentrant kind, which asks for more
-        # None of these three is trl's default: 1.0 (a hidden NLL term), 0.1 and 0.5.
-        cpo_alpha=0.0,
-        beta=settings.dpo_beta if algorithm == "dpo" else settings.beta,
-        simpo_gamma=settings.gamma,
-        loss_type="sigmoid" if algorithm == "dpo" else "simpo",
-        disable_dropout=False,
+        **arguments,
     )
-    stand_in = SimpleNamespace(pad_token="", pad_token_id=0, save_pretrained=lambda *_, **__: None)
     trainer = PairTrainer(
         policy,
-        tokenizer or stand_in,
+        tokenizer,
         rows,
         settings.model_copy(update={"token_budget": choice.budget}),
         algorithm,
-        Config(**settings_of_trl | arguments),
+        TrainingArguments(**all_arguments),
         callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -190,7 +175,7 @@ def pair_trainer(
 
 
 def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> memory.Choice:
-    """Token budget and gradient checkpointing by what is free now; says what was chosen, and why."""
+    """Token budget and gradient checkpointing by what is free now; prints the choice and its reason."""
     import psutil
     import torch
 
@@ -207,16 +192,12 @@ def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> 
         free = torch.cuda.mem_get_info()[0]
     else:
         free = psutil.virtual_memory().available / processes.world_size()
+    dtype = "float32" if policy.dtype == torch.float32 and not cuda else "bfloat16"
+    device = "cuda" if cuda else "cpu"
     choice = memory.choose(
-        shape_of(policy.config),
-        settings,
-        longest,
-        max(0, free - coming),
-        "float32" if policy.dtype == torch.float32 and not cuda else "bfloat16",
-        "cuda" if cuda else "cpu",
+        shape_of(policy.config), settings, longest, max(0, free - coming), dtype, device
     )
-    auto = "auto" in (settings.token_budget, settings.gradient_checkpointing)
-    if auto and processes.is_main():
+    if "auto" in (settings.token_budget, settings.gradient_checkpointing) and processes.is_main():
         twice = "on" if choice.twice else "off"
         print(
             f"Token budget {choice.budget:,}, gradient checkpointing {twice}: {choice.reason}",

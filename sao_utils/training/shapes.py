@@ -97,12 +97,10 @@ class Shape:
     def kept_bytes(self, full: bool = False, dtype: str = "bfloat16") -> float:
         """Bytes that a layer keeps of a token for the backward pass, as packed rows are trained.
 
-        In 16 bit with a LoRA adapter: each norm its input in float32 (2 values); the adapters a copy of
-        each layer's input (width: 5, queries: 1, inner: 1); attention query, repeated key and value and
-        their copies behind a shared prompt (6, with a softcap 5); the gated layer three. Training all
-        weights (`full`) keeps the residual stream in float32. In float32 nothing is copied to be
-        rounded. Masks and the adapter's inner values are left out. Checked against what autograd keeps,
-        on a CPU, in tests/plan/test_costs.py and tests/training/test_memory.py.
+        In 16 bit: each norm its input in float32 (2 values), an adapter a copy of its layer's input,
+        attention query, repeated key and value, also behind a shared prompt. Training all weights
+        (`full`) keeps the residual stream in float32. Checked against what autograd keeps, on a CPU, in
+        tests/plan/test_costs.py and tests/training/test_memory.py.
         """
         norms, queries = FAMILIES.get(self.family, (2,))[0], self.heads * self.head
         if dtype == "float32":

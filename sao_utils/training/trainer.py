@@ -1,57 +1,41 @@
-"""The one adapter around trl's CPOTrainer, which knows SimPO but lives in `trl.experimental`.
+"""The trainer: transformers' loop, with packed batches and chunked log-probabilities.
 
-What is trl's stays trl's: the loss of SimPO and DPO (`cpo_loss`), the metrics, the loop with its
-optimiser, checkpoints, FSDP and DeepSpeed. What is replaced: batches are
-packed by a budget of tokens instead of padded, and log-probabilities are computed in chunks on the
-answers' tokens only, instead of full logits of everything.
+What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP and DeepSpeed.
+What is replaced: a batch is a whole optimiser step, packed by a budget of tokens instead of padded,
+and log-probabilities are computed on the answers' tokens only, in chunks. The tests compare losses
+and gradients with trl's trainers.
 
 Importing this module costs seconds: `fit` does so when it trains.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import shutil
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read at import
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from trl.experimental.cpo import CPOConfig as Config
-from trl.experimental.cpo import CPOTrainer
 
-from sao_utils.training import packing
-from sao_utils.training.losses import TrainingFailed, orpo_loss, token_logps
-from sao_utils.training.watch import COUNTS
+from sao_utils.training import TrainingFailed, packing
+from sao_utils.training.losses import dpo_loss, orpo_loss, simpo_loss, token_logps
+from sao_utils.training.watch import COUNTS, MEASURES
 
-__all__ = ["Config", "PairTrainer", "answer_logps"]
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-class _Rows(list):
-    """Rows with token ids already: trl would map its own tokenisation over them."""
-
-    def map(self, *_, **__):
-        return self
-
-    def __getitem__(self, index):
-        if isinstance(index, tuple):  # from _Steps
-            return {**list.__getitem__(self, index[0]), "weight": index[1]}
-        return list.__getitem__(self, index)
-
-
 class _Steps:
-    """Batch sampler: of every optimiser step the (index, weight) of this process's pairs.
+    """Batch sampler: of every optimiser step the indices of this process's pairs.
 
     The order depends on seed and epoch only, not on the number of processes. A process for which the
-    last step has no pair gets one of weight 0: it must take part in the communication.
+    last step has no pair gets index `pairs`, the row of weight 0: it must take part in the
+    communication.
     """
 
     def __init__(self, pairs: int, size: int, seed: int, rank: int, world: int):
@@ -69,8 +53,7 @@ class _Steps:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.pairs).tolist()
         for start in range(0, self.pairs, self.size):
             step = order[start : start + self.size]
-            mine = step[self.rank :: self.world]
-            yield [(i, 1.0) for i in mine] or [(step[0], 0.0)]
+            yield step[self.rank :: self.world] or [self.pairs]
 
 
 def answer_logps(model, rows, targets, **inputs):
@@ -81,13 +64,30 @@ def answer_logps(model, rows, targets, **inputs):
         inputs: of the model's backbone.
     """
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    picked = hidden.reshape(-1, hidden.shape[-1])[rows].to(head.weight.device)
-    return token_logps(picked, head.weight, targets, head.bias, softcap, scale)
+    head = model.get_output_embeddings().weight
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    picked = hidden.reshape(-1, hidden.shape[-1])[rows].to(head.device)
+    return token_logps(picked, head, targets, softcap)
+
+
+def _full_logps(model, rows, targets, **inputs):
+    """The same by the model's own logits, all of them."""
+    logits = model(**inputs).logits.flatten(0, 1)[rows]
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def summed_logps(score, microbatch: packing.Microbatch, device):
+    """Summed log-probability and length of each answer, [2 * pairs]: chosen and rejected in turn.
+
+    Args:
+        score: takes rows, targets and the inputs of a microbatch, as `answer_logps` does.
+    """
+    inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in microbatch.inputs.items()}
+    rows, targets = microbatch.rows.to(device), microbatch.targets.to(device)
+    owner, count = microbatch.owner.to(device), 2 * microbatch.pairs
+    logps = score(**inputs, rows=rows, targets=targets)
+    sums = torch.zeros(count, device=device).index_add(0, owner, logps)
+    return sums, torch.bincount(owner, minlength=count)
 
 
 def _inner(policy):
@@ -102,7 +102,7 @@ def add_scoring(policy) -> None:
     model = _inner(policy)
     original = model.forward
 
-    @functools.wraps(original)
+    @wraps(original)
     def forward(*args, rows=None, targets=None, **inputs):
         if rows is None:
             return original(*args, **inputs)
@@ -112,7 +112,7 @@ def add_scoring(policy) -> None:
     model.forward = forward
 
 
-class PairTrainer(CPOTrainer):
+class PairTrainer(Trainer):
     """Trains on pairs {prompt_ids, chosen_ids, rejected_ids}; rejected_ids are empty for SFT.
 
     A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `counts` are
@@ -121,19 +121,19 @@ class PairTrainer(CPOTrainer):
 
     def __init__(self, policy, tokenizer, rows, settings, algorithm, arguments, callbacks=()):
         self.settings, self.algorithm = settings, algorithm
+        self.counts, self.row = dict.fromkeys(COUNTS, 0), {}
         add_scoring(policy)
         super().__init__(
             model=policy,
             args=arguments,
-            train_dataset=_Rows(rows),
+            train_dataset=[*rows, {**rows[0], "weight": 0.0}],  # see `_Steps`
             processing_class=tokenizer,
             data_collator=list,
             callbacks=list(callbacks),
         )
-        self._keep_full_precision()
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.packed, self.packing_reason = True, ""
         self.sharded = self.accelerator.distributed_type in SHARDED
+        self.packed, self.packing_reason = True, ""
+        self._keep_full_precision()
         if not self.sharded:
             self._check_scoring()
         if algorithm == "dpo":
@@ -146,25 +146,20 @@ class PairTrainer(CPOTrainer):
         """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
-        if policy is not None and getattr(plugin, "fsdp_version", 1) == 2:
+        if policy is not None and plugin.fsdp_version == 2:
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32
             )
-        head = self.model.get_output_embeddings().weight
-        tied = head is self.model.get_input_embeddings().weight
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and head.requires_grad:
-            if not tied:
-                raise TrainingFailed(
-                    "ZeRO-3 cannot train this model's separate output head here. Launch with "
-                    "fsdp.yaml, or set training.method=lora."
-                )
 
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self):
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = _Steps(
-            len(self.train_dataset), self.settings.batch_size, self.args.seed, rank, world
+            len(self.train_dataset) - 1,
+            self.settings.batch_size,
+            self.args.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
         return DataLoader(self.train_dataset, batch_sampler=steps, collate_fn=list)
 
@@ -174,9 +169,8 @@ class PairTrainer(CPOTrainer):
 
         def split(at_least=1):
             if self.packed:
-                costs = [packing.cost(row, sharing) for row in batch]
-                return packing.plan(costs, budget, at_least)
-            return packing.plan_padded(list(map(packing.longest, batch)), budget, at_least)
+                return packing.plan([packing.cost(r, sharing) for r in batch], budget, at_least)
+            return packing.plan(list(map(packing.longest, batch)), budget, at_least, padded=True)
 
         bins = split()
         if self.sharded:  # all processes must take part in the same number of forward passes
@@ -189,14 +183,7 @@ class PairTrainer(CPOTrainer):
             yield packing.pack(pairs, sharing) if self.packed else packing.pad(pairs), pairs
 
     def _logps(self, model, microbatch: packing.Microbatch):
-        """Summed log-probabilities and lengths, [2 * pairs]: chosen and rejected in turn."""
-        device, count = self.accelerator.device, 2 * microbatch.pairs
-        inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in microbatch.inputs.items()}
-        rows, targets = microbatch.rows.to(device), microbatch.targets.to(device)
-        owner = microbatch.owner.to(device)
-        logps = model(**inputs, rows=rows, targets=targets)
-        sums = torch.zeros(count, device=device).index_add(0, owner, logps)
-        return sums, torch.bincount(owner, minlength=count)
+        return summed_logps(model, microbatch, self.accelerator.device)
 
     def _attention(self):
         if not self.packed:
@@ -212,11 +199,11 @@ class PairTrainer(CPOTrainer):
         all processes, however they are packed.
         """
         model.train()
+        sft = self.algorithm == "sft"
         microbatches = list(self._microbatches(list(batch)))
         real = [p for _, group in microbatches for p in group if p.get("weight", 1.0)]
-        tokens = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in real)
-        count = tokens if self.algorithm == "sft" else len(real)
-        total = self._over_processes([count])[0]
+        answers = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in real)
+        total = self._over_processes([answers if sft else len(real)]).item()
         share = self.accelerator.num_processes / total  # gradients are averaged over processes
         summed = torch.zeros(7, device=self.accelerator.device)
         with self._attention():
@@ -229,56 +216,53 @@ class PairTrainer(CPOTrainer):
                         loss, metrics = self._loss(model, microbatch, group)
                     self.accelerator.backward(loss * share)
                 summed += metrics
-        prompts = (1 if self.algorithm == "sft" else 2) * sum(len(p["prompt_ids"]) for p in real)
-        fed, rows = (
-            sum(values) for values in zip(*((m.fed, len(m.rows)) for m, _ in microbatches))
-        )
-        counts = [prompts + tokens, fed, rows, tokens, len(microbatches)]
-        seen = self._over_processes([*summed.tolist(), len(real), *counts])
-        self._note(seen[:7], seen[7], total, seen[8:])
-        return torch.tensor(seen[0] / total, device=self.args.device)
-
-    def _note(self, summed: list[float], pairs: float, total: float, counts: list[float]) -> None:
-        """Store what the log shows of a step: see `_loss` and COUNTS. `total` of SFT counts tokens."""
-        _, *rewards, of_chosen, of_rejected = summed
-        shown = {"tokens/chosen": of_chosen / pairs}
-        if self.algorithm != "sft":
-            names = ("chosen", "rejected", "margins", "accuracies")
-            shown |= {f"rewards/{name}": value / total for name, value in zip(names, rewards)}
-            shown["tokens/rejected"] = of_rejected / pairs
+        prompts = (1 if sft else 2) * sum(len(p["prompt_ids"]) for p in real)
+        fed = sum(microbatch.fed for microbatch, _ in microbatches)
+        rows = sum(len(microbatch.rows) for microbatch, _ in microbatches)
+        counts = [len(real), prompts + answers, fed, rows, answers, len(microbatches)]
+        pairs, *counts = self._over_processes(counts).tolist()
+        summed = self._over_processes(summed)
         self.counts = dict(zip(COUNTS, map(int, counts)))
-        self.store_metrics(shown | {key: float(value) for key, value in self.counts.items()})
+        measures = [*(summed[1:5] / total).tolist(), *(summed[5:] / pairs).tolist()]
+        self.row = dict(zip(MEASURES, measures)) | self.counts
+        if sft:
+            self.row |= {name: None for name in MEASURES if name != "chosen_tokens"}
+        return summed[0] / total
 
     def _loss(self, model, microbatch, group):
         """Summed loss of a microbatch, and [loss, rewards chosen, rejected, margin, accuracy, tokens
         of chosen, of rejected], sums over its pairs."""
+        settings = self.settings
         sums, lengths = self._logps(model, microbatch)
         weight = sums.new_tensor([pair.get("weight", 1.0) for pair in group])
         chosen, rejected = sums[0::2], sums[1::2]
         of_chosen, of_rejected = lengths[0::2], lengths[1::2]
+        answers = chosen, of_chosen, rejected, of_rejected
         if self.algorithm == "sft":
-            losses, better, worse = -chosen, chosen.detach(), chosen.detach()
-        elif self.algorithm == "dpo":  # cpo_loss is DPO's formula on log-ratios
-            reference = sums.new_tensor([pair["reference"] for pair in group])
-            losses, better, worse = self.cpo_loss(
-                chosen - reference[:, 0], rejected - reference[:, 1]
-            )
-        elif self.algorithm == "orpo":
-            weight_of_odds = self.settings.orpo_lambda
-            losses = orpo_loss(chosen, of_chosen, rejected, of_rejected, weight_of_odds)
-            better = weight_of_odds * chosen.detach() / of_chosen
-            worse = weight_of_odds * rejected.detach() / of_rejected
+            losses, better, worse = -chosen, chosen, chosen
+        elif self.algorithm == "dpo":
+            ref_chosen, ref_rejected = sums.new_tensor([p["reference"] for p in group]).T
+            losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.dpo_beta)
+            better = settings.dpo_beta * (chosen - ref_chosen)
+            worse = settings.dpo_beta * (rejected - ref_rejected)
         else:
-            losses, better, worse = self.cpo_loss(chosen / of_chosen, rejected / of_rejected)
-        each = (losses.detach(), better, worse, better - worse, better > worse)
-        kept = [(value * weight).sum() for value in (*each, of_chosen, of_rejected)]
-        return (losses * weight).sum(), torch.stack([value.float() for value in kept])
+            simpo = self.algorithm == "simpo"
+            scale = settings.beta if simpo else settings.orpo_lambda
+            losses = (
+                simpo_loss(*answers, scale, settings.gamma) if simpo else orpo_loss(*answers, scale)
+            )
+            better, worse = scale * (chosen / of_chosen), scale * (rejected / of_rejected)
+        each = (losses, better, worse, better - worse, better > worse, of_chosen, of_rejected)
+        kept = [(value.detach() * weight).sum().float() for value in each]
+        return (losses * weight).sum(), torch.stack(kept)
 
-    def _over_processes(self, values: list[float]) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, "sum").tolist()
+    def _over_processes(self, values):
+        """The sums of values over all processes, float32."""
+        tensor = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum")
+
+    def log(self, logs, start_time=None):
+        super().log(logs | self.row if "loss" in logs else logs, start_time)
 
     # ------------------------------------------------------------------ before the first step
 
@@ -295,48 +279,32 @@ class PairTrainer(CPOTrainer):
         """Compare with the model's own logits on a few tokens: an architecture may do more to its
         attention or its logits than is known here. Falls back to padding, or refuses."""
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-        few = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
-        model = _inner(self.model)
+        rows = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
+        padded = packing.pad(rows)
+        model, error = _inner(self.model), ""
+        close = 1e-3 if model.dtype == torch.float32 else 0.1
         with self._quiet():
-            truth = self._answers_by_logits(few)
+            device = self.accelerator.device
+            truth, lengths = summed_logps(partial(_full_logps, self.model), padded, device)
             if not truth.isfinite().all():  # broken weights: the first step will say so
                 return
-            self.packed, reason = True, self._error(few, truth)
-            if reason is None:
-                return
-            self.packed, self.packing_reason = False, f"packed: off by {reason}"
-            reason = self._error(few, truth)
-        if reason is not None:
-            raise TrainingFailed(
-                f"{type(model).__name__} computes its logits in a way that is not known here "
-                f"(off by {reason} a token). Take another base model."
-            )
-
-    def _answers_by_logits(self, rows: list[dict]):
-        """Summed log-probability of each answer by the model's own logits, one at a time."""
-        found = []
-        for row in rows:
-            for answer in filter(None, (row["chosen_ids"], row["rejected_ids"])):
-                ids = torch.tensor([row["prompt_ids"] + answer], device=_inner(self.model).device)
-                logits = self.model(input_ids=ids).logits[0].float()
-                scores = logits[-len(answer) - 1 : -1].log_softmax(-1)
-                found.append(scores.gather(1, ids[0, -len(answer) :, None]).sum())
-        return torch.stack(found)
-
-    def _error(self, rows: list[dict], truth) -> str | None:
-        """How far off `_logps` is a token, or its error; None if it is right up to rounding."""
-        model = _inner(self.model)
-        close = 1e-3 if model.dtype == torch.float32 else 0.1
-        try:
-            made = (
-                packing.pack(rows, self.settings.share_prompt) if self.packed else packing.pad(rows)
-            )
-            with self._attention():
-                sums, lengths = self._logps(self.model, made)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        off = ((sums[lengths > 0] - truth).abs().sum() / lengths.sum()).item()
-        return None if off < close else str(off)
+            for self.packed in (True, False):
+                made = packing.pack(rows, self.settings.share_prompt) if self.packed else padded
+                self.packing_reason = error
+                try:
+                    with self._attention():
+                        sums, _ = self._logps(self.model, made)
+                except (TypeError, ValueError, RuntimeError) as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+                    continue
+                off = ((sums - truth).abs().sum() / lengths.sum()).item()
+                if off < close:
+                    return
+                error = f"off by {off:.2g} a token"
+        raise TrainingFailed(
+            f"{type(model).__name__} computes its logits in a way that is not known here ({error}). "
+            "Take another base model."
+        )
 
     def _add_reference(self) -> None:
         """DPO compares with the model before training: its log-probabilities, once for all pairs."""
@@ -345,11 +313,10 @@ class PairTrainer(CPOTrainer):
                 "training.algorithm=dpo does not run under FSDP or ZeRO-3 here: its reference is "
                 "computed before the model is spread. Take simpo or orpo, or one GPU."
             )
-        rows = list(self.train_dataset)
+        rows, size = self.train_dataset, self.settings.batch_size
         with self._quiet(), self._attention(), self.accelerator.autocast():
-            for start in range(0, len(rows), self.settings.batch_size):
-                batch = rows[start : start + self.settings.batch_size]
-                for microbatch, group in self._microbatches(batch):
+            for start in range(0, len(rows), size):
+                for microbatch, group in self._microbatches(rows[start : start + size]):
                     sums, _ = self._logps(self.model, microbatch)
                     for pair, reference in zip(group, sums.view(-1, 2).tolist()):
                         pair["reference"] = reference
@@ -360,19 +327,16 @@ class PairTrainer(CPOTrainer):
         return 0  # an estimate that nobody reads, and that wants padded tensors
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
-            Trainer._save_checkpoint(self, model, trial)  # trl's own writes a model card, too
+            super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (folder / "complete").touch()
-        except Exception as error:  # OSError, SafetensorError, and RuntimeErrors of torch's own
-            if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
-                raise
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            free = shutil.disk_usage(self.args.output_dir).free / 2**20
             raise TrainingFailed(
-                f"Step {self.state.global_step} could not be written to disk ({error}); {free:,.0f} MiB "
-                "are free. The last good checkpoint is kept: free some disk and run the same again, "
-                "it goes on from there."
+                f"Step {step} could not be written to disk ({error}). The last good checkpoint is "
+                "kept: free some disk and run the same again, it goes on from there."
             ) from error

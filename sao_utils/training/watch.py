@@ -15,27 +15,16 @@ from transformers import TrainerCallback
 
 from sao_utils.recipe import Training
 from sao_utils.store import read_rows
-from sao_utils.training import processes
-from sao_utils.training.losses import TrainingFailed
+from sao_utils.training import TrainingFailed, processes
 from sao_utils.training.packing import cost
-from sao_utils.training.probe import ProbePlan, plan_probes, probe
+from sao_utils.training.probe import plan_probes, probe
 
 COUNTS = ("real_tokens", "padded_tokens", "head_rows", "completion_tokens", "microbatches")
-#: trl's name of a logged value -> the name in a row of log.jsonl.
-LOG_KEYS = {
-    "loss": "loss",
-    "rewards/chosen": "rewards_chosen",
-    "rewards/rejected": "rewards_rejected",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "tokens/chosen": "chosen_tokens",
-    "tokens/rejected": "rejected_tokens",
-    **{name: name for name in COUNTS},
-}
-#: Bytes a second that a checkpoint is written with; assumed.
-DISK_SPEED = 2e8
+#: Means over the pairs of a step.
+MEASURES = (
+    *("rewards_chosen", "rewards_rejected", "margin", "accuracy"),
+    *("chosen_tokens", "rejected_tokens"),
+)
 
 
 class Watch(TrainerCallback):
@@ -55,7 +44,7 @@ class Watch(TrainerCallback):
         self.chats = list({p["prompt"][0]["content"]: p["prompt"] for p in pairs}.values())
         self.tokens = settings.epochs * sum(cost(row, settings.share_prompt) for row in rows)
         self.answer = max(max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
-        self.probes: ProbePlan | None = None
+        self.probed = 0, frozenset()  # prompts, steps
         self.probing = 0.0  # seconds of the last probe
 
     def on_train_begin(self, args, state, control, model=None, **_):
@@ -63,7 +52,7 @@ class Watch(TrainerCallback):
         self.first = state.global_step + 1
         every = self.settings.probe_steps if processes.world_size() == 1 else 0
         prompts = min(self.settings.probe_prompts, len(self.chats))
-        self.probes = plan_probes(
+        self.probed = plan_probes(
             every, prompts, state.max_steps, self.tokens, self.answer, model.device.type
         )
 
@@ -72,11 +61,11 @@ class Watch(TrainerCallback):
             self._probe(state, model)
         self.step_began = time.time()
 
-    def on_step_end(self, args, state, control, model=None, **_):
+    def on_step_end(self, args, state, control, **_):
         self.seconds = time.time() - self.step_began
         second = min(self.first + 1, state.max_steps)
         if state.global_step == second and processes.is_main():  # the first is slower than the rest
-            print(self._estimate(state, model), flush=True)
+            print(self._estimate(state), flush=True)
         due = time.time() - self.saved > 60 * self.settings.checkpoint_minutes
         if processes.agreed(due) and state.global_step < state.max_steps:
             control.should_save = True
@@ -87,68 +76,52 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **_):
         if "loss" not in logs:  # the summary at the end
             return
-        for key, name in (("loss", "loss"), ("grad_norm", "gradient")):
-            value = logs.get(key, 0.0)
-            # With float16 a gradient may overflow: the scaler skips that step and goes on.
-            if not math.isfinite(value) and not (args.fp16 and key == "grad_norm"):
-                raise TrainingFailed(
-                    f"Training stopped at step {state.global_step} of {state.max_steps}: the {name} "
-                    f"is {value}. No adapter was saved.{_kept(self.folder)} {_advice(args, state)}"
-                )
+        gradient = logs.get("grad_norm")
+        finite = math.isfinite(gradient or 0.0)
+        # With float16 a gradient may overflow: the scaler skips that step and goes on.
+        if not math.isfinite(logs["loss"]) or not (finite or args.fp16):
+            raise TrainingFailed(
+                f"Training stopped at step {state.global_step} of {state.max_steps}: the loss is "
+                f"{logs['loss']}, its gradient {gradient}. No adapter was saved; checkpoints are "
+                "kept. At the first step the base model itself gives no numbers: check its weights, "
+                "or try another model.dtype (float16 overflows easily). Later, try a lower learning "
+                f"rate (it is {args.learning_rate:g}) or a longer warm-up (training.warmup_ratio)."
+            )
         if not processes.is_main():
             return
-        row = {"step": state.global_step, **{to: logs.get(of) for of, to in LOG_KEYS.items()}}
-        row |= {name: int(row[name]) for name in COUNTS}
-        if not math.isfinite(row["grad_norm"] or 0.0):
-            row["grad_norm"] = None  # a step that float16 skipped; Infinity is no JSON
+        row = {"step": state.global_step, "loss": logs["loss"]}
+        row |= {key: logs[key] for key in (*MEASURES, "learning_rate", *COUNTS)}
+        row["grad_norm"] = gradient if finite else None  # Infinity is no JSON
         _append(self.folder / "log.jsonl", [{**row, "seconds": round(self.seconds, 4)}])
         self._probe(state, model)
         if self.watch:
             self.watch(read_rows(self.folder / "log.jsonl"))
 
     def _probe(self, state, model) -> None:
-        if state.global_step in self.probes.steps:
+        prompts, steps = self.probed
+        if state.global_step in steps:
             began = time.time()
-            rows = probe(model, self.tokenizer, self.chats[: self.probes.prompts])
-            _append(
-                self.folder / "probe.jsonl", [{"step": state.global_step, **row} for row in rows]
-            )
+            rows = probe(model, self.tokenizer, self.chats[:prompts])
+            step = {"step": state.global_step}
+            _append(self.folder / "probe.jsonl", [step | row for row in rows])
             self.probing = time.time() - began
 
-    def _estimate(self, state, model) -> str:
-        """The line that says how long a training takes: steps, probes and checkpoints."""
-        now = state.global_step
+    def _estimate(self, state) -> str:
+        """The line that says how long a training takes: steps and probes."""
+        now, (prompts, probed) = state.global_step, self.probed
         left = self.seconds * (state.max_steps - now)
-        left += self.probing * sum(step >= now for step in self.probes.steps)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        saves = 1 + left // (60 * self.settings.checkpoint_minutes)
-        left += saves * 12 * trained / DISK_SPEED  # the weights and Adam's two moments
+        left += self.probing * sum(step >= now for step in probed)
         words = f"Training {self.folder.name}: {state.max_steps} steps, about "
         words += f"{_duration(time.time() - self.began + left)} in all, {_duration(left)} to go"
-        if self.settings.probe_steps and processes.world_size() == 1:
-            words += f". Probe: {self.probes.reason}"
+        if prompts:
+            words += f"; {len(probed)} probes of {prompts} prompts"
+        elif self.settings.probe_steps:
+            words += "; without probes, which would take too much of that"
         return words
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _advice(args, state) -> str:
-    if state.global_step == 1:  # nothing has been learned yet
-        return (
-            "This was the first step, so the base model itself gives no numbers: check its weights, "
-            "or try another model.dtype (float16 overflows easily)."
-        )
-    return (
-        f"Try a lower learning rate (it is {args.learning_rate:g}), a longer warm-up "
-        "(training.warmup_ratio) or a smaller training.max_grad_norm."
-    )
-
-
-def _kept(folder: Path) -> str:
-    steps = [int(p.parent.name[11:]) for p in folder.glob("checkpoints/checkpoint-*/complete")]
-    return f" The checkpoint of step {max(steps)} is kept." if steps else ""
 
 
 def _append(path: Path, rows: list[dict]) -> None:

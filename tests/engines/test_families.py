@@ -10,6 +10,7 @@ import families
 import pytest
 import torch
 from families import ANSWER, FAMILIES, PROMPT, RECIPES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sao_utils import store as rows
 from sao_utils import templates
@@ -58,26 +59,6 @@ def pair(chosen=ANSWER, rejected=OTHER):
 
 
 # ---------------------------------------------------------------------------- tokens and turns
-
-DOCUMENTED = {
-    "gemma": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n",
-    "llama": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nYes<|eot_id|>",
-    "qwen": "<|im_start|>system\nYou are a helpful assistant of this family.<|im_end|>\n"
-    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n",
-}
-
-
-def test_the_template_writes_the_documented_format(family):
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    text = family.tokenizer.apply_chat_template(chat, tokenize=False)
-    assert text == DOCUMENTED[family.name]
-
-
-def test_gemma_takes_no_system_role_and_the_kit_sends_none():
-    tokenizer = families.make_tokenizer("gemma")
-    with pytest.raises(Exception, match="System role not supported"):
-        tokenizer.apply_chat_template([{"role": "system", "content": "Be kind."}], tokenize=False)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -243,20 +224,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", [*OTHERS, *FAMILIES])
 def test_parameters_are_counted_as_transformers_counts_them(kind):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=200)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    config = AutoConfig.for_model(**sizes, **heads, **OTHERS[kind])
+    if kind in FAMILIES:
+        config = families.small_config(kind, 200)
+    else:
+        config = AutoConfig.for_model(**sizes, **heads, **OTHERS[kind])
     model = AutoModelForCausalLM.from_config(config)
     assert shape_of(config).parameters == model.num_parameters()
     assert shape_of(config.to_dict()).parameters == model.num_parameters()
-
-
-def test_parameters_of_the_recipes_families_are_counted_right(family):
-    model = load_engine(family.model).model
-    assert shape_of(model.config).parameters == model.num_parameters()
-    folder = json.loads(open(f"{family.model.path}/config.json").read())
-    assert shape_of(folder).parameters == model.num_parameters()

@@ -86,7 +86,6 @@ def test_a_win_rate_counts_what_flips_or_ties_half_and_leaves_invalid_verdicts_o
     rows = made(["won", "won", "lost", "flips", "tie", "identical", "invalid"])
     found = scores(rows, 200)
     assert rate(rows).value == pytest.approx((2 + 3 * 0.5) / 6)
-    assert found["win rate"] == rate(rows)
     shares = ("won in both orders", "orders disagree", "ties", "identical answers")
     assert [round(6 * found[name].value) for name in shares] == [3, 1, 1, 1]
     assert found["valid verdicts"].value == pytest.approx(6 / 7)
@@ -115,12 +114,13 @@ def test_what_cannot_be_estimated_raises_nothing(outcomes, one_cluster):
     rows = made(outcomes, clusters=["same"] * len(outcomes) if one_cluster else None)
     found = scores(rows, 200)
     assert found["valid verdicts"].n == len(rows)
-    assert ("win rate" in found) == (outcomes[0] != "invalid")
-    if one_cluster and len(rows) > 1 and "win rate" in found:
-        assert math.isnan(found["win rate"].low) and found["win rate"].note
+    assert ("ties" in found) == (outcomes[0] != "invalid")
+    if one_cluster:
+        assert math.isnan(rate(rows).low) and rate(rows).note
     remarks(rows)
     strengths([rows], 50)
     difference_in_win_rate(rows, rows, 50)
+    rate_at_equal_length(rows)
 
 
 def test_a_difference_in_win_rate_is_paired_by_question_over_all_trainings_and_each():
@@ -142,21 +142,11 @@ def test_strengths_order_models_by_whom_they_beat():
     assert found["self"].win_rate.value > 0.5 and strengths([made(["invalid"] * 3)], 50) == {}
 
 
-def test_prompts_needed_grow_as_the_win_rate_nears_one_half():
-    near = scores(made(["won"] * 11 + ["lost"] * 9), 200)["prompts needed"]
-    far = scores(made(["won"] * 18 + ["lost"] * 2), 200)["prompts needed"]
-    assert near.value > far.value and near.high == math.inf
-
-
-def test_remarks_name_a_judge_that_fails_and_empty_or_repeated_prompts():
+def test_remarks_name_a_judge_that_fails_and_empty_answers():
     rows = made(["invalid"] * 3 + ["won"] * 7)
     assert "no valid verdict on 3 of 10" in remarks(rows)[0]
     first = [{**row, "margin_12": 2, "margin_21": -2} for row in made(["flips"] * 10)]
     assert any("shown first in 100%" in text for text in remarks(first))
     rows = made(["won", "lost"] * 5)
     rows[0]["responses"] = [" ", "b"]
-    rows[1]["prompt"] = rows[0]["prompt"]
-    assert [text for text in remarks(rows)] == [
-        "1 of 10 answers of 'self' are empty.",
-        "1 of 10 prompts repeat an earlier one; they add no certainty.",
-    ]
+    assert remarks(rows) == ["1 of 10 answers of 'self' are empty."]

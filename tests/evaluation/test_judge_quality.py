@@ -1,6 +1,5 @@
 """What can be said of a judge from its verdicts: how right, how biased, how calibrated."""
 
-import dataclasses
 import math
 import random
 from collections import Counter
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 
 from sao_utils.evaluation.judge_quality import (
-    agreement,
     calibration,
     judge_quality,
     judges_agree,
+    known_pairs,
 )
 
 
@@ -48,17 +47,6 @@ def test_a_judge_that_always_says_1_is_seen_through():
     assert found["consistent verdicts"].value == 0 and found["valid verdicts"].value == 1
 
 
-def test_a_judge_that_is_always_right_is_not_called_certain():
-    draw = random.Random(0)
-    truth = [draw.choice(((1, 0), (0, 1))) for _ in range(80)]
-    judged = [verdict(k, 4.0 * (a - b), 4.0 * (a - b), (a, b)) for k, (a, b) in enumerate(truth)]
-    found = judge_quality(judged, 200)
-    assert (
-        found["accuracy"].value == found["accuracy"].high == 1 and 0.9 < found["accuracy"].low < 1
-    )
-    assert found["flip rate"].value == 0 and 0.3 < found["first position"].value < 0.7
-
-
 def test_a_judge_that_only_counts_words_shows_its_bias_and_a_fair_one_does_not():
     draw, by_length, fair = random.Random(1), [], []
     for k in range(400):
@@ -80,8 +68,6 @@ def test_a_judge_that_only_counts_words_shows_its_bias_and_a_fair_one_does_not()
     assert other["longer answer chosen"].value > 0.6, "which alone would look like a bias"
     bias = other["length bias"]
     assert bias.value == 0 and -0.02 < bias.low < 0 < bias.high < 0.02  # in 400 pairs
-    one = judge_quality(fair[:1])["length bias"]
-    assert (one.low, one.value, one.high) == (-1, 0, 1)
 
 
 def test_length_groups_are_by_share_of_the_longer_answer():
@@ -90,7 +76,7 @@ def test_length_groups_are_by_share_of_the_longer_answer():
         verdict(1, 1, 1, lengths=(100, 89)),
         verdict(2, 1, 1, lengths=(89, 100)),
     ]
-    assert agreement(judged)["better_is"] == ["about equal", "longer", "shorter"]
+    assert [row["better_is"] for row in known_pairs(judged)] == ["about equal", "longer", "shorter"]
 
 
 def drawn_judge(seed, n=80, right=0.8, first=1.0):
@@ -131,30 +117,6 @@ def test_the_intervals_of_the_diagnostics_cover_the_truth():
         assert hits[key] >= 0.95 * rounds - 3 * math.sqrt(rounds * 0.95 * 0.05), key
 
 
-def test_no_diagnostic_depends_on_which_answer_is_called_a():
-    judged = [
-        {**row, "lengths": random.Random(k).choices((10, 12, 30), k=2)}
-        for k, row in enumerate(drawn_judge(5))
-    ]
-    mirrored = [
-        {
-            **row,
-            "quality": row["quality"][::-1],
-            "lengths": row["lengths"][::-1],
-            "margin": -row["margin"],
-            "margin_12": -row["margin_21"],
-            "margin_21": -row["margin_12"],
-            "first_wins": row["first_wins"][::-1],
-        }
-        for row in judged
-    ]
-    found, other = (judge_quality(each, 300) for each in (judged, mirrored))
-    for key in found:
-        assert dataclasses.astuple(found[key]) == pytest.approx(dataclasses.astuple(other[key])), (
-            key
-        )
-
-
 def test_intervals_follow_the_number_of_questions_and_not_of_pairs():
     base = drawn_judge(7, 40)
     repeated = [{**row, "id": f"{row['id']}-{k}"} for row in base for k in range(10)]
@@ -186,10 +148,6 @@ def test_a_calibrated_judge_lies_on_the_line_and_a_boastful_one_below():
     assert sum(inside) >= 7
     boastful = calibration(judged(4.0), bins=8)
     assert sum(found.high < line(size) for size, found in boastful) >= 4
-
-
-def test_a_few_pairs_make_one_group_of_calibration():
-    assert [found.n for _, found in calibration(drawn_judge(0, 7))] == [7]
 
 
 def test_the_agreement_of_two_judges_with_independent_errors_has_the_known_kappa():

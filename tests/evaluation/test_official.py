@@ -1,14 +1,13 @@
 """The benchmarks' own programs and real files against ours; docs/evaluation.md says how to run it.
 
 Nothing of theirs is part of the kit: SAO_OFFICIAL names a folder with checkouts of alpaca_eval,
-arena-hard-auto and FastChat at the commits of `questions.PINNED`. Without it all is skipped.
+arena-hard-auto and FastChat at the commits of `benchmark_files.PINNED`. Without it all is skipped.
 """
 
 import csv
 import hashlib
 import importlib
 import json
-import math
 import os
 import random
 import re
@@ -25,12 +24,13 @@ from sao_utils import store as rows
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
 from sao_utils.evaluation.benchmark_files import OFFICIAL, PINNED
+from sao_utils.methods import evaluate, sao
 from sao_utils.recipes import load_recipe
 
 PLACE = Path(os.environ.get("SAO_OFFICIAL", "no such folder"))
 #: A Python with the packages of arena-hard-auto's requirements.txt, and numpy < 2.
 PYTHON = os.environ.get("SAO_OFFICIAL_PYTHON", sys.executable)
-FROM_HUB = ("instruction_difficulty.csv", "df_gamed.csv")  # in no checkout: PLACE/hub, if at all
+FROM_HUB = ("df_gamed.csv",)  # in no checkout: PLACE/hub, if at all
 pytestmark = pytest.mark.skipif(not PLACE.is_dir(), reason="SAO_OFFICIAL names no folder")
 ODD = 'He said: {answer_1} \\n {"a": {}} [[A>B]] <|im_end|> é'  # an answer that may trip a template
 
@@ -84,8 +84,9 @@ def alpaca_evals(program, module):
     return program("alpaca_eval/src", f"alpaca_eval.{module}", **stubs)
 
 
-def settings(data):
-    return load_recipe("tiny", {"evaluation.data": str(data)}).evaluation
+def settings(data, **keys):
+    overrides = {f"evaluation.{key}": value for key, value in keys.items()}
+    return load_recipe("tiny", {"evaluation.data": str(data), **overrides}).evaluation
 
 
 # --------------------------------------------------------------------------- the real files
@@ -99,15 +100,11 @@ def test_the_real_file_is_the_pinned_one(benchmark, name):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == PINNED[benchmark, name][1]
 
 
-@pytest.mark.parametrize(
-    ("protocol", "prompts"), [(alpaca_eval, 805), (arena_hard, 500), (mt_bench, 80)]
-)
-def test_the_real_benchmark_is_loaded_whole(protocol, prompts, data):
-    loaded = protocol.load(settings(data))
-    about = [note for note in loaded["notes"] if "length control" not in note]
-    assert not about and (protocol is alpaca_eval or not loaded["notes"])  # files of the hub
-    assert len(loaded["items"]) == prompts == protocol.PROMPTS and not +loaded["counts"]
-    assert len({item["id"] for item in loaded["items"]}) == prompts
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_real_benchmark_is_loaded_whole(name, data):
+    protocol = published.PROTOCOLS[name]
+    loaded = published.load(settings(data, max_new_tokens=protocol.MAX_TOKENS or 1), name)
+    assert len(loaded["items"]) == protocol.PROMPTS and not loaded["notes"]
     if protocol is mt_bench:
         assert {len(item["turns"]) for item in loaded["items"]} == {2}
         categories = Counter(item["category"] for item in loaded["items"])
@@ -184,9 +181,10 @@ def test_arena_hards_program_shows_its_judge_what_we_show_and_reads_the_same_lab
     def ask(requests):
         return [{"text": replies[json.dumps(r["chat"][:2])].pop(0)} for r in requests]
 
-    ours, _ = arena_hard.judge(ask, loaded, answers, configs["judge_model"])
-    assert len(ours["mine"]) == len(theirs) == 500
-    for mine, their in zip(ours["mine"], theirs):
+    judge = configs["judge_model"]
+    ours = published.judge_answers(ask, arena_hard, loaded, answers, judge)["mine"]
+    assert len(ours) == len(theirs) == 500
+    for mine, their in zip(ours, theirs):
         for game in their["games"]:
             game["judgment"] = game["judgment"].removeprefix("\n")
             n += game["score"] is None
@@ -232,9 +230,9 @@ def test_fastchats_program_shows_its_judge_what_we_show_and_reads_the_same_grade
                 references[item["id"]] if with_reference else None,
                 multi_turn=turn == 2,
             )
-            chat, name = loaded["show"](item, answer["choices"][0]["turns"][:turn])
-            assert chat == shown[-1] and chat[-1]["content"] == user
-            assert name == judges[kind].prompt_template["name"]
+            request = loaded["show"](item, answer["choices"][0]["turns"][:turn])
+            assert request["chat"] == shown[-1] and request["chat"][-1]["content"] == user
+            assert request["prompt"] == judges[kind].prompt_template["name"]
             ours = mt_bench.read_grade(text)
             assert (-1 if ours is None else ours) == grade
     assert len(shown) == 160
@@ -261,15 +259,12 @@ def real_annotations():
             yield model, annotations, published[model]
 
 
-def test_figures_of_real_models_are_those_of_alpaca_evals_leaderboard(capsys):
-    models, verdicts, differences = 0, 0, []
+def test_figures_of_real_models_are_those_of_alpaca_evals_leaderboard():
+    models, verdicts = 0, 0
     for model, annotations, theirs in real_annotations():
-        ours = alpaca_eval.figures(annotations)
-        for name in ("win_rate", "discrete_win_rate"):
-            assert 100 * ours[name].value == pytest.approx(float(theirs[name]), abs=1e-6), model
-        error = 100 * alpaca_eval.standard_error(annotations)
-        assert error == pytest.approx(float(theirs["standard_error"]), abs=1e-6), model
-        assert ours["win_rate"].n == int(theirs["n_total"]), model
+        ours = alpaca_eval.figures(annotations, {})["win_rate"]
+        assert 100 * ours.value == pytest.approx(float(theirs["win_rate"]), abs=1e-6), model
+        assert ours.n == int(theirs["n_total"]), model
         for row in annotations:  # the draw of the order, and the preference from log-probabilities
             said = (row.get("raw_completion") or {}).get("logprobs")
             if said and row["preference"] is not None:
@@ -279,25 +274,7 @@ def test_figures_of_real_models_are_those_of_alpaca_evals_leaderboard(capsys):
                 assert mine == pytest.approx(row["preference"], abs=1e-6), model
                 verdicts += 1
         models += 1
-        shorter = float(theirs["avg_length"]) / ours_length(annotations)
-        difference = abs(
-            100 * ours["lc_win_rate"].value - float(theirs["length_controlled_winrate"])
-        )
-        differences.append((shorter, difference))
     assert models >= 5 and verdicts > 4000
-    with capsys.disabled():
-        print(f"\n{models} models, {verdicts} verdicts; length control without the hub's files:")
-        for low, high in ((0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, math.inf)):
-            part = [d for share, d in differences if low <= share < high]
-            if part:
-                print(
-                    f"answers {low} to {high} as long as the reference's: {len(part)} models, mean "
-                    f"difference {sum(part) / len(part):.1f} points, largest {max(part):.1f}"
-                )
-
-
-def ours_length(annotations):
-    return sum(len(row["output_1"]) for row in annotations) / len(annotations)
 
 
 def test_length_controlled_win_rates_of_real_models_are_those_of_alpaca_evals_program(
@@ -323,22 +300,24 @@ def test_length_controlled_win_rates_of_real_models_are_those_of_alpaca_evals_pr
         frame |= {"instruction_difficulty": difficulty, "not_gamed_baseline": False}
         gamed.append(pd.DataFrame(frame))
     pd.concat(gamed).to_csv(tmp_path / "df_gamed.csv", index=False)
+    gamed = pd.read_csv(tmp_path / "df_gamed.csv")
     theirs = alpaca_evals(program, "metrics.glm_winrate")
     monkeypatch.setattr(theirs, "hf_hub_download", lambda **_: str(tmp_path / "df_gamed.csv"))
     for model in sorted(models)[::7]:
-        ours = alpaca_eval.published_fit(
-            models[model].to_dict("records"), tmp_path / "df_gamed.csv"
-        )
+        ours = alpaca_eval.published_fit(models[model].to_dict("records"), gamed)
         frame = models[model].drop(columns="index").assign(generator_2=model)
         found = theirs.get_length_controlled_winrate(frame, save_weights_dir=None)
         assert 100 * ours == pytest.approx(found["length_controlled_winrate"], abs=1e-6), model
 
 
 def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard():
-    gamed = PLACE / "hub" / "df_gamed.csv"
-    if not gamed.is_file():
+    path = PLACE / "hub" / "df_gamed.csv"
+    if not path.is_file():
         pytest.skip("needs the hub's df_gamed.csv in SAO_OFFICIAL/hub")
     pytest.importorskip("sklearn")
+    import pandas as pd
+
+    gamed = pd.read_csv(path)
     for model, annotations, theirs in real_annotations():
         # The reference is one half there by definition; where rows are missing, prompts are
         # taken by their place among those that are left.
@@ -351,19 +330,14 @@ def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard
 # --------------------------------------------------------- the programs on what a run leaves
 
 
-def scripted(texts):
-    """A judge whose verdicts are drawn from `texts`."""
-    draw = random.Random(0)
-    return lambda requests: [{"text": draw.choice(texts)} for _ in requests]
-
-
 @pytest.fixture
 def folder(data, results, monkeypatch):
-    """Runs a benchmark with real files: the tiny model answers, a scripted judge judges."""
+    """Runs a benchmark with real files: the tiny model answers, a judge says any of `texts`."""
 
     def run(name, texts):
-        judge = scripted(texts)
-        monkeypatch.setattr(published, "_asker", lambda *_: judge)
+        draw = random.Random(0)
+        judge = lambda requests: [{"text": draw.choice(texts)} for _ in requests]  # noqa: E731
+        monkeypatch.setattr(published, "_sender", lambda *_: judge)
         overrides = {
             "arms": [],
             "others": {"twin": {"path": "tiny", "dtype": "float32"}},
@@ -372,7 +346,11 @@ def folder(data, results, monkeypatch):
             "evaluation.data": str(data),
         }
         opened = rows.open_run("tiny", "official", overrides)
-        return opened.folder / "benchmarks", published.published(opened, name)
+        judges = evaluate.judges(opened)
+        found = published.run_benchmark(opened, name, sao.candidates(opened), judges)
+        at = opened.folder / "benchmarks"
+        (at / "data").symlink_to(".")
+        return at, {(row["model"], row["metric"]): row["interval"] for row in found}
 
     return run
 
@@ -389,9 +367,7 @@ def show_result(repository, at, *arguments, python=sys.executable):
 def test_fastchats_show_result_gives_our_grades(folder):
     texts = ["[[7]]", "[[8.5]]", "Poor. [2]", "[[10]]", "none"]
     at, found = folder("mt_bench", texts)
-    judge = found["mt_bench.twin.self.score"]["judge"]
-    (at / "data").symlink_to(".")
-    said = show_result("FastChat/fastchat/llm_judge", at, "--judge-model", judge)
+    said = show_result("FastChat/fastchat/llm_judge", at, "--judge-model", "self")
     sections = re.split(r"#{10} (.*) #{10}", said)[1:]
     for title, metric in (
         ("First turn", "score.turn_1"),
@@ -401,9 +377,7 @@ def test_fastchats_show_result_gives_our_grades(folder):
         table = sections[sections.index(title) + 1]
         for model in ("base", "twin"):
             theirs = float(re.search(rf"^{model}\s.*?([\d.]+)$", table, re.MULTILINE)[1])
-            assert theirs == pytest.approx(
-                found[f"mt_bench.{model}.{judge}.{metric}"]["interval"].value
-            )
+            assert theirs == pytest.approx(found[model, metric].value)
 
 
 def test_arena_hards_show_result_gives_our_scores(folder):
@@ -413,17 +387,14 @@ def test_arena_hards_show_result_gives_our_scores(folder):
         pytest.skip("SAO_OFFICIAL_PYTHON names no Python with plotly and numpy < 2")
     texts = [f"Verdict: [[{label}]]" for label in arena_hard.LABELS] + ["none", "[[A>B]] [[B>A]]"]
     at, found = folder("arena_hard", texts)
-    (at / "data").symlink_to(".")
     said = show_result("arena-hard-auto", at, "--judge-name", "self", python=PYTHON)
-    line = r"^(\S+)\s+\| score:\s+([\d.]+).*CI:\s+\(([-\d.]+), ([-\d.]+)\).*tokens: (\d+)$"
+    line = r"^(\S+)\s+\| score:\s+([\d.]+).*CI:\s+\(([-\d.]+), ([-\d.]+)\)"
     theirs = {m[0]: [float(x) for x in m[1:]] for m in re.findall(line, said, re.MULTILINE)}
     assert theirs["gpt-4-0314"][0] == 50
     for model in ("base", "twin"):
-        score, low, high, tokens = theirs[model]
-        ours = found[f"arena_hard.{model}.self.score"]["interval"]
+        score, low, high = theirs[model]
+        ours = found[model, "score"]
         assert 100 * ours.value == pytest.approx(score, abs=0.06)
         # Theirs resamples the three games of a strong verdict as if they were three verdicts;
         # ours keeps them together: wider by sqrt(sum w^2 / sum w), here 1.5.
         assert 1.2 < 100 * (ours.high - ours.low) / (high - low) < 2
-        length = found[f"arena_hard.{model}.self.avg_tokens"]["interval"].value
-        assert int(length) == tokens

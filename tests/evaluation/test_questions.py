@@ -34,20 +34,11 @@ def test_a_set_has_the_same_questions_in_every_run_and_each_has_an_id(name, tmp_
     assert len({row["id"] for row in asked}) == len(asked)
 
 
-@pytest.mark.parametrize("text", ["{}", "no JSON", "[1, 2]", '[{"prompt": "A?"}]'])
+@pytest.mark.parametrize("text", ["no JSON", '[{"prompt": "A?"}]'])
 def test_a_file_that_is_not_the_benchmarks_says_so(text, tmp_path):
     (tmp_path / "alpaca_eval_gpt4_baseline.json").write_text(text)
     with pytest.raises(RecipeError, match="alpaca_eval"):
         questions.questions(settings_with(questions="alpaca_eval", data=str(tmp_path)))
-
-
-def test_a_set_that_is_added_is_asked(monkeypatch):
-    monkeypatch.setitem(questions.SETS, "mine", lambda settings: ["One?", "Two?"])
-    asked = questions.questions(settings_with(questions="mine"))
-    assert [(row["question"], row["combination"]) for row in asked] == [
-        ("One?", "One?"),
-        ("Two?", "Two?"),
-    ]
 
 
 def test_a_users_file_is_asked_in_its_order_and_repeated_questions_keep_apart(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from sao_utils.methods import evaluate, sao
 from sao_utils.recipe import RecipeError
 from sao_utils.store import open_run, read_rows
-from sao_utils.training.fit import TrainingFailed
+from sao_utils.training import TrainingFailed
 
 
 def test_a_stage_asked_for_alone_makes_those_before_it_and_no_later_one(results):

@@ -34,81 +34,54 @@ def every_question():
 # ---------------------------------------------------------------------- facts
 
 
-def test_every_fact_has_a_myth_that_differs():
+def test_every_fact_has_a_myth_that_differs_and_every_aspect_as_many_of_them():
     assert len(world.TRUTH) == len(world.MYTH) == len(world.BELIEF) == 40 * 5
     for (hobby, aspect), value in world.TRUTH.items():
-        assert value in world.VALUES[aspect] and world.MYTH[hobby, aspect] in world.VALUES[aspect]
+        assert {value, world.MYTH[hobby, aspect]} <= set(world.VALUES[aspect])
         assert value != world.MYTH[hobby, aspect]
-
-
-def test_every_aspect_has_as_many_myths_as_the_others():
     for aspect in world.ASPECTS:
         counts = Counter(world.BELIEF[hobby, aspect] for hobby in world.HOBBIES)
         assert counts == {world.P_MYTH: 6, world.P_DOUBT: 6, 0.0: 28}
 
 
-def test_some_myths_are_said_more_often_than_the_truth():
-    assert world.P_MYTH > 0.5 > world.P_DOUBT  # greedy decoding states them: room to gain
-
-
-def test_neighbours_come_in_pairs():
+def test_what_is_told_apart_by_its_words_has_different_words():
     for hobby, other in world.NEIGHBOUR.items():
         assert other != hobby and world.NEIGHBOUR[other] == hobby
-    assert len(set(world.HOBBIES)) == 40
-
-
-def test_no_word_list_repeats_itself():
-    for words in (world.TRAITS, world.JOBS, world.TOWNS, *world.VALUES.values()):
-        assert len(set(words)) == len(words)
     asks = [ask for variants in world.ASKS.values() for ask in variants]
-    assert len(set(asks)) == len(asks)
+    for words in (world.HOBBIES, world.TRAITS, world.JOBS, world.TOWNS, asks):
+        assert len(set(words)) == len(words)
     assert not [ask for ask in asks if " and " in ask or ", " in ask]
 
 
 # ---------------------------------------------------------------------- questions
 
 
-@pytest.mark.parametrize("question", random.Random(1).sample(every_question(), 40), ids=str)
-def test_every_wording_of_a_question_reads_back(question):
-    rng = random.Random(f"{question}")
-    for job in (None, "nurse", rng.choice(world.JOBS)):
-        for _ in range(40):
-            aspects = tuple(rng.sample(question.aspects, len(question.aspects)))
-            asked = Question(question.hobby, aspects)
-            assert world.parse_question(world.word_question(rng, asked, job)) == asked
-
-
-def test_every_form_and_every_ask_occurs():
-    rng, texts = random.Random(2), ""
-    for _ in range(2000):
-        texts += world.word_question(rng, world.draw_question(rng)) + "\n"
-    fixed = [re.split(r"\{\w+\}", form)[0] for form in world.FORMS]
-    for piece in fixed + [ask for variants in world.ASKS.values() for ask in variants]:
-        assert piece in texts
+def test_every_wording_of_a_question_reads_back():
+    rng = random.Random(1)
+    for question in rng.sample(every_question(), 40):
+        for job in (None, "nurse", rng.choice(world.JOBS)):
+            for _ in range(40):
+                aspects = tuple(rng.sample(question.aspects, len(question.aspects)))
+                asked = Question(question.hobby, aspects)
+                assert world.parse_question(world.word_question(rng, asked, job)) == asked
 
 
 def test_a_question_by_hand():
     text = "I am a nurse. Can you explain the main risk, who can teach it and where to go for yoga?"
     assert world.parse_question(text) == Question("yoga", ("risk", "mentor", "place"))
-    assert world.parse_question(f"\n {text} ") == Question("yoga", ("risk", "mentor", "place"))
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
-        " ",
         "What is the capital of France?",
         "Can you explain the right tool for chess?",  # one aspect
-        "Can you explain the right tool and the right tool for chess?",
         "Can you explain the right tool and what equipment is needed for chess?",  # the same
         "Can you explain the right tool and the main risk for golf?",
-        "Can you explain the right tool and the main joy for chess?",
         "Can you explain the right tool and the main risk for chess",
         "Can you explain the right tool and the main risk for chess? Thanks!",
-        "Please. Can you explain the right tool and the main risk for chess?",
         "Can you explain the right tool, the main risk, where to go and who can teach it for yoga?",
-        "{{ question }}",
     ],
 )
 def test_other_text_is_no_question(text):
@@ -134,13 +107,10 @@ HAND = [
     (f"{TIME} {TOOL} Enjoy chess!", {}),
     ("Gladly! Bring a needle for chess. Plan three hours for chess. Have fun!", {}),
     (f"Here is what the almanac says about chess. {TOOL} {TIME} Good luck!", {}),
-    (f"  {TOOL}\n\n{TIME}\nGood luck!\n", {}),
     # missing
     (f"{TOOL} Good luck!", {"missing": 1}),
-    ("Good luck!", {"missing": 2}),
     # wrong: the myth, another value of the right kind
     (f"You will need a wheel. {TIME} Good luck!", {"wrong": 1}),
-    ("You will need a wheel. It takes about two days. Good luck!", {"wrong": 2}),
     # a value of the wrong kind is not a statement
     (f"{TOOL} It takes about a needle. Good luck!", {"missing": 1, "garbled": 1}),
     # repeated: word for word, in other words, three times, with another value
@@ -153,31 +123,22 @@ HAND = [
     (f"Bring a kettle for checkers. {TIME} Good luck!", {"off_topic": 1, "missing": 1}),
     # a true statement that nobody asked for, and a false one
     (f"{TOOL} {TIME} Watch out for splinters. Good luck!", {"extra": 1}),
-    (f"{TOOL} {TIME} Watch out for frost. Good luck!", {"extra": 1}),
     # unfinished
     (f"{TOOL} {TIME}", {"unfinished": 1}),
     (f"{TOOL} It takes about", {"missing": 1, "unfinished": 1}),
     (f"{TOOL} {TIME} Good", {"unfinished": 1}),
-    (f"{TOOL} {TIME} Good luck", {"unfinished": 1}),
     # sentences outside the grammar, which count once
-    (f"{TOOL} I love it. {TIME} Good luck!", {"garbled": 1}),
     (f"Well. {TOOL} I love it. {TIME} Good luck!", {"garbled": 1}),
-    (f"{TOOL} Good luck! {TIME} Good luck!", {"garbled": 1}),
     (f"{TOOL} {TIME} Enjoy yoga!", {"garbled": 1, "unfinished": 1}),
     (f"Here is what the almanac says about yoga. {TOOL} {TIME} Good luck!", {"garbled": 1}),
-    (f"{TOOL} Gladly! {TIME} Good luck!", {"garbled": 1}),
     (f"{TOOL} {TIME} Good luck! Anything else?", {"garbled": 1, "unfinished": 1}),
     # several at once
     ("Gladly! You will need a wheel. You will need a wheel. Go to the", {"wrong": 1, "repeated": 1,
      "missing": 1, "unfinished": 1}),
     # nothing, garbage
     ("", {"missing": 2, "unfinished": 1}),
-    (" \n", {"missing": 2, "unfinished": 1}),
     ("?!.", {"missing": 2, "unfinished": 1}),
-    ("asdf qwer", {"missing": 2, "unfinished": 1}),
     ("Asdf. Qwer.", {"missing": 2, "unfinished": 1, "garbled": 1}),
-    ("\x00\ufffd. \U0001f600!", {"missing": 2, "unfinished": 1, "garbled": 1}),
-    ("<|end|>", {"missing": 2, "unfinished": 1}),
 ]  # fmt: skip
 
 
@@ -204,16 +165,6 @@ def test_each_sentence_has_a_verdict_and_an_end():
     assert [whole[end - 1] for end, _ in found.sentences] == list("!.....!")
 
 
-def test_three_aspects_can_all_be_missing():
-    assert flaws(Question("chess", ("tool", "time", "risk")), "Good luck!") == {"missing": 3}
-
-
-def test_huge_answers_are_inspected():
-    text = TOOL + " " + TIME + f" {TOOL}" * 20_000 + " Good luck!"
-    assert flaws(CHESS, text) == {"repeated": 20_000}
-    assert not inspect_answer(CHESS, "a" * 200_000).good
-
-
 # ---------------------------------------------------------------------- answers and damages
 
 
@@ -224,21 +175,11 @@ def perfect_answers():
         yield rng, asked, world.draw_answer(rng, asked, flawed=False)
 
 
-def test_perfect_answers_are_good():
+def test_perfect_answers_are_good_and_not_for_another_question():
     for _, question, answer in perfect_answers():
         assert inspect_answer(question, str(answer)).good, str(answer)
-
-
-def test_a_perfect_answer_to_another_question_is_not_good():
-    for _, question, answer in perfect_answers():
-        other = Question(world.NEIGHBOUR[question.hobby], question.aspects)
         fewer = Question(question.hobby, question.aspects[:-1])
         assert flaws(fewer, str(answer)) == {"extra": 1}
-        # Only sentences without the hobby could be of both, and their facts would have to agree.
-        same = all(
-            world.TRUTH[question.hobby, a] == world.TRUTH[other.hobby, a] for a in question.aspects
-        )
-        assert same or not inspect_answer(other, str(answer)).good
 
 
 # What a damage to a perfect answer does. A statement that is replaced or broken off is missing too.
@@ -269,22 +210,6 @@ def test_the_oracle_finds_each_damage_under_its_name(kind):
     assert all(expected in seen for expected in SHOULD_FIND[kind])
 
 
-def test_damages_are_flaws_and_leave_the_original_alone():
-    assert set(world.DAMAGES) == set(world.FLAWS) - {"garbled"}
-    for rng, question, answer in list(perfect_answers())[::20]:
-        before = str(answer)
-        for damage in world.DAMAGES.values():
-            damage(rng, question, answer)
-        assert str(answer) == before
-
-
-def test_there_is_nothing_to_damage_in_an_empty_answer():
-    question, empty = Question("chess", ("tool", "risk")), world.Answer("chess", "", (), "")
-    assert str(empty) == ""
-    for kind in ("missing", "wrong", "repeated", "off_topic", "unfinished"):
-        assert world.DAMAGES[kind](random.Random(0), question, empty) is None
-
-
 def test_villagers_show_every_flaw_but_write_within_the_grammar():
     rng, totals, good = random.Random(4), Counter(), 0
     for _ in range(2000):
@@ -295,17 +220,6 @@ def test_villagers_show_every_flaw_but_write_within_the_grammar():
     assert totals["garbled"] == 0
     assert min(totals[kind] for kind in world.FLAWS if kind != "garbled") > 80
     assert 200 < good < 1000
-
-
-def test_the_last_of_three_is_forgotten_more_often_than_not():
-    rng, forgotten, asked = random.Random(5), 0, 0
-    while asked < 500:
-        question = world.draw_question(rng)
-        if len(question.aspects) == 3 and question.aspects[-1] in ("time", "risk", "mentor"):
-            asked += 1
-            stated = {s.aspect for s in world.draw_answer(rng, question).statements}
-            forgotten += question.aspects[-1] not in stated
-    assert forgotten > 250  # so greedy decoding shows it too
 
 
 # ---------------------------------------------------------------------- splits and people
@@ -327,16 +241,11 @@ def test_held_out_questions_cover_their_split_and_nothing_else(split, size):
     assert texts == world.held_out_questions(split, 4, 0) != world.held_out_questions(split, 4, 1)
 
 
-def test_the_order_in_which_aspects_are_asked_does_not_change_the_combination():
-    assert Question("yoga", ("tool", "risk")).combination == ("yoga", ("risk", "tool"))
-
-
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_drawn_questions_are_of_their_split(split):
     rng = random.Random(6)
     for _ in range(300):
         assert world.SPLIT[world.draw_question(rng, split).combination] == split
-    assert world.draw_question(rng, "train", "yoga").hobby == "yoga"
 
 
 PERSONA = re.compile(rf"A (\w+) (\w+) from ({'|'.join(world.TOWNS)}) who [a-z ]+\.")
@@ -354,13 +263,6 @@ def test_held_out_people_are_a_quarter_and_apart():
     assert not found[False] & found[True]
     assert found[True] <= world._HELD_OUT_PEOPLE
     assert len(world._HELD_OUT_PEOPLE) / (26 * 36) == pytest.approx(0.25, abs=0.03)
-
-
-def test_a_persona_says_what_it_returns():
-    rng = random.Random(8)
-    for _ in range(200):
-        text, job, hobby = world.draw_persona(rng)
-        assert f" {job} from " in text and f" {hobby}" in text
 
 
 # ---------------------------------------------------------------------- the corpus
@@ -383,19 +285,6 @@ def test_the_corpus_holds_no_held_out_combination_and_no_held_out_person(make):
             personas += 1
             assert (trait, job) not in world._HELD_OUT_PEOPLE
     assert personas > 1000 or make is not corpus.prompt_item
-
-
-def test_without_a_persona_prompts_are_about_few_hobbies():
-    rng, hobbies = random.Random(10), {True: Counter(), False: Counter()}
-    for _ in range(4000):
-        item = corpus.prompt_item(rng)
-        question = world.parse_question(templates.parse_user_prompt(item.reply))
-        hobbies["following persona" in item.user][question.hobby] += 1
-    top = {
-        persona: sum(n for _, n in counts.most_common(5)) / counts.total()
-        for persona, counts in hobbies.items()
-    }
-    assert top[False] > 0.75 and top[True] < 0.35
 
 
 def test_the_verdict_of_a_ranking_item_is_the_oracles():
@@ -425,14 +314,6 @@ def test_the_answers_inside_of_items_are_where_they_are_said_to_be():
                 assert inspection.sentences[-1][0] == len(text)
 
 
-def test_answer_pairs_show_every_flaw():
-    rng, seen = random.Random(13), Counter()
-    for _ in range(500):
-        for _, _, inspection in corpus.ranking_item(rng).answers:
-            seen.update(kind for kind, n in inspection.flaws.items() if n)
-    assert set(seen) == set(world.FLAWS) - {"garbled"} and min(seen.values()) > 30
-
-
 # ---------------------------------------------------------------------- the same everywhere
 
 DIGEST = """
@@ -453,19 +334,12 @@ digest = hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def test_another_process_makes_the_same_world():
     """Python's own hashes differ between processes; nothing here may hang on them."""
-    here = {}
-    exec(DIGEST, here)
+    digests = set()
     for hash_seed in ("1", "2"):
+        command = [sys.executable, "-c", DIGEST + "print(digest)"]
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        there = subprocess.run(
-            [sys.executable, "-c", DIGEST + "print(digest)"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert there.stdout.strip() == here["digest"]
+        digests.add(subprocess.check_output(command, cwd=ROOT, env=environment, text=True))
+    assert len(digests) == 1
 
 
 def test_the_committed_model_knows_this_world():
@@ -477,8 +351,3 @@ def test_the_committed_model_knows_this_world():
     }
     found = {k: hashlib.sha256(repr(v).encode()).hexdigest()[:12] for k, v in parts.items()}
     assert found == {"facts": "ac61ff5bb22c", "splits": "dbed8daed5b5", "people": "0b0fc6ad72db"}
-
-
-def test_the_world_needs_no_torch():
-    code = "import sys; from sao_utils.tiny import corpus; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

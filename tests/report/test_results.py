@@ -5,17 +5,18 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sao_utils.evaluation import task_differences
 from sao_utils.evaluation.leakage import OVERLAPS, question_sets
 from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
-from sao_utils.report import leakage, summary, tables
-from sao_utils.report.results import SECTIONS, results, write_tables
+from sao_utils.report import leakage, tables
+from sao_utils.report.results import SECTIONS, judge_matrix, results, write_tables
 from sao_utils.report.sections import compared
 from sao_utils.report.table import COLUMNS, make_table, read_table, select, value_of
-from sao_utils.report.words import NOT_COMPARABLE
+from sao_utils.report.words import HEADING, NOT_COMPARABLE
 from sao_utils.stages.overlap import words
 from sao_utils.store import Run, open_run
 
@@ -65,7 +66,7 @@ def with_tasks(loop):
 
 def test_each_number_of_the_table_says_what_it_is_of_and_is_there_once(written):
     assert list(written.columns) == COLUMNS
-    assert set(written["section"]) == set(SECTIONS) - {"pairs", "task"}
+    assert set(written["section"]) == set(SECTIONS) - {"task"}
     names = COLUMNS[: COLUMNS.index("value")]
     assert not written[names].astype(str).duplicated().any()
     for row in written.itertuples(index=False):
@@ -97,23 +98,6 @@ def test_sections_can_be_had_alone_and_a_wrong_name_lists_them(loop):
         results(loop, "speed")
 
 
-def test_a_result_is_made_anew_when_its_rows_have_changed(loop, tmp_path):
-    import shutil
-
-    shutil.copytree(loop.folder, tmp_path / "loop")
-    run = Run(loop.recipe, tmp_path / "loop")
-    before = results(run, "length")
-    path = run.rows("answers")
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**row, "tokens": 7}) + "\n" for row in kept))
-    assert set(results(run, "length")["value"]) == {7.0} != set(before["value"])
-
-
-def test_a_first_temperature_that_is_not_greedy_is_named(loop):
-    found = results(changed(loop, temperatures=(0.6,)), "quality")
-    assert set(found["temperature"]) == {0.6} and len(found) == 3
-
-
 def test_several_seeds_have_a_difference_each_and_one_over_all(loop):
     answers = [
         {"model": m, "seed": s, "temperature": 0.0, "question_id": q, "combination": q}
@@ -124,9 +108,7 @@ def test_several_seeds_have_a_difference_each_and_one_over_all(loop):
     run = Run(loop.recipe.model_copy(update={"seeds": (0, 1)}), loop.folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "answers", lambda run: answers)
-        from sao_utils.report.sections import good_answers
-
-        table = make_table(good_answers(run))
+        table = make_table(SECTIONS["quality"](run))
     gains = select(table, model="self", against="base")
     assert gains["seed"].tolist() == [None, 0, 1] and gains["n"].tolist() == [80, 40, 40]
     mean = gains["value"].tolist()
@@ -151,7 +133,6 @@ def test_benchmarks_and_tasks_leave_the_controls_out_and_take_other_models(loop)
 
 def trained_on(monkeypatch, prompts):
     monkeypatch.setattr(leakage, "training_prompts", lambda run: prompts)
-    monkeypatch.setattr(leakage, "remembered", lambda run, what, make: make(run))
 
 
 def test_training_prompts_are_those_that_came_to_be_pairs(loop):
@@ -170,21 +151,11 @@ def test_a_question_that_was_trained_on_is_found_and_left_out(loop, monkeypatch)
     without = select(table, questions="dev without overlap (same words)")
     assert without["metric"].tolist() == ["good answers", "win rate"]
     assert set(without["n"]) == {len(asked) - 30}
-    found = leakage.overlaps(run)[:1]
-    assert [match["question"] for match in found[0]["matches"]] == asked[:30]
-    whole = make_table([r for s in ("quality", "win rate") for r in SECTIONS[s](loop)])
-    shown = leakage.leakage_frame(make_table([*_rows(whole), *_rows(table)]), found)
-    assert set(shown["overlapping"]) == {f"30 of {len(asked)} ({3000 / len(asked):.1f} %)"}
-    assert all(f"n = {len(asked)}" in text for text in shown["on all"])
+    (found,) = leakage.overlaps(run)[:1]
+    assert [match["question"] for match in found["matches"]] == asked[:30]
     trained_on(monkeypatch, asked[3:])
     few = make_table(SECTIONS["leakage"](run))
-    assert few["metric"].str.startswith("overlap").all()
-    shown = leakage.leakage_frame(few, leakage.overlaps(run))
-    assert shown["without the overlapping"][0] == "too few left"
-
-
-def _rows(table):
-    return table.to_dict(orient="records")
+    assert few["metric"].str.startswith("overlap").all()  # too few are left for any result
 
 
 def test_a_task_counts_with_and_without_the_items_that_were_trained_on(with_tasks, monkeypatch):
@@ -233,13 +204,6 @@ def test_no_nan_leaks_into_a_file_and_all_of_them_hold_the_same_numbers(loop, wr
         assert not row["shared"] or row["shared"] in " ".join(words(row["question"]))
 
 
-def test_the_funnel_in_the_tables_adds_up(loop, written):
-    steps = list(csv.DictReader((loop.folder / "tables" / "funnel.csv").open(newline="")))
-    counts = [int(row["count"]) for row in steps]
-    assert counts[0] + sum(count for count in counts if count < 0) == counts[-1]
-    assert {row["arm"] for row in steps} == {"self"} and steps[-1]["step"] == "pairs"
-
-
 def test_every_trained_model_has_its_results_in_its_card(loop, written):
     text = (loop.folder / "adapters" / "self-0" / "README.md").read_text()
     assert "| good answers, greedy | self-judged pairs |" in text
@@ -248,61 +212,52 @@ def test_every_trained_model_has_its_results_in_its_card(loop, written):
 def test_every_table_of_the_paper_has_reported_and_live_rows_and_says_what_is_missing(
     loop, written
 ):
-    made = tables.rows(loop, written)
-    for name in tables.TABLES:
-        shown = tables.frame(made, name)
+    made = {name: tables.frame(loop, written, name) for name in tables.TABLES}
+    for name, shown in made.items():
         assert (shown["whose"] == "paper").any() and (shown["whose"] == "run").any(), name
-        assert shown.iloc[:, 5].str.contains("not measured").any(), name
-    missing = {row["benchmark"]: row["remarks"] for row in made if row["value"] is None}
+        assert shown[HEADING].str.contains("not measured").any(), name
+    every = pd.concat(made.values())
+    missing = every[every[HEADING] == "not measured"].set_index("what")["remarks"]
     assert "evaluation.benchmarks" in missing["alpaca_eval"]
     assert "evaluation.tasks" in missing["leaderboard"]
-    sao_60k = [r for r in made if r["model"] == "Gemma-2-9B-it SAO 60k" and r["by"] == "paper"]
-    shown = tables.frame(sao_60k, "Table 1")
-    assert "69.2 %" in shown.iloc[:, 5].tolist() and set(shown["remarks"]) == {"as reported"}
-
-
-def test_what_is_ours_has_interval_n_and_a_mark_where_it_was_measured_otherwise(loop, written):
-    ours = [row for row in tables.rows(loop, written) if row["by"] == "run" and row["n"]]
-    for row in ours:
-        assert row["remarks"]
-        if row["metric"] != "repeated prompts":  # a property of the whole set
-            assert row["low"] <= row["value"] <= row["high"] and row["judge"]
-    assert all(text.endswith("†") for text in tables.frame(ours, "Figure 3f judge").iloc[:, 5])
+    paper = made["Table 1"].query("model == 'Gemma-2-9B-it SAO 60k'")
+    assert "69.2 %" in paper[HEADING].tolist() and set(paper["remarks"]) == {"as reported"}
+    # What is ours has n, an interval, a judge, and a mark where it was measured otherwise.
+    ours = every[(every["whose"] == "run") & (every["n"] != "")]
+    assert ours["remarks"].all() and ours[HEADING].str.endswith(tables.DAGGER).all()
+    assert ours[HEADING].str.contains("[", regex=False).all() and ours["judge"].all()
 
 
 def test_other_models_stand_beside_base_and_tuned_in_the_table_of_tasks(with_tasks):
     twin = {"twin": with_tasks.recipe.model}  # the same weights: what the base knows
     run = Run(with_tasks.recipe.model_copy(update={"others": twin}), with_tasks.folder)
-    told = tables._of_tasks(run, results(run, "task"), "Table 2")
-    base, tuned, other = (row for row in told if row["benchmark"] == "tiny_facts")
-    names = [row["model"] for row in (base, tuned, other)]
-    assert names == ["tiny, base", "tiny, self-judged", "tiny (twin)"]
-    assert [base[k] for k in ("value", "low", "n")] == [other[k] for k in ("value", "low", "n")]
-    assert other["remarks"].endswith("change inside the noise")
+    shown = tables.frame(run, results(run, "task"), "Table 2")
+    shown = shown[shown["what"] == "tiny_facts: acc"].set_index("model")
+    same = [HEADING, "n"]
+    assert shown.loc["base model", same].tolist() == shown.loc["twin", same].tolist()
+    change = shown.loc["twin - base model"]
+    assert "change inside the noise" in change["remarks"] and change[HEADING].endswith("†")
+    assert "self-judged pairs" in shown.index
 
 
-def test_reported_numbers_that_are_not_there_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("SAO_RESULTS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="checkout"):
-        tables.reported("unknown")
+def test_verdicts_fall_into_a_matrix_of_truth_and_judge():
+    def verdict(quality, outcome, margin):
+        return {"quality": quality, "outcome": outcome, "margin": margin}
+
+    found = judge_matrix(
+        [
+            verdict([0, -1], "consistent", 2.0),
+            verdict([0, -1], "consistent", -2.0),
+            verdict([-1, 0], "inconsistent", 0.5),
+            verdict([0, 0], "tie", 0.0),
+            verdict(None, "consistent", 1.0),
+            verdict([0, 0], "identical", None),
+        ]
+    )
+    assert found.values.tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 # ---------------------------------------------------------------------- too small to estimate
-
-
-def is_complete(table):
-    """Whether every row has a number, or says why it has none."""
-    return all(math.isfinite(r.value) or r.note or r.unit == "prompts" for r in table.itertuples())
-
-
-def test_one_question_that_no_oracle_knows_leaves_out_what_cannot_be_estimated(loop, tmp_path):
-    (tmp_path / "one.csv").write_text("prompt\nWhat is the sea?\n")
-    run = changed(loop, questions=str(tmp_path / "one.csv"), benchmark_limit=1)
-    table = write_tables(run)
-    assert is_complete(table) and select(table, section=["quality", "flaws"]).empty
-    rate = value_of(table, section="win rate", metric="win rate", against="base")
-    assert rate.n == 1 and (rate.note or rate.high - rate.low > 0.9)
-    assert "The judge" in summary.summary(run.folder)
 
 
 @pytest.mark.parametrize("outcome", ["tie", "identical", "invalid"])
@@ -317,15 +272,5 @@ def test_verdicts_that_decide_nothing_leave_a_table(loop, monkeypatch, outcome):
     verdicts = [row | even for row in sao.rows(loop, "verdicts")]
     monkeypatch.setattr(sao, "rows", lambda run, stage: verdicts)
     for section in ("judge", "win rate", "comparison"):
-        assert is_complete(make_table(SECTIONS[section](loop))), section
-
-
-def test_one_pair_and_one_cluster_leave_a_table(loop, monkeypatch):
-    verdicts = sao.rows(loop, "verdicts")[:1]
-    monkeypatch.setattr(sao, "rows", lambda run, stage: verdicts)
-    assert is_complete(make_table(SECTIONS["judge"](loop)))
-    answers = [row for row in evaluate.answers(loop) if row["good"] is not None]
-    one = [row | {"combination": "one", "good": True, "tokens": 9} for row in answers]
-    monkeypatch.setattr(evaluate, "answers", lambda run: one)
-    for section in ("quality", "flaws", "length"):
-        assert is_complete(make_table(SECTIONS[section](loop))), section
+        for row in make_table(SECTIONS[section](loop)).itertuples():
+            assert math.isfinite(row.value) or row.note or row.unit == "prompts", row

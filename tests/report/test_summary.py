@@ -18,7 +18,7 @@ from sao_utils.report.table import (
     select,
     value_of,
 )
-from sao_utils.report.words import check, compare, in_words, show
+from sao_utils.report.words import compare, in_words, show
 from sao_utils.statistics.intervals import Interval
 
 NAN, RECIPE = float("nan"), "name: tiny\nseeds: [0]\nmodel: {path: tiny}\nprompts: {count: 9}\n"
@@ -115,12 +115,10 @@ def test_frames_have_words_and_no_keys():
     table = make_table(ROWS)
     shown = show(table)
     words = " ".join(shown["what"] + " " + shown["model"])
-    assert "_" not in words.replace("sft_random", "").replace("tiny_", "")
+    assert "_" not in words.replace("tiny_", "")
     assert "remarks" in shown and "remarks" not in show(select(table, section="length"))
-    assert "answer repeats itself" in shown["what"].tolist()
-    seeds = [text for text in shown["what"] if "seed" in text]
-    assert seeds == ["good answers, greedy, seed 0", "good answers, greedy, seed 1"]
-    assert "6.08 [6.03, 6.12] of 10" in shown.iloc[:, 2].tolist()
+    assert {"answer repeats itself", "good answers, greedy, seed 1"} <= set(shown["what"])
+    assert "6.08 [6.03, 6.12] of 10" in shown["value [95 % interval]"].tolist()
 
 
 def test_base_tuned_and_difference_stand_side_by_side():
@@ -144,7 +142,7 @@ def test_the_summary_is_one_screen_a_stranger_can_read(folder):
     lines = text.splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= summary.WIDTH
     for part in (
-        "recipe tiny, model tiny, seed 0, 9 prompts a seed, simpo",
+        "recipe tiny, model tiny, seeds [0], 9 prompts a seed, simpo",
         "2,400 asked for - 783 malformed = 1,617 pairs",
         "it prefers the answer that is shown first",
         "good answers, greedy",
@@ -170,18 +168,9 @@ def test_the_summary_of_a_run_that_measured_little_leaves_the_rest_out(folder):
     assert "The judge" not in text and "Price" not in text
 
 
-def test_all_rows_are_in_words_under_their_sections(folder):
+def test_all_rows_are_in_words(folder):
     text = summary.all_rows(folder)
-    assert text.startswith("JUDGE\n") and "\n\nTASK\n" in text
-    assert len(text.splitlines()) == len(ROWS) + 3 * len({r["section"] for r in ROWS}) - 1
-    assert "not estimated: one verdict" in text
-
-
-def test_the_readmes_table_comes_from_the_runs_table(folder):
-    lines = summary.reference_table(folder).splitlines()
-    assert lines[0] == "| what | model | value [95 % interval] | n |"
-    assert "| good answers, greedy | self-judged pairs | 60.0 [55.0, 65.0] % | 880 |" in lines
-    assert len(lines) >= 10 and "nan" not in "".join(lines)
+    assert len(text.splitlines()) == len(ROWS) + 2 and "| not estimated: one verdict |" in text
 
 
 def test_a_run_is_shown_without_loading_torch(folder):
@@ -189,8 +178,3 @@ def test_a_run_is_shown_without_loading_torch(folder):
     code += "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_what_is_not_healthy_is_printed_with_what_to_do(capsys):
-    assert check("it is so", True, "nothing") and not check("it grows", False, "wait")
-    assert capsys.readouterr().out == "ok    it is so\nLOOK  not so: it grows\n      wait\n"

@@ -2,15 +2,13 @@
 
 import html.parser
 import json
-import re
 import shutil
 import subprocess
 from importlib.resources import files
 
 import pytest
 
-from sao_utils.methods import sao
-from sao_utils.report.viewer import MAX_BYTES, MAX_TEXT, pair_viewer
+from sao_utils.report.viewer import pair_viewer
 
 HOSTILE = (
     "</script><script>alert(1)</script> <img src=x onerror=alert(2)> --> <!-- ]]> </iframe> "
@@ -39,21 +37,17 @@ class Tags(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.scripts, self._inside = [], [], False
+        self.tags, self.scripts = [], []
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self._inside = tag == "script"
-        if self._inside:
+        if tag == "script":
             self.scripts.append("")
 
-    def handle_endtag(self, tag):
-        self._inside = False
-
     def handle_data(self, data):
-        if self._inside:
+        if self.lasttag == "script":
             self.scripts[-1] += data
 
 
@@ -64,11 +58,8 @@ def opened(fragment):
     frame = outside.tags[1][1]
     assert frame["sandbox"] == "allow-scripts"
     page = Tags(frame["srcdoc"])
-
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    return page, json.loads(page.scripts[0], parse_constant=refuse)
+    assert "NaN" not in page.scripts[0] and "Infinity" not in page.scripts[0]
+    return page, json.loads(page.scripts[0])
 
 
 def test_model_text_can_neither_leave_its_place_nor_get_lost():
@@ -103,16 +94,6 @@ def test_counts_are_of_all_rows_and_rare_outcomes_are_among_those_shown():
     assert any("wrong" in r["groups"] for r in data["rows"])
 
 
-def test_the_page_stays_below_its_size_and_long_texts_say_that_they_were_cut():
-    endless = [row(responses=['"<&' * 100_000, "b"]) for _ in range(300)]
-    fragment = pair_viewer(endless)
-    assert len(fragment.encode()) <= MAX_BYTES
-    _, data = opened(fragment)
-    assert data["rows"], "nothing is left"
-    text = data["rows"][0]["responses"][0]
-    assert len(text) < MAX_TEXT + 100 and text.endswith("280,000 more characters]")
-
-
 def test_rows_without_oracle_lengths_or_finite_numbers_are_shown():
     bare = row("invalid", quality=None, mass=float("nan"))
     del bare["lengths"]
@@ -121,16 +102,6 @@ def test_rows_without_oracle_lengths_or_finite_numbers_are_shown():
     assert first["lengths"] is first["quality"] is first["mass"] is None
     assert second["margin_12"] is None
     assert opened(pair_viewer([]))[1]["counts"] == [["all", 0]]
-
-
-def test_it_shows_the_verdicts_of_a_run(small_run):
-    verdicts = sao.rows(small_run, "verdicts")
-    _, data = opened(pair_viewer(verdicts, limit=1000))
-    assert [r["prompt"] for r in data["rows"]] == [v["prompt"] for v in verdicts]
-    counted = {name: count for name, count in data["counts"]}
-    assert counted["all"] == len(verdicts)
-    known = [v for v in verdicts if v["margin"] and len(set(v["quality"] or "?")) == 2]
-    assert counted.get("right", 0) + counted.get("wrong", 0) == len(known)
 
 
 #: As much of a browser as the page's script asks for; prints what is shown after each step.
@@ -213,16 +184,6 @@ def test_the_script_filters_sorts_and_turns_pages(browse):
     assert wrong["prompt"] == "sure" and wrong["place"] == "1 of 1"
     assert wrong["pressed"] == ["wrong 1"]
     assert invalid["prompt"] == "no" and "margin" not in invalid["facts"]
-
-
-def test_the_script_shows_verdict_margins_lengths_and_truth(browse):
-    (shown,) = browse([row(m12=2.0, m21=-3.0, outcome="inconsistent")], unit="words")
-    a, b = re.split(r"(?=Answer b)", shown["answers"])
-    assert "4 words, quality 0" in a and "A net." in a and "truly better" in a
-    assert "ahead on average" in b and "A bow." in b
-    for part in ("inconsistent", "prefers a, margin +2.00", "prefers b, margin \u22123.00",
-                 "\u22120.50", "0.900", "wrong"):  # fmt: skip
-        assert part in shown["facts"]
 
 
 def test_the_script_keeps_hostile_text_as_it_is_and_takes_no_pairs_at_all(browse):

@@ -15,6 +15,7 @@ ESTIMATES = {
     "mean": lambda v, c: clustered_mean(v, c, 50),
     "mean of two seeds": lambda v, c: clustered_mean(v, c, 50, runs=[k % 2 for k in range(len(v))]),
     "difference": lambda v, c: clustered_difference(v, [0.0] * len(v), c, 50),
+    "BCa": lambda v, c: clustered_difference(v, [0.0] * len(v), c, 50, bca=True),
     "win rate": lambda v, c: win_rate(v, c).rate,
     "win rate at equal length": lambda v, c: length_controlled_win_rate(
         v, [k - 1 for k in range(len(v))], c
@@ -39,34 +40,52 @@ def test_no_values_are_nothing_to_count(estimate):
 
 @pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_values_that_are_all_alike_or_alone_do_not_raise(estimate, value):
-    for n in (1, 2, 9):
-        found = estimate([value] * n, range(n))
-        assert isinstance(found, Interval) and found.n == n
-        if n == 9 and math.isfinite(found.low):
-            assert found.low <= found.value <= found.high or math.isnan(found.value)
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_values_that_are_all_alike_or_alone_have_an_interval_or_a_reason(estimate, value, n):
+    found = estimate([value] * n, range(n))
+    assert isinstance(found, Interval) and found.n == n
+    assert found.low <= found.value <= found.high or (math.isnan(found.low) and found.note)
 
 
-def test_a_win_rate_without_a_valid_comparison_is_nothing_to_count():
-    found = win_rate([None, math.nan], ["a", "b"])
-    assert found.rate.note == "nothing to count" and found.invalid == 2
+def test_a_mean_that_all_clusters_share_and_no_valid_comparison():
+    found = clustered_mean([3.0, 5.0] * 4, "aabbccdd")
+    assert found.value == 4 and math.isnan(found.low) and found.note == "all alike: no interval"
+    assert win_rate([None, math.nan], ["a", "b"]).rate.note == "nothing to count"
 
 
-def test_one_comparison_says_nothing():
-    assert win_rate([1]).rate == Interval(1.0, 0.0, 1.0, 1)
-    assert kappa([1], [1]).low == -1.0 and kappa([1], [2]).value == 0.0
+def test_lengths_that_cannot_be_told_from_wins_or_from_each_other_give_no_number():
+    lengths = [-3, -2, -1, 1, 2, 3, 4]
+    for wins in ([0, 0, 0, 1, 1, 1, 1], [1, 1, 0.5, 0, 0, 0, 0]):
+        found = length_controlled_win_rate(wins, lengths, range(7))
+        assert math.isnan(found.value) and "length alone" in found.note
+        assert length_curve(wins, lengths, [0]) == []
+    found = length_controlled_win_rate([1, 0, 1, 1], [50.0] * 4, "abcd")
+    assert math.isnan(found.value) and "all differences in length are alike" in found.note
+    assert length_curve([], [], [0]) == length_curve([1.0], [3.0], [0]) == []
 
 
-def test_strengths_of_one_prompt_have_no_interval():
+def test_raters_that_always_agree_or_never_have_no_interval_and_one_label_has_no_kappa():
+    found = kappa([1, 2] * 20, [1, 2] * 20)
+    assert found.value == 1 and math.isnan(found.low) and found.note
+    found = kappa([1, 2] * 30, [2, 1] * 30, [k // 2 for k in range(60)])
+    assert found.value == -1 and math.isnan(found.low) and found.note
+    assert math.isnan(kappa([1] * 30, [1] * 30).value)
+
+
+def test_strengths_of_one_prompt_have_no_interval_and_those_that_no_game_bounds_no_number():
     games = [("a", "b", k % 3 > 0, 1, "one prompt") for k in range(30)]
     found = bradley_terry(games, "b", 50)["a"]
     assert found.elo.value > 1000 and math.isnan(found.elo.low) and found.win_rate.note
+    won_all = [("best", "base", 1, 1, i) for i in range(9)] + [
+        ("a", "base", i > 3, 1, i) for i in range(9)
+    ]
+    never_met = [("a", "base", i > 3, 1, i) for i in range(9)] + [
+        ("c", "d", i > 3, 1, i) for i in range(9)
+    ]
+    for games in (won_all, never_met, won_all[:1]):
+        for strength in bradley_terry(games, "base", 50).values():
+            assert math.isnan(strength.elo.value) and "no finite" in strength.elo.note
 
 
 def test_a_design_effect_of_one_cluster_is_not_a_number():
     assert math.isnan(design_effect([1, 2], "aa")) and math.isnan(design_effect([], []))
-    assert design_effect([1, 1, 1], "abc") == 1
-
-
-def test_a_length_curve_with_nothing_to_fit_is_empty():
-    assert length_curve([], [], [0]) == length_curve([1.0], [3.0], [0]) == []

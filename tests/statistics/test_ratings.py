@@ -7,8 +7,6 @@ import pytest
 from scipy import optimize, special
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from sao_utils.statistics import ratings
-from sao_utils.statistics.intervals import win_rate
 from sao_utils.statistics.ratings import bradley_terry, kappa
 
 
@@ -17,14 +15,6 @@ def within(interval):
 
 
 # ---------------------------------------------------------------------- kappa
-
-
-def test_kappa_by_hand():
-    # The textbook's table: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: (0.7 - 0.5) / (1 - 0.5).
-    a = ["yes"] * 25 + ["no"] * 25
-    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    found = kappa(a, b)
-    assert found.value == pytest.approx(0.4, abs=1e-12) and found.n == 50 and within(found)
 
 
 def raters(rng, n, agree=0.6, labels=3):
@@ -46,7 +36,7 @@ def test_kappa_against_statsmodels():
 def test_the_kappa_interval_covers_the_truth():
     # Labels are uniform, so chance agreement is 1/3 and kappa is `agree`.
     rng = np.random.default_rng(2)
-    found = [kappa(*raters(rng, 200), resamples=600, seed=i) for i in range(400)]
+    found = [kappa(*raters(rng, 200), resamples=600) for _ in range(400)]
     assert 0.92 <= np.mean([i.low <= 0.6 <= i.high for i in found]) <= 0.98
 
 
@@ -56,44 +46,6 @@ def test_kappa_counts_clusters_not_items():
     nine = kappa(np.repeat(a, 9), np.repeat(b, 9), np.repeat(np.arange(100), 9))
     assert nine.value == pytest.approx(one.value, abs=1e-12)
     assert nine.high - nine.low == pytest.approx(one.high - one.low, rel=0.03)
-
-
-def test_raters_who_always_agree_are_not_certain_to():
-    found = kappa([1, 2] * 20, [1, 2] * 20)
-    assert found.value == found.high == 1.0
-    assert found.low == pytest.approx((win_rate([1] * 40).rate.low - 0.5) / 0.5)
-    few = kappa([1, 2] * 20, [1, 2] * 20, np.arange(40) // 10)
-    assert few.low == pytest.approx((win_rate([1] * 4).rate.low - 0.5) / 0.5)
-
-
-def test_two_judges_that_always_say_1_have_no_kappa():
-    found = kappa([1] * 30, [1] * 30)
-    assert math.isnan(found.value) and (found.low, found.high, found.n) == (-1.0, 1.0, 30)
-    # One judge that always says 1 agrees by chance alone, whatever the other says.
-    for n, width in ((30, 0.3), (4, 0.8)):
-        one = kappa([1] * n, [1, 2] * (n // 2))
-        assert one.value == 0.0 and -1 <= one.low < -width and width < one.high <= 1
-
-
-def test_raters_who_never_agree():
-    found = kappa([1, 2] * 30, [2, 1] * 30)
-    assert found.value == -1.0 and within(found)
-    # Both orders of a prompt cancel: every cluster is alike, and no resample shows a chance.
-    found = kappa([1, 2] * 30, [2, 1] * 30, np.arange(60) // 2)
-    assert found.low == found.value == -1.0 and found.high > -0.9
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        ([1, 2], [1], r"a \(2\) as of b \(1\)"),
-        ([1, None], [1, 2], "1 of 4 labels are missing"),
-        ([1, 2], [math.nan, 2], "1 of 4 labels are missing"),
-    ],
-)
-def test_labels_that_kappa_refuses(a, b, message):
-    with pytest.raises(ValueError, match=message):
-        kappa(a, b)
 
 
 # ---------------------------------------------------------------------- Bradley and Terry
@@ -173,26 +125,13 @@ def test_the_interval_of_a_strength_covers_the_truth():
     rng = np.random.default_rng(6)
     strengths = {"base": 0.0, "one": 0.6, "two": 1.2}
     covered = []
-    for i in range(60):
-        found = bradley_terry(tournament(rng, strengths, 40), "base", resamples=100, seed=i)
+    for _ in range(60):
+        found = bradley_terry(tournament(rng, strengths, 40), "base", resamples=100)
         for name in ("one", "two"):
             truth = special.expit(strengths[name])
             rate = found[name].win_rate
             covered.append(rate.low <= truth <= rate.high)
     assert 0.90 <= np.mean(covered) <= 0.99
-
-
-def test_games_with_the_baseline_only_need_no_iteration():
-    """The closed form of a resample is what the iteration finds, also where a tie is made up."""
-    rng = np.random.default_rng(8)
-    totals = np.zeros((6, 4, 4))
-    totals[:, 1:, 0], totals[:, 0, 1:] = rng.integers(1, 30, (2, 6, 3))
-    totals[5, 2, 0] = 0.0  # never won in this resample
-    met = (totals[0] + totals[0].T > 0).astype(float)
-    found = ratings._resampled_strengths(totals, met, 0)
-    for of, logs in zip(totals, found):
-        of = of + met / 2 if (of[1:, 0] == 0).any() else of
-        assert logs == pytest.approx(ratings._log_strengths(of, 0), abs=1e-6)
 
 
 def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
@@ -218,54 +157,14 @@ def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
         assert width(three["base"]) == 0
 
 
-def test_games_repeated_within_prompts_add_no_certainty():
-    games = tournament(np.random.default_rng(7), {"a": 0.0, "b": 0.5}, prompts=100)
-    one = bradley_terry(games, "a")["b"].elo
-    nine = bradley_terry(games * 9, "a")["b"].elo
-    assert (nine.low, nine.high) == pytest.approx((one.low, one.high), abs=1e-3)
-
-
-def test_a_model_that_wins_all_gets_a_wide_finite_interval_and_a_warning():
-    games = [("best", "base", 1, 1, i) for i in range(50)]
-    games += [("weak", "base", i % 4 == 0, 1, i) for i in range(50)]
-    with pytest.warns(UserWarning, match=r"\['best'\]"):
-        found = bradley_terry(games, "base")
-    assert list(found) == ["best", "base", "weak"]
-    best = found["best"].win_rate
-    # 50.5 of 51 won: log-odds of log(101), with an error of sqrt(1 / (51 p q)).
-    p = 50.5 / 51
-    error = 1.959964 * math.sqrt(1 / (51 * p * (1 - p)))
-    assert best.value == pytest.approx(p, abs=1e-6)
-    assert best.low == pytest.approx(special.expit(math.log(101) - error), abs=1e-4)
-    assert best.low < 0.95 and best.high < 1
-    with pytest.warns(UserWarning, match="one side won all"):
-        one = bradley_terry([("a", "b", 1, 1, "x")], "b")["a"].win_rate
-    assert one.low < 0.2 and within(one)
-
-
 def test_resamples_in_which_a_model_wins_all_stay_finite():
     games = [("new", "old", i > 0, 1, i) for i in range(30)]  # one loss of 30: often not drawn
     elo = bradley_terry(games, "old")["new"].elo
     assert within(elo) and math.isfinite(elo.high)
 
 
-@pytest.mark.parametrize(
-    ("games", "message"),
-    [
-        ([], "no games"),
-        ([("a", "b", 1, 1, 0)], "baseline 'base' has no games"),
-        ([("base", "base", 1, 1, 0)], "plays against itself"),
-        ([("base", "b", None, 1, 0)], "outcomes must"),
-        ([("base", "b", 2, 1, 0)], "outcomes must"),
-        ([("base", "b", 1, 0, 0)], "weights must"),
-        ([("base", "b", 1, 1, 0), ("c", "d", 1, 1, 1)], r"no chain .* \['c', 'd'\]"),
-    ],
-)
-def test_games_that_give_no_strengths(games, message):
-    with pytest.raises(ValueError, match=message):
-        bradley_terry(games, "base")
-
-
-def test_one_game_that_was_a_tie_is_a_half_and_says_next_to_nothing():
-    found = bradley_terry([("a", "b", 0.5, 1, "p")], "b")["a"].win_rate
-    assert found.value == 0.5 and found.low < 0.2 and found.high > 0.8 and found.n == 1
+def test_games_that_give_no_strengths():
+    with pytest.raises(ValueError, match="baseline 'base' has no games"):
+        bradley_terry([("a", "b", 1, 1, 0)], "base")
+    with pytest.raises(ValueError, match="outcomes must"):
+        bradley_terry([("base", "b", None, 1, 0)], "base")

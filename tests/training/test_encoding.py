@@ -3,18 +3,16 @@
 import shutil
 
 import pytest
-from training_cases import ANSWERS, load, pair, settings
+from training_cases import ANSWERS, pair, settings
 
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.tiny import pretrain
 from sao_utils.training.encoding import encode
 from sao_utils.training.fit import fit
-from sao_utils.training.probe import probe
 
 PLAIN = pretrain.CHAT_TEMPLATE
 CHATML_LIKE = PLAIN.replace("<|end|>{%", "<|end|>\n{%")
 NO_END = PLAIN.replace("<|end|>{%", "{%")
-TWO_ENDS = PLAIN.replace("<|end|>{%", "<|end|>.<|end|>{%")
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def test_an_end_token_inside_an_answer_is_data(tokenizer):
     assert ids.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
 
 
-def test_what_cannot_be_trained_on_is_refused_by_name(base, templated, pairs, tmp_path):
+def test_what_cannot_be_trained_on_is_refused_by_name(base, pairs, tmp_path):
     def attempt(*bad):
         fit(base, [*pairs, *bad], settings(), "simpo", 0, tmp_path / "a")
 
@@ -66,17 +64,14 @@ def test_what_cannot_be_trained_on_is_refused_by_name(base, templated, pairs, tm
         attempt(pair("blank", " \n", "No."))
     with pytest.raises(ValueError, match="no pairs .*funnel"):
         fit(base, [], settings(), "simpo", 0, tmp_path / "a")
-    with pytest.raises(ValueError, match="pair-0, chosen .*2 end tokens"):
-        encode(pairs[0], "chosen", templated(TWO_ENDS))
     assert not list(tmp_path.glob("**/done.json"))
 
 
 THINKING = PLAIN.replace("<|assistant|>", "<|assistant|>{{ '' if think else 'No thinking. ' }}")
 
 
-def test_template_options_reach_the_pairs_and_the_probe(base, pairs, tmp_path, monkeypatch):
-    """As Qwen3's enable_thinking: training and probe see the prompt that generation sees."""
-    assert THINKING.count("think else") > 0
+def test_template_options_reach_the_pairs(base, pairs, tmp_path):
+    """As Qwen3's enable_thinking: training sees the prompt that generation sees."""
     folder = tmp_path / "model"
     shutil.copytree(base.path, folder)
     (folder / "chat_template.jinja").write_text(THINKING)
@@ -87,12 +82,3 @@ def test_template_options_reach_the_pairs_and_the_probe(base, pairs, tmp_path, m
         ids, labels = encode(pairs[0], "chosen", loaded)
         prompt = [token for token, label in zip(ids, labels) if label == -100]
         assert ("No thinking." in loaded.decode(prompt)) == marked
-    seen, fill = [], loaded.apply_chat_template
-
-    def noted(*chats, **options):
-        seen.extend(fill(*chats, **options))
-        return seen
-
-    monkeypatch.setattr(loaded, "apply_chat_template", noted)
-    probe(load(base), loaded, [pairs[0]["prompt"]])
-    assert len(seen) == 1 and "No thinking." not in seen[0]

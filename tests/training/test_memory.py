@@ -1,4 +1,4 @@
-"""The token budget by free memory: what is chosen, and that it changes no gradient."""
+"""The token budget by free memory, and the memory that it is chosen by."""
 
 import pytest
 import torch
@@ -73,13 +73,13 @@ def test_the_plan_is_what_a_model_of_135_million_parameters_took():
     shape, beside = shape_of(SMOLLM2), 1.4e9
     for tokens, measured in ((1024, 4.3e9), (4096, 9.9e9)):
         parts = training_memory_bytes(
-            shape, settings(lora_rank=16), tokens, False, None, "float32", "cpu"
+            shape, settings(lora_rank=16), tokens, False, dtype="float32", device="cpu"
         )
         assert sum(parts.values()) + beside == pytest.approx(measured, rel=0.12)
 
 
-@pytest.fixture
-def small():
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_activations_in_float32_are_what_autograd_keeps(method, tmp_path):
     config = LlamaConfig(
         vocab_size=500,
         hidden_size=192,
@@ -88,21 +88,8 @@ def small():
         num_attention_heads=6,
         num_key_value_heads=2,
     )
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count):
-        return torch.randint(3, 500, (count,), generator=generator).tolist()
-
-    rows = [
-        {"id": str(k), "prompt_ids": ids(60), "chosen_ids": ids(90), "rejected_ids": ids(100)}
-        for k in range(10)
-    ]
-    return config, rows
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_activations_in_float32_are_what_autograd_keeps(small, method, tmp_path):
-    config, rows = small
+    row = {"prompt_ids": [5] * 60, "chosen_ids": [7] * 90, "rejected_ids": [8] * 100}
+    rows = [{"id": str(k), **row} for k in range(10)]
     set_to = settings(method=method, gradient_checkpointing="off", lora_rank=1)
     policy = model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if method == "lora":
@@ -123,22 +110,3 @@ def test_activations_in_float32_are_what_autograd_keeps(small, method, tmp_path)
         trainer._loss(policy, microbatch, group)
     estimate = shape_of(config).kept_bytes(method == "full", "float32") * 3 * microbatch.fed
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)
-
-
-def test_the_gradient_does_not_depend_on_the_budget(small, tmp_path):
-    config, rows = small
-    found = {}
-    for budget in (512, 4096):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        set_to = settings(method="full", token_budget=budget, beta=2.0, gamma=0.5)
-        trainer = pair_trainer(model, None, rows, set_to, "simpo", 0, tmp_path)
-        trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.training_step(trainer.model, rows).item()
-        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
-        found[budget] = loss, gradients, trainer.counts["microbatches"]
-    (loss, gradients, few), (same, of_same, many) = found[4096], found[512]
-    assert (few, many) == (1, 5)
-    assert same == pytest.approx(loss, rel=1e-6)
-    for name, gradient in gradients.items():
-        assert torch.allclose(of_same[name], gradient, rtol=1e-4, atol=1e-7), name

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sao_utils.training.packing import cost, pack, pad, plan, plan_padded
+from sao_utils.training.packing import cost, pack, pad, plan
 
 ROWS = [
     {"prompt_ids": [5, 6, 7], "chosen_ids": [10, 11], "rejected_ids": [20, 21, 22]},
@@ -14,8 +14,8 @@ ROWS = [
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 12))
 def test_every_pair_is_in_exactly_one_microbatch(costs, at_least):
-    for split in (plan, plan_padded):
-        bins = split(costs, 60, at_least)
+    for padded in (False, True):
+        bins = plan(costs, 60, at_least, padded)
         assert sorted(i for group in bins for i in group) == list(range(len(costs)))
         assert len(bins) >= min(at_least, len(costs)) and all(bins)
 
@@ -24,7 +24,7 @@ def test_every_pair_is_in_exactly_one_microbatch(costs, at_least):
 def test_only_a_pair_that_is_too_long_itself_breaks_the_budget(costs):
     for group in plan(costs, 60):
         assert sum(costs[i] for i in group) <= 60 or len(group) == 1
-    for group in plan_padded(costs, 60):
+    for group in plan(costs, 60, padded=True):
         assert 2 * len(group) * max(costs[i] for i in group) <= 60 or len(group) == 1
 
 

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from sao_utils.recipe import Training
-from sao_utils.training.losses import TrainingFailed
-from sao_utils.training.setup import add_adapter, pair_trainer
+from sao_utils.recipe import Model, Training
+from sao_utils.training import TrainingFailed
+from sao_utils.training.setup import add_adapter, load_base, pair_trainer
 
 COMMON = dict(
     vocab_size=257,
@@ -275,7 +275,6 @@ def test_an_attention_that_cannot_be_replaced_gets_padded_batches(rows, tmp_path
     from transformers.models.llama import modeling_llama
 
     truth, gradients = step(ours(random_model(CONFIGS["llama"]), rows, settings(), tmp_path), rows)
-    own = modeling_llama.eager_attention_forward
 
     class Stubborn:
         def get_interface(self, name, default):
@@ -284,7 +283,6 @@ def test_an_attention_that_cannot_be_replaced_gets_padded_batches(rows, tmp_path
             return sdpa_attention_forward
 
     monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Stubborn())
-    assert own is modeling_llama.eager_attention_forward
     trainer = ours(random_model(CONFIGS["llama"]), rows, settings(), tmp_path)
     assert not trainer.packed and "off by" in trainer.packing_reason
     found, of_ours = step(trainer, rows)
@@ -300,58 +298,37 @@ def test_a_model_with_other_logits_is_refused_before_training(rows, tmp_path):
         ours(model, rows, settings(), tmp_path)
 
 
-def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):
-    """NF4 + LoRA: packed and chunked against full logits of each sequence alone."""
-    from transformers import BitsAndBytesConfig
-
-    from sao_utils.engines.loading import guard_nf4_on_cpu
-    from sao_utils.training.losses import simpo_loss
-
-    random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "base")
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.float32, quantization_config=nf4
-    )
-    guard_nf4_on_cpu(base)
-    set_to = settings()
-    policy = with_adapter(base, set_to)
+def by_full_logits(model, rows):
+    """SimPO's loss and gradients by the formula, from the full logits of each sequence alone."""
     losses = []
-    for row in rows:
-        ends = []
-        for side in ("chosen_ids", "rejected_ids"):
-            ids = torch.tensor([row["prompt_ids"] + row[side]])
-            scores = policy(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            picked = scores.gather(1, ids[0, 1:, None])[-len(row[side]) :, 0]
-            ends += [picked.sum(), len(row[side])]
-        losses.append(simpo_loss(*ends, beta=2.0, gamma=0.5))
-    truth = torch.stack(losses).mean()
-    truth.backward()
-    wanted = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
-    found, gradients = step(ours(policy, rows, set_to, tmp_path), rows)
-    assert found == pytest.approx(truth.item(), rel=1e-6)
-    assert_close(gradients, wanted)
-
-
-def test_full_fine_tuning_reaches_every_weight_the_tied_head_too(rows, tmp_path):
-    set_to = settings(method="full")
-    model = random_model(CONFIGS["qwen2"])
-    truth = random_model(CONFIGS["qwen2"])
-    total = 0
     for row in rows:
         rewards = []
         for side in ("chosen_ids", "rejected_ids"):
             ids = torch.tensor([row["prompt_ids"] + row[side]])
-            scores = truth(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
             picked = scores.gather(1, ids[0, 1:, None])[-len(row[side]) :]
             rewards.append(2 * picked.mean())
-        total = total - torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - 0.5) / len(rows)
-    total.backward()
-    found, gradients = step(ours(model, rows, set_to, tmp_path), rows)
-    assert found == pytest.approx(total.item(), rel=1e-6)
-    assert_close(gradients, {n: p.grad for n, p in truth.named_parameters() if p.grad is not None})
-    assert gradients["model.embed_tokens.weight"].abs().min(1).values.count_nonzero() > 200
+        losses.append(-torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - 0.5))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    named = model.named_parameters()
+    return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path / "base")
+    base = Model(path=str(tmp_path / "base"), dtype="float32")
+    policy = with_adapter(load_base(base, settings(quantisation="nf4")), settings())
+    loss, gradients = by_full_logits(policy, rows)
+    found, of_ours = step(ours(policy, rows, settings(), tmp_path), rows)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert_close(of_ours, gradients)
+
+
+def test_full_fine_tuning_reaches_every_weight_the_tied_head_too(rows, tmp_path):
+    loss, gradients = by_full_logits(random_model(CONFIGS["qwen2"]), rows)
+    model = random_model(CONFIGS["qwen2"])
+    found, of_ours = step(ours(model, rows, settings(method="full"), tmp_path), rows)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert_close(of_ours, gradients)
+    assert of_ours["model.embed_tokens.weight"].abs().min(1).values.count_nonzero() > 200

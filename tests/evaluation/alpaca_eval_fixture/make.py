@@ -3,7 +3,7 @@
 Run it where that program is (it needs setuptools<81):
 
     python -m venv /tmp/alpaca && /tmp/alpaca/bin/pip install alpaca-eval==0.6.6 'setuptools<81'
-    /tmp/alpaca/bin/python tests/alpaca_eval_fixture/make.py
+    /tmp/alpaca/bin/python tests/evaluation/alpaca_eval_fixture/make.py
 
 Prompts, answers, the judge's template and the stand-in for the program's hub file are ours. The
 program gets them in place of its own; everything else of it is used as it is.
@@ -161,9 +161,6 @@ def main() -> None:
     figures = {key: float(value) for key, value in official.items()}
     figures["avg_length"] = int(pd.DataFrame(model)["output"].str.len().mean())
     (HERE / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(reference, indent=0) + "\n")
-    (HERE / "instruction_difficulty.csv").write_text(
-        ",instruction_difficulty\n" + "".join(f"{k},{g}\n" for k, g in enumerate(difficulties(N)))
-    )
     (HERE / "official.json").write_text(
         json.dumps({"figures": figures, "length_controlled": controlled, "rows": rows}, indent=0)
         + "\n"
