@@ -77,7 +77,7 @@ def run(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
-    """Run the notebooks 01 to 06; called again, go on where it stopped."""
+    """Run the notebooks 01 to 06 (of rounds: 08, of SynPO: 09); called again, go on where it stopped."""
     from sao_utils.notebooks import RunError
     from sao_utils.notebooks.kernels import NotebookFailed
     from sao_utils.notebooks.run import run_notebooks

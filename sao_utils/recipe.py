@@ -186,6 +186,7 @@ class Training(Section):
 class SFT(Section):
     """How a helper of SynPO is trained: what differs from `training`."""
 
+    method: Literal["lora", "full"] = "lora"
     learning_rate: PositiveFloat
     epochs: PositiveFloat
     batch_size: PositiveInt
@@ -258,6 +259,11 @@ class Recipe(Section):
     # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
     others: dict[Name, Model] = Field(default_factory=dict)
     judges: dict[Name, Model] = Field(default_factory=dict)
+
+    @property
+    def iterated(self) -> bool:
+        """Whether the run is one of rounds (notebooks 08 and 09), not SAO's single one (01 to 06)."""
+        return self.method != "sao" or self.rounds > 1
 
     @property
     def judging_model(self) -> Model:

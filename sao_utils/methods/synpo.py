@@ -132,6 +132,7 @@ def _taught(
     run: Run, base: Model, examples: list[dict], how: SFT, seed: int, folder: Path
 ) -> Model:
     changes = {
+        "method": how.method,
         "sft_learning_rate": how.learning_rate,
         "epochs": how.epochs,
         "batch_size": how.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pandas as pd
@@ -14,6 +15,7 @@ from sao_utils.methods.iterate import Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
 from sao_utils.report.sections import rate
 from sao_utils.report.table import make_row, make_table
+from sao_utils.stages.judging import judge_pairs
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean
 from sao_utils.store import Run
 
@@ -115,22 +117,60 @@ def _win_rates(run: Run, answers: list[dict]) -> Iterator[dict]:
         yield make_row("rounds", "win rate", rate(verdicts), **names, **where)
 
 
+def funnel(run: Run) -> list[tuple[int, int, str, int]]:
+    """(round, seed, step, count): prompts that were answered, minus each reason, the pairs that are left."""
+    rows = []
+    for one in all_rounds(run):
+        counts = Counter(row["discarded"] or "pairs" for row in one.pairs)
+        used = counts.pop("pairs", 0)
+        steps = [("prompts answered", len(one.pairs))]
+        steps += [(reason, -count) for reason, count in counts.most_common()]
+        where = (one.candidate.round, one.candidate.seed)
+        rows += [(*where, step, count) for step, count in [*steps, ("pairs", used)]]
+    return rows
+
+
 def _pairs(run: Run, made: list[Trained]) -> Iterator[dict]:
-    """How many prompts came to be pairs, and how often the chosen answer is truly the better one."""
+    """How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
+    signs that need no oracle: how often the judge's orders disagree, and how often the base agrees."""
     for number in range(1, run.recipe.rounds + 1):
-        rows = [row for t in made if t.candidate.round == number for row in t.pairs]
+        of_round = [one for one in made if one.candidate.round == number]
+        rows = [row for one in of_round for row in one.pairs]
         used = [row for row in rows if row["discarded"] is None]
         where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
-        by, runs = [row["prompt_id"] for row in rows], [row["seed"] for row in rows]
-        kept = clustered_mean([row["discarded"] is None for row in rows], by, runs=runs)
-        yield make_row("rounds", "pairs kept", kept, **where)
-        right, by, runs = [], [], []
-        for row in used:
-            texts = [row[key][-1]["content"] for key in ("chosen", "rejected")]
-            quality = oracles.quality(row["prompt"][-1]["content"], *texts)
-            if quality and quality[0] != quality[1]:
-                right.append(quality[0] > quality[1])
-                by.append(oracles.cluster(row["prompt"][-1]["content"]))
-                runs.append(row["seed"])
-        found = clustered_mean(right, by, runs=runs)
-        yield make_row("rounds", "chosen is better", found, judge="oracle", **where)
+        known = [row for row in used if (gap := _true_gap(row)) is not None and gap != 0]
+        found = {
+            "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
+            "chosen is better": _share(known, [_true_gap(row) > 0 for row in known]),
+        }
+        judged = [row for row in rows if row["outcome"] in ("consistent", "inconsistent")]
+        if judged:
+            flipped = [row["outcome"] == "inconsistent" for row in judged]
+            found["flip rate"] = _share(judged, flipped)
+        base = run.recipe.model
+        if used and any(one.judge not in (base, run.recipe.judge) for one in of_round):
+            again = judge_pairs(run, [_as_pair(row) for row in used], base, "base_verdicts")
+            agrees = [row["margin"] is not None and row["margin"] > 0 for row in again]
+            found["base agrees"] = _share(used, agrees)
+        for metric, one in found.items():
+            judge = "oracle" if metric == "chosen is better" else "self"
+            yield make_row("rounds", metric, one, judge=judge, **where)
+
+
+def _share(rows: list[dict], values: list[bool]) -> Interval:
+    """A share of pairs, clustered by what their prompts ask for, over all trainings."""
+    by = [oracles.cluster(row["prompt"][-1]["content"]) for row in rows]
+    return clustered_mean(values, by, runs=[row["seed"] for row in rows])
+
+
+def _as_pair(row: dict) -> dict:
+    """A row of `build_pairs` in the form that judges take."""
+    texts = [row[side][-1]["content"] for side in ("chosen", "rejected")]
+    return {"id": row["id"], "prompt": row["prompt"][-1]["content"], "responses": texts}
+
+
+def _true_gap(row: dict) -> int | None:
+    """By how many flaws the chosen answer is better; None if no oracle knows the prompt."""
+    pair = _as_pair(row)
+    quality = oracles.quality(pair["prompt"], *pair["responses"])
+    return None if quality is None else quality[0] - quality[1]
