@@ -12,14 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_run_notebooks import folder, seen, server, write  # noqa: F401 (fixtures)
+from test_run_notebooks import folder, seen, write  # noqa: F401 (folder is a fixture)
 from typer.testing import CliRunner
 
 from sao_utils.cli import app
 from sao_utils.notebooks import run as running
 from sao_utils.report import publish as publishing
 from sao_utils.store import open_run, read_rows
-from sao_utils.training import merge as merging
 
 
 def result(section, metric, value, low, high, n, **more):
@@ -223,16 +222,13 @@ def paid_run(folder, *words, answer=None, url="http://127.0.0.1:9/v1"):  # noqa:
     return CliRunner().invoke(app, [*command, *words], input=answer)
 
 
-def test_a_run_that_pays_a_server_names_the_price_and_asks_once(notebooks, server):  # noqa: F811
+def test_a_run_that_pays_a_server_names_the_price_and_asks_once(notebooks, server):
     for answer in (None, "n\n"):  # no terminal; no
         assert paid_run(notebooks, answer=answer).exit_code == 1 and seen(notebooks) == []
     done = paid_run(notebooks, "--set", "evaluation.max_cost=3", answer="y\n", url=server.url)
     assert done.exit_code == 0, done.output
     assert done.output.count("Go on?") == 1 and "judges.gpt" in done.output
     assert "may spend US$ 3" in done.output and seen(notebooks) == ["01"]
-
-
-def test_yes_answers_beforehand(notebooks, server):  # noqa: F811
     done = paid_run(notebooks, "--yes", url=server.url)
     assert done.exit_code == 0 and "no cap" in done.output and "Go on?" not in done.output
 
@@ -274,6 +270,8 @@ def test_publish_lists_what_it_uploads_and_asks(run, adapter, published):
     assert done.exit_code == 0 and "Published: https://huggingface.co/anna/adapter" in done.output
     assert published == [(2.5, "self", 0, "anna/adapter", True)]
     assert "PUBLIC" in sao(*words, "--public", "--yes") and published[1][-1] is False
+    assert "--to takes user/name" in sao("publish", "mine", "--to", "adapter", "--yes", code=1)
+    assert len(published) == 2
 
 
 @pytest.mark.parametrize("command", ["publish", "merge"])
@@ -289,17 +287,5 @@ def test_what_is_not_there_is_neither_published_nor_merged(adapter, command, wor
     assert message in sao(command, *words, code=code)
 
 
-def test_publish_refuses_what_is_no_repository(adapter, published):
-    assert "--to takes user/name" in sao("publish", "mine", "--to", "adapter", "--yes", code=1)
-    assert not published
-
-
-def test_merge_writes_a_new_folder_and_never_into_one_that_is_there(adapter, tmp_path, monkeypatch):
-    def merge(run, arm, seed, place):
-        place.mkdir()
-        return place
-
-    monkeypatch.setattr(merging, "merge", merge)
-    to = tmp_path / "merged"
-    assert str(to) in sao("merge", "mine", "--to", str(to))
-    assert "Take another name" in sao("merge", "mine", "--to", str(to), code=2)
+def test_merge_never_writes_into_a_folder_that_is_there(adapter, tmp_path):
+    assert "Take another name" in sao("merge", "mine", "--to", str(tmp_path), code=2)

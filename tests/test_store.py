@@ -1,5 +1,4 @@
 import json
-import random
 import subprocess
 import sys
 import time
@@ -63,25 +62,6 @@ rows.complete(Path(sys.argv[1]), [{"id": f"{k:016x}"} for k in range(500)], work
 """
 
 
-def test_after_kills_at_random_moments_no_row_is_lost_or_made_twice(tmp_path):
-    path, rng = tmp_path / "rows.jsonl", random.Random(3)
-    for _ in range(3):
-        size = path.stat().st_size if path.exists() else 0
-        child = subprocess.Popen(
-            [sys.executable, "-c", SLOW_WRITER, path], stderr=subprocess.DEVNULL
-        )
-        while child.poll() is None and not (path.exists() and path.stat().st_size > size):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.3))
-        child.kill()
-        child.wait()
-    between = len(rows.read_rows(path))
-    assert 0 < between < 500
-    subprocess.run([sys.executable, "-c", SLOW_WRITER, path], check=True, stderr=subprocess.DEVNULL)
-    kept = [json.loads(line)["id"] for line in path.read_text().splitlines()]
-    assert sorted(kept) == sorted(f"{k:016x}" for k in range(500))
-
-
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -102,35 +82,6 @@ def test_a_full_disk_gives_a_clear_message_and_keeps_the_rows(tmp_path):
     assert "free some disk and run again" in result.stderr
     assert 5 < len(rows.read_rows(path)) < 50
     assert path.read_bytes().endswith(b"\n")
-
-
-RECORDER = """
-import sys
-from pathlib import Path
-from sao_utils import machine
-from sao_utils import store as rows
-run, name, go = rows.open_run("tiny", "m"), sys.argv[1], Path(sys.argv[2])
-rows.hardware(), machine.versions()
-go.with_name(name).touch()
-while not go.exists():
-    pass
-for k in range(30):
-    rows.record(run, name, 1.0, made=1)
-    rows.record(run, f"{name}{k}", 1.0, made=1)
-"""
-
-
-def test_two_processes_of_a_run_do_not_undo_each_others_notes(results, tmp_path):
-    pytest.importorskip("fcntl")
-    go = tmp_path / "go"
-    children = [subprocess.Popen([sys.executable, "-c", RECORDER, name, go]) for name in "ab"]
-    while not all(go.with_name(name).exists() for name in "ab"):
-        assert all(child.poll() is None for child in children)
-        time.sleep(0.01)
-    go.touch()
-    assert [child.wait() for child in children] == [0, 0]
-    stages = json.loads((results / "m" / "manifest.json").read_text())["stages"]
-    assert len(stages) == 62 and stages["a"]["made"] == stages["b"]["made"] == 30
 
 
 def test_two_processes_cannot_write_the_same_rows_at_once(tmp_path):

@@ -182,13 +182,6 @@ def test_reading_a_ranking(text, expected):
     assert templates.parse_ranking(text) == expected
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text())
-def test_any_text_is_read_without_an_error(text):
-    assert templates.parse_ranking("ranking: 1 > 2 " + text) in (1, 2, None)
-    assert templates.parse_user_prompt("User prompt: " + text) == (text.strip() or None)
-
-
 # ---------------------------------------------------------------------- reading a prompt
 
 

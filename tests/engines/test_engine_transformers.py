@@ -6,16 +6,14 @@ import shutil
 import pytest
 import torch
 
-from sao_utils import store as rows
 from sao_utils import templates
 from sao_utils.engines import base, loading
-from sao_utils.engines.base import NO_REPLY, EngineError, Sampling
+from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
 from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
-from sao_utils.stages import pairs
 
 TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
 WORDS = "I am new to chess and rowing so please tell me about the right tool".split()
@@ -211,14 +209,6 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
         assert all_of(made.generate([chats[k]], Sampling(0.7, new), [k]))[0] == replies[k]
 
 
-def test_a_pair_without_replies_is_not_called_identical(engine):
-    verdict = {"lengths": [0, 0], "finished": [False, False], "outcome": "identical"}
-    settings = rows.load_recipe("tiny").pairs
-    assert pairs._preference(verdict, "self", settings) == (True, NO_REPLY)
-    empty = {**verdict, "finished": [True, True]}  # two empty replies, which the model did give
-    assert pairs._preference(empty, "self", settings) == (True, "identical answers")
-
-
 # ---------------------------------------------------------------------------- memory
 
 
@@ -321,11 +311,6 @@ def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(flatn
     p = (torch.randn(16, 5000) / flatness).softmax(-1)
     for first in (1, 64, 5000):
         assert torch.equal(_nucleus(p, top_p, first), sorted_nucleus(p, top_p))
-
-
-def test_equally_likely_tokens_at_the_edge_of_the_nucleus_all_stay():
-    p = torch.tensor([[0.2, 0.2, 0.2, 0.4]])
-    assert _nucleus(p, 0.5, 2).tolist() == p.tolist()
 
 
 def test_draws_with_top_p_are_those_of_a_full_sort():

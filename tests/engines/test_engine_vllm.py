@@ -279,26 +279,6 @@ def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_pat
 
 
 @vllm_test
-def test_a_whole_model_that_was_trained_takes_the_place_of_the_model_until_unloaded(tmp_path):
-    model = load_model(TINY)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.02)
-    model.save_pretrained(str(tmp_path))
-    before = family(load_engine(SERVED).child.process.pid)
-    tuned = load_engine(with_adapter(SERVED, tmp_path))
-    found = all_of(tuned.choose(CHATS, "ranking:", CHOICES))
-    for k, odds in all_of(
-        load_engine(with_adapter(TINY, tmp_path)).choose(CHATS, "ranking:", CHOICES)
-    ).items():
-        assert found[k] == pytest.approx(odds, abs=1e-4)
-    assert gone(before), "two children at a time would not fit on a GPU"
-    before = family(tuned.child.process.pid)
-    unload_engines()  # `tuned` still refers to it
-    assert gone(before) and not tuned.child.log.exists()
-
-
-@vllm_test
 def test_an_engine_process_of_vllm_that_is_killed_is_told_and_not_waited_for(monkeypatch):
     """On a GPU vLLM runs its engine in a process below the child."""
     unload_engines()

@@ -104,17 +104,6 @@ def test_a_server_that_counts_no_tokens_is_counted_by_bytes(results, server):
     assert spent(run) == pytest.approx((40 * 2 + 16 * 10) / 1e6)
 
 
-def test_a_fault_keeps_what_was_bought_before(results, server):
-    server.answers["bad"] = [failure(401, "no key")]
-    model = settings(server, concurrency=1)
-    with pytest.raises(RuntimeError):
-        replies(open_run(), "s", model, write("a", "bad", "b"))
-    server.answers.clear()
-    before = len(server.requests)
-    replies(open_run(), "s", model, write("a", "bad"))
-    assert len(server.requests) == before + 1
-
-
 @pytest.mark.parametrize("kind", [write, choose])
 def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results, server, kind):
     sure = reply("ranking: 1", steps(("ranking:", {}), (" 1", {" 1": -0.1, " 2": -3.0})))
