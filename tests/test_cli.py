@@ -242,7 +242,7 @@ def adapter(run):
     made = run.folder / "adapters" / "self-0"
     made.mkdir(parents=True)
     for name in ("done.json", "adapter_model.safetensors", "README.md", "log.jsonl"):
-        (made / name).write_text("{}")
+        (made / name).write_text('{"pairs": 1}')
     return made
 
 

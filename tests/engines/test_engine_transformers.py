@@ -69,8 +69,6 @@ def small_gemma_2(folder, **settings):
         ("auto", (7, 5), "float16", "Tesla T4 has compute capability 7.5, bfloat16 needs 8.0"),
         ("bfloat16", (7, 5), "float16", "bfloat16 needs 8.0"),
         ("auto", (8, 0), "bfloat16", "compute capability 8.0"),
-        ("bfloat16", (9, 0), "bfloat16", "compute capability 9.0"),
-        ("float16", (8, 6), "float16", "model.dtype says so"),
         ("float32", (8, 6), "float32", "model.dtype says so"),
         ("auto", None, "float32", "there is no GPU"),
         ("bfloat16", None, "bfloat16", "without a GPU"),
@@ -89,7 +87,7 @@ def test_the_dtype_follows_the_machine_with_the_reason(
 # ---------------------------------------------------------------------------- 4 bit, Gemma-2
 
 
-def test_4_bit_weights_answer_nearly_alike_and_carry_an_adapter(engine, tmp_path):
+def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -158,13 +156,8 @@ def test_a_batch_is_thinned_out_as_rows_end_and_no_reply_changes(engine, monkeyp
     assert all_of(engine.generate(asked, sampling, seeds)) == together
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
-    tmp_path, monkeypatch, known
-):
+def test_thinning_out_keeps_a_sliding_window(tmp_path):
     """Gemma-2 keeps the last tokens only in every other layer."""
-    if not known:
-        monkeypatch.setattr("transformers.cache_utils.DynamicLayer", type("Other", (), {}))
     made = load_engine(small_gemma_2(tmp_path, sliding_window=6))
     made.stops = list(range(300))  # random weights end somewhere
     chats = CHATS * 2
@@ -185,15 +178,8 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
 
     torch.manual_seed(0)
     vocabulary, context = len(loading.load_tokenizer(TINY)), 40
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=context,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+    sizes = dict(vocab_size=vocabulary, n_positions=context, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
     made = load_engine(save_beside_the_tiny_tokenizer(GPT2LMHeadModel(config), tmp_path))
     assert base.context_limit(made.model.config) == context
     made.stops = []
@@ -277,12 +263,9 @@ def poison(engine, word):
     engine.model.forward = poisoned
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
-    engine, own_engine, temperature, capsys
-):
+def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(engine, own_engine, capsys):
     poison(own_engine, " about")
-    sampling, seeds = Sampling(temperature, 12), list(range(12))
+    sampling, seeds = Sampling(0.8, 12), list(range(12))
     bad = [k for k, chat in enumerate(CHATS) if "about" in chat[0]["content"]]
     assert len(bad) == 2
     found = all_of(own_engine.generate(CHATS, sampling, seeds))
@@ -304,11 +287,10 @@ def sorted_nucleus(p, top_p):
     return torch.zeros_like(p).scatter(-1, index, ordered)
 
 
-@pytest.mark.parametrize("flatness", [0.2, 1.0, 5.0])
 @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
-def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(flatness, top_p):
+def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(top_p):
     torch.manual_seed(0)
-    p = (torch.randn(16, 5000) / flatness).softmax(-1)
+    p = (torch.randn(16, 5000) / 0.2).softmax(-1)
     for first in (1, 64, 5000):
         assert torch.equal(_nucleus(p, top_p, first), sorted_nucleus(p, top_p))
 
