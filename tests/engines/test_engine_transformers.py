@@ -156,8 +156,13 @@ def test_a_batch_is_thinned_out_as_rows_end_and_no_reply_changes(engine, monkeyp
     assert all_of(engine.generate(asked, sampling, seeds)) == together
 
 
-def test_thinning_out_keeps_a_sliding_window(tmp_path):
+@pytest.mark.parametrize("known", [True, False])
+def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
+    tmp_path, monkeypatch, known
+):
     """Gemma-2 keeps the last tokens only in every other layer."""
+    if not known:
+        monkeypatch.setattr("transformers.cache_utils.DynamicLayer", type("Other", (), {}))
     made = load_engine(small_gemma_2(tmp_path, sliding_window=6))
     made.stops = list(range(300))  # random weights end somewhere
     chats = CHATS * 2

@@ -219,14 +219,3 @@ def test_the_name_of_a_model_changes_with_its_weights(tmp_path):
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(data))
     assert loading.model_name(same) != loading.model_name(TINY)
-
-
-def test_the_embedded_model_is_small_plain_llama_in_safetensors():
-    from pathlib import Path
-
-    folder = Path(model_folder("tiny"))
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["head_dim"] in (32, 64) and config["max_position_embeddings"] >= 1024
-    assert (folder / "model.safetensors").stat().st_size < 10e6
-    assert not list(folder.glob("*.bin"))
