@@ -159,7 +159,7 @@ def test_prompts_and_responses_of_a_server_are_bought_once_and_under_the_cap(res
     assert spent(run) == spent(beside) == 24 * 5
 
 
-def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(results, server, capsys):
+def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(results, server):
     model, requests = settings(server), write("a", "b")
     (bought,) = replies(open_run("first"), "s", model, requests[:1])
     path = module._cache(model)
@@ -174,4 +174,3 @@ def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(resul
     other.join()
     assert replies(open_run("second"), "s", model, requests)[0] == bought
     assert [request["messages"][-1]["content"] for request in server.requests] == ["a", "b"]
-    assert "waiting" in capsys.readouterr().out
