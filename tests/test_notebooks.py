@@ -232,14 +232,6 @@ def test_no_check_is_ok_where_every_reply_is_discarded(name, make_workplace):
 
 
 @pytest.mark.slow
-def test_verdicts_that_were_sampled_are_not_compared_with_themselves(make_workplace):
-    drawn = make_workplace("drawn")
-    sampled = {"judging.method": "sampled", "pairs.min_margin": 0, "prompts.count": 20}
-    drawn.execute("03_self_judging", **sampled)
-    assert not list(drawn.run.glob("variants/sampled/rows/*.jsonl"))
-
-
-@pytest.mark.slow
 def test_one_pair_and_one_question_stop_no_notebook(make_workplace):
     one = make_workplace("one")
     prompts = world.held_out_questions("train", 1, seed=3)[:80:8]

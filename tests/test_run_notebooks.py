@@ -105,19 +105,6 @@ def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
     assert seen(folder) == ["01", "02"]
 
 
-def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(folder):
-    """It has imported what is slow while the notebook before ran."""
-    write(folder, "01_first")
-    look = "import sys\nprint('colorsys' in sys.modules, 'colorsys' in dir())"
-    draw = "from matplotlib import pyplot\npyplot.plot([1, 2]);"
-    write(folder, "02_second", look, draw)
-    go(folder)
-    executed = nbformat.read(folder.parent / "results/mine/notebooks/02_second.ipynb", 4)
-    assert [cell.execution_count for cell in executed.cells] == [1, 2, 3, 4, 5]
-    looked, drawn = (cell.outputs[0] for cell in executed.cells[-2:])
-    assert looked.text == "True False\n" and "image/png" in drawn.data
-
-
 # ---------------------------------------------------------------------- refused before any runs
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from scripted_server import KEY, failure, reply, settings, steps
+from small import all_of
 
 from sao_utils import store as rows
 from sao_utils.engines import api as engine_api
@@ -31,10 +32,6 @@ def engine_for(server, **more):
 
 def chats(*texts):
     return [[{"role": "user", "content": text}] for text in texts]
-
-
-def all_of(batches):
-    return dict(pair for batch in batches for pair in batch)
 
 
 def generate(engine, *texts):

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+from small import all_of
 
 from sao_utils import templates
 from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
-from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
+from sao_utils.engines.transformers import TransformersEngine, _nucleus
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 
@@ -30,12 +31,6 @@ def engine():
 def own_engine():
     """An engine that a test may spoil."""
     return TransformersEngine(TINY, None, "own")
-
-
-def all_of(batches):
-    found = [pair for batch in batches for pair in batch]
-    assert len(dict(found)) == len(found), "an index came twice"
-    return dict(found)
 
 
 def save_beside_the_tiny_tokenizer(model, folder):
@@ -177,7 +172,7 @@ def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
 # ---------------------------------------------------------------------------- context
 
 
-def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
+def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path, capsys):
     """GPT-2 has no position beyond its context: one token more would be an IndexError."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -194,6 +189,9 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
     new = context - 12
     replies = all_of(made.generate(chats, Sampling(0.7, new), list(range(13))))
     assert base.unanswered(replies[12].tokens, replies[12].finished)
+    assert "1 of 13 prompts are longer" in capsys.readouterr().out
+    odds = all_of(made.choose(chats, "ranking:", VERDICTS))
+    assert odds[12] == [-math.inf, -math.inf] and odds[0][0] < 0
     assert [replies[k].tokens for k in range(12)] == [min(new, context - n) for n in lengths[:12]]
     assert len({replies[k].tokens for k in range(12)}) > 2
     for k in (0, 11):
@@ -298,15 +296,3 @@ def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(top_p
     p = (torch.randn(16, 5000) / 0.2).softmax(-1)
     for first in (1, 64, 5000):
         assert torch.equal(_nucleus(p, top_p, first), sorted_nucleus(p, top_p))
-
-
-def test_draws_with_top_p_are_those_of_a_full_sort():
-    torch.manual_seed(1)
-    sampling, seeds = Sampling(0.7, 3, 0.9), [5, 6, 7, 8]
-    draw = _SeededDraw(seeds, sampling, prompt_length=2)
-    ids, scores = torch.zeros(4, 3, dtype=torch.long), 3 * torch.randn(4, 3000)
-    drawn = draw(ids, scores).argmax(-1).tolist()
-    p = sorted_nucleus((scores / 0.7).softmax(-1), 0.9).double()
-    for row in range(4):
-        u = draw.uniform[row, 1] * p[row].sum()
-        assert drawn[row] == (p[row].cumsum(-1) > u).nonzero()[0].item()

@@ -18,6 +18,7 @@ import urllib.request
 import psutil
 import pytest
 import torch
+from small import CHATS, all_of
 
 from sao_utils import store as rows
 from sao_utils.bench.overhead import CPU_BUILD
@@ -32,17 +33,6 @@ from sao_utils.stages.judging import judge_pairs
 TINY = Model(path="tiny", dtype="float32")
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
 CHOICES = (" 1 > 2", " 2 > 1")
-QUESTIONS = [
-    "I am new to chess. What should I know about the right tool and how long it takes?",
-    "Can you explain where to go for yoga?",
-    "Write a short guide to rowing that covers the main risk, who can teach it and the best place.",
-    "For a weekend of baking, describe the best place and what can go wrong.",
-]
-CHATS = [[{"role": "user", "content": text}] for text in QUESTIONS]
-
-
-def all_of(batches):
-    return dict(pair for batch in batches for pair in batch)
 
 
 def gone(processes, seconds=5.0):
