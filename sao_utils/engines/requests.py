@@ -125,8 +125,8 @@ def batches_of_replies(
 
 def spent(run: Run) -> float:
     """US$ that the run and its variants have paid so far, by the tokens that servers counted."""
-    rows = (row for path in sorted(_folder().glob("*.jsonl")) for row in read_rows(path))
-    purse = _purse(run)
+    files, purse = sorted((results_folder() / "cache").glob("*.jsonl")), _purse(run)
+    rows = (row for path in files for row in read_rows(path))
     return math.fsum(row.get("dollars") or 0 for row in rows if row.get("run") == purse)
 
 
@@ -251,13 +251,9 @@ def dollars(model: Model, tokens_in: float, tokens_out: float) -> float | None:
     return (tokens_in * (model.price_in or 0) + tokens_out * (model.price_out or 0)) / 1e6
 
 
-def _folder() -> Path:
-    return results_folder() / "cache"
-
-
 def _cache(model: Model) -> Path:
     plain = re.sub(r"[^A-Za-z0-9.-]+", "-", model.path).strip("-.")[-60:]
-    return _folder() / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
+    return results_folder() / "cache" / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
 
 
 def _purse(run: Run) -> str:
