@@ -101,6 +101,8 @@ def test_local_files_are_kept_by_absolute_path_so_that_notebooks_find_them(
     run = rows.open_run("tiny", "m", {"prompts.personas": "mine.csv"})
     assert run.recipe.prompts.personas == str(tmp_path / "mine.csv")
     assert rows.variant(run, "v", {"prompts.count": 3}).recipe.prompts.count == 3
+    (tmp_path / "tiny").mkdir()  # named like the embedded model
+    assert rows.open_run("tiny", "m").recipe.model.path == "tiny"
 
 
 def test_ids_depend_on_content_not_on_the_order_of_keys():

@@ -196,18 +196,12 @@ def test_a_vllm_server_is_made_to_begin_with_the_prefix(server):
 @pytest.mark.parametrize(
     "choices, said, expected",
     [
-        (
-            CHOICES,
-            [{" ": 0.9, "1": 0.01}, {"2": 0.8, "1": 0.15, " 1": 0.05}],
-            [0.2, 0.8],
-        ),  # a bare blank
+        # A bare blank comes first.
+        (CHOICES, [{" ": 0.9, "1": 0.01}, {"2": 0.8, "1": 0.15, " 1": 0.05}], [0.2, 0.8]),
         (CHOICES, [{"1": 0.6, "10": 0.1, "1>": 0.1, " 2 >": 0.1, "2nd": 0.05}], [0.7, 0.1]),
-        (
-            CHOICES,
-            [{" 1": 0.99, "x": 0.001}],
-            [0.99, 0.001],
-        ),  # not reported: the least of those that are
-        (CHOICES, [{" 1": 0.99}], [0.99, 0.01]),  # or what is left
+        # One that is not reported has the least of those that are, or what is left.
+        (CHOICES, [{" 1": 0.99, "x": 0.001}], [0.99, 0.001]),
+        (CHOICES, [{" 1": 0.99}], [0.99, 0.01]),
         (CHOICES, [{" 1": 1.0}], [1.0, SURE]),
         (CHOICES, [{"x": 0.5, "1": 0.1}], [0.1, 0]),  # may be as likely as the other
         # Of one letter, as in alpaca_eval: nothing but that letter, and a missing one has none.
