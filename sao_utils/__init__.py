@@ -1,7 +1,7 @@
 """SAO reproduction kit: a language model aligns itself on data it makes itself.
 
-The house, from the ground up. A module imports from the rooms above it in this list only, never from
-one below, and no two modules import each other in a circle (tests/test_house.py):
+The layers, from the lowest. Each may import only from those listed above it, and no two modules import each
+other in a circle (tests/test_house.py):
 
     recipe       settings of a run, validated; which models a run has
     colab        installation into a notebook that is already open

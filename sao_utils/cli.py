@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -63,8 +64,7 @@ def _fail(message: object, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _log(text: str, end: str = "\n", flush: bool = True) -> None:
-    print(text, end=end, flush=flush)
+_log = partial(print, flush=True)
 
 
 @app.command()

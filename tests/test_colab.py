@@ -128,15 +128,11 @@ def test_the_guard_cell_fetches_the_kit_and_leaves_torch_and_numpy_alone(
     assert f"numpy=={NUMPY}" in there and f"torch=={STAND_INS['torch']}" in there
     assert "torchao==0.17.0" in there  # with the older one, peft stops at the first LoRA
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
-    assert {line for line in there if line.startswith(("pydantic==", "PyYAML=="))} <= {
-        line.replace("pyyaml", "PyYAML") for line in pins
-    }
+    assert {line for line in there if line.startswith("pydantic==")} <= {*pins}
     assert (packages / "sao_utils" / "recipe.py").is_file(), "an editable install is not imported"
 
-    again = files_of(packages, "sao_utils")
     shown = call(*ipython, cwd=content, env={**os.environ, **place, "PIP_NO_INDEX": "1"})
     assert "recipe tiny" in shown and "Installing" not in shown and "fatal" not in shown
-    assert files_of(packages, "sao_utils") == again
 
 
 @pytest.mark.slow
@@ -179,21 +175,6 @@ def test_constraints_hold_what_is_loaded_or_bound_to_the_gpu_and_pin_the_rest():
     ]  # and rich: there, not loaded, so pip keeps it if it can
 
 
-def test_advice_names_the_recipe_for_a_gpu_and_where_rows_outlive_the_machine(
-    monkeypatch, tmp_path, capsys
-):
-    colab.advice()
-    assert capsys.readouterr().out == ""  # not on Colab
-    monkeypatch.setattr(colab, "on_colab", lambda: True)
-    monkeypatch.setattr(colab.shutil, "which", lambda name: f"/usr/bin/{name}")
-    colab.advice()
-    shown = capsys.readouterr().out
-    assert 'recipe = "colab-t4"' in shown and "Rows are lost" in shown and "drive.mount(" in shown
-    monkeypatch.setattr(colab, "DRIVE", tmp_path)
-    colab.advice()
-    assert "Rows are kept on your Drive, in sao-results" in capsys.readouterr().out
-
-
 def test_rows_go_to_a_mounted_drive_unless_the_user_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.delenv("SAO_RESULTS", raising=False)
     monkeypatch.setattr(colab, "DRIVE", tmp_path)
@@ -202,15 +183,3 @@ def test_rows_go_to_a_mounted_drive_unless_the_user_says_otherwise(monkeypatch, 
     assert store.results_folder() == tmp_path / "sao-results"
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "mine"))
     assert store.results_folder() == tmp_path / "mine"
-
-
-def test_a_disk_without_locks_such_as_a_mounted_drive_keeps_rows(monkeypatch, tmp_path):
-    import fcntl
-
-    def no_locks(*_):
-        raise OSError("Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    jobs = [{"id": "a"}, {"id": "b"}]
-    made = store.complete(tmp_path / "rows.jsonl", jobs, lambda left: iter([left]), "rows")
-    assert made == jobs == store.read_rows(tmp_path / "rows.jsonl")

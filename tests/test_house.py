@@ -8,8 +8,6 @@ import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parent.parent / "sao_utils"
 LONGEST = 400  # lines of a file
 
@@ -111,50 +109,3 @@ def test_every_room_of_the_list_is_there():
 
 
 # ---------------------------------------------------------------------- the checks themselves
-
-
-@pytest.fixture
-def house(tmp_path):
-    """Writes a small package; files by path."""
-
-    def write(**files):
-        package = tmp_path / "house"
-        floors = '"""The house.\n\n    ground   x\n    stages   x\n    evaluation   x\nEnd.\n"""'
-        for name, text in {"__init__": floors, "ground": "", **files}.items():
-            path = package / (name.replace("__in__", "/") + ".py")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            if path.parent != package:
-                (path.parent / "__init__.py").touch()
-        return package
-
-    return write
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "from house.evaluation.questions import ask",
-        "import house.evaluation.questions",
-        "def f():\n    from house.evaluation.questions import ask",
-    ],
-)
-def test_an_arrow_that_goes_up_is_named(house, statement):
-    package = house(stages__in__pairs=statement, evaluation__in__questions="import house.ground")
-    assert wrong_arrows(package) == [
-        "stages/pairs.py imports evaluation.questions: stages is below evaluation"
-    ]
-
-
-def test_a_module_without_a_room_is_named(house):
-    assert "'attic' is not a room" in wrong_arrows(house(attic=""))[0]
-
-
-def test_a_circle_inside_a_room_is_named(house):
-    package = house(
-        stages__in__x="from house.stages.y import f",
-        stages__in__y="def f():\n    from house.stages import z",
-        stages__in__z="from house.stages import x",
-    )
-    found = circle(package)
-    assert found[0] == found[-1] and set(found) == {"stages.x", "stages.y", "stages.z"}

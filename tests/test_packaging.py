@@ -2,12 +2,9 @@
 
 import importlib.metadata
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -42,53 +39,6 @@ def test_every_constraint_is_one_exact_pin_for_cpu_and_gpu_machines_alike():
     assert sorted(names) == sorted(set(names)), "a package is pinned twice"
     tied = re.compile(r"(triton|pytorch-triton|nvidia|cuda|flashinfer)(-|$)")
     assert not [name for name in names if tied.match(name)]
-
-
-#: Stand-ins that only note what they would install.
-PIP = """#!/bin/sh
-case "$*" in
-*"config list") echo "global.find-links='/wheels /more'" ;;
-*install*) echo "pip $*" >> calls ;;
-esac
-"""
-UV = """#!/bin/sh
-echo "uv $* $UV_FIND_LINKS" >> calls
-exit {status}
-"""
-
-
-@pytest.fixture
-def installed_by_make(tmp_path):
-    """What make installs with; `uv` is the status that uv ends with, None: there is no uv."""
-
-    def run(uv=None):
-        scripts = {".venv/bin/python": PIP, "tools/uv": uv is not None and UV.format(status=uv)}
-        for name, text in scripts.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text or "")
-            path.chmod(0o755 if text else 0o644)
-        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-            shutil.copy(ROOT / name, tmp_path)
-        (tmp_path / "calls").unlink(missing_ok=True)
-        environment = {"PATH": f"{tmp_path / 'tools'}:/usr/bin:/bin"}
-        subprocess.run(
-            ["make", "-sB", ".venv/.installed"], cwd=tmp_path, env=environment, check=True
-        )
-        return (tmp_path / "calls").read_text().splitlines()
-
-    return run
-
-
-@pytest.mark.parametrize(("uv", "tools"), [(0, ["uv"]), (None, ["pip"]), (2, ["uv", "pip"])])
-def test_make_installs_with_uv_and_with_pip_where_uv_is_missing_or_fails(
-    installed_by_make, uv, tools
-):
-    calls = installed_by_make(uv)
-    assert [call.split()[0] for call in calls] == tools
-    assert all("-c constraints.txt -e .[dev]" in call for call in calls)
-    if tools[0] == "uv":  # it is told the folders of wheels that pip knows
-        assert calls[0].endswith("/more,/wheels") and "--python .venv/bin/python" in calls[0]
 
 
 def test_environment_yml_installs_the_project_itself_with_the_constraints():

@@ -12,11 +12,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from servers import undecided_server
 
+from sao_utils.disk import turn
 from sao_utils.notebooks import RunError, kernels
 from sao_utils.notebooks.kernels import NotebookFailed
-from sao_utils.notebooks.run import fingerprint, parameters, run_notebooks
+from sao_utils.notebooks.run import fingerprint, run_notebooks
 from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.store import open_run
@@ -48,18 +48,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "notebooks"
 
 
-@pytest.fixture
-def server():
-    """A server of models."""
-    with undecided_server() as server:
-        yield server
-
-
-def write(folder, name, *cells, parameters=PARAMETERS):
+def write(folder, name, *cells):
     """A notebook that notes that it ran, and then does `cells`."""
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
-    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    first = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     others = [nbformat.v4.new_code_cell(cell) for cell in (SEE.format(number=name[:2]), *cells)]
     notebook.cells = [first, *others]
     nbformat.write(notebook, folder / f"{name}.ipynb")
@@ -110,24 +103,6 @@ def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
     again = go(folder, {"prompts.count": 3})
     assert [line.endswith("finished before, skipped") for line in again] == [True, True]
     assert seen(folder) == ["01", "02"]
-
-
-def test_a_shipped_recipe_goes_by_its_name(folder):
-    wanted = {"recipe": "tiny", "run": "mine", "overrides": {}}
-    assert parameters(open_run("tiny", "mine"), folder) == wanted
-
-
-def test_a_kernel_that_was_started_ahead_leaves_no_names_and_shows_pictures(folder):
-    """It has imported what is slow while the notebook before ran."""
-    write(folder, "01_first")
-    look = "import sys\nprint('colorsys' in sys.modules, 'colorsys' in dir())"
-    draw = "from matplotlib import pyplot\npyplot.plot([1, 2]);"
-    write(folder, "02_second", look, draw)
-    go(folder)
-    executed = nbformat.read(folder.parent / "results/mine/notebooks/02_second.ipynb", 4)
-    assert [cell.execution_count for cell in executed.cells] == [1, 2, 3, 4, 5]
-    looked, drawn = (cell.outputs[0] for cell in executed.cells[-2:])
-    assert looked.text == "True False\n" and "image/png" in drawn.data
 
 
 # ---------------------------------------------------------------------- refused before any runs
@@ -210,21 +185,6 @@ def test_a_killed_kernel_is_reported_in_plain_words(folder):
     assert (folder.parent / "results/mine/notebooks/01_first.failed.ipynb").exists()
 
 
-def test_what_builds_on_a_changed_notebook_runs_again_even_when_the_next_try_fails(folder):
-    flag = folder.parent / "fail"
-    write(folder, "01_first")
-    write(folder, "02_second", f"assert not Path({str(flag)!r}).exists()")
-    go(folder)
-    write(folder, "01_first", "1 + 1")
-    flag.touch()
-    with pytest.raises(NotebookFailed):
-        go(folder)
-    flag.unlink()
-    assert go(folder)[0].endswith("skipped")
-    # The second is as it was when it first finished, but what it builds on is not.
-    assert seen(folder) == ["01", "02"] * 2 + ["02"]
-
-
 def test_only_runs_one_notebook_though_it_is_done_and_what_follows_counts_as_not_done(folder):
     write(folder, "01_first")
     write(folder, "02_second")
@@ -239,22 +199,12 @@ def test_only_runs_one_notebook_though_it_is_done_and_what_follows_counts_as_not
         go(folder, only="09")
 
 
-def test_a_second_process_of_a_run_is_refused_and_does_not_disturb_the_first(folder):
-    second = [sys.executable, "-c", ALONE, str(folder)]
-    error = folder.parent / "error"
-    write(
-        folder,
-        "01_first",
-        f"import subprocess\nerror = Path({str(error)!r})\nif not error.exists():\n"
-        "    error.touch()\n"
-        f"    done = subprocess.run({second!r}, capture_output=True, text=True)\n"
-        "    error.write_text(done.stderr)",
-    )
-    go(folder)
-    last = error.read_text().strip().splitlines()[-1]
-    assert "RunError: Another process is making notebooks of this run" in last
-    assert seen(folder) == ["01"]
-    assert go(folder)[0].endswith("skipped")
+def test_a_second_process_of_a_run_is_refused(folder):
+    write(folder, "01_first")
+    lock = open_run("tiny", "mine").rows("notebooks").with_name(".notebooks.lock")
+    with turn(lock), pytest.raises(RunError, match="Another process is making notebooks of this"):
+        go(folder)
+    assert seen(folder) == []
 
 
 def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
@@ -315,7 +265,7 @@ print(current.folder.name, current.recipe.prompts.count, [*current.recipe.seeds]
 
 def papermill(folder, *words):
     """The command `papermill` on a notebook that opens its run; its exit code, and what is shown."""
-    write(folder, "01_first", OPEN, parameters=PARAMETERS + "\nextra = 1")
+    write(folder, "01_first", OPEN)
     (folder.parent / "results").mkdir()
     command = [sys.executable, "-m", "papermill", "01_first.ipynb", "out.ipynb", "-k", "python3"]
     done = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True)
@@ -328,10 +278,7 @@ def papermill(folder, *words):
     ("words", "shown"),
     [
         ((), "first 9 [7]\n"),
-        (
-            ("-p", "run", "5", "-p", "extra", "2", "-p", "overrides", "{prompts.count: 5}"),
-            "5 5 [7]\n",
-        ),
+        (("-p", "run", "5", "-p", "overrides", "{prompts.count: 5}"), "5 5 [7]\n"),
         (("-y", "overrides: {prompts.count: 5, seeds: [1, 2]}"), "first 5 [1, 2]\n"),
     ],
 )

@@ -118,30 +118,24 @@ def load_model(model: Model, device: str | int | None = "cpu"):
     """
     find(model)
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = {"dtype": precision(model)[0], "use_safetensors": True}
     if device is not None:
         options["device_map"] = {"": device}
     if model.quantisation == "nf4":
-        options["quantization_config"] = _nf4(getattr(torch, options["dtype"]))
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, options["dtype"]),
+        )
     loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
     if model.quantisation == "nf4" and device == "cpu":
         guard_nf4_on_cpu(loaded)
     if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
         loaded.set_attn_implementation("eager")  # torch's own attention has no softcap (Gemma-2)
     return loaded
-
-
-def _nf4(dtype):
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def guard_nf4_on_cpu(base) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from sao_utils.disk import Busy, turn
+from sao_utils.disk import turn
 from sao_utils.engines.api import VERDICT_TOKENS
 from sao_utils.engines.base import unanswered
 from sao_utils.engines.loading import model_name
@@ -97,15 +97,11 @@ def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[di
     return [rows[i] for i in ids]
 
 
-#: Of a row with a reply, beside what the row says of itself.
-_REPLY = ("text", *MADE, "logps", "tokens_in", "tokens_out", "dollars", "run")
-
-
 def _row(job: dict, reply: dict) -> dict:
     """A job's row: what it says of itself, the id of the request, and the reply."""
-    kept = {key: reply[key] for key in _REPLY if key in reply}
+    keys = ("text", *MADE, "logps", "tokens_in", "tokens_out", "dollars", "run")
     of = {**job["of"], "request": job["content"]} if "of" in job else {}
-    return {"id": job["id"], **of, **kept}
+    return {"id": job["id"], **of, **{key: reply[key] for key in keys if key in reply}}
 
 
 def batches_of_replies(
@@ -129,9 +125,9 @@ def batches_of_replies(
 
 def spent(run: Run) -> float:
     """US$ that the run and its variants have paid so far, by the tokens that servers counted."""
-    rows = (row for path in sorted(_folder().glob("*.jsonl")) for row in read_rows(path))
-    paid = (row for row in rows if _whole(row.get("run") or "") == _whole(_label(run)))
-    return math.fsum(row.get("dollars") or 0 for row in paid)
+    files, purse = sorted((results_folder() / "cache").glob("*.jsonl")), _purse(run)
+    rows = (row for path in files for row in read_rows(path))
+    return math.fsum(row.get("dollars") or 0 for row in rows if row.get("run") == purse)
 
 
 def _ids(model: Model, requests: list[dict]) -> list[str]:
@@ -194,15 +190,9 @@ def _from_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[di
 
     While another process buys from the same model it is waited for: it may buy the same.
     """
-    buy, cache = partial(_bought, run, model), _cache(model)
-    lock = cache.with_suffix(".lock")
-    try:
-        with turn(lock, wait=False):
-            return complete(cache, jobs, buy, label, model.max_context)
-    except Busy:
-        print(f"{label}: another run is asking this model; waiting for it.", flush=True)
-    with turn(lock):
-        return complete(cache, jobs, buy, label, model.max_context)
+    cache = _cache(model)
+    with turn(cache.with_suffix(".lock")):
+        return complete(cache, jobs, partial(_bought, run, model), label, model.max_context)
 
 
 def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
@@ -227,7 +217,7 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
                 if "tokens_in" not in row:
                     row["tokens_in"], row["tokens_out"] = _tokens([by_id[row["id"]]])
                 row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
-                row["run"] = _label(run)
+                row["run"] = _purse(run)
             yield batch  # on disk when we go on
 
 
@@ -261,21 +251,12 @@ def dollars(model: Model, tokens_in: float, tokens_out: float) -> float | None:
     return (tokens_in * (model.price_in or 0) + tokens_out * (model.price_out or 0)) / 1e6
 
 
-def _folder() -> Path:
-    return results_folder() / "cache"
-
-
 def _cache(model: Model) -> Path:
     plain = re.sub(r"[^A-Za-z0-9.-]+", "-", model.path).strip("-.")[-60:]
-    return _folder() / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
+    return results_folder() / "cache" / f"{plain}-{row_id(model_name(model))[:8]}.jsonl"
 
 
-def _label(run: Run) -> str:
-    """The run's name, with that of the run that it is a variant of."""
+def _purse(run: Run) -> str:
+    """The run's name; of a variant, that of its run, with which it shares the cap."""
     folder, every = run.folder.resolve(), results_folder().resolve()
-    return folder.relative_to(every).as_posix() if folder.is_relative_to(every) else run.folder.name
-
-
-def _whole(label: str) -> str:
-    """The run that a label names, or of which it names a variant: they have one purse."""
-    return label.split("/")[0]
+    return folder.relative_to(every).parts[0] if folder.is_relative_to(every) else folder.name

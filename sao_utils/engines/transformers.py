@@ -130,9 +130,7 @@ class TransformersEngine:
                 eos_token_id=self.stops,
                 return_dict_in_generate=True,
             )
-            steps = [numbers := _FiniteRows()]
-            if sampling.temperature:
-                steps.append(_SeededDraw([seeds[i] for i in going], sampling, start))
+            draw = _SeededDraw([seeds[i] for i in going], sampling, start)
             halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
             with torch.inference_mode():
                 out = self.model.generate(
@@ -140,11 +138,11 @@ class TransformersEngine:
                     attention_mask=mask,
                     past_key_values=cache,
                     generation_config=config,
-                    logits_processor=LogitsProcessorList(steps),
+                    logits_processor=LogitsProcessorList([draw]),
                     stopping_criteria=StoppingCriteriaList(halt),
                 )
             replies = out.sequences[:, start:].tolist()
-            for i, tokens, fine in zip(going, replies, numbers.finite.tolist()):
+            for i, tokens, fine in zip(going, replies, draw.finite.tolist()):
                 if not fine:
                     found[i] = NOTHING
                 elif len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
@@ -254,17 +252,6 @@ def _check(finite: list[bool]) -> None:
     print(f"{words}; they get no reply and count as discarded. {advice}", flush=True)
 
 
-class _FiniteRows:
-    """A logits processor that changes nothing, and notes which rows had numbers at every step."""
-
-    finite = None
-
-    def __call__(self, _, logits):
-        found = _finite(logits)
-        self.finite = found if self.finite is None else self.finite & found
-        return logits
-
-
 def _half_ended(stops: list[int], start: int):
     """A stopping criterion: half of the rows hold a stop behind their prompts of `start` tokens."""
     import torch
@@ -292,20 +279,24 @@ class _SeededDraw:
     """A logits processor that draws each row's next token with the row's own random numbers.
 
     It leaves only the drawn token, so that greedy decoding takes it. Inverse transform sampling: one
-    uniform number a row and step, from a generator seeded by the row.
+    uniform number a row and step, from a generator seeded by the row. At temperature 0 it changes
+    nothing. `finite` has the rows that had numbers at every step.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
         import numpy as np
         import torch
 
-        self.sampling, self.prompt_length = sampling, prompt_length
+        self.sampling, self.prompt_length, self.finite = sampling, prompt_length, True
         draws = [np.random.default_rng(s).random(sampling.max_new_tokens) for s in seeds]
         self.uniform = torch.from_numpy(np.stack(draws))
 
     def __call__(self, input_ids, scores):
         import torch
 
+        self.finite = _finite(scores) & self.finite
+        if not self.sampling.temperature:
+            return scores
         p = (scores.float() / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1:
             p = _nucleus(p, self.sampling.top_p)

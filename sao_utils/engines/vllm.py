@@ -205,15 +205,13 @@ class _Child:
 
     def call(self, call: dict) -> Iterator[list]:
         """Send all rows, and pass the replies on as they come."""
-        done = False
         try:
             self._send(call)
             while (batch := self._receive()) is not None:
                 yield batch
-            done = True
-        finally:
-            if not done:  # it is still at work on rows that nobody waits for
-                self.end()
+        except BaseException:  # it may be still at work, on rows that nobody waits for
+            self.end()
+            raise
 
     def _send(self, message: object) -> None:
         try:

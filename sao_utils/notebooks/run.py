@@ -148,9 +148,8 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
             model_name(model)  # an adapter that is not there
             if new:
                 find(model)
-            if (
-                new and len(chosen) > 1 and model.engine == "api"
-            ):  # one alone may need no server yet
+            # One notebook alone may need no server yet.
+            if new and len(chosen) > 1 and model.engine == "api":
                 load_engine(model)
     except EngineError as error:
         raise RunError(str(error)) from None

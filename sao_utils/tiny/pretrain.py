@@ -189,16 +189,6 @@ def build_model(tokenizer, seed: int):
     )
 
 
-def build_heads(width: int) -> torch.nn.ModuleDict:
-    """The auxiliary heads; used in pre-training only."""
-    return torch.nn.ModuleDict(
-        {
-            "sentence": torch.nn.Linear(width, len(SENTENCE_KINDS)),
-            "answer": torch.nn.Linear(width, 3 * len(world.FLAWS)),
-        }
-    )
-
-
 def losses(model, heads: torch.nn.ModuleDict, batch: Batch) -> dict[str, torch.Tensor]:
     """Weighted next-token loss of one batch in bfloat16, and the auxiliary mean cross-entropies."""
     weights = batch.weights[:, 1:].flatten()
@@ -223,11 +213,6 @@ def losses(model, heads: torch.nn.ModuleDict, batch: Batch) -> dict[str, torch.T
     return result
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """100 steps of warm-up, then linear decay to 2 % of the peak."""
-    return peak * min((step + 1) / 100, max(0.02, 1 - step / steps))
-
-
 def pretrain(
     out: Path,
     steps: int = 3600,
@@ -247,7 +232,13 @@ def pretrain(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer(1100)
     model = build_model(tokenizer, seed).to(device)
-    heads = build_heads(model.config.hidden_size).to(device)
+    width = model.config.hidden_size
+    heads = torch.nn.ModuleDict(
+        {
+            "sentence": torch.nn.Linear(width, len(SENTENCE_KINDS)),
+            "answer": torch.nn.Linear(width, 3 * len(world.FLAWS)),
+        }
+    ).to(device)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True
@@ -260,8 +251,10 @@ def pretrain(
     started, seen, recent = time.time(), 0, []
     with open(out / "pretraining.jsonl", "w", encoding="utf-8") as log:
         for step in range(steps):
+            # 100 steps of warm-up, then linear decay to 2 % of the peak.
+            rate = peak * min((step + 1) / 100, max(0.02, 1 - step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+                group["lr"] = rate
             values = {}
             for name, source in (("talk", talk), ("rank", rank)):
                 batch = Batch(*(t.to(device) for t in vars(next(source)).values()))

@@ -5,17 +5,16 @@ import shutil
 
 import pytest
 import torch
+from small import all_of
 
-from sao_utils import store as rows
 from sao_utils import templates
 from sao_utils.engines import base, loading
-from sao_utils.engines.base import NO_REPLY, EngineError, Sampling
+from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
-from sao_utils.engines.transformers import TransformersEngine, _nucleus, _SeededDraw
+from sao_utils.engines.transformers import TransformersEngine, _nucleus
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
-from sao_utils.stages import pairs
 
 TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
 WORDS = "I am new to chess and rowing so please tell me about the right tool".split()
@@ -32,12 +31,6 @@ def engine():
 def own_engine():
     """An engine that a test may spoil."""
     return TransformersEngine(TINY, None, "own")
-
-
-def all_of(batches):
-    found = [pair for batch in batches for pair in batch]
-    assert len(dict(found)) == len(found), "an index came twice"
-    return dict(found)
 
 
 def save_beside_the_tiny_tokenizer(model, folder):
@@ -71,8 +64,6 @@ def small_gemma_2(folder, **settings):
         ("auto", (7, 5), "float16", "Tesla T4 has compute capability 7.5, bfloat16 needs 8.0"),
         ("bfloat16", (7, 5), "float16", "bfloat16 needs 8.0"),
         ("auto", (8, 0), "bfloat16", "compute capability 8.0"),
-        ("bfloat16", (9, 0), "bfloat16", "compute capability 9.0"),
-        ("float16", (8, 6), "float16", "model.dtype says so"),
         ("float32", (8, 6), "float32", "model.dtype says so"),
         ("auto", None, "float32", "there is no GPU"),
         ("bfloat16", None, "bfloat16", "without a GPU"),
@@ -91,7 +82,7 @@ def test_the_dtype_follows_the_machine_with_the_reason(
 # ---------------------------------------------------------------------------- 4 bit, Gemma-2
 
 
-def test_4_bit_weights_answer_nearly_alike_and_carry_an_adapter(engine, tmp_path):
+def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -181,21 +172,14 @@ def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
 # ---------------------------------------------------------------------------- context
 
 
-def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
+def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path, capsys):
     """GPT-2 has no position beyond its context: one token more would be an IndexError."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     vocabulary, context = len(loading.load_tokenizer(TINY)), 40
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=context,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+    sizes = dict(vocab_size=vocabulary, n_positions=context, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
     made = load_engine(save_beside_the_tiny_tokenizer(GPT2LMHeadModel(config), tmp_path))
     assert base.context_limit(made.model.config) == context
     made.stops = []
@@ -205,18 +189,13 @@ def test_replies_end_where_the_context_does_and_no_row_feels_another(tmp_path):
     new = context - 12
     replies = all_of(made.generate(chats, Sampling(0.7, new), list(range(13))))
     assert base.unanswered(replies[12].tokens, replies[12].finished)
+    assert "1 of 13 prompts are longer" in capsys.readouterr().out
+    odds = all_of(made.choose(chats, "ranking:", VERDICTS))
+    assert odds[12] == [-math.inf, -math.inf] and odds[0][0] < 0
     assert [replies[k].tokens for k in range(12)] == [min(new, context - n) for n in lengths[:12]]
     assert len({replies[k].tokens for k in range(12)}) > 2
     for k in (0, 11):
         assert all_of(made.generate([chats[k]], Sampling(0.7, new), [k]))[0] == replies[k]
-
-
-def test_a_pair_without_replies_is_not_called_identical(engine):
-    verdict = {"lengths": [0, 0], "finished": [False, False], "outcome": "identical"}
-    settings = rows.load_recipe("tiny").pairs
-    assert pairs._preference(verdict, "self", settings) == (True, NO_REPLY)
-    empty = {**verdict, "finished": [True, True]}  # two empty replies, which the model did give
-    assert pairs._preference(empty, "self", settings) == (True, "identical answers")
 
 
 # ---------------------------------------------------------------------------- memory
@@ -287,12 +266,9 @@ def poison(engine, word):
     engine.model.forward = poisoned
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
-    engine, own_engine, temperature, capsys
-):
+def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(engine, own_engine, capsys):
     poison(own_engine, " about")
-    sampling, seeds = Sampling(temperature, 12), list(range(12))
+    sampling, seeds = Sampling(0.8, 12), list(range(12))
     bad = [k for k, chat in enumerate(CHATS) if "about" in chat[0]["content"]]
     assert len(bad) == 2
     found = all_of(own_engine.generate(CHATS, sampling, seeds))
@@ -314,27 +290,9 @@ def sorted_nucleus(p, top_p):
     return torch.zeros_like(p).scatter(-1, index, ordered)
 
 
-@pytest.mark.parametrize("flatness", [0.2, 1.0, 5.0])
 @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
-def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(flatness, top_p):
+def test_the_nucleus_is_the_sorted_one_whether_a_few_tokens_hold_it_or_all(top_p):
     torch.manual_seed(0)
-    p = (torch.randn(16, 5000) / flatness).softmax(-1)
+    p = (torch.randn(16, 5000) / 0.2).softmax(-1)
     for first in (1, 64, 5000):
         assert torch.equal(_nucleus(p, top_p, first), sorted_nucleus(p, top_p))
-
-
-def test_equally_likely_tokens_at_the_edge_of_the_nucleus_all_stay():
-    p = torch.tensor([[0.2, 0.2, 0.2, 0.4]])
-    assert _nucleus(p, 0.5, 2).tolist() == p.tolist()
-
-
-def test_draws_with_top_p_are_those_of_a_full_sort():
-    torch.manual_seed(1)
-    sampling, seeds = Sampling(0.7, 3, 0.9), [5, 6, 7, 8]
-    draw = _SeededDraw(seeds, sampling, prompt_length=2)
-    ids, scores = torch.zeros(4, 3, dtype=torch.long), 3 * torch.randn(4, 3000)
-    drawn = draw(ids, scores).argmax(-1).tolist()
-    p = sorted_nucleus((scores / 0.7).softmax(-1), 0.9).double()
-    for row in range(4):
-        u = draw.uniform[row, 1] * p[row].sum()
-        assert drawn[row] == (p[row].cumsum(-1) > u).nonzero()[0].item()

@@ -18,6 +18,7 @@ import urllib.request
 import psutil
 import pytest
 import torch
+from small import CHATS, all_of
 
 from sao_utils import store as rows
 from sao_utils.bench.overhead import CPU_BUILD
@@ -32,17 +33,6 @@ from sao_utils.stages.judging import judge_pairs
 TINY = Model(path="tiny", dtype="float32")
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
 CHOICES = (" 1 > 2", " 2 > 1")
-QUESTIONS = [
-    "I am new to chess. What should I know about the right tool and how long it takes?",
-    "Can you explain where to go for yoga?",
-    "Write a short guide to rowing that covers the main risk, who can teach it and the best place.",
-    "For a weekend of baking, describe the best place and what can go wrong.",
-]
-CHATS = [[{"role": "user", "content": text}] for text in QUESTIONS]
-
-
-def all_of(batches):
-    return dict(pair for batch in batches for pair in batch)
 
 
 def gone(processes, seconds=5.0):
@@ -113,7 +103,7 @@ def address(cpu_build, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server") / "tiny"
     shutil.copytree(model_folder("tiny"), folder)
     kept = folder / "generation_config.json"
-    own = json.loads(kept.read_text()) if kept.exists() else {}
+    own = json.loads(kept.read_text())
     shows = {"repetition_penalty": 2.0, "top_k": 2, "temperature": 1.5, "min_p": 0.3}
     kept.write_text(json.dumps(own | shows))
     with socket.socket() as free:
@@ -221,18 +211,6 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     too_long = [{"role": "user", "content": "word " * 5000}]
     refused = all_of(server.generate([too_long, CHATS[0]], greedy, [0] * 2))
     assert refused == {0: NOTHING, 1: theirs[0]}
-    with pytest.raises(EngineError, match="top_p"):
-        all_of(server.generate(CHATS, Sampling(0.0, 60, top_p=2.0), [0] * 4))
-    # Without its settings a request gets the folder's defaults; else this would test nothing.
-    body = {"model": "served-tiny", "messages": CHATS[0], "max_tokens": 60, "seed": 0}
-    asked = urllib.request.Request(
-        f"{address}/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        text = json.load(answer)["choices"][0]["message"]["content"]
-    assert text.strip() != ours[0].text
     run = rows.open_run("tiny", "judged", {**flat(TINY), "prompts.count": 15})
     other = rows.variant(run, "server", flat(by_url, "judge"))
     mine = sao.rows(run, "verdicts")
@@ -276,26 +254,6 @@ def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_pat
         assert found[k] == pytest.approx(odds, abs=1e-4)
         assert found[k] != pytest.approx(theirs[k], abs=1e-2)
     assert base.child is load_engine(with_adapter(SERVED, tmp_path)).child
-
-
-@vllm_test
-def test_a_whole_model_that_was_trained_takes_the_place_of_the_model_until_unloaded(tmp_path):
-    model = load_model(TINY)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.02)
-    model.save_pretrained(str(tmp_path))
-    before = family(load_engine(SERVED).child.process.pid)
-    tuned = load_engine(with_adapter(SERVED, tmp_path))
-    found = all_of(tuned.choose(CHATS, "ranking:", CHOICES))
-    for k, odds in all_of(
-        load_engine(with_adapter(TINY, tmp_path)).choose(CHATS, "ranking:", CHOICES)
-    ).items():
-        assert found[k] == pytest.approx(odds, abs=1e-4)
-    assert gone(before), "two children at a time would not fit on a GPU"
-    before = family(tuned.child.process.pid)
-    unload_engines()  # `tuned` still refers to it
-    assert gone(before) and not tuned.child.log.exists()
 
 
 @vllm_test

@@ -1,6 +1,5 @@
 import http.server
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from small import CHATS, all_of
 
 from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
@@ -19,22 +19,11 @@ from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model
 
 TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
-QUESTIONS = [
-    "I am new to chess. What should I know about the right tool and how long it takes?",
-    "Can you explain where to go for yoga?",
-    "Write a short guide to rowing that covers the main risk, who can teach it and the best place.",
-    "For a weekend of baking, describe the best place and what can go wrong.",
-]
-CHATS = [[{"role": "user", "content": text}] for text in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
 def engine():
     return load_engine(TINY)
-
-
-def all_of(batches):
-    return dict(pair for batch in batches for pair in batch)
 
 
 def test_greedy_decoding_in_padded_batches_equals_decoding_one_by_one(engine):
@@ -105,12 +94,11 @@ except base.EngineError as error:
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Answers as the hub does for models that are gated or missing."""
+    """Answers as the hub does for models that are gated."""
 
     def do_HEAD(self):
-        gated = "gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
         self.send_header("X-Error-Message", f"refused {self.headers.get('Authorization')}")
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -131,7 +119,6 @@ def fake_hub():
     "name, hub, words",
     [
         ("org/gated", "fake", "Accept its licence on its page"),
-        ("org/missing", "fake", "no such model or revision, or it is private"),
         ("org/model", "http://127.0.0.1:9", "the hub cannot be reached"),  # nothing listens there
         ("org/model", None, "HF_HUB_OFFLINE=1 is set"),
     ],
@@ -158,15 +145,6 @@ def test_pickled_weights_are_refused(tmp_path):
     for load in (loading.load_model, load_engine):
         with pytest.raises(EngineError, match="no weights in safetensors.*save it anew"):
             load(Model(path=str(folder)))
-
-
-def test_a_prompt_longer_than_the_context_is_told_and_does_not_end_the_others(engine, capsys):
-    chats = [CHATS[0], [{"role": "user", "content": "word " * 5000}]]
-    replies = all_of(engine.generate(chats, Sampling(0.0, 40), [0, 0]))
-    assert replies[0].text and replies[1] == base.Completion("", 0, False)
-    odds = all_of(engine.choose(chats, "ranking:", (" 1 > 2", " 2 > 1")))
-    assert odds[1] == [-math.inf, -math.inf] and odds[0][0] < 0
-    assert "1 of 2 prompts are longer" in capsys.readouterr().out
 
 
 def test_settings_that_a_model_brings_along_do_not_change_decoding(engine, tmp_path):
@@ -219,14 +197,3 @@ def test_the_name_of_a_model_changes_with_its_weights(tmp_path):
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(data))
     assert loading.model_name(same) != loading.model_name(TINY)
-
-
-def test_the_embedded_model_is_small_plain_llama_in_safetensors():
-    from pathlib import Path
-
-    folder = Path(model_folder("tiny"))
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["head_dim"] in (32, 64) and config["max_position_embeddings"] >= 1024
-    assert (folder / "model.safetensors").stat().st_size < 10e6
-    assert not list(folder.glob("*.bin"))

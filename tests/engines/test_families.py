@@ -1,7 +1,6 @@
 """Each recipe's model family, in small: its tokens, its turns, and every stage on it."""
 
 import json
-import math
 import re
 from importlib.resources import files
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import families
 import pytest
 import torch
 from families import ANSWER, FAMILIES, PROMPT, RECIPES
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sao_utils import store as rows
 from sao_utils import templates
@@ -18,12 +17,10 @@ from sao_utils.engines.base import Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
 from sao_utils.methods import sao
-from sao_utils.recipe import Model, Training
+from sao_utils.recipe import Model
 from sao_utils.recipes import load_recipe, recipe_names
-from sao_utils.stages import pairs
 from sao_utils.training.encoding import encode as encode_pair
 from sao_utils.training.encoding import token_rows
-from sao_utils.training.fit import fit
 from sao_utils.training.shapes import shape_of
 
 PERSONAS = {"A tea lover.": PROMPT, "A potter of bowls.": "How do I glaze a bowl in 2 steps?"}
@@ -93,15 +90,6 @@ def test_special_tokens_in_a_users_text_open_and_close_nothing(family):
         assert ids.count(token) == plain.count(token)
 
 
-def test_pairs_count_the_tokens_that_training_sees(family):
-    verdicts = [{"id": family.name, "prompt": PROMPT, "responses": [ANSWER, OTHER]}]
-    (counted,) = pairs._count_tokens(family.model, verdicts)
-    seen = [len(encode_pair(pair(), side, family.tokenizer)[0]) for side in ("chosen", "rejected")]
-    # A template may put a line break behind the end of a turn, which training cuts off.
-    after = 0 if family.name == "llama" else 1
-    assert counted == [n + after for n in seen]
-
-
 # ---------------------------------------------------------------------------- the engine
 
 
@@ -136,23 +124,6 @@ def test_the_engine_judges_where_the_digits_part(family):
     with torch.no_grad():
         scores = engine.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     assert batch[0][1] == pytest.approx(scores[firsts].tolist(), abs=1e-4)
-
-
-def test_one_simpo_step_starts_at_the_papers_formula(family, tmp_path):
-    rate = dict(learning_rate=1e-3, sft_learning_rate=1e-3, batch_size=1, lora_rank=4)
-    folder = fit(family.model, [pair()], Training(**rate), "simpo", 0, tmp_path / "adapter")
-    (row,) = rows.read_rows(folder / "log.jsonl")
-    model = load_engine(family.model).model
-    means = []
-    for side in ("chosen", "rejected"):
-        ids, labels = encode_pair(pair(), side, family.tokenizer)
-        with torch.no_grad():
-            scores = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        kept = [k for k in range(1, len(ids)) if labels[k] != -100]
-        means.append(sum(scores[k - 1, ids[k]].item() for k in kept) / len(kept))
-    margin = 10 * (means[0] - means[1]) - 3
-    assert row["loss"] == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-3, abs=1e-5)
-    assert (folder / "adapter_model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------- recipes
@@ -216,22 +187,10 @@ def test_each_recipe_goes_from_personas_to_pairs_on_its_small_model(family, tmp_
 
 # ---------------------------------------------------------------------------- parameters
 
-OTHERS = {
-    "mistral": dict(model_type="mistral", head_dim=24),
-    "qwen3": dict(model_type="qwen3", head_dim=24, tie_word_embeddings=True),
-    "gemma": dict(model_type="gemma", head_dim=24),
-    "llama with biases": dict(model_type="llama", attention_bias=True),
-}
 
-
-@pytest.mark.parametrize("kind", [*OTHERS, *FAMILIES])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_parameters_are_counted_as_transformers_counts_them(kind):
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=200)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    if kind in FAMILIES:
-        config = families.small_config(kind, 200)
-    else:
-        config = AutoConfig.for_model(**sizes, **heads, **OTHERS[kind])
+    config = families.small_config(kind, 200)
     model = AutoModelForCausalLM.from_config(config)
     assert shape_of(config).parameters == model.num_parameters()
     assert shape_of(config.to_dict()).parameters == model.num_parameters()

@@ -1,6 +1,7 @@
 """Models that think: reasoning is parted from the reply, kept, and goes nowhere else."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,6 @@ from sao_utils.store import open_run, read_rows
     [
         ("A plain reply.", False, "", "A plain reply."),
         ("<think>Hm.</think>\n\nYes.", False, "Hm.", "Yes."),
-        ("<think>\n\n</think>\n\nYes.", False, "", "Yes."),
         ("Hm.</think>Yes.", True, "Hm.", "Yes."),
         ("Hm.</think>Yes.", False, "Hm.", "Yes."),
         ("<think>Hm.</think>Yes.", True, "Hm.", "Yes."),
@@ -28,8 +28,6 @@ from sao_utils.store import open_run, read_rows
         ("<think>a</think></think> b", False, "a", "b"),
         ("<think>It never ends", False, "It never ends", ""),
         ("It never ends", True, "It never ends", ""),
-        ("<think>a <think> b</think> c", False, "a <think> b</think> c", ""),
-        ("", False, "", ""),
         ("Write <think> to think.", False, "", "Write <think> to think."),
     ],
 )
@@ -50,15 +48,9 @@ TEMPLATE = """{%- for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% e
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
     """The tiny model with a chat template that takes enable_thinking, as Qwen3's does."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("models") / "thinks"
     shutil.copytree(model_folder("tiny"), folder)
-    for path in folder.glob("chat_template.jinja"):
-        path.unlink()
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return lambda **options: Model(path=str(folder), dtype="float32", template_options=options)
 
 

@@ -104,17 +104,6 @@ def test_a_server_that_counts_no_tokens_is_counted_by_bytes(results, server):
     assert spent(run) == pytest.approx((40 * 2 + 16 * 10) / 1e6)
 
 
-def test_a_fault_keeps_what_was_bought_before(results, server):
-    server.answers["bad"] = [failure(401, "no key")]
-    model = settings(server, concurrency=1)
-    with pytest.raises(RuntimeError):
-        replies(open_run(), "s", model, write("a", "bad", "b"))
-    server.answers.clear()
-    before = len(server.requests)
-    replies(open_run(), "s", model, write("a", "bad"))
-    assert len(server.requests) == before + 1
-
-
 @pytest.mark.parametrize("kind", [write, choose])
 def test_what_a_server_refused_is_asked_again_once_its_limit_is_another(results, server, kind):
     sure = reply("ranking: 1", steps(("ranking:", {}), (" 1", {" 1": -0.1, " 2": -3.0})))
@@ -170,7 +159,7 @@ def test_prompts_and_responses_of_a_server_are_bought_once_and_under_the_cap(res
     assert spent(run) == spent(beside) == 24 * 5
 
 
-def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(results, server, capsys):
+def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(results, server):
     model, requests = settings(server), write("a", "b")
     (bought,) = replies(open_run("first"), "s", model, requests[:1])
     path = module._cache(model)
@@ -185,4 +174,3 @@ def test_a_process_waits_while_another_one_buys_and_takes_what_that_bought(resul
     other.join()
     assert replies(open_run("second"), "s", model, requests)[0] == bought
     assert [request["messages"][-1]["content"] for request in server.requests] == ["a", "b"]
-    assert "waiting" in capsys.readouterr().out

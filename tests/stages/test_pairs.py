@@ -61,6 +61,10 @@ def verdict(**changes):
     [
         ({}, None),
         ({"outcome": "identical", "margin": None}, "identical answers"),
+        (
+            {"outcome": "identical", "lengths": [0, 0], "finished": [False, False]},
+            "no reply: too long, refused, or NaN",
+        ),
         ({"outcome": "inconsistent"}, "orders disagree"),
         ({"outcome": "invalid", "margin": None}, "invalid verdict"),
         ({"outcome": "tie", "margin": 0.0}, "tie"),
