@@ -132,11 +132,11 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
     if not votes:
         return {}
     questions, outcomes = zip(*votes)
-    found = {"score": replace(win_rate(outcomes, questions).rate, n=games)}
+    found = {"score": replace(win_rate(outcomes, questions), n=games)}
     decided = [verdict for verdict in verdicts(judgments) if verdict[1] in (0, 1)]
     if decided:
         questions, a_wins = zip(*decided)
-        found["first_rate"] = win_rate(a_wins, questions).rate
+        found["first_rate"] = win_rate(a_wins, questions)
     return found
 
 

@@ -148,7 +148,7 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
 def _mean_grade(rows: list[dict]) -> Interval:
     grades, width = [row["score"] for row in rows], HIGHEST - LOWEST
     shares = [(grade - LOWEST) / width for grade in grades]
-    bounds = win_rate(shares, [row["question_id"] for row in rows]).rate
+    bounds = win_rate(shares, [row["question_id"] for row in rows])
     low, high = (LOWEST + width * bound for bound in (bounds.low, bounds.high))
     return Interval(fmean(grades), low, high, len(grades), bounds.note)
 

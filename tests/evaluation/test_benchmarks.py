@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import random
 import re
 import shutil
 from pathlib import Path
@@ -236,18 +235,6 @@ def test_game_one_shows_the_baseline_first_and_strong_verdicts_count_three_games
     assert [outcome for _, outcome in arena_hard.verdicts(found)][-2:] == [None, None]
 
 
-def test_games_that_all_go_one_way_give_the_programs_score_and_a_wide_interval():
-    verdict = lambda text: "[[B>>A]]" if text.split("|")[1] == "base" else "[[A>>B]]"  # noqa: E731
-    for count in (1, 4):
-        found = judged(arena_hard, saying(verdict), arena(count), ANSWER)
-        score = arena_hard.figures(found, {})["score"]
-        assert score.value == 1 and score.n == 2 * count
-        if count == 1:
-            assert score.note == "one cluster of questions: no interval"
-        else:
-            assert score.high - score.low > 0.3, "a few prompts are no certainty"
-
-
 def test_a_judge_without_a_label_is_asked_on_once():
     asked = []
 
@@ -277,11 +264,15 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
             "prompt_template": ["Q {question_1} A {answer_1} B {answer_2} {other}"],
         },
     }
+
+    def load():
+        return published.load(settings(data=str(tmp_path)), "arena_hard")
+
     for name, content in given.items():
         with pytest.raises(RecipeError, match=f"arena_hard needs its {name}: set evaluation.data"):
-            published.load(settings(data=str(tmp_path)), "arena_hard")
+            load()
         write(folder / name, content)
-    found = published.load(settings(data=str(tmp_path)), "arena_hard")
+    found = load()
     assert found["items"][0]["turns"] == ["One?"] and found["baseline"] == {"a": "First."}
     chat = found["show"]("q", "{answer_2}", "b")["chat"]
     assert chat[0] == {"role": "system", "content": "Be fair."}
@@ -289,10 +280,10 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
     assert "protocol differs: 1 prompts, there 500" in found["notes"]
     write(folder / "question.jsonl", [{**given["question.jsonl"][0], "question_id": "b"}])
     with pytest.raises(RecipeError, match="no answer of gpt-4-0314 to question b"):
-        published.load(settings(data=str(tmp_path)), "arena_hard")
+        load()
     write(folder / "question.jsonl", given["question.jsonl"] * 2)
     with pytest.raises(RecipeError, match="two of the same id"):
-        published.load(settings(data=str(tmp_path)), "arena_hard")
+        load()
 
 
 # ----------------------------------------------------------------------------------- MT-Bench
@@ -399,18 +390,6 @@ def test_one_grade_for_everything_is_no_certainty():
     assert (found.value, found.n) == (7, 2) and math.isnan(found.low) and found.note
 
 
-def test_intervals_of_mean_grades_hold_the_truth_95_times_of_100():
-    bad, draw = 0.03, random.Random(0)  # share of questions that are graded low
-    truth = 10 - 4.5 * bad  # low grades: 1 to 10, alike in both turns
-    held = 0
-    for _ in range(1000):
-        low = [draw.random() < bad for _ in range(160)]
-        given = [[draw.randint(1, 10)] * 2 if is_low else (10, 10) for is_low in low]
-        found = mt_bench.figures(grades(given), {})["score"]
-        held += found.low <= truth <= found.high
-    assert 930 <= held <= 985
-
-
 # --------------------------------------------------------------- whole benchmarks, tiny model
 
 
@@ -425,14 +404,14 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     run = rows.open_run("tiny", "alpaca", {**QUICK, "evaluation.data": str(tmp_path / "given")})
     found = run_by_name(run, "alpaca_eval")
     row = found["alpaca_eval.base.self.win_rate"]
-    assert row["interval"].n == row["n"] == 5
-    assert row["counts"]["empty answers"] == row["counts"]["invalid verdicts"] == 1
+    assert row["interval"].n == 5
+    assert "no valid verdict on 1 of 6 requests" in row["remarks"][0]
     for part in ("the first 6 of 200 prompts", "200 prompts, there 805", "no system prompt"):
         assert part in row["note"]
     assert "1 of 6 answers of 'base' are empty." in row["remarks"]
     assert "gamed baselines" in found["alpaca_eval.base.self.lc_win_rate"]["note"]
     fit = found["alpaca_eval.base.self.lc_win_rate_published"]
-    assert 0 < fit["interval"].value < 1 and fit["n"] == 5 and "gamed" not in fit["note"]
+    assert 0 < fit["interval"].value < 1 and "gamed" not in fit["note"]
     folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
     outputs = json.loads((folder / "model_outputs.json").read_text())
     assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
@@ -454,7 +433,7 @@ def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as
     # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
     assert list(found) == ["mt_bench.base.self.valid_rate"]
     row = found["mt_bench.base.self.valid_rate"]
-    assert row["interval"].value == 0 and row["n"] == row["counts"]["invalid verdicts"] == 6
+    assert row["interval"].value == 0 and row["interval"].n == 6
     assert row["remarks"] == ["The judge 'self' gave no valid verdict on 6 of 6 requests."]
     assert row["interval"].high > 0.5  # two grades of one question are one piece of evidence
     path = run.folder / "benchmarks" / "mt_bench" / "model_judgment" / "self_single.jsonl"
@@ -468,13 +447,12 @@ def test_judges_stand_side_by_side_and_nothing_is_asked_twice(results):
     found = run_by_name(run, "tiny_alpaca")
     kept = {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     answers = rows.read_rows(run.rows("benchmark_answers"))
-    assert (
-        len(answers) == 12 and len({row["request"] for row in answers}) == 6
-    )  # a twin's are alike
+    assert len(answers) == 12
+    assert len({row["request"] for row in answers}) == 6  # a twin's are alike
     assert run_by_name(run, "tiny_alpaca") == found
     assert kept == {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     row = found["tiny_alpaca.base.self.win_rate"]
-    assert 0 <= row["interval"].value <= 1 and row["counts"]["prompts"] == 6
+    assert 0 <= row["interval"].value <= 1
     assert row["interval"] == found["tiny_alpaca.twin.copy.win_rate"]["interval"]
     assert counterparts.COUNTERPART in row["note"]
 
@@ -501,7 +479,7 @@ def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
         text = answers[row["question_id"]][row["turn"] - 1]
         flaws = -inspect_answer(question, text).quality
         assert row["score"] == max(1, 10 - 2 * flaws)
-    assert found["tiny_mt.base.oracle.score"]["n"] == 12
+    assert found["tiny_mt.base.oracle.score"]["interval"].n == 12
     assert "graded by the oracle" in found["tiny_mt.base.oracle.score"]["note"]
 
 
