@@ -68,16 +68,16 @@ def _show(system: str, template: str, question: str, a: str, b: str) -> dict:
     return {"chat": chat, "sampling": Sampling(0.0, MAX_TOKENS)}
 
 
-def read_label(text: str) -> tuple[str | None, bool]:
-    """The label of a verdict (None: none, or several that differ), and whether to ask on."""
+def read_label(text: str) -> str | None:
+    """The label of a verdict; None where there is none, or several that differ."""
     found = set(_LABEL.findall(text))
-    return next(iter(found)) if len(found) == 1 else None, not found
+    return found.pop() if len(found) == 1 else None
 
 
 def argue(send: Callable[[list[dict]], list[dict]], requests: list[dict]) -> list[dict]:
     """The judge's verdicts {text}; one without a label is asked once to go on, and added to."""
     texts = [reply["text"] for reply in send(requests)]
-    silent = [k for k, text in enumerate(texts) if text and read_label(text)[1]]
+    silent = [k for k, text in enumerate(texts) if text and not _LABEL.search(text)]
     more = []
     for k in silent:
         said = [{"role": "assistant", "content": texts[k]}, {"role": "user", "content": GO_ON}]
@@ -99,7 +99,7 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
         {
             "user_prompt": request["chat"][-1]["content"],
             "judgment": reply["text"],
-            "score": read_label(reply["text"])[0],
+            "score": read_label(reply["text"]),
         }
         for request, reply in judged
     ]

@@ -111,11 +111,6 @@ def _config(task: Task) -> tuple[dict, list[Path]]:
     return config, [Path(path) for path in data.values()]
 
 
-def local_files(task: Task) -> list[Path]:
-    """The YAML file of a local task and its data; none of a task that lm-eval brings along."""
-    return [task.file, *_config(task)[1]] if task.file else []
-
-
 def _edition(task: Task) -> str:
     """What a score belongs to: lm-eval's version, and of a local task a hash of its files.
 
@@ -129,8 +124,11 @@ def _edition(task: Task) -> str:
             "lm-eval is not installed. From a checkout of the kit: "
             "pip install -c constraints.txt -e '.[eval]'"
         ) from None
-    contents = [path.read_bytes() for path in local_files(task) if path.is_file()]
-    return edition + (":" + hashlib.sha256(b"".join(contents)).hexdigest()[:16] if contents else "")
+    if task.file is None:
+        return edition
+    paths = [task.file, *_config(task)[1]]
+    contents = b"".join(path.read_bytes() for path in paths if path.is_file())
+    return f"{edition}:{hashlib.sha256(contents).hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------- scoring
@@ -158,7 +156,7 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
         model = _with_transformers(candidate.model)
         weights = model_name(model)
         models[weights] = model
-        jobs += _jobs(candidate, weights, chosen, settings.task_limit)
+        jobs += [_job(candidate, weights, task, settings.task_limit) for task in chosen.values()]
     problems = {job["id"]: SERVER for job in jobs if models[job["weights"]].engine == "api"}
     done = {row["id"] for row in read_rows(run.rows("tasks"))} | problems.keys()
     opened, lacking = {}, {}
@@ -191,26 +189,19 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
     ]
 
 
-def _jobs(
-    candidate: Candidate, weights: str, chosen: dict[str, Task], limit: int | None
-) -> list[dict]:
-    """The tasks of a candidate: the part of their rows that is known before."""
-    found = []
-    for name, task in chosen.items():
-        edition = _edition(task)
-        how = (edition, task.shots, task.metric, limit)
-        found.append(
-            {
-                "id": row_id("task", name, how, weights, candidate.name, candidate.seed),
-                "model": candidate.name,
-                "seed": candidate.seed,
-                "weights": weights,
-                "task": name,
-                "edition": edition,
-                "limit": limit,
-            }
-        )
-    return found
+def _job(candidate: Candidate, weights: str, task: Task, limit: int | None) -> dict:
+    """The part of a row that is known before the task is done."""
+    edition = _edition(task)
+    how = (edition, task.shots, task.metric, limit)
+    return {
+        "id": row_id("task", task.name, how, weights, candidate.name, candidate.seed),
+        "model": candidate.name,
+        "seed": candidate.seed,
+        "weights": weights,
+        "task": task.name,
+        "edition": edition,
+        "limit": limit,
+    }
 
 
 def _with_transformers(model: Model) -> Model:

@@ -190,18 +190,18 @@ def test_m_and_M_are_told_apart_by_the_first_token_of_a_reply_and_gemma_gets_no_
 
 
 @pytest.mark.parametrize(
-    ("text", "label", "ask_on"),
+    ("text", "label"),
     [
-        ("My final verdict is: [[A>>B]].", "A>>B", False),
-        ("First [[A=B]], and in the end [[A=B]]", "A=B", False),
-        ("[[A>B]] or rather [[B>A]]", None, False),  # two that differ: not asked on, as there
-        ("I like both.", None, True),
-        ("[A>B]", None, True),
-        ("[[C]]", None, True),
+        ("My final verdict is: [[A>>B]].", "A>>B"),
+        ("First [[A=B]], and in the end [[A=B]]", "A=B"),
+        ("[[A>B]] or rather [[B>A]]", None),
+        ("I like both.", None),
+        ("[A>B]", None),
+        ("[[C]]", None),
     ],
 )
-def test_labels_are_read_as_arena_hards_program_does(text, label, ask_on):
-    assert arena_hard.read_label(text) == (label, ask_on)
+def test_labels_are_read_as_arena_hards_program_does(text, label):
+    assert arena_hard.read_label(text) == label
 
 
 def arena(count=4):
@@ -240,11 +240,14 @@ def test_a_judge_without_a_label_is_asked_on_once():
 
     def judge(requests):
         asked.append([r["chat"] for r in requests])
-        text = "Hm." if len(asked) == 1 else "[[B>A]]"
-        return [{"text": text} for _ in requests]
+        texts = ["Hm.", "[[A>B]] or rather [[B>A]]"] if len(asked) == 1 else ["[[B>A]]"]
+        return [{"text": text} for text in texts]
 
     (found,) = judged(arena_hard, judge, arena(1), ANSWER)
-    assert [len(chats) for chats in asked] == [2, 2]
+    assert [len(chats) for chats in asked] == [
+        2,
+        1,
+    ]  # two labels that differ: not asked on, as there
     assert asked[1][0][-2:] == [
         {"role": "assistant", "content": "Hm."},
         {"role": "user", "content": arena_hard.GO_ON},
@@ -501,7 +504,7 @@ def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
     send = lambda _: [{"logps": logps} for logps in replies]  # noqa: E731
     for min_mass, last in ((0.5, None), (0.0, "A>>B")):
         made = counterparts.choose_labels(send, [], min_mass)
-        labels = [arena_hard.read_label(reply["text"])[0] for reply in made]
+        labels = [arena_hard.read_label(reply["text"]) for reply in made]
         assert labels == ["A>>B", "B>A", "A=B", None, "B>>A", last]
 
 

@@ -73,15 +73,17 @@ def items(name):
     return [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def log_likelihood(model, tokenizer, context, answer):
+def log_likelihood(engine, context, answer):
     """Summed log-probability of an answer's tokens after a context, one sequence at a time."""
     import torch
 
-    start = tokenizer(context, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(context + answer, add_special_tokens=False)["input_ids"]
+    start, whole = (
+        engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (context, context + answer)
+    )
     assert whole[: len(start)] == start
     with torch.inference_mode():
-        logits = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        logits = engine.model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
     return sum(logits[i - 1, whole[i]].item() for i in range(len(start), len(whole)))
 
 
@@ -147,27 +149,12 @@ def test_scores_are_what_the_log_likelihoods_say(run, scored, name):
     right = []
     for item in items("myths")[:LIMIT]:
         context = f"<|user|>{item['question']}<|assistant|>"
-        found = [
-            log_likelihood(engine.model, engine.tokenizer, context, c) for c in item["choices"]
-        ]
+        found = [log_likelihood(engine, context, choice) for choice in item["choices"]]
         right.append(float(np.argmax(found) == item["answer"]))
-    assert row(scored, name, "tiny_myths")["scores"] == {"tiny_myths": right}
-
-
-def test_value_and_standard_error_are_lm_evals_own(run, scored):
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    engine = load_engine(run.recipe.model)
-    config, _ = harness._config(harness.tasks_of([str(TASKS / "tiny_facts.yaml")])[0])
-    lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=4)
-    manager = harness._manager(False)
-    theirs = simple_evaluate(lm, tasks=[config], task_manager=manager, limit=LIMIT)
-    theirs = theirs["results"]["tiny_facts"]
-    ours = row(scored, "base", "tiny_facts")
-    assert ours["value"] == pytest.approx(theirs["acc,none"])
-    assert ours["error"] == pytest.approx(theirs["acc_stderr,none"])
-    assert (ours["n"], ours["shots"], ours["metric"]) == (LIMIT, 5, "acc")
+    done = row(scored, name, "tiny_myths")
+    assert done["scores"] == {"tiny_myths": right} and done["value"] == np.mean(right)
+    assert done["error"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(LIMIT))
+    assert (done["n"], done["shots"], done["metric"]) == (LIMIT, 0, "acc")
 
 
 def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
@@ -287,6 +274,12 @@ def test_a_vllm_model_is_scored_by_transformers():
 # ---------------------------------------------------------------------- without some items
 
 
+def made_up(task, model, scores, items="same"):
+    value, error = mean({task: scores})
+    row = {"task": task, "model": model, "metric": "acc", "limit": None, "items": items}
+    return {**row, "value": value, "error": error, "scores": {task: scores}}
+
+
 def test_what_each_item_asks_is_kept_once(scored):
     for task, name in (("tiny_facts", "facts"), ("tiny_recall", "recall")):
         asked = [item["question"] for item in items(name)[:LIMIT]]
@@ -355,17 +348,12 @@ def test_the_score_after_several_trainings_holds_what_other_seeds_would_have_cha
     assert wide["base"] == narrow["base"] and wide["base"].value == base["value"]
 
 
-@pytest.mark.parametrize(("items", "p"), [(2, 0.5), (5, 0.0625), (8, 2 / 2**8)])
-def test_a_quick_look_at_which_all_items_moved_alike_is_no_certainty(items, p):
-    base = made_up("a", "base", [0.0] * items)
+def test_a_quick_look_at_which_all_items_moved_alike_is_no_certainty():
     for trainings in (1, 3):
-        tuned = [made_up("a", "self", [1.0] * items)] * trainings
-        (entry,) = differences([base, *tuned])
-        assert entry["p"] == pytest.approx(p) and entry["outside"] == (p < 0.05)
+        tuned = [made_up("a", "self", [1.0] * 5)] * trainings
+        (entry,) = differences([made_up("a", "base", [0.0] * 5), *tuned])
+        assert entry["p"] == pytest.approx(0.0625) and not entry["outside"]
         assert entry["difference"].low < 0.7 < entry["difference"].high == 1
-    scores = [made_up("a", "self", [30.0] * items)]  # no share: there are no bounds to widen to
-    (entry,) = differences([made_up("a", "base", [20.0] * items), *scores])
-    assert math.isnan(entry["difference"].low) and entry["p"] == pytest.approx(p)
 
 
 def test_one_item_is_too_little_to_tell():
@@ -374,31 +362,15 @@ def test_one_item_is_too_little_to_tell():
     assert not entry["outside"] and math.isnan(entry["p"])
 
 
-def made_up(task, model, scores, items="same"):
-    value, error = mean({task: scores})
-    common = {"metric": "acc", "limit": None, "items": items}
-    return {
-        "task": task,
-        "model": model,
-        "value": value,
-        "error": error,
-        "scores": {task: scores},
-        **common,
-    }
-
-
 def test_the_more_tasks_are_tried_the_more_a_difference_must_stand_out():
-    rng = np.random.default_rng(1)
-    base = list(rng.integers(0, 2, 60).astype(float))
-    slightly = [1.0 if i < 18 and b == 0 else b for i, b in enumerate(base)]
-    alone = [made_up("a", "base", base), made_up("a", "self", slightly)]
+    base = [0.0] * 60
+    alone = [made_up("a", "base", base), made_up("a", "self", [1.0] * 7 + base[7:])]
     (only,) = differences(alone)
     assert 0.001 < only["p"] < 0.025 and only["outside"]
     others = [made_up(f"t{k}", m, base) for k in range(49) for m in ("base", "self")]
-    among = differences([*alone, *others])
-    first = next(entry for entry in among if entry["task"] == "a")
+    first, *_ = among = differences([*alone, *others])
     assert first["difference"] == only["difference"]
-    assert first["p"] == pytest.approx(min(1, 50 * only["p"]))
+    assert first["p"] == pytest.approx(50 * only["p"])
     assert not any(entry["outside"] for entry in among)
 
 
