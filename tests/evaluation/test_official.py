@@ -143,14 +143,10 @@ def test_arena_hards_program_shows_its_judge_what_we_show_and_reads_the_same_lab
     configs = gen.make_config(str(PLACE / "arena-hard-auto/config/judge_config.yaml"))
     said = ["I. [[B>A]]", "Hm.", "So: [[A=B]]", "[[A>>B]]", "[[A>B]] or [[B>A]]", "Hm.", "Hm."]
     loaded = arena_hard.load(settings(data))
-    raw = {
-        row["question_id"]: row
-        for row in map(json.loads, open(data / "arena-hard-v0.1/question.jsonl"))
-    }
-    base = {
-        row["question_id"]: row
-        for row in map(json.loads, open(data / "arena-hard-v0.1/model_answer/gpt-4-0314.jsonl"))
-    }
+    raw, base = (
+        {row["question_id"]: row for row in map(json.loads, open(data / "arena-hard-v0.1" / name))}
+        for name in ("question.jsonl", "model_answer/gpt-4-0314.jsonl")
+    )
     monkeypatch.setattr(gen, "endpoint_info", {"model_name": "m"}, raising=False)
     seen, n = [], 0
 

@@ -1,4 +1,4 @@
-"""The evaluation harness: right values and errors, nothing twice, plain words when something lacks."""
+"""The tasks of lm-eval: right values and errors, nothing twice, plain words when something lacks."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from scipy import stats
 from sao_utils import store as rows
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation import tasks as harness
-from sao_utils.evaluation import tiny_tasks as exam
+from sao_utils.evaluation import tiny_tasks
 from sao_utils.evaluation.task_differences import (
     differences,
     leave_out,
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     """A small run with one trained adapter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAO_RESULTS", str(tmp_path_factory.mktemp("results")))
-        return rows.open_run("tiny", "exams", SETTINGS)
+        return rows.open_run("tiny", "tasks", SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def log_likelihood(engine, context, answer):
     return sum(logits[i - 1, whole[i]].item() for i in range(len(start), len(whole)))
 
 
-# ---------------------------------------------------------------------- the exams
+# ---------------------------------------------------------------------- the tiny tasks
 
 
 def test_the_data_beside_the_tasks_is_what_the_grammar_makes():
-    for name, made in exam.items().items():
+    for name, made in tiny_tasks.items().items():
         assert items(name) == made
 
 
@@ -116,9 +116,9 @@ def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
     some = ("arc", "gsm8k", "hellaswag", "mmlu", "truthfulqa", "winogrande")  # all of them: 20 s
     folders = [Path(tasks.__file__).parent / name for name in some]
     index = tasks.TaskManager(include_path=folders, include_defaults=False).task_index
-    for sitting in harness.LEADERBOARD:
-        metric, _, kind = sitting.metric.partition(",")
-        folder = index[sitting.name].yaml_path.parent
+    for task in harness.LEADERBOARD:
+        metric, _, kind = task.metric.partition(",")
+        folder = index[task.name].yaml_path.parent
         text = "".join(path.read_text() for path in folder.glob("*yaml"))
         assert f"metric: {metric}\n" in text
         assert not kind or f'name: "{kind}"' in text
@@ -161,9 +161,9 @@ def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
     """As MMLU: groups within a group, whose own aggregate weighs subjects by their size."""
     from lm_eval.tasks import TaskManager
 
-    for sitting in harness.tasks_of(["tiny"]):
-        config, _ = harness._config(sitting)
-        (tmp_path / f"{sitting.name}.yaml").write_text(yaml.safe_dump(config))
+    for task in harness.tasks_of(["tiny"]):
+        config, _ = harness._config(task)
+        (tmp_path / f"{task.name}.yaml").write_text(yaml.safe_dump(config))
     aggregate = [{"metric": "acc", "weight_by_size": True}]
     inner = {"group": "inner", "task": ["tiny_facts", "tiny_myths"]}
     outer = {"group": "outer", "task": ["inner", "tiny_endings"]}
@@ -180,17 +180,17 @@ def test_a_group_is_the_plain_mean_of_its_subjects(run, tmp_path):
 # ---------------------------------------------------------------------- nothing twice
 
 
-def test_nothing_is_scored_twice_and_a_stop_costs_one_exam(run, scored, monkeypatch):
-    real, sat = harness._evaluate, []
+def test_nothing_is_scored_twice_and_a_stop_costs_one_task(run, scored, monkeypatch):
+    real, done = harness._evaluate, []
 
-    def stops(engine, opened, exam, limit):
-        if len(sat) == 3:
+    def stops(engine, opened, task, limit):
+        if len(done) == 3:
             raise KeyboardInterrupt
-        sat.append(exam.name)
-        return real(engine, opened, exam, limit)
+        done.append(task.name)
+        return real(engine, opened, task, limit)
 
     monkeypatch.setattr(harness, "_evaluate", stops)
-    assert harness.score_tasks(run, sao.candidates(run)) == scored and sat == []
+    assert harness.score_tasks(run, sao.candidates(run)) == scored and done == []
     shorter = with_settings(run, task_limit=2)  # another limit is another task
     with pytest.raises(KeyboardInterrupt):
         harness.score_tasks(shorter, sao.candidates(run))
@@ -204,11 +204,11 @@ def test_nothing_is_scored_twice_and_a_stop_costs_one_exam(run, scored, monkeypa
 def test_a_task_whose_files_change_is_another_task(tmp_path):
     for name in ("tiny_myths.yaml", "myths.jsonl"):
         shutil.copy(TASKS / name, tmp_path)
-    (sitting,) = harness.tasks_of([str(tmp_path / "tiny_myths.yaml")])
-    before = harness._edition(sitting)
+    (task,) = harness.tasks_of([str(tmp_path / "tiny_myths.yaml")])
+    before = harness._edition(task)
     with open(tmp_path / "myths.jsonl", "a") as file:
         file.write(json.dumps(items("myths")[0]) + "\n")
-    assert harness._edition(sitting) != before
+    assert harness._edition(task) != before
 
 
 # ---------------------------------------------------------------------- what may lack
@@ -248,7 +248,7 @@ def test_without_lm_eval_the_message_says_how_to_install_it(run, monkeypatch):
         harness.score_tasks(run, sao.candidates(run))
 
 
-def test_other_models_sit_too_and_those_behind_a_server_are_named(run, scored, capsys):
+def test_other_models_do_them_too_and_those_behind_a_server_are_named(run, scored, capsys):
     others = {
         "twin": Model(path="tiny", dtype=run.recipe.model.dtype),
         "remote": Model(path="gpt", engine="api", url="http://localhost:9/v1"),

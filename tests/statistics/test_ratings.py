@@ -87,7 +87,7 @@ def test_strengths_against_a_fit_by_scipy():
 
 
 def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
-    def league(chances):
+    def tournament(chances):
         """Three trainings of "new", each with a share of won games, beside an old model."""
         rows = [
             ("new", "base", float(k % 10 < 10 * chance), 1, k)
@@ -101,7 +101,7 @@ def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
         return strength.elo.high - strength.elo.low
 
     for chances, least, most in (((0.6, 0.6, 0.6), 0.99, 1.01), ((0.4, 0.6, 0.8), 2, 9)):
-        games, runs = league(chances)
+        games, runs = tournament(chances)
         one, three = bradley_terry(games, "base"), bradley_terry(games, "base", runs=runs)
         assert least <= width(three["new"]) / width(one["new"]) <= most
         assert three["new"].elo.value == one["new"].elo.value
