@@ -7,8 +7,7 @@ game does not count; without any label it is asked once to go on (in our words, 
 A>>B and B>>A count as three games. The score is the win rate against the baseline that the
 Bradley-Terry fit expects. Here each model meets the baseline alone, and that is its share of the
 votes, a tie giving half of one. The interval is ours, that of any win rate (`intervals.win_rate`),
-over prompts. The program resamples single games, and a strong verdict as if it were three of them:
-too narrow, by a third where all labels are as frequent.
+over prompts; the program resamples single games (docs/evaluation.md).
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
 judge's prompt (judge_config.yaml) are other people's: `benchmark_files.official_file` finds them.

@@ -40,13 +40,6 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 WITH_REFERENCE = ("math", "reasoning", "coding")
-#: (with reference, turn 2) -> name of FastChat's judge prompt
-JUDGE_PROMPTS = {
-    (False, False): "single-v1",
-    (True, False): "single-math-v1",
-    (False, True): "single-v1-multi-turn",
-    (True, True): "single-math-v1-multi-turn",
-}
 LOWEST, HIGHEST = 1, 10  # grades
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
@@ -72,7 +65,8 @@ def load(settings: Evaluation) -> dict:
 
 
 def _show(prompts: dict[str, dict], item: dict, answers: list[str]) -> dict:
-    prompt = prompts[JUDGE_PROMPTS[item["reference"] is not None, len(answers) > 1]]
+    kind = "single-math-v1" if item["reference"] is not None else "single-v1"
+    prompt = prompts[f"{kind}-multi-turn" if len(answers) > 1 else kind]
     texts = {"question": item["turns"][0], "answer": answers[0]}
     for k, answer in enumerate(answers, 1):
         texts |= {f"question_{k}": item["turns"][k - 1], f"answer_{k}": answer}

@@ -87,7 +87,7 @@ def fixture_script():
 def annotated(official):
     """Our annotations of the fixture, by a judge that says what the program's judge was made to say."""
     benchmark = alpaca_eval.load(settings(data=str(FIXTURE)))
-    benchmark["gamed"] = pd.read_csv(io.StringIO(fixture_script().gamed(200)))
+    benchmark["gamed"] = pd.read_csv(io.StringIO(fixture_script().gamed()))
     said = {row["messages"]: row["logps"] for row in official["rows"]}
     answers = {
         item["id"]: {"turns": [official["rows"][item["id"]]["output_2"]], "id": "x"}
@@ -154,7 +154,7 @@ def test_alpaca_evals_program_reads_our_files_and_gives_our_figures(
     ours = alpaca_eval.figures(annotations, {})["win_rate"].value
     assert get_winrate(read)["win_rate"] == pytest.approx(100 * ours)
     gamed = tmp_path / "df_gamed.csv"  # of the hub
-    gamed.write_text(fixture_script().gamed(200))
+    gamed.write_text(fixture_script().gamed())
     monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(gamed))
     controlled = glm_winrate.get_length_controlled_winrate(read, save_weights_dir=None)
     theirs = official["length_controlled"]["published"]
@@ -399,7 +399,7 @@ def test_one_grade_for_everything_is_no_certainty():
 def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(results, tmp_path):
     folder = tmp_path / "given" / "alpaca_eval"
     shutil.copytree(FIXTURE, folder)
-    (folder / "df_gamed.csv").write_text(fixture_script().gamed(200))
+    (folder / "df_gamed.csv").write_text(fixture_script().gamed())
     path = folder / "alpaca_eval_gpt4_baseline.json"
     given = json.loads(path.read_text())
     given[1]["instruction"] = "word " * 5000  # beyond the context of model and judge

@@ -22,11 +22,11 @@ from sao_utils.evaluation.task_differences import (
     mean,
     paired_difference,
 )
-from sao_utils.evaluation.tasks import Task, TaskError
+from sao_utils.evaluation.tasks import Task
 from sao_utils.methods import sao
 from sao_utils.oracles import tiny_world as world
 from sao_utils.oracles.tiny_oracle import inspect_answer
-from sao_utils.recipe import Model
+from sao_utils.recipe import Model, RecipeError
 from sao_utils.statistics.power import outside_the_noise
 
 TASKS = Path(harness.__file__).parents[1] / "tiny" / "tasks"
@@ -129,7 +129,7 @@ def test_names_of_tasks_are_read_and_files_that_are_none_refused(tmp_path):
     assert harness.tasks_of(["gsm8k"]) == [Task("gsm8k", 5, "exact_match,strict-match")]
     (tmp_path / "recipe.yaml").write_text("name: mine\n")
     for name, message in (("recipe", "no task of lm-eval"), ("none", "There is no task file")):
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(RecipeError, match=message):
             harness.tasks_of([str(tmp_path / f"{name}.yaml")])
 
 
@@ -244,7 +244,7 @@ def test_without_lm_eval_the_message_says_how_to_install_it(run, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(harness, "version", missing)
-    with pytest.raises(TaskError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
+    with pytest.raises(RecipeError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
         harness.score_tasks(run, sao.candidates(run))
 
 
