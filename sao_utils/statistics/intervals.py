@@ -33,6 +33,7 @@ from sao_utils.statistics.errors import (
 
 Z = NormalDist().inv_cdf(0.975)  # 1.96: every interval here is a 95 % one
 ALIKE = "all alike: no interval"
+ONE_CLUSTER = "one cluster of questions: no interval"
 _CHUNK = 4_000_000  # drawn clusters held in memory at a time
 
 
@@ -54,7 +55,7 @@ def without_interval(value: float, n: int) -> Interval:
     """What cannot be estimated: no values, or values of one cluster, which say nothing of others."""
     if not n:
         return Interval(math.nan, math.nan, math.nan, 0, "nothing to count")
-    return Interval(float(value), math.nan, math.nan, n, "one cluster of questions: no interval")
+    return Interval(float(value), math.nan, math.nan, n, ONE_CLUSTER)
 
 
 def win_rate(
