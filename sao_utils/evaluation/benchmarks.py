@@ -228,6 +228,8 @@ def write_answers(
     for candidate in candidates:
         of_seed = several and candidate.seed is not None
         label = f"{candidate.name}-{candidate.seed}" if of_seed else candidate.name
+        if label in given:  # its answers would be mixed up with the other's
+            raise RecipeError(f"others: '{label}' is what a seed's model is called; rename it.")
         mine = {item["id"]: {"turns": [], "tokens": []} for item in benchmark["items"]}
         for turn in range(max(len(item["turns"]) for item in benchmark["items"])):
             items = [item for item in benchmark["items"] if len(item["turns"]) > turn]
