@@ -80,7 +80,7 @@ def length_control(rows: list[dict]):
     figure, axes = style.new("How much of the win rate is length?", x, y, height=3.8)
     groups = np.array_split(np.arange(len(there)), max(1, min(8, len(there) // 20)))
     parts = [tuple(zip(*(there[k] for k in group))) for group in groups]
-    values, reach = style.percent([win_rate(wins, by).rate for _, wins, by in parts])
+    values, reach = style.percent([win_rate(wins, by) for _, wins, by in parts])
     label = f"mean of {len(groups[0])} prompts, with 95 % interval"
     means = [np.mean(longer) for longer, *_ in parts]
     axes.errorbar(means, values, reach, fmt="o", capsize=3, color=style.BLUE, label=label)
