@@ -66,14 +66,20 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         times = actual(REFERENCE)
     stages = [_stage(work, recipe, gpu, processes, times) for work in works]
     problems = [*_misfits(recipe, gpu, processes), *_lacking(stages, recipe, gpu)]
-    notes, disk = [_assumptions(rates_of(recipe), gpu)], _disk(recipe, works)
-    if gpu is None and not times:
-        notes.append("Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU.")
-    elif gpu is None:
+    if gpu:
+        speed = (
+            f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else at "
+            f"{gpu.reached:.0%} of {gpu.compute} TFLOP/s; loading is not counted. Not yet compared "
+            "with a real GPU."
+        )
+    elif not times:
+        speed = "Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU."
+    else:
         source = "a trial on this machine" if measure else "the reference run on two CPU cores"
-        notes.append(f"Hours: by {source}.")
+        speed = f"Hours: by {source}."
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    return Plan(recipe, machine, stages, disk, problems, notes)
+    notes = [_assumptions(rates_of(recipe)), speed]
+    return Plan(recipe, machine, stages, _disk(recipe, works), problems, notes)
 
 
 def actual(folder: Path) -> dict[str, dict]:
@@ -107,11 +113,11 @@ def _stage(work: Work, recipe: Recipe, gpu: Gpu | None, processes: int, times: d
     if work.trains:
         longest, settings = recipe.pairs.max_tokens, recipe.training
         memory, choice = training_memory(work.model, settings, longest, gpu, processes)
-        if gpu is not None:
+        if gpu:
             hours = training_hours(work, gpu, settings, choice.twice) / processes
     else:
         memory = work_memory(work, gpu)
-        if gpu is not None:
+        if gpu:
             hours = work_hours(work, gpu, memory) / max(1, min(work.model.workers, processes))
     if gpu is None and work.model.path == recipe.model.path:
         hours = _hours_as_measured(work, times)
@@ -204,16 +210,9 @@ def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
     return disk
 
 
-def _assumptions(rates: Rates, gpu: Gpu | None) -> str:
-    text = (
+def _assumptions(rates: Rates) -> str:
+    return (
         f"Lengths and filters ({rates.source}): prompt {rates.prompt:.0f} tokens, response "
         f"{rates.response:.0f}, ranking prompt {rates.verdict:.0f}, pair {rates.pair:.0f}; kept "
         f"{rates.prompts_kept:.0%} of prompts, {rates.pairs_kept:.0%} of pairs."
     )
-    if gpu is not None:
-        text += (
-            f"\nSpeed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else "
-            f"at {gpu.reached:.0%} of {gpu.compute} TFLOP/s; loading is not counted. Not yet compared "
-            "with a real GPU."
-        )
-    return text
