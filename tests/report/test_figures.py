@@ -71,6 +71,11 @@ LOGS = {"self": SIMPO, "sft_random": SFT}
 #: figure -> what it draws, what it draws nothing of, what is written in it
 DRAWN = {
     "funnel": ([FUNNEL], [[]], ["- cut off", "-2"]),
+    "distinct_prompts": (  # case and space do not count
+        [{"with": ["a", "A ", "b"], "without": ["a"]}],
+        [{"with": []}],
+        ["with: 2 of n = 3"],
+    ),
     "lengths": ([{"chosen": [3, 9, 80], "rejected": [4]}], [{"none": []}], ["mean 30.7, n = 3"]),
     "margins": ([VERDICTS], [VERDICTS[-1:]], ["agrees, n = 1", "oracle, n = 2"]),
     "orders": ([VERDICTS], [[]], ["disagrees, n = 1", "the first shown wins"]),

@@ -6,7 +6,7 @@ can be told apart by colour-blind readers (Okabe and Ito), and never carry a mea
 """
 
 # ruff: noqa: F401 - what notebooks call as `figures.<name>`
-from sao_utils.report.figures.data import funnel, lengths
+from sao_utils.report.figures.data import distinct_prompts, funnel, lengths
 from sao_utils.report.figures.judge import margins, orders
 from sao_utils.report.figures.results import differences, good_answers, length_control, win_rates
 from sao_utils.report.figures.style import as_svg, save

@@ -1,4 +1,4 @@
-"""Pictures of the data that a model makes: the funnel, and lengths."""
+"""Pictures of the data that a model makes: the funnel, repeated prompts, lengths."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ def funnel(counts: list[tuple[str, int]]):
         axes.annotate(f"{count:,}", (max(start, left), row), **place)
     style.name_rows(axes, [label if count >= 0 else f"- {label}" for label, count in counts])
     axes.margins(x=0.1)
+    return figure
+
+
+@style.styled
+def distinct_prompts(prompts: dict[str, list[str]]):
+    """How many different prompts there are as more are drawn, one line for each name.
+
+    Different up to case and white space, as in `stages.prompts.repetition_rate`.
+    """
+    longest = max(map(len, prompts.values()), default=0)
+    if not longest:
+        return style.nothing("no prompts")
+    figure, axes = style.new("Do prompts repeat?", "prompts drawn", "different prompts among them")
+    axes.plot([0, longest], [0, longest], "--", color=style.GREY, label="all different")
+    for k, (name, texts) in enumerate(prompts.items()):
+        seen, height = set(), [0]
+        for text in texts:
+            seen.add(" ".join(text.lower().split()))
+            height.append(len(seen))
+        label = f"{name}: {len(seen)} of n = {len(texts)}"
+        axes.plot(height, color=style.colour(k), label=label)
+    axes.legend()
     return figure
 
 
