@@ -18,7 +18,6 @@ from pathlib import Path
 from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, step_of
 from sao_utils.bench.measuring import GIB, attempt, interleaved
 from sao_utils.bench.models import SHAPES, random_pairs, random_policy
-from sao_utils.bench.results import best
 
 PROMPT, BUDGET = 60, 4096  # tokens: of a prompt, of a packed microbatch
 ON_CPU = ("small-llama", "small-qwen2", "small-gemma2")
@@ -154,7 +153,11 @@ def with_ratios(rows: list[dict], device: str) -> list[dict]:
     ran = [row for row in rows if row["status"] == "ok"]
     for row in ran:
         row["tokens_per_second"] = row["tokens"] / row[clock]
-    stock = best(rows, CPO)
+    stock = max(
+        (row for row in ran if row["contender"] == CPO),
+        key=lambda row: row["tokens_per_second"],
+        default=None,
+    )
     for row in ran if stock else ():
         row["speed_ratio"] = row["tokens_per_second"] / stock["tokens_per_second"]
         if row["peak_bytes"] and stock["peak_bytes"]:
