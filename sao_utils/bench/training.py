@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, step_of
+from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, ours, stock
 from sao_utils.bench.measuring import GIB, attempt, interleaved
 from sao_utils.bench.models import SHAPES, random_pairs, random_policy
 
@@ -130,7 +130,10 @@ def whole_step(
         warnings.simplefilter("ignore", FutureWarning)  # of renamed arguments
 
         def prepare(key: tuple[str, int]):
-            return step_of(policy, pairs, *key, budget, device, Path(folder))
+            contender, batch = key
+            if contender in (PACKED, SHARED):
+                return ours(policy, pairs, contender == SHARED, budget, device, Path(folder))
+            return stock(policy, pairs, contender == FUSED, batch, device, Path(folder))
 
         found = interleaved(keys, prepare, device, repeats, whole=True)
     policy.zero_grad(set_to_none=True)

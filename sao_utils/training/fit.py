@@ -55,8 +55,7 @@ def fit(
     killed goes on from its last whole checkpoint if that hash is the same, else it begins anew.
 
     Args:
-        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); for SFT "chosen" or
-            "completion" is all the answer it needs.
+        pairs: rows with "id", "prompt", "chosen", "rejected" (messages; SFT does without the last).
         watch: called with all rows of the log after every step.
 
     Returns:

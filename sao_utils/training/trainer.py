@@ -1,6 +1,6 @@
 """The trainer: transformers' loop, with packed batches and chunked log-probabilities.
 
-What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP and DeepSpeed.
+What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP.
 What is replaced: a batch is a whole optimiser step, packed by a budget of tokens instead of padded,
 and log-probabilities are computed on the answers' tokens only, in chunks. The tests compare losses
 and gradients with trl's trainers.
@@ -26,8 +26,6 @@ from transformers import Trainer
 from sao_utils.training import TrainingFailed, packing
 from sao_utils.training.losses import dpo_loss, orpo_loss, simpo_loss, token_logps
 from sao_utils.training.watch import COUNTS, MEASURES
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class _Steps:
@@ -97,7 +95,7 @@ def _inner(policy):
 def add_scoring(policy) -> None:
     """Let `policy(rows=..., targets=..., **inputs)` return `answer_logps`.
 
-    A forward pass must go through the outermost module: what FSDP, DeepSpeed and DDP do hangs on it.
+    A forward pass must go through the outermost module: what FSDP and DDP do hangs on it.
     """
     model = _inner(policy)
     original = model.forward
@@ -131,7 +129,7 @@ class PairTrainer(Trainer):
             data_collator=list,
             callbacks=list(callbacks),
         )
-        self.sharded = self.accelerator.distributed_type in SHARDED
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.packed, self.packing_reason = True, ""
         self._keep_full_precision()
         if not self.sharded:
@@ -310,7 +308,7 @@ class PairTrainer(Trainer):
         """DPO compares with the model before training: its log-probabilities, once for all pairs."""
         if self.sharded:
             raise TrainingFailed(
-                "training.algorithm=dpo does not run under FSDP or ZeRO-3 here: its reference is "
+                "training.algorithm=dpo does not run under FSDP here: its reference is "
                 "computed before the model is spread. Take simpo or orpo, or one GPU."
             )
         rows, size = self.train_dataset, self.settings.batch_size
