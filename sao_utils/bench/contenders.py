@@ -86,7 +86,7 @@ def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folde
         policy.zero_grad(set_to_none=True)
         with _mixed_precision(trainer.model, device):
             loss = trainer.training_step(trainer.model, pairs)
-        count = trainer.counts
+        count = trainer.row
         return {
             "loss": float(loss),
             "padded_ratio": count["padded_tokens"] / count["real_tokens"],

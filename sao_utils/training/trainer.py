@@ -113,13 +113,13 @@ def add_scoring(policy) -> None:
 class PairTrainer(Trainer):
     """Trains on pairs {prompt_ids, chosen_ids, rejected_ids}; rejected_ids are empty for SFT.
 
-    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `counts` are
-    those of the last step: see `watch.COUNTS`.
+    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `row` is what
+    the log gets of the last step: see `watch.MEASURES` and `watch.COUNTS`.
     """
 
     def __init__(self, policy, tokenizer, rows, settings, algorithm, arguments, callbacks=()):
         self.settings, self.algorithm = settings, algorithm
-        self.counts, self.row = dict.fromkeys(COUNTS, 0), {}
+        self.row = {}
         add_scoring(policy)
         super().__init__(
             model=policy,
@@ -220,9 +220,8 @@ class PairTrainer(Trainer):
         counts = [len(real), prompts + answers, fed, rows, answers, len(microbatches)]
         pairs, *counts = self._over_processes(counts).tolist()
         summed = self._over_processes(summed)
-        self.counts = dict(zip(COUNTS, map(int, counts)))
         measures = [*(summed[1:5] / total).tolist(), *(summed[5:] / pairs).tolist()]
-        self.row = dict(zip(MEASURES, measures)) | self.counts
+        self.row = dict(zip(MEASURES, measures)) | dict(zip(COUNTS, map(int, counts)))
         if sft:
             self.row |= {name: None for name in MEASURES if name != "chosen_tokens"}
         return summed[0] / total

@@ -98,7 +98,9 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(PairTrainer, "training_step", poisoned)
-        with pytest.raises(TrainingFailed, match="step 8 of 12: .*nan.*checkpoints are kept"):
+        with pytest.raises(
+            TrainingFailed, match="step 8 of 12: .*nan.*checkpoints are kept.*lower learn"
+        ):
             fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
     fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
     fit(base, pairs, steps, "simpo", 0, tmp_path / "b")

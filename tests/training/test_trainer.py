@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from sao_utils.engines.loading import load_tokenizer
 from sao_utils.recipe import Model, Training
 from sao_utils.training import TrainingFailed
 from sao_utils.training.setup import add_adapter, load_base, pair_trainer
@@ -148,7 +149,7 @@ def test_simpo_equals_trls_cpo_trainer_in_loss_and_gradients(family, rows, tmp_p
     policy = with_adapter(random_model(CONFIGS[family]), set_to)
     trainer = ours(policy, rows, set_to, tmp_path)
     found, of_ours = step(trainer, rows)
-    assert trainer.packed and trainer.counts["microbatches"] > 1
+    assert trainer.packed and trainer.row["microbatches"] > 1
     assert found == pytest.approx(loss, rel=1e-6)
     assert_close(of_ours, gradients)
 
@@ -159,7 +160,7 @@ def test_dpo_equals_trls_dpo_trainer(rows, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     set_to = settings(dpo_beta=0.3)
-    tokenizer = _tokenizer()
+    tokenizer = load_tokenizer(Model(path="tiny"))
     data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     args = DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.3, max_length=None
@@ -185,13 +186,6 @@ def nudge(policy):
     for name, weight in policy.named_parameters():
         if "lora_B.default" in name:
             weight.data.mul_(1.5)
-
-
-def _tokenizer():
-    from sao_utils.engines.loading import load_tokenizer
-    from sao_utils.recipe import Model
-
-    return load_tokenizer(Model(path="tiny"))
 
 
 def test_orpo_equals_trls_orpo_trainer_but_for_the_prompts_tokens(rows, tmp_path):
@@ -234,41 +228,6 @@ def test_a_step_equals_its_pairs_one_at_a_time(family, way, rows, tmp_path):
         sums = {name: sums.get(name, 0) + g / len(rows) for name, g in found.items()}
     assert loss == pytest.approx(sum(losses) / len(rows), rel=1e-6)
     assert_close(gradients, sums)
-
-
-def test_sequences_in_a_row_do_not_see_each_other(rows, tmp_path):
-    set_to = settings(token_budget=10_000)
-    trainer = ours(random_model(CONFIGS["gemma2"]), rows, set_to, tmp_path)
-    (together,) = [sums for sums, _ in logps(trainer, rows)]
-    other = [rows[0], {**rows[1], "chosen_ids": [9] * 14}, *rows[2:]]
-    (changed,) = [sums for sums, _ in logps(trainer, other)]
-    touched = ((together - changed).abs() > 1e-5).nonzero().flatten().tolist()
-    assert touched == [place(trainer, rows, 1)]
-
-
-def logps(trainer, batch):
-    with torch.no_grad(), trainer._attention():
-        return [trainer._logps(trainer.model, made) for made, _ in trainer._microbatches(batch)]
-
-
-def place(trainer, rows, index):
-    """Where the chosen answer of a pair stands: the costliest pairs come first."""
-    ((_, group),) = trainer._microbatches(list(rows))
-    return 2 * [row["id"] for row in group].index(str(index))
-
-
-def test_counts_show_no_padding_and_no_idle_head_rows(rows, tmp_path):
-    trainer = ours(random_model(CONFIGS["llama"]), rows, settings(share_prompt=False), tmp_path)
-    step(trainer, rows)
-    counts = trainer.counts
-    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    assert counts["head_rows"] == counts["completion_tokens"] == answers
-    assert counts["padded_tokens"] == counts["real_tokens"]
-    assert counts["real_tokens"] == answers + 2 * sum(len(row["prompt_ids"]) for row in rows)
-    trainer.settings = settings(share_prompt=True)
-    step(trainer, rows)
-    prompts = sum(len(row["prompt_ids"]) for row in rows)
-    assert trainer.counts["padded_tokens"] == counts["real_tokens"] - prompts
 
 
 def test_an_attention_that_cannot_be_replaced_gets_padded_batches(rows, tmp_path, monkeypatch):
