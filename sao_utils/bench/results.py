@@ -14,7 +14,6 @@ from sao_utils.bench.measuring import GIB
 from sao_utils.disk import write_whole
 from sao_utils.machine import hardware, versions
 from sao_utils.report.figures import style
-from sao_utils.store import results_folder
 
 COLUMNS = (
     "measurement shapes vocabulary weights cap_gib contender batch rows tokens peak_bytes "
@@ -115,12 +114,9 @@ def keep(folder: Path, name: str, rows: list[dict], benchmark: str) -> dict:
 
 
 def kept(name: str) -> dict | None:
-    """The report of results/benchmarks, wherever this runs; None when there is none."""
-    for results in (results_folder(), Path(__file__).resolve().parents[2] / "results"):
-        path = results / "benchmarks" / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return None
+    """The report in results/benchmarks of a checkout; None when there is none."""
+    path = Path(__file__).resolve().parents[2] / "results" / "benchmarks" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 # ---------------------------------------------------------------------------- for readers
