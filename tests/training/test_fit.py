@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from training_cases import ANSWERS, load, log_probabilities, settings
 
-from sao_utils.engines.loading import load_model, model_name
+from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipes import load_recipe
 from sao_utils.store import Run, read_rows
@@ -146,16 +146,12 @@ def test_pairs_are_scored_by_the_weights_whatever_engine_generates(
 ):
     recipe = load_recipe("tiny").model_copy(update={"model": base.model_copy(update=changes)})
     rows = pair_logps(Run(recipe, tmp_path), pairs[:3])
-    model = load_model(base)
-    for row, pair in zip(rows, pairs[:3], strict=True):
-        for side in ("chosen", "rejected"):
-            ids, labels = (torch.tensor(x) for x in encode(pair, side, tokenizer))
-            with torch.no_grad():
-                logps = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
-            answer = labels[1:] != -100
-            each = logps[answer].gather(1, ids[1:][answer, None])
-            assert row[f"logp_{side}"] == pytest.approx(each.sum().item(), abs=1e-3)
-            assert row[f"len_{side}"] == len(each)
+    model, prompt = load(base), pairs[0]["prompt"][0]["content"]
+    for row, answers in zip(rows, ANSWERS[:3], strict=True):
+        for side, answer in zip(("chosen", "rejected"), answers):
+            logps = log_probabilities(model, tokenizer, prompt, answer)
+            assert row[f"logp_{side}"] == pytest.approx(logps.sum().item(), abs=1e-3)
+            assert row[f"len_{side}"] == len(logps)
 
 
 def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_path):
