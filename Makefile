@@ -29,7 +29,7 @@ test: $(STAMP)  ## run the tests
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (4 minutes)
-	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/engines tests/bench
+	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/engines
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb

@@ -6,7 +6,6 @@ not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -118,7 +117,6 @@ def plan(
     Ends with exit code 1 if something does not fit, after naming keys to try.
     """
     from sao_utils.plan import hardware, planning, render
-    from sao_utils.recipe import RecipeError
     from sao_utils.recipes import load_recipe
 
     if (recipe is None) == (run is None):
@@ -127,7 +125,7 @@ def plan(
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
         made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
-    except (RecipeError, hardware.PlanError) as error:
+    except ValueError as error:  # a RecipeError, or what cannot be planned
         _fail(error, 2)
     typer.echo(render.render(made, planning.actual(folder) if folder else None))
     if made.problems:
@@ -142,22 +140,23 @@ def show(
     as_csv: Annotated[bool, typer.Option("--csv", help="Every number, as CSV.")] = False,
 ) -> None:
     """Print the results of a run: one screen, or every number."""
-    from sao_utils.report import summary
+    from sao_utils.report import summary, table, words
 
     folder = _folder(name)
     if not _table(folder).is_file():
         _fail(f"The run '{name}' has no results yet. Make them with\n  {_command(folder)}", 1)
     try:
+        rows = table.read_table(folder)
         if as_json:
-            text = json.dumps(summary.records(folder), indent=2, ensure_ascii=False)
+            text = table.as_json(rows)
         elif as_csv:
-            text = summary.csv_text(folder).rstrip("\n")
+            text = table.as_csv(rows)
         else:
-            text = summary.all_rows(folder) if every else summary.summary(folder)
+            text = words.markdown(words.show(rows)) if every else summary.summary(folder)
     except ValueError:  # torn, or of an earlier version
         again = f"{_command(folder)} --only 06"
         _fail(f"{_table(folder)} cannot be read. Make it again with\n  {again}", 1)
-    typer.echo(text)
+    typer.echo(text.rstrip("\n"))
 
 
 @app.command()

@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     ask = argparse.ArgumentParser(prog="python -m sao_utils.bench", description=__doc__)
     ask.add_argument("benchmark", choices=("training", "engines"))
     ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    ask.add_argument("--quick", action="store_true", help="training on a CPU in under a minute")
     ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="of a GPU's memory")
-    ask.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
     ask.add_argument("--repeats", type=int, default=3)
     ask.add_argument("--folder", type=Path, help="of the results")
@@ -38,12 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("There is no GPU here.")
     if options.benchmark == "engines":
         name, promises = f"engines-{device}", "engines"
-        name += "-vllm" if options.engine == "vllm" else ""
         shapes = shapes or (engines.ON_GPU if device == "cuda" else ())
-        measured = engines.measurements(shapes, device, options.engine, options.repeats)
-    elif options.quick:
-        name, promises = "cpu-quick", "training-cpu"
-        measured = training.quick()
+        measured = engines.measurements(shapes, device, options.repeats)
     else:
         name, promises = device, f"training-{device}"
         caps = options.cap_gib if device == "cuda" else ()

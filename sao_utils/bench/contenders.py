@@ -64,26 +64,15 @@ LOSSES = {PACKED: _loss_ours, CPO: _loss_of_cpo, LIGER: _loss_of_liger}
 # ---------------------------------------------------------------------------- one step of pairs
 
 
-def step_of(policy, pairs: list[dict], contender: str, batch: int, budget: int, device, folder):
-    """What does one step of the pairs: a function that goes forward and backward through all of them.
+def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folder: Path):
+    """A function that does one step of the pairs with this project's trainer.
 
     It returns "loss" with what was counted.
 
     Args:
-        batch: pairs a microbatch, for contenders that pad.
         budget: tokens of a packed microbatch.
-        folder: for what trainers want to write.
-
-    Raises:
-        ImportError, ...: the contender cannot run here.
+        folder: for what the trainer wants to write.
     """
-    if contender in (PACKED, SHARED):
-        return ours(policy, pairs, contender == SHARED, budget, device, folder)
-    return stock(policy, pairs, contender == FUSED, batch, device, folder)
-
-
-def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folder: Path):
-    """A function that does one step with this project's trainer."""
     from sao_utils.recipe import Training
     from sao_utils.training.setup import pair_trainer
 
@@ -97,7 +86,7 @@ def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folde
         policy.zero_grad(set_to_none=True)
         with _mixed_precision(trainer.model, device):
             loss = trainer.training_step(trainer.model, pairs)
-        count = trainer.counts
+        count = trainer.row
         return {
             "loss": float(loss),
             "padded_ratio": count["padded_tokens"] / count["real_tokens"],

@@ -1,35 +1,86 @@
 """Benchmarks of generation and judging: `python -m sao_utils.bench engines`.
 
-What the kit costs over one raw call of its engine on the embedded tiny model, interleaved
-(`--engine vllm`: of vLLM, in the Python that $SAO_VLLM_PYTHON names). On a GPU also replies and
-verdicts a second and peak memory by batch size, with random weights in the true shapes of models;
-only shapes matter for time and memory.
+What the kit costs over one raw call of its engine on the embedded tiny model, interleaved. On a GPU also
+replies and verdicts a second and peak memory by batch size, with random weights in the true shapes of
+models; only shapes matter for time and memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from sao_utils.bench.measuring import GIB, attempt, measure
+from sao_utils.bench.measuring import GIB, attempt, interleaved, measure
 from sao_utils.bench.models import random_base
-from sao_utils.bench.overhead import overhead, with_speed
 
+STAGE, RAW = "stage write_responses", "one raw call"
 PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as facts assumed of real models
 BATCHES = (8, 32, 128)
 ON_GPU = ("qwen2.5-1.5b", "gemma-2-9b")
 
 
-def measurements(shapes, device: str, kind: str, repeats: int) -> Iterator[dict]:
-    """The overhead, and models of these shapes with 16-bit and with NF4 weights.
-
-    Args:
-        kind: the engine of the overhead, "transformers" or "vllm".
-    """
-    yield from attempt({"measurement": "overhead"}, overhead, 1500, repeats, kind)
+def measurements(shapes, device: str, repeats: int) -> Iterator[dict]:
+    """The overhead, and models of these shapes with 16-bit and with NF4 weights."""
+    yield from attempt({"measurement": "overhead"}, overhead, 1500, repeats)
     for shape in shapes:
         for nf4 in (False, True):
             base = {"measurement": "generate", "shapes": shape}
             yield from attempt(base, by_batch, shape, nf4, device)
+
+
+def overhead(personas: int, repeats: int) -> list[dict]:
+    """The stage that answers prompts beside a raw call of its engine with the same rows.
+
+    The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest.
+
+    Returns:
+        A row each. Of the stage: ratio, its throughput over the raw call's in wall time (which tells of
+        other programs, too), and cpu_ratio, the same in CPU time.
+    """
+    from sao_utils.engines.base import Sampling
+    from sao_utils.engines.registry import load_engine, unload_engines
+    from sao_utils.methods import sao
+    from sao_utils.recipes import load_recipe
+    from sao_utils.stages.responses import write_responses
+    from sao_utils.store import Run, seed_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(load_recipe("tiny", {"prompts.count": personas}), Path(folder))
+        prompts, model = sao.rows(run, "prompts"), run.recipe.model
+        made = write_responses(run, prompts, model)  # warms everything up
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in made]
+        seeds = [seed_of(row["id"]) for row in made]
+        settings = run.recipe.responses
+        sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
+        engine = load_engine(model)
+
+        def stage() -> list[str]:
+            run.rows("responses").unlink()
+            return [row["text"] for row in write_responses(run, prompts, model)]
+
+        def raw_call() -> list[str]:
+            replies = dict(r for batch in engine.generate(chats, sampling, seeds) for r in batch)
+            return [replies[i].text for i in range(len(chats))]
+
+        def prepare(contender: str) -> Callable[[], dict]:
+            def once() -> dict:
+                texts = stage() if contender == STAGE else raw_call()
+                if texts != [row["text"] for row in made]:
+                    raise RuntimeError("the two do not give the same replies")
+                return {}
+
+            return once
+
+        found = interleaved((STAGE, RAW), prepare, "cpu", repeats)
+        unload_engines()
+    ours, raw = found.values()
+    for ratio, clock in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        if clock in ours and clock in raw:
+            ours[ratio] = raw[clock] / ours[clock]
+    base = {"measurement": "overhead", "shapes": "tiny"}
+    base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
+    return [_with_speed({**base, "contender": name, **one}) for name, one in found.items()]
 
 
 def by_batch(
@@ -47,13 +98,16 @@ def by_batch(
     from sao_utils.engines.base import Sampling, encode
     from sao_utils.engines.loading import load_tokenizer
     from sao_utils.engines.transformers import TransformersEngine
+    from sao_utils.plan.memory import generation_memory, judging_memory
     from sao_utils.recipe import Model
 
-    model, weights = random_base(shape, device, nf4)
-    model.config.use_cache = True
-    engine = TransformersEngine.of(model, load_tokenizer(Model(path="tiny")), 1)
+    network, weights = random_base(shape, device, nf4)
+    network.config.use_cache = True
+    engine = TransformersEngine.of(network, load_tokenizer(Model(path="tiny")), 1)
     engine.stops = []
     prompt, reply, judged = tokens
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    model = Model(path="tiny", dtype=dtype, quantisation="nf4" if nf4 else "none")
 
     def chats(rows: int, wanted: int):
         """Prompts of about so many tokens, and the exact number of them."""
@@ -72,32 +126,28 @@ def by_batch(
         scored = [s for b in engine.choose(asked, "ranking:", (" 1 > 2", " 2 > 1")) for s in b]
         return {"rows": len(scored), "tokens": rows * length}
 
+    def planned(verb: str, batch: int) -> float:
+        batch_tokens = batch * (judged if verb == "judge" else prompt + reply)
+        changed = model.model_copy(update={"batch_tokens": batch_tokens})
+        if verb == "judge":
+            parts = judging_memory(network.config, changed, judged)
+        else:
+            parts = generation_memory(network.config, changed, prompt, reply)
+        return GIB * sum(parts.values())
+
     generate(1, 2)  # the first call of anything is slow
     for name, work in (("generate", generate), ("judge", judge)):
         for batch in batches:
             row = measure(lambda: work(batch), device, whole=True)  # noqa: B023
             base = {"measurement": name, "shapes": shape, "weights": weights, "batch": batch}
-            planned = _planned(model.config, weights, name, batch, tokens)
-            yield with_speed({**base, "planned_bytes": planned, **row})
+            yield _with_speed({**base, "planned_bytes": planned(name, batch), **row})
             if row["status"] != "ok":
                 break
 
 
-def _planned(config, weights: str, verb: str, batch: int, tokens) -> float:
-    """What `sao plan` predicts for the peak of a batch, bytes."""
-    from sao_utils.plan.memory import generation_memory, judging_memory
-    from sao_utils.recipe import Model
-
-    prompt, reply, judged = tokens
-    kept = weights.split(",")[0]
-    model = Model(
-        path="tiny",
-        dtype="float32" if kept == "float32" else "bfloat16",
-        quantisation="nf4" if kept == "nf4" else "none",
-        batch_tokens=batch * (judged if verb == "judge" else prompt + reply),
-    )
-    if verb == "judge":
-        parts = judging_memory(config, model, judged)
-    else:
-        parts = generation_memory(config, model, prompt, reply)
-    return GIB * sum(parts.values())
+def _with_speed(row: dict) -> dict:
+    """A row with tokens and rows a second, where it was measured."""
+    if row.get("seconds"):
+        row["rows_per_second"] = row["rows"] / row["seconds"]
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
+    return row

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED
@@ -15,10 +14,9 @@ from sao_utils.bench.measuring import GIB
 from sao_utils.disk import write_whole
 from sao_utils.machine import hardware, versions
 from sao_utils.report.figures import style
-from sao_utils.store import results_folder
 
 COLUMNS = (
-    "measurement shapes engine vocabulary weights cap_gib contender batch rows tokens peak_bytes "
+    "measurement shapes vocabulary weights cap_gib contender batch rows tokens peak_bytes "
     "planned_bytes peak_ratio seconds cpu_seconds tokens_per_second rows_per_second speed_ratio "
     "ratio cpu_ratio loss loss_difference padded_ratio head_ratio microbatches repeats status"
 ).split()
@@ -43,12 +41,6 @@ COLOURS = {
     FUSED: style.ORANGE,
     LIGER: style.PURPLE,
 }
-
-
-def best(rows: list[dict], *contenders: str) -> dict | None:
-    """The fastest row of these contenders, None when none ran."""
-    ran = [r for r in rows if r["contender"] in contenders and r["status"] == "ok"]
-    return max(ran, key=lambda row: row.get("tokens_per_second") or 0, default=None)
 
 
 # ---------------------------------------------------------------------------- bars
@@ -113,24 +105,18 @@ def keep(folder: Path, name: str, rows: list[dict], benchmark: str) -> dict:
     """
     found = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
     found |= {"versions": versions(), "bars": bars(rows, benchmark)}
-    out = io.StringIO()
-    columns = [c for c in COLUMNS if any(c in row for row in rows)]
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_whole(folder / f"{name}.csv", out.getvalue())
+    frame = pd.DataFrame(rows)
+    frame = frame[[column for column in COLUMNS if column in frame]]
+    text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    write_whole(folder / f"{name}.csv", text)
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
 def kept(name: str) -> dict | None:
-    """The report of results/benchmarks, wherever this runs; None when there is none."""
-    for results in (results_folder(), Path(__file__).resolve().parents[2] / "results"):
-        path = results / "benchmarks" / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return None
+    """The report in results/benchmarks of a checkout; None when there is none."""
+    path = Path(__file__).resolve().parents[2] / "results" / "benchmarks" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 # ---------------------------------------------------------------------------- for readers
@@ -138,9 +124,7 @@ def kept(name: str) -> dict | None:
 
 def table(rows: list[dict]):
     """The rows as a data frame for a reader: texts, columns in words."""
-    import pandas
-
-    frame = pandas.DataFrame(rows)
+    frame = pd.DataFrame(rows)
     for key in (key for key in FACTS if key in frame):
         values = frame.pop(key) / (GIB if key.endswith("bytes") else 1)
         texts = [f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in values]
@@ -151,28 +135,28 @@ def table(rows: list[dict]):
 
 
 def picture(rows: list[dict]):
-    """Peak memory of the loss stage and speed of the step, a matplotlib figure."""
+    """Peak memory of the loss stage and speed of the step, each at its best; a matplotlib figure."""
     from matplotlib import pyplot
     from matplotlib import style as styles
 
-    stage = [r for r in rows if r["measurement"] == "loss stage" and r.get("tokens") == 2048]
-    step = [r for r in rows if r["measurement"] == "step"]
+    ran = pd.DataFrame(rows, columns=COLUMNS).query("status == 'ok'")
+    ran["peak_gib"] = ran["peak_bytes"] / GIB
+    pair = ran.query("measurement == 'loss stage' and tokens == 2048")
+    step = ran.query("measurement == 'step'")
     title = "Loss stage of one pair, 2,048 tokens: the less the better"
     parts = (
-        (stage, "peak_bytes", GIB, title, "peak, GiB"),
-        (step, "speed_ratio", 1, "One step of pairs: the more the better", f"tokens/s, 1 = {CPO}"),
+        (pair, "peak_gib", title, "peak, GiB"),
+        (step, "speed_ratio", "One step of pairs: the more the better", f"tokens/s, 1 = {CPO}"),
     )
     with styles.context(["default", style.STYLE]):
-        figure, axes = pyplot.subplots(2, figsize=(8, 1.6 + 0.2 * len(stage) + 0.2 * len(step)))
+        figure, axes = pyplot.subplots(2, figsize=(8, 1.6 + 0.2 * len(pair) + 0.2 * len(step)))
         pyplot.close(figure)  # a notebook shall show it once
-        for place, (some, key, unit, title, label) in zip(axes, parts):
-            shapes = dict.fromkeys(row["shapes"] for row in some)
-            of_shape = [[row for row in some if row["shapes"] == shape] for shape in shapes]
-            lines = [best(rows, contender) for rows in of_shape for contender in COLOURS]
-            lines = [row for row in lines if row and row.get(key)]
-            names = [f"V = {r['vocabulary'] / 1000:.0f}k: {r['contender']}" for r in lines]
-            values = [row[key] / unit for row in lines]
-            drawn = place.barh(names, values, color=[COLOURS[row["contender"]] for row in lines])
+        for place, (some, key, title, label) in zip(axes, parts):
+            of_each = some.groupby(["vocabulary", "contender"], sort=False)
+            values = of_each[key].max().dropna()
+            names = [f"V = {size / 1000:.0f}k: {contender}" for size, contender in values.index]
+            colours = [COLOURS[contender] for _, contender in values.index]
+            drawn = place.barh(names, values, color=colours)
             place.bar_label(drawn, [f" {value:.2f}" for value in values], fontsize=8)
             place.set(title=title, xlabel=label)
             place.tick_params(axis="y", labelsize=8)

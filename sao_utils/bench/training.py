@@ -15,10 +15,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, step_of
+from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, ours, stock
 from sao_utils.bench.measuring import GIB, attempt, interleaved
 from sao_utils.bench.models import SHAPES, random_pairs, random_policy
-from sao_utils.bench.results import best
 
 PROMPT, BUDGET = 60, 4096  # tokens: of a prompt, of a packed microbatch
 ON_CPU = ("small-llama", "small-qwen2", "small-gemma2")
@@ -131,7 +130,10 @@ def whole_step(
         warnings.simplefilter("ignore", FutureWarning)  # of renamed arguments
 
         def prepare(key: tuple[str, int]):
-            return step_of(policy, pairs, *key, budget, device, Path(folder))
+            contender, batch = key
+            if contender in (PACKED, SHARED):
+                return ours(policy, pairs, contender == SHARED, budget, device, Path(folder))
+            return stock(policy, pairs, contender == FUSED, batch, device, Path(folder))
 
         found = interleaved(keys, prepare, device, repeats, whole=True)
     policy.zero_grad(set_to_none=True)
@@ -154,7 +156,11 @@ def with_ratios(rows: list[dict], device: str) -> list[dict]:
     ran = [row for row in rows if row["status"] == "ok"]
     for row in ran:
         row["tokens_per_second"] = row["tokens"] / row[clock]
-    stock = best(rows, CPO)
+    stock = max(
+        (row for row in ran if row["contender"] == CPO),
+        key=lambda row: row["tokens_per_second"],
+        default=None,
+    )
     for row in ran if stock else ():
         row["speed_ratio"] = row["tokens_per_second"] / stock["tokens_per_second"]
         if row["peak_bytes"] and stock["peak_bytes"]:

@@ -26,7 +26,7 @@ import pandas as pd
 from sao_utils import templates
 from sao_utils.evaluation.benchmark_files import needed_file, official_file, official_questions
 from sao_utils.recipe import Evaluation
-from sao_utils.statistics.intervals import Interval, from_preferences, win_rate
+from sao_utils.statistics.intervals import Interval, win_rate
 from sao_utils.statistics.length_control import length_controlled_win_rate
 
 REFERENCE = "gpt4_1106_preview"  # who wrote the reference answers
@@ -72,9 +72,9 @@ def _show(messages: list[dict], instruction: str, first: str, second: str) -> di
     return {"chat": chat, "prefix": "", "choices": CHOICES}
 
 
-def is_switched(instruction: str, seed: int = 0) -> bool:
-    """Whether the model's answer is shown first: alpaca_eval's draw, by its seed."""
-    rng = random.Random(f"is_switched_outputs{instruction}{seed}")
+def is_switched(instruction: str) -> bool:
+    """Whether the model's answer is shown first: alpaca_eval's draw, by its seed 0."""
+    rng = random.Random(f"is_switched_outputs{instruction}0")
     return rng.choices([False, True], k=1)[0]
 
 
@@ -144,12 +144,11 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
         (`length_control.length_controlled_win_rate`, lengths in characters); first_rate, how often
         the answer shown first was preferred. {} without a valid preference.
     """
-    outcomes = from_preferences([row["preference"] for row in annotations])
-    valid = [(row, y) for row, y in zip(annotations, outcomes) if y is not None]
+    valid = [of for of in zip(annotations, _outcomes(annotations)) if not math.isnan(of[1])]
     if not valid:
         return {}
     index, wins = [row["index"] for row, _ in valid], [y for _, y in valid]
-    found = {"win_rate": win_rate(wins, index).rate}
+    found = {"win_rate": win_rate(wins, index)}
     gamed, difficulty = benchmark.get("gamed"), None
     if gamed is not None:
         difficulty = _difficulties(gamed, index)
@@ -160,8 +159,17 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
     found["lc_win_rate"] = length_controlled_win_rate(wins, longer, index, difficulty)
     firsts = [float((y > 0.5) == row["is_switched_outputs"]) for row, y in valid if y != 0.5]
     if firsts:
-        found["first_rate"] = win_rate(firsts).rate
+        found["first_rate"] = win_rate(firsts)
     return found
+
+
+def _outcomes(annotations: list[dict]) -> list[float]:
+    """Of each annotation 1 where the model won, 0 where it lost; NaN where the judge failed.
+
+    Older files write a tie, a preference of 1.5, as 0.
+    """
+    preferences = np.array([row["preference"] for row in annotations], float)
+    return np.where(preferences == 0, 0.5, preferences - 1).tolist()
 
 
 def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
@@ -184,8 +192,7 @@ def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
     theirs = np.column_stack(
         [np.tanh(gamed["std_delta_len"]), gamed["instruction_difficulty"], np.zeros(len(gamed))]
     )
-    outcomes = np.array(from_preferences([row["preference"] for row in annotations]), float)
-    y = np.concatenate([gamed["preference"], outcomes])
+    y = np.concatenate([gamed["preference"], _outcomes(annotations)])
     valid = ~np.isnan(y)
     weight = np.repeat([0.1, 1.0], [len(gamed), n])[valid]
     model = _cross_validated(np.concatenate([theirs, own])[valid], y[valid], weight)

@@ -7,8 +7,7 @@ game does not count; without any label it is asked once to go on (in our words, 
 A>>B and B>>A count as three games. The score is the win rate against the baseline that the
 Bradley-Terry fit expects. Here each model meets the baseline alone, and that is its share of the
 votes, a tie giving half of one. The interval is ours, that of any win rate (`intervals.win_rate`),
-over prompts. The program resamples single games, and a strong verdict as if it were three of them:
-too narrow, by a third where all labels are as frequent.
+over prompts; the program resamples single games (docs/evaluation.md).
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
 judge's prompt (judge_config.yaml) are other people's: `benchmark_files.official_file` finds them.
@@ -68,16 +67,16 @@ def _show(system: str, template: str, question: str, a: str, b: str) -> dict:
     return {"chat": chat, "sampling": Sampling(0.0, MAX_TOKENS)}
 
 
-def read_label(text: str) -> tuple[str | None, bool]:
-    """The label of a verdict (None: none, or several that differ), and whether to ask on."""
+def read_label(text: str) -> str | None:
+    """The label of a verdict; None where there is none, or several that differ."""
     found = set(_LABEL.findall(text))
-    return next(iter(found)) if len(found) == 1 else None, not found
+    return found.pop() if len(found) == 1 else None
 
 
 def argue(send: Callable[[list[dict]], list[dict]], requests: list[dict]) -> list[dict]:
     """The judge's verdicts {text}; one without a label is asked once to go on, and added to."""
     texts = [reply["text"] for reply in send(requests)]
-    silent = [k for k, text in enumerate(texts) if text and read_label(text)[1]]
+    silent = [k for k, text in enumerate(texts) if text and not _LABEL.search(text)]
     more = []
     for k in silent:
         said = [{"role": "assistant", "content": texts[k]}, {"role": "user", "content": GO_ON}]
@@ -99,7 +98,7 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
         {
             "user_prompt": request["chat"][-1]["content"],
             "judgment": reply["text"],
-            "score": read_label(reply["text"])[0],
+            "score": read_label(reply["text"]),
         }
         for request, reply in judged
     ]
@@ -132,11 +131,11 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
     if not votes:
         return {}
     questions, outcomes = zip(*votes)
-    found = {"score": replace(win_rate(outcomes, questions).rate, n=games)}
+    found = {"score": replace(win_rate(outcomes, questions), n=games)}
     decided = [verdict for verdict in verdicts(judgments) if verdict[1] in (0, 1)]
     if decided:
         questions, a_wins = zip(*decided)
-        found["first_rate"] = win_rate(a_wins, questions).rate
+        found["first_rate"] = win_rate(a_wins, questions)
     return found
 
 

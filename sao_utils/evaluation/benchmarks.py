@@ -114,10 +114,10 @@ def run_benchmark(
         keep_files: whether the benchmark's own files are written.
 
     Returns:
-        Rows {benchmark, model, judge, metric, interval, n, note: how the protocol differs from the
-        published one, but for the judge, remarks: sentences on what makes it doubtful, counts}.
-        Rates are shares, grades 1 to 10; valid_rate is the share of verdicts that count, `counts` of
-        the model and judge. A model of several seeds is "<arm>-<seed>".
+        Rows {benchmark, model, judge, metric, interval, note: how the protocol differs from the
+        published one, but for the judge, remarks: sentences on what makes it doubtful}. Rates are
+        shares, grades 1 to 10; valid_rate is the share of verdicts that count. A model of several
+        seeds is "<arm>-<seed>".
 
     Raises:
         RecipeError: the benchmark's files are not there.
@@ -194,29 +194,24 @@ def _rows(
     valid = [verdict for _, verdict in verdicts if verdict is not None]
     if verdicts:  # also where no verdict is valid
         counted = [float(verdict is not None) for _, verdict in verdicts]
-        figures["valid_rate"] = win_rate(counted, [item for item, _ in verdicts]).rate
-    texts = [text for answer in answers.values() for text in answer["turns"]]
-    counts = {
-        "prompts": len(benchmark["items"]),
-        "empty answers": sum(not text.strip() for text in texts),
-        "verdicts": len(verdicts),
-        "invalid verdicts": len(verdicts) - len(valid),
-        "doubtful verdicts": sum(0 < (row.get("mass") or 0) < LOW_MASS for row in judgments),
-    }
+        figures["valid_rate"] = win_rate(counted, [item for item, _ in verdicts])
     first = figures["first_rate"].value if "first_rate" in figures else 0.5
-    remarks = doubts(about["judge"], counts["invalid verdicts"], len(verdicts), first, "requests")
-    if (doubtful := counts["doubtful verdicts"]) > len(verdicts) / 20:
+    asked = len(verdicts)
+    remarks = doubts(about["judge"], asked - len(valid), asked, first, "requests")
+    doubtful = sum(0 < (row.get("mass") or 0) < LOW_MASS for row in judgments)
+    if doubtful > asked / 20:
         said = "the judge would rather have said something else"
-        remarks.append(f"{doubtful} of {len(verdicts)} verdicts are doubtful: {said}.")
-    if empty := counts["empty answers"]:
+        remarks.append(f"{doubtful} of {asked} verdicts are doubtful: {said}.")
+    texts = [text for answer in answers.values() for text in answer["turns"]]
+    if empty := sum(not text.strip() for text in texts):
         remarks.append(f"{empty} of {len(texts)} answers of '{about['model']}' are empty.")
     if protocol is mt_bench and len(valid) > 1 and len(set(valid)) == 1:
         remarks.append("The judge gave one and the same grade to all.")
     found = []
     for metric, interval in figures.items():
         note = "; ".join(filter(None, (*notes, METRICS.get(metric))))
-        row = {**about, "metric": metric, "interval": interval, "n": interval.n, "note": note}
-        found.append({**row, "remarks": remarks, "counts": counts})
+        row = {"metric": metric, "interval": interval, "note": note, "remarks": remarks}
+        found.append({**about, **row})
     return found
 
 
@@ -233,7 +228,7 @@ def write_answers(
     for candidate in candidates:
         of_seed = several and candidate.seed is not None
         label = f"{candidate.name}-{candidate.seed}" if of_seed else candidate.name
-        if label in given:
+        if label in given:  # its answers would be mixed up with the other's
             raise RecipeError(f"others: '{label}' is what a seed's model is called; rename it.")
         mine = {item["id"]: {"turns": [], "tokens": []} for item in benchmark["items"]}
         for turn in range(max(len(item["turns"]) for item in benchmark["items"])):

@@ -85,7 +85,7 @@ def valid(rows: list[dict]) -> list[dict]:
 def rate(rows: list[dict]) -> Interval:
     """The win rate of a comparison, by its valid verdicts (`intervals.win_rate`)."""
     of = valid(rows)
-    return win_rate(_column(of, "win"), _column(of, "combination"), _column(of, "seed")).rate
+    return win_rate(_column(of, "win"), _column(of, "combination"), _column(of, "seed"))
 
 
 def rate_at_equal_length(rows: list[dict]) -> Interval:
@@ -132,7 +132,7 @@ def scores(rows: list[dict], resamples: int) -> dict[str, Interval]:
             for row in judged
             for prefers in first_shown(row)
         ]
-        found["first position"] = win_rate(*zip(*shown)).rate
+        found["first position"] = win_rate(*zip(*shown))
     found["valid verdicts"] = mean([row["win"] is not None for row in rows], rows)
     for k, name in enumerate(("empty answers", "empty answers of the opponent")):
         found[name] = mean([not row["responses"][k].strip() for row in rows], rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from operator import itemgetter
 
 from sao_utils.oracles import cluster
 from sao_utils.stages.judging import ORDERS, first_shown
@@ -41,38 +42,33 @@ def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, In
     unequal = [row for row in known if row["longer_better"] is not None]
     found: dict[str, Interval] = {}
 
-    def add(metric: str, values: list, rows: list[dict]) -> None:
+    def add(metric: str, rows: list[dict], value: Callable[[dict], float]) -> None:
         if rows:
-            found[metric] = win_rate(values, _combinations(rows)).rate
+            found[metric] = win_rate([value(row) for row in rows], _combinations(rows))
 
-    def add_known(metric: str, key: str, rows: list[dict] = known) -> None:
-        add(metric, [row[key] for row in rows], rows)
-
-    add("valid verdicts", [row["outcome"] != "invalid" for row in judged], judged)
-    add("consistent verdicts", [row["outcome"] == "consistent" for row in judged], judged)
+    right = itemgetter("right")
+    add("valid verdicts", judged, lambda row: row["outcome"] != "invalid")
+    add("consistent verdicts", judged, lambda row: row["outcome"] == "consistent")
     if judged:  # a mass may be a hair above 1: no share
         masses = [row["mass"] for row in judged]
         mean = clustered_mean(masses, _combinations(judged), resamples)
         found["probability on the verdicts"] = mean
-    add("flip rate", [row["outcome"] == "inconsistent" for row in valid], valid)
-    shown = [(prefers, row) for row in valid for prefers in first_shown(row)]
-    add("first position", [prefers for prefers, _ in shown], [row for _, row in shown])
-    chosen = [_agrees(row["lengths"][0] > row["lengths"][1], row["margin"]) for row in uneven]
-    add("longer answer chosen, all pairs", chosen, uneven)
-    flips = [row["right_12"] != row["right_21"] for row in known]
-    add("flip rate, unequal quality", flips, known)
-    add_known("accuracy", "right")
-    one_order = [row[f"right_{order}"] for order in ORDERS for row in known]
-    add("accuracy, one order", one_order, known * 2)
-    add_known("accuracy, better answer first", "better_first")
-    add_known("accuracy, better answer second", "better_second")
+    add("flip rate", valid, lambda row: row["outcome"] == "inconsistent")
+    shown = [{**row, "prefers": prefers} for row in valid for prefers in first_shown(row)]
+    add("first position", shown, itemgetter("prefers"))
+    add("longer answer chosen, all pairs", uneven, _chooses_longer)
+    add("flip rate, unequal quality", known, lambda row: row["right_12"] != row["right_21"])
+    add("accuracy", known, right)
+    each = [{**row, "right": row[f"right_{order}"]} for order in ORDERS for row in known]
+    add("accuracy, one order", each, right)
+    add("accuracy, better answer first", known, itemgetter("better_first"))
+    add("accuracy, better answer second", known, itemgetter("better_second"))
     for name in LENGTHS:
-        of = [row for row in known if row["better_is"] == name]
-        add_known(f"accuracy, better answer {name}", "right", of)
-    add_known("longer answer chosen", "longer_chosen", unequal)
-    add_known("longer answer better", "longer_better", unequal)
+        add(f"accuracy, better answer {name}", [r for r in known if r["better_is"] == name], right)
+    add("longer answer chosen", unequal, itemgetter("longer_chosen"))
+    add("longer answer better", unequal, itemgetter("longer_better"))
     for name in sorted({row["subset"] for row in known} - {None}):
-        add_known(f"accuracy: {name}", "right", [row for row in known if row["subset"] == name])
+        add(f"accuracy: {name}", [row for row in known if row["subset"] == name], right)
     if unequal:
         chosen, better = ([row[f"longer_{key}"] for row in unequal] for key in ("chosen", "better"))
         bias = clustered_difference(chosen, better, _combinations(unequal), resamples)
@@ -92,10 +88,9 @@ def known_pairs(verdicts: list[dict]) -> list[dict]:
     Returns:
         Rows {combination: the cluster; right: whether the mean margin names the better answer;
         right_12, right_21: the same for each order alone; better_first, better_second: for the order in
-        which the better answer is shown first, second; size: of the mean margin (nats); longer_better,
-        longer_chosen: whether the longer answer is the better, the preferred one (None for equal
-        lengths); better_is: "longer", "about equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled
-        pair, else None}.
+        which the better answer is shown first, second; longer_better, longer_chosen: whether the longer
+        answer is the better, the preferred one (None for equal lengths); better_is: "longer", "about
+        equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled pair, else None}.
     """
     found = []
     for row in verdicts:
@@ -114,9 +109,8 @@ def known_pairs(verdicts: list[dict]) -> list[dict]:
                 "right_21": right_21,
                 "better_first": right_12 if first_better else right_21,
                 "better_second": right_21 if first_better else right_12,
-                "size": abs(row["margin"]),
                 "longer_better": (longer > 0) == first_better if longer else None,
-                "longer_chosen": _agrees(longer > 0, row["margin"]) if longer else None,
+                "longer_chosen": _chooses_longer(row) if longer else None,
                 "better_is": "about equal" if abs(longer) <= ABOUT_EQUAL * longest else better_is,
                 "subset": row.get("subset"),
             }
@@ -124,27 +118,13 @@ def known_pairs(verdicts: list[dict]) -> list[dict]:
     return found
 
 
+def _chooses_longer(row: dict) -> bool | float:
+    return _agrees(row["lengths"][0] > row["lengths"][1], row["margin"])
+
+
 def _agrees(first: bool, margin: float) -> bool | float:
     """Whether a margin prefers the first answer if `first`, else the second; 0.5 for a margin of 0."""
     return 0.5 if margin == 0 else (margin > 0) == first
-
-
-def calibration(verdicts: list[dict], bins: int = 8) -> list[tuple[float, Interval]]:
-    """Whether a judge that is surer is more often right.
-
-    Returns:
-        For each of at most `bins` groups of pairs with a known better answer, as large as each
-        other and in order of the size of the mean margin: (mean size in nats, accuracy). A judge
-        that knows how sure it is has accuracy sigmoid(size). No group is smaller than 20 pairs,
-        unless there are fewer.
-    """
-    known = sorted(known_pairs(verdicts), key=lambda row: row["size"])
-    groups = np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // 20)))
-    found = []
-    for of in ([known[k] for k in group] for group in groups if len(group)):
-        right = win_rate([row["right"] for row in of], _combinations(of)).rate
-        found.append((float(np.mean([row["size"] for row in of])), right))
-    return found
 
 
 def judges_agree(

@@ -25,9 +25,11 @@ Hit = tuple[int, str] | None  # index of the training prompt, and the words in c
 
 def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
     """Texts with the same words in the same order."""
-    places = {tuple(words(other)): k for k, other in reversed(list(enumerate(against)))}
-    worded = [tuple(words(text)) for text in texts]
-    return [(places[of], " ".join(of)) if of in places else None for of in worded]
+    places: dict[str, int] = {}
+    for k, other in enumerate(against):
+        places.setdefault(" ".join(words(other)), k)
+    worded = [" ".join(words(text)) for text in texts]
+    return [(places[of], of) if of in places else None for of in worded]
 
 
 def _alike(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:

@@ -22,7 +22,7 @@ from statistics import fmean
 from sao_utils import templates
 from sao_utils.engines.base import Sampling
 from sao_utils.evaluation.benchmark_files import answer_files, official_questions, official_rows
-from sao_utils.recipe import Evaluation, RecipeError
+from sao_utils.recipe import Evaluation
 from sao_utils.statistics.intervals import Interval, win_rate
 
 PROMPTS = 80
@@ -40,13 +40,6 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 WITH_REFERENCE = ("math", "reasoning", "coding")
-#: (with reference, turn 2) -> name of FastChat's judge prompt
-JUDGE_PROMPTS = {
-    (False, False): "single-v1",
-    (True, False): "single-math-v1",
-    (False, True): "single-v1-multi-turn",
-    (True, True): "single-math-v1-multi-turn",
-}
 LOWEST, HIGHEST = 1, 10  # grades
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
@@ -64,8 +57,6 @@ def load(settings: Evaluation) -> dict:
     references = {row["question_id"]: row["choices"][0]["turns"] for row in given}
     for item in items:
         needed = item["category"] in WITH_REFERENCE
-        if needed and item["id"] not in references:
-            raise RecipeError(f"mt_bench: there is no reference answer to question {item['id']}.")
         item["reference"] = references[item["id"]] if needed else None
     prompts = {
         row["name"]: row for row in official_rows(settings, "mt_bench", "judge_prompts.jsonl")
@@ -74,7 +65,8 @@ def load(settings: Evaluation) -> dict:
 
 
 def _show(prompts: dict[str, dict], item: dict, answers: list[str]) -> dict:
-    prompt = prompts[JUDGE_PROMPTS[item["reference"] is not None, len(answers) > 1]]
+    kind = "single-math-v1" if item["reference"] is not None else "single-v1"
+    prompt = prompts[f"{kind}-multi-turn" if len(answers) > 1 else kind]
     texts = {"question": item["turns"][0], "answer": answers[0]}
     for k, answer in enumerate(answers, 1):
         texts |= {f"question_{k}": item["turns"][k - 1], f"answer_{k}": answer}
@@ -148,7 +140,7 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
 def _mean_grade(rows: list[dict]) -> Interval:
     grades, width = [row["score"] for row in rows], HIGHEST - LOWEST
     shares = [(grade - LOWEST) / width for grade in grades]
-    bounds = win_rate(shares, [row["question_id"] for row in rows]).rate
+    bounds = win_rate(shares, [row["question_id"] for row in rows])
     low, high = (LOWEST + width * bound for bound in (bounds.low, bounds.high))
     return Interval(fmean(grades), low, high, len(grades), bounds.note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,28 +16,26 @@ from sao_utils.store import row_id
 QUESTION_SEED = {"test": 4242, "dev": 2424}  # the same questions in every run
 
 
-def _held_out(split: str) -> Callable[[Evaluation], list[str]]:
-    return lambda settings: oracles.held_out_questions(
-        split, settings.per_combination, QUESTION_SEED[split]
-    )
+def _held_out(split: str, settings: Evaluation) -> list[str]:
+    return oracles.held_out_questions(split, settings.per_combination, QUESTION_SEED[split])
 
 
-def _first_turns(benchmark: str) -> Callable[[Evaluation], list[str]]:
-    return lambda settings: [item["turns"][0] for item in official_questions(settings, benchmark)]
+def _first_turns(benchmark: str, settings: Evaluation) -> list[str]:
+    return [item["turns"][0] for item in official_questions(settings, benchmark)]
+
+
+def _everyday(_: Evaluation) -> list[str]:
+    """A few plain prompts of our own for any model: a look at it, no benchmark."""
+    text = (files("sao_utils") / "prompts" / "everyday.txt").read_text(encoding="utf-8")
+    return text.splitlines()
 
 
 #: name of a set -> its questions, given the recipe's section "evaluation". Add a set here.
 SETS: dict[str, Callable[[Evaluation], list[str]]] = {
-    **{split: _held_out(split) for split in QUESTION_SEED},
-    "everyday": lambda _: _everyday(),
-    **{name: _first_turns(name) for name in ("alpaca_eval", "arena_hard", "mt_bench")},
+    **{split: partial(_held_out, split) for split in QUESTION_SEED},
+    "everyday": _everyday,
+    **{name: partial(_first_turns, name) for name in OFFICIAL},
 }
-
-
-def _everyday() -> list[str]:
-    """A few plain prompts of our own for any model: a look at it, no benchmark."""
-    text = (files("sao_utils") / "prompts" / "everyday.txt").read_text(encoding="utf-8")
-    return text.splitlines()
 
 
 def questions(settings: Evaluation, source: str | None = None) -> list[dict]:

@@ -29,7 +29,7 @@ from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.task_differences import mean
-from sao_utils.recipe import Model, is_task_file
+from sao_utils.recipe import Model, RecipeError, is_task_file
 from sao_utils.store import Run, make_rows, read_rows, row_id
 
 SHOTS_SEED = 1234  # which solved examples stand before a question; lm-eval's own default
@@ -38,10 +38,6 @@ SERVER = (
     "A model behind a server cannot be scored: lm-eval needs the probabilities of given answers, which "
     "servers in general do not give. Name it by a folder or as on the hub."
 )
-
-
-class TaskError(RuntimeError):
-    """lm-eval, a task or its data is not there; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     """The tasks behind names: "leaderboard" (six), "tiny" (the tiny world's), a task, a YAML file.
 
     Raises:
-        TaskError: a file that is not there or is no task.
+        RecipeError: a file that is not there or is no task.
     """
     found = []
     for name in names:
@@ -96,10 +92,10 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
 
 def _local(file: Path) -> Task:
     if not file.is_file():
-        raise TaskError(f"There is no task file {file}.")
+        raise RecipeError(f"There is no task file {file}.")
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or "task" not in config:
-        raise TaskError(f"{file} is no task of lm-eval: it needs a key 'task' with its name.")
+        raise RecipeError(f"{file} is no task of lm-eval: it needs a key 'task' with its name.")
     return Task(config["task"], config.get("num_fewshot"), file=file.resolve())
 
 
@@ -111,26 +107,24 @@ def _config(task: Task) -> tuple[dict, list[Path]]:
     return config, [Path(path) for path in data.values()]
 
 
-def local_files(task: Task) -> list[Path]:
-    """The YAML file of a local task and its data; none of a task that lm-eval brings along."""
-    return [task.file, *_config(task)[1]] if task.file else []
-
-
 def _edition(task: Task) -> str:
     """What a score belongs to: lm-eval's version, and of a local task a hash of its files.
 
     Raises:
-        TaskError: lm-eval is not installed.
+        RecipeError: lm-eval is not installed.
     """
     try:
         edition = f"lm-eval {version('lm-eval')}"
     except PackageNotFoundError:
-        raise TaskError(
+        raise RecipeError(
             "lm-eval is not installed. From a checkout of the kit: "
             "pip install -c constraints.txt -e '.[eval]'"
         ) from None
-    contents = [path.read_bytes() for path in local_files(task) if path.is_file()]
-    return edition + (":" + hashlib.sha256(b"".join(contents)).hexdigest()[:16] if contents else "")
+    if task.file is None:
+        return edition
+    paths = [task.file, *_config(task)[1]]
+    contents = b"".join(path.read_bytes() for path in paths if path.is_file())
+    return f"{edition}:{hashlib.sha256(contents).hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------- scoring
@@ -149,7 +143,7 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
         problem: what to do}; such rows are not kept, and tried again by the next call.
 
     Raises:
-        TaskError: lm-eval is missing, or there is no such task file.
+        RecipeError: lm-eval is missing, or there is no such task file.
     """
     settings = run.recipe.evaluation
     chosen = {task.name: task for task in tasks_of(settings.tasks)}
@@ -158,14 +152,14 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
         model = _with_transformers(candidate.model)
         weights = model_name(model)
         models[weights] = model
-        jobs += _jobs(candidate, weights, chosen, settings.task_limit)
+        jobs += [_job(candidate, weights, task, settings.task_limit) for task in chosen.values()]
     problems = {job["id"]: SERVER for job in jobs if models[job["weights"]].engine == "api"}
     done = {row["id"] for row in read_rows(run.rows("tasks"))} | problems.keys()
     opened, lacking = {}, {}
     for name in dict.fromkeys(job["task"] for job in jobs if job["id"] not in done):
         try:
             opened[name] = _open(chosen[name])
-        except TaskError as error:
+        except RecipeError as error:
             lacking[name] = str(error)
     for job in jobs:
         if job["id"] not in done and job["task"] in lacking:
@@ -191,26 +185,19 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
     ]
 
 
-def _jobs(
-    candidate: Candidate, weights: str, chosen: dict[str, Task], limit: int | None
-) -> list[dict]:
-    """The tasks of a candidate: the part of their rows that is known before."""
-    found = []
-    for name, task in chosen.items():
-        edition = _edition(task)
-        how = (edition, task.shots, task.metric, limit)
-        found.append(
-            {
-                "id": row_id("task", name, how, weights, candidate.name, candidate.seed),
-                "model": candidate.name,
-                "seed": candidate.seed,
-                "weights": weights,
-                "task": name,
-                "edition": edition,
-                "limit": limit,
-            }
-        )
-    return found
+def _job(candidate: Candidate, weights: str, task: Task, limit: int | None) -> dict:
+    """The part of a row that is known before the task is done."""
+    edition = _edition(task)
+    how = (edition, task.shots, task.metric, limit)
+    return {
+        "id": row_id("task", task.name, how, weights, candidate.name, candidate.seed),
+        "model": candidate.name,
+        "seed": candidate.seed,
+        "weights": weights,
+        "task": task.name,
+        "edition": edition,
+        "limit": limit,
+    }
 
 
 def _with_transformers(model: Model) -> Model:
@@ -232,11 +219,11 @@ def _open(task: Task) -> dict:
     """A task with its data, or a group with its subjects, as lm-eval's `TaskManager.load` gives them.
 
     Raises:
-        TaskError: there is no such task, or its data could not be loaded.
+        RecipeError: there is no such task, or its data could not be loaded.
     """
     manager = _manager(task.file is None)
     if task.file is None and task.name not in manager.all_tasks:
-        raise TaskError(
+        raise RecipeError(
             f"lm-eval has no task '{task.name}'. `lm-eval ls tasks` lists all; a local one is given "
             "as the path of its .yaml file."
         )
@@ -245,7 +232,7 @@ def _open(task: Task) -> dict:
             return manager.load([_config(task)[0] if task.file else task.name])
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise TaskError(
+        raise RecipeError(
             f"The data of {task.name} could not be loaded ({first}). A local task's lies beside its "
             "file; other data needs the hub once, with HF_HUB_OFFLINE unset."
         ) from error

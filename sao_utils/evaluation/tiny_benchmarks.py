@@ -32,8 +32,8 @@ def villagers_answer(item: dict) -> str:
     return str(world.draw_answer(random.Random(f"{SEED} {item['id']}"), question))
 
 
-def conversations(count: int = 40) -> list[dict]:
-    """Two-turn questions: the second asks other things about the same hobby."""
+def conversations() -> list[dict]:
+    """40 questions of two turns: the second asks other things about the same hobby."""
     rng = random.Random(SEED)
     of_hobby: dict[str, list[tuple[str, ...]]] = {}
     for (hobby, aspects), split in sorted(world.SPLIT.items()):
@@ -46,16 +46,15 @@ def conversations(count: int = 40) -> list[dict]:
         for second in asked
         if not set(second) <= set(first)
     ]
-    chosen = sorted(rng.sample(pairs, count))
+    chosen = sorted(rng.sample(pairs, 40))
     items = []
     for k, (hobby, *asked) in enumerate(chosen):
-        turns = [_worded(rng, hobby, aspects) for aspects in asked]
+        turns = []
+        for aspects in asked:
+            question = world.Question(hobby, tuple(rng.sample(aspects, len(aspects))))
+            turns.append(world.word_question(rng, question))
         items.append({"id": k, "turns": turns, "category": "tiny"})
     return items
-
-
-def _worded(rng: random.Random, hobby: str, aspects: tuple[str, ...]) -> str:
-    return world.word_question(rng, world.Question(hobby, tuple(rng.sample(aspects, len(aspects)))))
 
 
 def chat_of(questions: list[str], answers: list[str]) -> list[dict]:

@@ -25,7 +25,7 @@ from sao_utils.stages.prompts import select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
 from sao_utils.store import Run, input_files, record
 from sao_utils.training import TrainingFailed
-from sao_utils.training.fit import fit
+from sao_utils.training.fit import fit, read_done
 from sao_utils.training.processes import is_main
 
 Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]
@@ -101,9 +101,9 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
         raise TrainingFailed(_no_pairs(run, arm))
     settings = run.recipe.training
     algorithm = "sft" if arm == "sft_random" else settings.algorithm
-    before = _done(folder)
+    before = read_done(folder)
     fit(run.recipe.model, used, settings, algorithm, seed, folder, watch)
-    done = _done(folder)
+    done = read_done(folder)
     if done != before and is_main():
         counts = {name: done[name] for name in ("steps", "pairs", "tokens")}
         record(run, f"training {arm}-{seed}", done["seconds"], adds=False, **counts)
@@ -126,11 +126,6 @@ def _state(run: Run, folder: Path | None = None) -> list[tuple[int, int] | None]
     files += [*input_files(run.recipe), *([folder / "done.json"] if folder else [])]
     there = [path.stat() if path.is_file() else None for path in files]
     return [found and (found.st_mtime_ns, found.st_size) for found in there]
-
-
-def _done(folder: Path) -> dict | None:
-    path = folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _no_pairs(run: Run, arm: Arm) -> str:

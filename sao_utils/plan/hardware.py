@@ -17,10 +17,6 @@ from sao_utils.training.shapes import Shape, shape_of
 GIB = 2**30
 
 
-class PlanError(ValueError):
-    """Something cannot be planned; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Gpu:
     """See gpus.yaml for the units."""
@@ -48,7 +44,7 @@ def find_gpu(name: str | None) -> Gpu | None:
     """The GPU of that name; without a name the one of this machine, None if it has none.
 
     Raises:
-        PlanError: a GPU that gpus.yaml does not know.
+        ValueError: a GPU that gpus.yaml does not know.
     """
     known, own = gpus(), gpu_name() if name is None else None
     if name is None and own is None:
@@ -57,38 +53,35 @@ def find_gpu(name: str | None) -> Gpu | None:
         if re.search(gpu.named, own) if own else gpu.name.lower() == name.lower():
             return gpu
     hint = f"--gpu plans for one like it: {', '.join(known)}"
-    raise PlanError(f"The GPU '{own or name}' is not known; {hint}.")
+    raise ValueError(f"The GPU '{own or name}' is not known; {hint}.")
 
 
 def model_shape(model: Model) -> Shape:
     """The shape of a model, from its folder, the hub's cache, or architectures.yaml.
 
     Raises:
-        PlanError: it is in none of these, or of a family that is not known.
+        ValueError: it is in none of these.
     """
-    try:
-        shape = shape_of(architecture(model))
-        shape.parameters  # noqa: B018 - raises where the family is not known
-        return shape
-    except ValueError as error:
-        raise PlanError(str(error)) from None
+    return shape_of(architecture(model))
 
 
 def architecture(model: Model) -> dict:
-    """The config.json of a model."""
+    """The config.json of a model. Errors as of `model_shape`."""
     from huggingface_hub import try_to_load_from_cache
 
     from sao_utils.engines.loading import model_folder
 
-    config, known = Path(model_folder(model.path)) / "config.json", _data("architectures")
-    if not config.is_file() and model.path in known:
-        return known[model.path]
-    if not config.is_file() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        config = Path(cached) if isinstance(cached, str) else config
+    known, config = _data("architectures"), Path(model_folder(model.path)) / "config.json"
     if not config.is_file():
-        raise PlanError(
-            f"The shape of '{model.path}' is not known here. Download its config.json (`hf download "
-            f"{model.path} config.json`), give a folder, or one of: {', '.join(known)}."
-        )
+        if model.path in known:
+            return known[model.path]
+        cached = None
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
+            cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            raise ValueError(
+                f"The shape of '{model.path}' is not known here. Download its config.json (`hf "
+                f"download {model.path} config.json`), give a folder, or one of: {', '.join(known)}."
+            )
+        config = Path(cached)
     return json.loads(config.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def work_hours(work: Work, gpu: Gpu, memory: dict[str, float]) -> float:
     if work.stage == "tasks":
         batch = TASK_ROWS
     elif model.engine == "vllm":  # a place is filled again at once
-        batch, steps = min(VLLM_ROWS, memory["KV cache"] * GIB / row), written
+        batch, steps = min(VLLM_ROWS, memory["cache"] * GIB / row), written
     batch, steps = max(1, min(batch, requests)), min(steps, most_written)
     rows = batch * written / steps  # that are not done yet, in the mean of the steps
     weights = shape.weight_bytes(dtype_of(model), model.quantisation)

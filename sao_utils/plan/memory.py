@@ -64,27 +64,26 @@ def generation_memory(
         total: memory of the GPU; vLLM takes its share (`model.gpu_memory`) of it in any case, and
             wants room for one row of the whole context.
     """
-    shape, dtype = shape_of(config), dtype_of(model)
-    weights = shape.weight_bytes(dtype, model.quantisation)
+    shape = shape_of(config)
+    each = shape.kv_bytes(dtype_of(model))
     if model.engine == "vllm":
         working = _pass_bytes(shape, model, VLLM_TOKENS) + VLLM_ROWS * shape.vocabulary * 8
-        parts = {"weights": weights / GIB, "working": working / GIB}
+        parts = _in_gib(shape, model, working=working)
         if total:  # the rest of its share, whatever is needed
             context = model.max_context or shape.context or VLLM_TOKENS
             left = model.gpu_memory * total - sum(parts.values())
-            parts["KV cache"] = max(left, context * shape.kv_bytes(dtype) / GIB)
+            parts["cache"] = max(left, context * each / GIB)
         return parts
     rows = static_rows(model, prompt_tokens + new_tokens)
-    cache = rows * (prompt_tokens + new_tokens) * shape.kv_bytes(dtype)
+    cache = rows * (prompt_tokens + new_tokens) * each
     # A drawn token: logits in 16 bit and float32, probabilities, sorted, and summed in float64.
     draw = rows * shape.vocabulary * 44
     # One layer's keys and values, repeated for the heads that share them.
     repeated = cache / shape.layers * (shape.heads // shape.kv_heads)
+    # When prompts are read, the part of the cache for replies is not there yet.
     reading = _pass_bytes(shape, model, rows * prompt_tokens, rows, prompt_tokens)
-    later = cache * new_tokens / (prompt_tokens + new_tokens)  # not there yet when prompts are read
-    working = max(reading - later, draw, repeated)
-    parts = {"weights": weights, "KV cache": cache, "working": working}
-    return {name: size / GIB for name, size in parts.items()}
+    reading -= rows * new_tokens * each
+    return _in_gib(shape, model, cache=cache, working=max(reading, draw, repeated))
 
 
 def judging_memory(
@@ -94,26 +93,25 @@ def judging_memory(
     cache. A verdict that is sampled is written: `generation_memory`."""
     if model.engine == "vllm":
         return generation_memory(config, model, tokens, 0, total)
-    shape = shape_of(config)
-    rows = static_rows(model, tokens)
+    shape, rows = shape_of(config), static_rows(model, tokens)
     working = _pass_bytes(shape, model, rows * tokens, rows, tokens)
-    working += rows * shape.vocabulary * 10
-    weights = shape.weight_bytes(dtype_of(model), model.quantisation)
-    return {"weights": weights / GIB, "working": working / GIB}
+    return _in_gib(shape, model, working=working + rows * shape.vocabulary * 10)
 
 
 def task_memory(config, model: Model, tokens: float) -> dict[str, float]:
     """GiB by part that lm-eval needs at least: one row of so many tokens, the logits of all of them
     and their logarithms. It tries larger batches first, up to what fits."""
-    shape, size = shape_of(config), WEIGHT_BYTES[dtype_of(model)]
-    cache = tokens * shape.kv_bytes(dtype_of(model))  # that it asks for, and does not use
-    working = max(
-        _pass_bytes(shape, model, tokens, 1, tokens),
-        tokens * (2 * size * shape.vocabulary + 2 * size * shape.width),
-    )
+    shape, dtype = shape_of(config), dtype_of(model)
+    logits = 2 * WEIGHT_BYTES[dtype] * tokens * (shape.vocabulary + shape.width)
+    working = max(_pass_bytes(shape, model, tokens, 1, tokens), logits)
+    # It asks for a cache, and does not use it.
+    return _in_gib(shape, model, cache=tokens * shape.kv_bytes(dtype), working=working)
+
+
+def _in_gib(shape: Shape, model: Model, **parts: float) -> dict[str, float]:
+    """Bytes by part as GiB, with the weights."""
     weights = shape.weight_bytes(dtype_of(model), model.quantisation)
-    parts = {"weights": weights, "KV cache": cache, "working": working}
-    return {name: size / GIB for name, size in parts.items()}
+    return {name: size / GIB for name, size in {"weights": weights, **parts}.items()}
 
 
 def static_rows(model: Model, tokens: float) -> int:
@@ -143,9 +141,8 @@ def training_memory(
     free = room_gib(gpu) * GIB - fixed["weights"] - fixed["trained"]
     pair = PER_PROMPT * longest
     choice = choose(shape, settings, pair, max(0.0, free), dtype, device)
-    parts = training_memory_bytes(
-        shape, settings, max(choice.budget, pair), choice.twice, **options
-    )
+    budget = max(choice.budget, pair)
+    parts = training_memory_bytes(shape, settings, budget, choice.twice, **options)
     return {name: size / GIB for name, size in parts.items()}, choice
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from sao_utils.plan.measure import measured
 from sao_utils.plan.memory import room_gib, training_memory, work_memory
 from sao_utils.plan.workload import Rates, Work, rates_of, workload
 from sao_utils.recipe import Recipe
-from sao_utils.store import results_folder
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -58,7 +56,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         processes: GPUs that train together, and that generate if model.workers says so.
 
     Raises:
-        PlanError: a model's shape is not known.
+        ValueError: a model's shape is not known.
         RecipeError: a file that the recipe names is not there, or cannot be read.
     """
     works, times = workload(recipe), {}
@@ -68,19 +66,20 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         times = actual(REFERENCE)
     stages = [_stage(work, recipe, gpu, processes, times) for work in works]
     problems = [*_misfits(recipe, gpu, processes), *_lacking(stages, recipe, gpu)]
-    notes, disk = [_assumptions(rates_of(recipe), gpu)], _disk(recipe, works)
-    lack = sum(disk.values()) - _free_disk()
-    if lack > 0:
-        notes.append(
-            f"The disk lacks {lack:.1f} GiB: SAO_RESULTS and HF_HOME may name a larger one."
+    if gpu:
+        speed = (
+            f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else at "
+            f"{gpu.reached:.0%} of {gpu.compute} TFLOP/s; loading is not counted. Not yet compared "
+            "with a real GPU."
         )
-    if gpu is None and not times:
-        notes.append("Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU.")
-    elif gpu is None:
+    elif not times:
+        speed = "Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU."
+    else:
         source = "a trial on this machine" if measure else "the reference run on two CPU cores"
-        notes.append(f"Hours: by {source}.")
+        speed = f"Hours: by {source}."
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    return Plan(recipe, machine, stages, disk, problems, notes)
+    notes = [_assumptions(rates_of(recipe)), speed]
+    return Plan(recipe, machine, stages, _disk(recipe, works), problems, notes)
 
 
 def actual(folder: Path) -> dict[str, dict]:
@@ -114,11 +113,11 @@ def _stage(work: Work, recipe: Recipe, gpu: Gpu | None, processes: int, times: d
     if work.trains:
         longest, settings = recipe.pairs.max_tokens, recipe.training
         memory, choice = training_memory(work.model, settings, longest, gpu, processes)
-        if gpu is not None:
+        if gpu:
             hours = training_hours(work, gpu, settings, choice.twice) / processes
     else:
         memory = work_memory(work, gpu)
-        if gpu is not None:
+        if gpu:
             hours = work_hours(work, gpu, memory) / max(1, min(work.model.workers, processes))
     if gpu is None and work.model.path == recipe.model.path:
         hours = _hours_as_measured(work, times)
@@ -140,16 +139,13 @@ def _hours_as_measured(work: Work, times: dict[str, dict]) -> float | None:
 
 #: What a model does -> what to try where its memory does not suffice.
 KEYS = {
-    "transformers": ("{who}.quantisation=nf4", "{who}.batch_tokens={half}"),
-    "vllm": ("{who}.quantisation=fp8", "a smaller {who}.max_context"),
-    "task": ("evaluation.tasks=[]",),
-    "lora": (
-        "training.quantisation=nf4",
-        "training.gradient_checkpointing=on",
-        "a smaller training.token_budget",
-        "a smaller pairs.max_tokens",
-    ),
-    "full": ("training.method=lora with training.quantisation=nf4", "more GPUs (--gpus)"),
+    "transformers": "{who}.quantisation=nf4, or a smaller {who}.batch_tokens or {who}.path",
+    "vllm": "{who}.quantisation=fp8, or a smaller {who}.max_context or {who}.path",
+    "tasks": "evaluation.tasks=[], or a smaller {who}.path",
+    "lora": "training.quantisation=nf4, training.gradient_checkpointing=on, or a smaller "
+    "training.token_budget, pairs.max_tokens or {who}.path",
+    "full": "training.method=lora with training.quantisation=nf4, more GPUs (--gpus), or a smaller "
+    "{who}.path",
 }
 
 
@@ -159,7 +155,7 @@ def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
     for stage in stages:
         work, need, room = stage.work, sum(stage.memory.values()), room_gib(gpu)
         kind = recipe.training.method if work.trains else work.model.engine
-        kind = "task" if work.stage == "tasks" else kind
+        kind = "tasks" if work.stage == "tasks" else kind
         if kind == "vllm" and gpu:
             room = work.model.gpu_memory * gpu.memory
         lack = need - room
@@ -167,20 +163,10 @@ def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
             there = f"the {gpu.name} has" if gpu else "of this machine's memory are free"
             text = (
                 f"{work.stage} with {work.model.path} needs {need:.1f} GiB, {there} {room:.1f}: "
-                f"{lack:.1f} too little. Try {_keys(kind, work, recipe)}."
+                f"{lack:.1f} too little. Try {KEYS[kind].format(who=work.who)}."
             )
             worst[work.who, kind] = lack, text
     return [text for _, text in worst.values()]
-
-
-def _keys(kind: str, work: Work, recipe: Recipe) -> str:
-    """The keys to try that do not have their value already."""
-    settings, keys = recipe.training if work.trains else work.model, []
-    for text in (*KEYS[kind], "a smaller {who}.path"):
-        key, _, value = text.rpartition(".")[2].partition("=")
-        if getattr(settings, key, None) != value:
-            keys.append(text.format(who=work.who, half=work.model.batch_tokens // 2))
-    return ", or ".join(keys)
 
 
 def _misfits(recipe: Recipe, gpu: Gpu | None, processes: int) -> list[str]:
@@ -224,22 +210,9 @@ def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
     return disk
 
 
-def _free_disk() -> float:
-    folder = results_folder().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free / GIB
-
-
-def _assumptions(rates: Rates, gpu: Gpu | None) -> str:
-    text = (
+def _assumptions(rates: Rates) -> str:
+    return (
         f"Lengths and filters ({rates.source}): prompt {rates.prompt:.0f} tokens, response "
         f"{rates.response:.0f}, ranking prompt {rates.verdict:.0f}, pair {rates.pair:.0f}; kept "
         f"{rates.prompts_kept:.0%} of prompts, {rates.pairs_kept:.0%} of pairs."
     )
-    if gpu is not None:
-        text += (
-            f"\nSpeed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else "
-            f"at {gpu.reached:.0%} of {gpu.compute} TFLOP/s; loading is not counted. Not yet compared "
-            "with a real GPU."
-        )
-    return text

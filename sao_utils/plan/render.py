@@ -18,8 +18,8 @@ def render(made: Plan, actual: dict | None = None) -> str:
         by_name.setdefault(stage.work.stage, []).append(stage)
     for name, parts in by_name.items():
         table.append([name, *_cells(parts)])
-        if len(parts) > 1 or parts[0].work.part:
-            table += [[f"  {p.work.part or 'the run itself'}", *_cells([p])] for p in parts]
+        if len(parts) > 1 or parts[0].work.label:
+            table += [[f"  {p.work.label or 'the run itself'}", *_cells([p])] for p in parts]
     table.append(["all", "", "", *_cells(made.stages)[2:]])
     owed = bill([stage.work for stage in made.stages])
     if not owed:

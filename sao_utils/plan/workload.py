@@ -73,7 +73,7 @@ class Work:
     """Requests of one kind to one model, or one training.
 
     Attributes:
-        stage: as a run's manifest names it; `part` of it, "" for the run's own model or judge.
+        stage: as a run's manifest names it; `part` of it: a benchmark, a task.
         who: the key of the recipe with the model.
         rows: as a run's manifest counts them; `most_rows` if nothing is dropped on the way.
         lengths: of a request; of a training, of a pair in all epochs, and of one of its answers at most.
@@ -88,6 +88,12 @@ class Work:
     part: str = ""
     most_rows: int = 0
     requests: int = 1
+
+    @property
+    def label(self) -> str:
+        """The part, and who does it unless it is the run's own model or judge."""
+        who = "" if self.who in ("model", "judge") else self.who
+        return ", ".join(filter(None, (self.part, who)))
 
     @property
     def trains(self) -> bool:
@@ -117,14 +123,10 @@ def workload(recipe: Recipe) -> list[Work]:
         RecipeError: a file that the recipe names is not there, or cannot be read.
     """
     rates = rates_of(recipe)
-    works = [*round_work(recipe, rates), *notebook_work(recipe, rates)]
-    # What a server holds cannot be trained: then there are notebooks 01 to 03 only.
-    if recipe.model.engine != "api":
-        works += training_work(recipe, rates)
-        works += answer_work(recipe, rates)
-        works += task_work(recipe)
-        works += benchmark_work(recipe, rates)
-    return [work for work in works if work.rows]
+    parts = [round_work, notebook_work]
+    if recipe.model.engine != "api":  # else nothing is trained, and notebooks 01 to 03 are all
+        parts += [training_work, answer_work, task_work, benchmark_work]
+    return [work for part in parts for work in part(recipe, rates) if work.rows]
 
 
 def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
@@ -132,8 +134,8 @@ def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
     owed: dict[str, tuple[float, float]] = {}
     for work in works:
         if work.dollars:
-            before = owed.get(work.who, (0.0, 0.0))
-            owed[work.who] = tuple(map(sum, zip(before, work.dollars)))
+            usual, most = owed.get(work.who, (0.0, 0.0))
+            owed[work.who] = usual + work.dollars[0], most + work.dollars[1]
     return owed
 
 
@@ -179,7 +181,7 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     if recipe.judging.labelled:
         rows = 2 * len(read_table(recipe.judging.labelled))
         for name in recipe.judges:
-            yield _verdicts(recipe, rates, "labelled", rows, rows, who=f"judges.{name}")
+            yield _verdicts(recipe, rates, "labelled", rows, rows, f"judges.{name}")
     yield _verdicts(recipe, rates, "labelled", rows, rows)
     prompts, responses, _ = round_work(recipe, rates)
     tried = TEMPERATURES * min(TRIED, count) * seeds
@@ -190,9 +192,8 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     yield replace(responses, stage="variants", part="responses", rows=rows, most_rows=most)
     if recipe.judging.method == "logprob":
         rows, judging = 2 * min(SAMPLED, count * seeds), {"method": "sampled"}
-        again = {"judging": recipe.judging.model_copy(update=judging)}
-        part = "verdicts, sampled"
-        yield _verdicts(recipe.model_copy(update=again), rates, "variants", rows, rows, part=part)
+        again = recipe.model_copy(update={"judging": recipe.judging.model_copy(update=judging)})
+        yield _verdicts(again, rates, "variants", rows, rows, part="verdicts, sampled")
 
 
 def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -222,7 +223,6 @@ def _verdicts(
         who: the key of the recipe with the judge, by default the run's own.
         limit: tokens of a response, at most; by default of the run's.
     """
-    part = part or (who if who.startswith("judges.") else "")
     who = who or _own_judge(recipe)
     written = _short_verdict(recipe.models[who])
     if recipe.judging.method == "sampled":
@@ -253,10 +253,6 @@ def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, 
     return [("model", recipe.model, 1 + arms * len(recipe.seeds)), *others]
 
 
-def _part(name: str, who: str) -> str:
-    return name if who in ("model", "judge") else f"{name}, {who}".removeprefix(", ")
-
-
 def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """Answers to the run's own questions, and the comparisons that the notebooks make of them."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
@@ -264,7 +260,7 @@ def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     for who, model, models in _compared(recipe, controls=True):
         rows = count * len(settings.temperatures) * models
         lengths = Lengths(question, min(rates.response, limit), question, limit)
-        yield Work("answers", who, model, rows, lengths, _part("", who))
+        yield Work("answers", who, model, rows, lengths)
     comparisons = [("", len(recipe.arms), "")]
     if "self" in recipe.arms:
         comparisons += [(f"judges.{name}", 1, "") for name in recipe.judges]
@@ -281,12 +277,14 @@ def _questions(recipe: Recipe) -> tuple[int, float]:
     source, published = recipe.evaluation.questions, _sizes()["benchmarks"]
     if source in published:
         return published[source]["prompts"], published[source]["question"]
-    known = source in SETS
-    texts = SETS[source](recipe.evaluation) if known else read_column(source, "prompt")
+    if source in SETS:
+        texts = SETS[source](recipe.evaluation)
+    else:
+        texts = read_column(source, "prompt")
     return len(texts), fmean(map(tokens, texts))
 
 
-def task_work(recipe: Recipe) -> Iterator[Work]:
+def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """What lm-eval asks the base, the tuned models and others with weights, by transformers.
 
     A task whose size is not known has no requests.
@@ -303,8 +301,7 @@ def task_work(recipe: Recipe) -> Iterator[Work]:
             for who, model, count in _compared(recipe):
                 if model.engine != "api":  # a server cannot do them
                     model = model.model_copy(update=in_16_bit if model.engine == "vllm" else {})
-                    part = _part(task, who)
-                    yield Work("tasks", who, model, count, lengths, part, requests=passes)
+                    yield Work("tasks", who, model, count, lengths, task, requests=passes)
 
 
 def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -320,15 +317,15 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         lengths = Lengths(asked + answers * usual, usual, asked + answers * limit, limit)
         for who, model, count in _compared(recipe):
             rows = count * prompts * turns
-            yield Work("benchmark_answers", who, model, rows, lengths, _part(name, who))
+            yield Work("benchmark_answers", who, model, rows, lengths, name)
         shown, answers = size["shown"], size["answers"]
         most = size["verdicts"] * prompts * (models - size.get("without", 0))
         rows, retries = round(most * rates.compared), size.get("retries", 0)
         for who in judges:
-            model, part = recipe.models[who], _part(name, who)
+            model = recipe.models[who]
             written = (size["argued"], size["most"]) if "argued" in size else _short_verdict(model)
             # A second request holds the first reply.
             most_read = shown + answers * limit + retries * written[1] / 2
             lengths = Lengths(shown + answers * usual, written[0], most_read, written[1])
             most_rows = most * (1 + retries)
-            yield Work("benchmark_verdicts", who, model, rows, lengths, part, most_rows)
+            yield Work("benchmark_verdicts", who, model, rows, lengths, name, most_rows)

@@ -73,7 +73,7 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
     Raises:
         PublishError: the model is not trained yet.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     folder = finished(run, arm, seed)
     done, facts = read_done(folder), made_with(run, folder)
@@ -84,19 +84,6 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
     hub = {"base_model": model["path"]} if where == "hub" else {}
     if hub:  # the hub refuses a base model that it does not know, such as the tiny one
         hub["base_model_relation"] = "finetune" if full else "adapter"
-    if rows:
-        hub["model_name"] = f"{arm}-{seed}"
-        hub["eval_results"] = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="held-out questions",
-                dataset_name=f"{n} held-out questions of the run {run.folder.name}",
-                metric_type=metric,
-                metric_name=f"{metric}: {compared}; 95 % interval; judge: {judge}",
-                metric_value=value,
-            )
-            for metric, compared, value, n, judge in rows
-        ]
     front = ModelCardData(
         library_name="transformers" if full else "peft",
         license="unknown",

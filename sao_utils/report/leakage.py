@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 
-from sao_utils import oracles
 from sao_utils.evaluation.benchmarks import run_benchmark
 from sao_utils.evaluation.leakage import leakage, own_set, question_sets
 from sao_utils.evaluation.task_differences import differences, leave_out
 from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
-from sao_utils.report.sections import of_benchmark, rate
+from sao_utils.report.sections import graded_answers, of_benchmark, rate, share_of_good
 from sao_utils.report.table import make_row
-from sao_utils.statistics.intervals import Interval, clustered_difference
+from sao_utils.statistics.intervals import Interval
 from sao_utils.store import Run
 
 FEWEST = 10  # questions without which no result is given "without overlap" (ours)
@@ -43,51 +42,47 @@ def rows(run: Run) -> Iterator[dict]:
 
     The share is of all questions of a set, no sample of them: no interval.
     """
+    tuned, first = "self" in run.recipe.arms, run.recipe.evaluation.temperatures[0]
+    graded = graded_answers(run, first, ["base", "self"]) if tuned else []
+    compared = evaluate.comparison(run, "self", "base") if tuned else []
     for row in overlaps(run):
         if not row["items"]:
             continue
         share = Interval(row["share"], math.nan, math.nan, row["items"])
         metric = f"overlap ({row['by']})"
         yield make_row("leakage", metric, share, model=None, questions=row["set"])
-        if row["items"] - len(row["matches"]) < FEWEST or "self" not in run.recipe.arms:
+        if row["items"] - len(row["matches"]) < FEWEST or not tuned:
             continue
-        left_out = {match["question"] for match in row["matches"]}
+        out = {match["question"] for match in row["matches"]}
+        if row["set"] == own_set(run):
+            answers = [r for r in graded if r["question"] not in out]
+            found = _own_results(run, answers, [r for r in compared if r["prompt"] not in out])
+        else:
+            found = _results_without(run, row["set"], out)
         without = {"questions": f"{row['set']} without overlap ({row['by']})"}
-        yield from ({**one, **without} for one in _results_without(run, row["set"], left_out))
+        yield from ({**one, **without} for one in found)
 
 
 def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator[dict]:
-    """What the tuned model is judged by, on the questions of a set that are not left out."""
-    if name == own_set(run):
-        yield from _own_results(run, left_out)
-    elif name in run.recipe.evaluation.benchmarks:
-        both = sao.candidates(run, ["base", "self"])
+    """What the tuned model is judged by, on a benchmark's or task's questions that are not left out."""
+    both = sao.candidates(run, ["base", "self"])
+    if name in run.recipe.evaluation.benchmarks:
         for row in run_benchmark(run, name, both, evaluate.judges(run), left_out, False):
             if row["metric"] in WITHOUT and row["model"] in ("self", f"self-{run.recipe.seeds[0]}"):
                 yield of_benchmark(run, row, "leakage")
-    else:
-        scores = score_tasks(run, sao.candidates(run, ["base", "self"]))
-        of_task = [row for row in scores if row["task"] == name]
-        (change,) = differences(leave_out(of_task, left_out))
-        if not change["problem"]:
-            names = {"model": "self", "against": "base"}
-            yield make_row("leakage", change["metric"], change["difference"], "points", **names)
+        return
+    of_task = [row for row in score_tasks(run, both) if row["task"] == name]
+    (change,) = differences(leave_out(of_task, left_out))
+    if not change["problem"]:
+        names = {"model": "self", "against": "base"}
+        yield make_row("leakage", change["metric"], change["difference"], "points", **names)
 
 
-def _own_results(run: Run, left_out: Collection[str]) -> Iterator[dict]:
+def _own_results(run: Run, answers: list[dict], compared: list[dict]) -> Iterator[dict]:
     """Of the run's own questions: how much better the answers are, and how often they win."""
-    settings = run.recipe.evaluation
-    rows = [r for r in evaluate.comparison(run, "self", "base") if r["prompt"] not in left_out]
-    quality = [oracles.quality(row["prompt"], *row["responses"]) for row in rows]
-    known = [(row, *of) for row, of in zip(rows, quality) if of is not None]
-    names = {"model": "self", "against": "base", "temperature": settings.temperatures[0]}
-    if known:
-        gain = clustered_difference(
-            [tuned == 0 for _, tuned, _ in known],
-            [base == 0 for _, _, base in known],
-            [row["combination"] for row, _, _ in known],
-            settings.bootstrap,
-            runs=[row["seed"] for row, _, _ in known],
-        )
+    first = run.recipe.evaluation.temperatures[0]
+    names = {"model": "self", "against": "base", "temperature": first}
+    if answers:
+        gain = share_of_good(run, answers, "self", "base")
         yield make_row("leakage", "good answers", gain, "points", judge="oracle", **names)
-    yield make_row("leakage", "win rate", rate(rows), judge="self", **names)
+    yield make_row("leakage", "win rate", rate(compared), judge="self", **names)

@@ -66,6 +66,7 @@ def publish(
         PublishError: not trained, a base model that nobody else has, or the upload did not finish
             (offline, not logged in, refused by the hub); the message says which.
     """
+    import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
     check_repository(repo)
@@ -78,34 +79,26 @@ def publish(
         )
     write_card(run, arm, seed)
     try:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as folder:
             for path in contents(run, arm, seed):
-                _copy(path, Path(temporary) / path.name, model)
+                _copy(path, Path(folder) / path.name, model)
+            api = huggingface_hub.HfApi()
+            user = api.whoami()["name"]
+            url = api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.model_info(repo).private:
+                raise PublishError(
+                    f"{repo} exists already and is public. Use --public if you mean it, or take "
+                    "another name. Nothing was uploaded."
+                )
+            log(f"Uploading to {repo} as {user} ...")
             message = f"{arm}, seed {seed}, of the run {run.folder.name}"
-            return _upload(Path(temporary), repo, private, message, log)
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+            return str(url)
     except (HTTPError, OSError, ValueError) as error:
         raise PublishError(
             f"The upload did not finish: {error}\nThe hub wants a token that may write: run "
             "`hf auth login`, or set HF_TOKEN."
         ) from None
-
-
-def _upload(
-    folder: Path, repo: str, private: bool, message: str, log: Callable[[str], None]
-) -> str:
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
-    user = api.whoami()["name"]
-    url = api.create_repo(repo, private=private, exist_ok=True)
-    if private and not api.model_info(repo).private:
-        raise PublishError(
-            f"{repo} exists already and is public. Use --public if you mean it, or take another "
-            "name. Nothing was uploaded."
-        )
-    log(f"Uploading to {repo} as {user} ...")
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    return str(url)
 
 
 def _copy(source: Path, target: Path, model: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,14 +37,8 @@ def results(run: Run, *names: str) -> pd.DataFrame:
 
     Args:
         names: of `SECTIONS`; by default all.
-
-    Raises:
-        ValueError: no such section.
     """
     every = {"rounds": rounds.rounds} if run.recipe.iterated else SECTIONS
-    unknown = set(names) - set(every)
-    if unknown:
-        raise ValueError(f"no section {', '.join(unknown)}; there are: {', '.join(every)}")
     return make_table(row for name in names or every for row in every[name](run))
 
 
@@ -97,17 +90,15 @@ def judge_matrix(verdicts: list[dict]) -> pd.DataFrame:
     Returns:
         A row for what the oracle says (a better, b better, a tie), a column for what the judge says.
     """
-    counts: Counter = Counter()
+    truths = ["oracle: a better", "oracle: b better", "oracle: a tie"]
+    judged = ["a in both orders", "b in both orders", "orders disagree", "tie or invalid"]
+    counts = pd.DataFrame(0, truths, judged)
     for row in verdicts:
         if row["quality"] is not None and row["outcome"] != "identical":
             a, b = row["quality"]
-            truth = (
-                "oracle: a better" if a > b else "oracle: b better" if b > a else "oracle: a tie"
-            )
-            said = {"inconsistent": "orders disagree"}.get(row["outcome"], "tie or invalid")
+            truth = truths[0] if a > b else truths[1] if b > a else truths[2]
+            said = {"inconsistent": judged[2]}.get(row["outcome"], judged[3])
             if row["outcome"] == "consistent":
-                said = "a in both orders" if row["margin"] > 0 else "b in both orders"
-            counts[truth, said] += 1
-    truths = ["oracle: a better", "oracle: b better", "oracle: a tie"]
-    saying = ["a in both orders", "b in both orders", "orders disagree", "tie or invalid"]
-    return pd.DataFrame([[counts[t, s] for s in saying] for t in truths], truths, saying)
+                said = judged[0] if row["margin"] > 0 else judged[1]
+            counts.loc[truth, said] += 1
+    return counts

@@ -96,9 +96,8 @@ def judge(run: Run) -> Iterator[dict]:
 
 def good_answers(run: Run) -> Iterator[dict]:
     """The oracle's share of good answers, of every model, and the differences of the claim."""
-    known = [row for row in evaluate.answers(run) if row["good"] is not None]
     for temperature in run.recipe.evaluation.temperatures:
-        answers = [row for row in known if row["temperature"] == temperature]
+        answers = graded_answers(run, temperature)
         models = list(dict.fromkeys(row["model"] for row in answers))
         controls = [model for model in models if model not in ("base", "self")]
         wanted = [(model, None, None) for model in models]
@@ -107,34 +106,38 @@ def good_answers(run: Run) -> Iterator[dict]:
             wanted += [("self", other, s) for s in _seeds(run) for other in ("base", *controls)]
         where = {**of_questions(run), "temperature": temperature, "judge": "oracle"}
         for model, against, seed in wanted:
-            found = _share_of_good(run, answers, model, against, seed)
+            found = share_of_good(run, answers, model, against, seed)
             names = {"model": model, "against": against, "seed": seed, **where}
             unit = "points" if against else "%"
             yield make_row("quality", "good answers", found, unit, **names)
 
 
-def _share_of_good(
-    run: Run, answers: list[dict], model: str, against: str | None, seed: int | None
+def graded_answers(run: Run, temperature: float, models: list[str] | None = None) -> list[dict]:
+    """The answers at a temperature that the oracle can judge, of some models or all."""
+    answers = evaluate.answers(run, models, temperatures=[temperature])
+    return [row for row in answers if row["good"] is not None]
+
+
+def share_of_good(
+    run: Run, answers: list[dict], model: str, against: str | None = None, seed: int | None = None
 ) -> Interval:
     """A model's share of good answers, or its difference to another's, over all seeds or of one."""
-    resamples = run.recipe.evaluation.bootstrap
     of = [row for row in answers if row["model"] == model and seed in (None, row["seed"])]
-    by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
     values = [row["good"] for row in of]
     if against is None:
-        return clustered_mean(values, by, resamples, runs=runs)
+        return _mean(run, of, values)
     good = {(r["seed"], r["question_id"]): r["good"] for r in answers if r["model"] == against}
     of_seed = against in run.recipe.arms  # else it has one set of answers for all seeds
     other = [good[r["seed"] if of_seed else None, r["question_id"]] for r in of]
-    return clustered_difference(values, other, by, resamples, runs=runs)
+    by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
+    return clustered_difference(values, other, by, run.recipe.evaluation.bootstrap, runs=runs)
 
 
 def _first_answers(run: Run) -> dict[str, list[dict]]:
     """The answers at the first temperature, by model."""
     found: dict[str, list[dict]] = {}
-    for row in evaluate.answers(run):
-        if row["temperature"] == run.recipe.evaluation.temperatures[0]:
-            found.setdefault(row["model"], []).append(row)
+    for row in evaluate.answers(run, temperatures=run.recipe.evaluation.temperatures[:1]):
+        found.setdefault(row["model"], []).append(row)
     return found
 
 
@@ -146,13 +149,12 @@ def flaws(run: Run) -> Iterator[dict]:
     """
     answers = _first_answers(run)
     for model in ("base", "self"):
-        rows, found = [], []
-        for row in answers.get(model, ()):
-            if (of_row := oracles.flaws(row["question"], row["text"])) is not None:
-                rows.append(row)
-                found.append(of_row)
-        for flaw in sorted(found[0]) if found else ():
-            share = _mean(run, rows, [of_row[flaw] > 0 for of_row in found])
+        rows = [
+            (row, oracles.flaws(row["question"], row["text"])) for row in answers.get(model, ())
+        ]
+        rows = [(row, found) for row, found in rows if found is not None]
+        for flaw in sorted(rows[0][1]) if rows else ():
+            share = _mean(run, [row for row, _ in rows], [found[flaw] > 0 for _, found in rows])
             yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
 
 
@@ -181,13 +183,12 @@ def win_rates(run: Run) -> Iterator[dict]:
             yield make_row("win rate", "win rate", rate(of), seed=seed, **names)
             equal = rate(of, comparisons.rate_at_equal_length)
             yield make_row("win rate", "win rate at equal length", equal, seed=seed, **names)
-    for arm in recipe.arms:
-        if "self" in verdicts and arm != "self":
-            both = (verdicts["self"], verdicts[arm], recipe.evaluation.bootstrap)
-            for seed, found in comparisons.difference_in_win_rate(*both).items():
-                names = {**where, "model": "self", "against": arm, "seed": seed}
-                names["note"] = "of the win rates against the base"
-                yield make_row("win rate", "difference in win rate", found, **names)
+    own, note = verdicts.pop("self", None), "of the win rates against the base"
+    for arm, rows in verdicts.items() if own else ():
+        found = comparisons.difference_in_win_rate(own, rows, recipe.evaluation.bootstrap)
+        for seed, one in found.items():
+            names = {**where, "model": "self", "against": arm, "seed": seed, "note": note}
+            yield make_row("win rate", "difference in win rate", one, **names)
 
 
 def rate(rows: list[dict], of=comparisons.rate) -> Interval:
@@ -222,8 +223,7 @@ def comparison(run: Run) -> Iterator[dict]:
             yield make_row("comparison", metric, one, judge=name, **names)
         both = judges_agree(rows["self"], of, resamples) if name != "self" else {}
         for metric, one in both.items():
-            pair = {**names, "judge": f"self and {name}"}
-            yield make_row("comparison", metric, one, **pair)
+            yield make_row("comparison", metric, one, judge=f"self and {name}", **names)
     of_arms = [evaluate.comparison(run, arm, "base") for arm in run.recipe.arms]
     for model, strength in comparisons.strengths(of_arms, resamples).items():
         names = {**where, "model": model, "judge": "self"}
@@ -233,8 +233,7 @@ def comparison(run: Run) -> Iterator[dict]:
 
 def compared(run: Run) -> list[Candidate]:
     """Who takes part in benchmarks and tasks: no controls beside "self", which would double the cost."""
-    arms = run.recipe.arms
-    trained = ["self"] if "self" in arms else arms
+    trained = ["self"] if "self" in run.recipe.arms else run.recipe.arms
     return sao.candidates(run, ["base", *trained, *run.recipe.others])
 
 

@@ -9,36 +9,19 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from sao_utils.report.table import as_csv, as_records, read_table, select, value_of
+from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import (
     FLAWS,
     NOT_COMPARABLE,
     compare,
     in_words,
     is_difference,
-    markdown,
     model_in_words,
-    show,
     sizes,
     what,
 )
 
 WIDTH = 100
-
-
-def records(folder: Path) -> list[dict]:
-    """Every row of a run's results. Errors as of `table.read_table`, here and below."""
-    return as_records(read_table(folder))
-
-
-def csv_text(folder: Path) -> str:
-    """Every row of a run's results as CSV."""
-    return as_csv(read_table(folder))
-
-
-def all_rows(folder: Path) -> str:
-    """Every row of a run's results in words, as a Markdown table."""
-    return markdown(show(read_table(folder)))
 
 
 def _grid(lines: list[list[str]]) -> list[str]:
@@ -48,7 +31,10 @@ def _grid(lines: list[list[str]]) -> list[str]:
 
 
 def summary(folder: Path) -> str:
-    """What was run, what became of the prompts, how good the judge is, the result, and its price."""
+    """What was run, what became of the prompts, how good the judge is, the result, and its price.
+
+    Errors as of `table.read_table`.
+    """
     folder, table = Path(folder), read_table(folder)
     recipe = yaml.safe_load((folder / "tables" / "recipe.yaml").read_text(encoding="utf-8"))
     lines = [
@@ -87,10 +73,9 @@ def _funnel(folder: Path) -> list[str]:
     path = folder / "tables" / "funnel.csv"
     if not path.is_file():
         return []
-    steps = pd.read_csv(path)
-    steps = steps[steps["arm"] == steps["arm"].iloc[0]] if len(steps) else steps
-    parts = []
-    for step, count in zip(steps["step"], steps["count"]):
+    steps, parts = pd.read_csv(path), []
+    of_first = steps[steps["arm"] == steps["arm"].get(0)]
+    for step, count in zip(of_first["step"], of_first["count"]):
         sign = "- " if count < 0 else "" if not parts else "= "
         parts.append(f"{sign}{abs(count):,} {step}")
     return textwrap.wrap("Data: " + " ".join(parts), WIDTH, subsequent_indent="      ")
@@ -135,7 +120,7 @@ def _result(table: pd.DataFrame) -> list[str]:
 
 
 def _short(row) -> str:
-    """A value in a narrow column: why there is none is for `all_rows`."""
+    """A value in a narrow column: why there is none stands in results.md."""
     if row is None:
         return ""
     return "not estimated" if math.isnan(row.value) else in_words(row).removesuffix(" points")

@@ -26,10 +26,7 @@ TABLES = {
     ),
     "Figure 2": (
         "Arena-Hard and MT-Bench",
-        {
-            "section": "benchmark",
-            "questions": ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt"),
-        },
+        {"section": "benchmark", "questions": ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt")},
     ),
     "Table 2": (
         "Open LLM Leaderboard, first version: what was not forgotten",
@@ -77,7 +74,7 @@ def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
 
     Returns:
         `COLUMNS`: `whose` is "paper" or "run"; `remarks` says how ours is another measurement than the
-        paper's, or doubtful, or what to do to measure it.
+        paper's, or doubtful, or how to measure it.
     """
     paper = reported("sao").query("table == @name")
     if name != "Figure 3f judge":  # of the large tables the paper's own models, before and after
@@ -88,7 +85,10 @@ def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
     marks = [f" {DAGGER}" if note else "" for note in rows["note"]]
     ours[HEADING] = [value + mark for value, mark in zip(ours[HEADING], marks)]
     lines = [_of_paper(row) for row in paper.to_dict("records")]
-    lines += [*ours.to_dict("records"), *_not_measured(run, rows, name)]
+    lines += ours.to_dict("records")
+    if rows.empty:
+        how = "how to measure it: docs/evaluation.md"
+        lines.append({"whose": "run", HEADING: "not measured", "remarks": how})
     return pd.DataFrame(lines, columns=COLUMNS, dtype=object).fillna("")
 
 
@@ -116,27 +116,6 @@ def _remarks(run: Run, row) -> str:
     if row.section == "win rate":
         remarks.append("against its own base model (50 is no change), both orders")
     return "; ".join(filter(None, remarks))
-
-
-def _not_measured(run: Run, rows: pd.DataFrame, name: str) -> list[dict]:
-    """Lines for what a table of the paper has, and the run does not; how to measure it."""
-    wanted, there = TABLES[name][1], set(rows["questions"])
-    missing = {
-        what: f"add {what} to evaluation.benchmarks"
-        for what in wanted.get("questions", ())
-        if what not in there and not what.startswith("tiny_")
-    }
-    if name == "Table 2" and not run.recipe.evaluation.tasks:
-        missing["leaderboard"] = 'set evaluation.tasks, to ["leaderboard"] say'
-    missing |= {
-        f"win rate of {arm}": f"add {arm} to arms"
-        for arm in wanted.get("model", ())
-        if arm not in run.recipe.arms
-    }
-    return [
-        {"whose": "run", "what": what, HEADING: "not measured", "remarks": how}
-        for what, how in missing.items()
-    ]
 
 
 def write(run: Run, table: pd.DataFrame) -> None:

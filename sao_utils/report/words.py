@@ -36,15 +36,8 @@ FLAWS = {
     "garbled": "has a garbled sentence",
     "unfinished": "does not come to an end",
 }
-DECIMALS = {"": 2, "of 10": 2}  # of a unit; others have one
 HEADING = "value [95 % interval]"
 DIFFERENCE = "difference [95 % interval]"
-
-
-def number(value: float, unit: str) -> str:
-    """A value in its unit: shares in percent, kappa and grades with two decimals."""
-    factor = 100 if unit in ("%", "points") else 1
-    return f"{factor * value:.{DECIMALS.get(unit, 1)}f}"
 
 
 def interval_in_words(found: Interval, unit: str = "%") -> str:
@@ -56,7 +49,10 @@ def interval_in_words(found: Interval, unit: str = "%") -> str:
     """
     if math.isnan(found.value):
         return f"not estimated: {found.note}".removesuffix(": ")
-    value, low, high = (number(getattr(found, key), unit) for key in ("value", "low", "high"))
+    factor = 100 if unit in ("%", "points") else 1
+    decimals = 2 if unit in ("", "of 10") else 1  # kappa and grades
+    ends = (factor * getattr(found, key) for key in ("value", "low", "high"))
+    value, low, high = (f"{end:.{decimals}f}" for end in ends)
     interval = "(no interval)" if "nan" in (low, high) else f"[{low}, {high}]"
     return f"{value} {interval} {unit}".rstrip()
 

@@ -33,6 +33,7 @@ from sao_utils.statistics.errors import (
 
 Z = NormalDist().inv_cdf(0.975)  # 1.96: every interval here is a 95 % one
 ALIKE = "all alike: no interval"
+ONE_CLUSTER = "one cluster of questions: no interval"
 _CHUNK = 4_000_000  # drawn clusters held in memory at a time
 
 
@@ -54,25 +55,14 @@ def without_interval(value: float, n: int) -> Interval:
     """What cannot be estimated: no values, or values of one cluster, which say nothing of others."""
     if not n:
         return Interval(math.nan, math.nan, math.nan, 0, "nothing to count")
-    return Interval(float(value), math.nan, math.nan, n, "one cluster of questions: no interval")
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """A win rate over the valid comparisons, and what all comparisons came to."""
-
-    rate: Interval
-    wins: int
-    ties: int
-    losses: int
-    invalid: int
+    return Interval(float(value), math.nan, math.nan, n, ONE_CLUSTER)
 
 
 def win_rate(
     outcomes: Sequence[float | None],
     clusters: Sequence | None = None,
     runs: Sequence | None = None,
-) -> WinRate:
+) -> Interval:
     r"""The raw win rate of a model, a tie counting half, with a score interval.
 
     The interval holds all rates p with (p' - p)^2 <= t^2 p (1 - p) / m: Wilson's interval, with
@@ -83,15 +73,15 @@ def win_rate(
 
     Args:
         outcomes: [n] 1 won, 0 lost, 0.5 a tie, or anything between (a judge's probability); None
-            or NaN: invalid, left out and counted.
+            or NaN: invalid, left out.
         clusters: [n] the cluster of each comparison; None: comparisons are independent.
         runs: [n] the training (seed) of each comparison; None: of one. With several, v also has
             the variance between trainings, and t its degrees of freedom (`add_trainings`).
 
     Returns:
-        The win rate of the valid comparisons, its interval and the counts. Where all outcomes are
-        alike, m is the number of clusters. Comparisons of one cluster, or none that is valid, have no
-        interval (`without_interval`).
+        The win rate of the valid comparisons and its interval. Where all outcomes are alike, m is the
+        number of clusters. Comparisons of one cluster, or none that is valid, have no interval
+        (`without_interval`).
 
     Raises:
         ValueError: outcomes outside of 0..1, or not one cluster for each.
@@ -106,38 +96,7 @@ def win_rate(
         codes = cluster_codes(clusters, len(every), "outcomes")
     of_run = np.zeros_like(codes) if runs is None else cluster_codes(runs, len(every), "outcomes")
     codes, of_run = (np.unique(of[valid], return_inverse=True)[1] for of in (codes, of_run))
-    return WinRate(
-        rate=_score_interval(y, codes, of_run),
-        wins=int((y > 0.5).sum()),
-        ties=int((y == 0.5).sum()),
-        losses=int((y < 0.5).sum()),
-        invalid=int((~valid).sum()),
-    )
-
-
-def from_preferences(preferences: Sequence[float | None]) -> list[float | None]:
-    """AlpacaEval's preferences as outcomes of the second model, the one under test.
-
-    A preference goes from 1 (the baseline) to 2 (the model); 1.5 is a tie, which older files
-    write as 0; NaN or None is an annotation that failed.
-
-    Returns:
-        Outcomes in 0..1, None where it failed: input of `win_rate`.
-
-    Raises:
-        ValueError: another number.
-    """
-    found: list[float | None] = []
-    for preference in preferences:
-        if preference is None or math.isnan(preference):
-            found.append(None)
-        elif preference == 0:
-            found.append(0.5)
-        elif 1 <= preference <= 2:
-            found.append(preference - 1)
-        else:
-            raise ValueError(f"a preference is {preference}, but must be 0 or between 1 and 2")
-    return found
+    return _score_interval(y, codes, of_run)
 
 
 def _score_interval(y: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> Interval:

@@ -73,7 +73,7 @@ def length_controlled_win_rate(
         design = np.column_stack([design, x])
         at_zero = np.column_stack([at_zero, np.zeros(n)])
     if np.ptp(y) == 0:
-        return win_rate(y, codes).rate
+        return win_rate(y, codes)
     fit = _fit(y, design)
     if fit is None:
         return Interval(math.nan, math.nan, math.nan, n, "length alone parts wins from losses")

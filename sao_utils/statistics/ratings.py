@@ -15,6 +15,7 @@ import numpy as np
 from sao_utils.statistics.errors import cluster_codes, widened
 from sao_utils.statistics.intervals import (
     ALIKE,
+    ONE_CLUSTER,
     Interval,
     resampled_sums,
     tail_of,
@@ -142,28 +143,26 @@ def bradley_terry(
     np.add.at(by_prompt, (codes, second, first), (1 - outcome) * weight)
     wins = by_prompt.sum(0)
     points = _log_strengths(wins, zero)
+    note, low, high = "", np.full(m, math.nan), np.full(m, math.nan)
     if points is None:
-        why = "some models won, or lost, all games against the others: no finite strength fits"
-        none = [Interval(math.nan, math.nan, math.nan, n, why) for n in played]
-        return {name: Strength(none[i], none[i]) for name, i in number.items()}
-    order = np.argsort(-points, kind="stable").tolist()
-    if k == 1:
-        both = np.column_stack([1000 + ELO * points, _sigmoid(points)])
-        alone = [[without_interval(value, n) for value in of] for of, n in zip(both, played)]
-        return {names[i]: Strength(*alone[i]) for i in order}
-    low, high = _resampled_bounds(by_prompt, zero, tail_of(codes), resamples)
-    if runs is not None:
-        trained = np.array([run is not None for run in runs])
-        of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
-        residuals = weight * (outcome - _sigmoid(points[first] - points[second]))
-        moves = _moves(residuals, first, second, wins, points, zero)
-        for i in range(m):
-            low[i], high[i] = widened(points[i], low[i], high[i], moves[:, i], codes, of_run)
+        points = low
+        note = "some models won, or lost, all games against the others: no finite strength fits"
+    elif k == 1:
+        note = ONE_CLUSTER
+    else:
+        low, high = _resampled_bounds(by_prompt, zero, tail_of(codes), resamples)
+        if runs is not None:
+            trained = np.array([run is not None for run in runs])
+            of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
+            residuals = weight * (outcome - _sigmoid(points[first] - points[second]))
+            moves = _moves(residuals, first, second, wins, points, zero)
+            for i in range(m):
+                low[i], high[i] = widened(points[i], low[i], high[i], moves[:, i], codes, of_run)
     found = {}
-    for i in order:
+    for i in np.argsort(-points, kind="stable").tolist():
         logs = np.array([points[i], low[i], high[i]])
-        elo = Interval(*(1000 + ELO * logs).tolist(), n=played[i])
-        found[names[i]] = Strength(elo, Interval(*_sigmoid(logs).tolist(), n=played[i]))
+        both = (1000 + ELO * logs, _sigmoid(logs))
+        found[names[i]] = Strength(*(Interval(*of.tolist(), played[i], note) for of in both))
     return found
 
 

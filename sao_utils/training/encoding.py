@@ -11,7 +11,7 @@ from sao_utils.engines.base import escape_special_tokens, special_tokens
 
 def encode(
     pair: dict,
-    side: Literal["chosen", "rejected", "completion"],
+    side: Literal["chosen", "rejected"],
     tokenizer,
     limit: float = math.inf,
 ) -> tuple[list[int], list[int]]:
@@ -73,15 +73,12 @@ def _closed(text: str, start: int, tokenizer) -> str:
 def token_rows(rows: list[dict], tokenizer, algorithm: str, limit: float = math.inf) -> list[dict]:
     """Rows of messages as {id, prompt_ids, chosen_ids, rejected_ids}; SFT has no rejected answer.
 
-    For SFT the answer is "chosen" or, in trl's form of such rows, "completion".
-
     Raises:
         ValueError: a row that cannot be trained on: see `encode`.
     """
     found = []
     for row in rows:
-        side = "chosen" if "chosen" in row or algorithm != "sft" else "completion"
-        ids, labels = encode(row, side, tokenizer, limit)
+        ids, labels = encode(row, "chosen", tokenizer, limit)
         start, rejected = labels.count(-100), []
         if algorithm != "sft":
             rejected, labels = encode(row, "rejected", tokenizer, limit)

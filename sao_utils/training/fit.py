@@ -55,8 +55,7 @@ def fit(
     killed goes on from its last whole checkpoint if that hash is the same, else it begins anew.
 
     Args:
-        pairs: rows with "id", "prompt", "chosen", "rejected" (messages); for SFT "chosen" or
-            "completion" is all the answer it needs.
+        pairs: rows with "id", "prompt", "chosen", "rejected" (messages; SFT does without the last).
         watch: called with all rows of the log after every step.
 
     Returns:
@@ -70,7 +69,9 @@ def fit(
     """
     if not pairs:
         raise ValueError("There are no pairs to train on. The funnel shows why none are left.")
-    fingerprint = _fingerprint(model, pairs, settings, algorithm, seed)
+    # All that determines the weights, but for rounding: NEUTRAL settings may change.
+    ids, used = [row["id"] for row in pairs], settings_used(settings, algorithm)
+    fingerprint = row_id(ids, used, model_name(model), model.dtype, algorithm, seed)
     if (read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder
     checkpoint = _checkpoint(folder, fingerprint)
@@ -119,13 +120,6 @@ def settings_used(settings: Training, algorithm: Algorithm) -> dict:
     if settings.method == "full":
         others |= {"lora_rank", "lora_alpha", "lora_dropout"}
     return settings.model_dump(mode="json", exclude=others)
-
-
-def _fingerprint(model: Model, pairs: list[dict], settings: Training, algorithm, seed) -> str:
-    """A hash of what determines the weights, but for rounding: NEUTRAL settings may change."""
-    ids = [row["id"] for row in pairs]
-    used = settings_used(settings, algorithm)
-    return row_id(ids, used, model_name(model), model.dtype, algorithm, seed)
 
 
 def _checkpoint(folder: Path, fingerprint: str) -> Path | None:

@@ -10,8 +10,6 @@ from sao_utils.store import Run
 from sao_utils.training import packing
 from sao_utils.training.encoding import token_rows
 
-PAIRS = 4  # of a forward pass
-
 
 def own_engine(run: Run) -> Engine:
     """The base model in this process, with a `model` and `device` to look into.
@@ -36,15 +34,12 @@ def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
     from sao_utils.training.trainer import answer_logps, summed_logps
 
     engine = own_engine(run)
-    rows = token_rows(pairs, engine.tokenizer, run.recipe.training.algorithm)
-    order = sorted(range(len(rows)), key=lambda i: packing.longest(rows[i]))
-    found: list[dict] = [{} for _ in rows]
-    for start in range(0, len(order), PAIRS):
-        indices = order[start : start + PAIRS]
-        batch = packing.pad([rows[i] for i in indices])
+    found = []
+    for row in token_rows(pairs, engine.tokenizer, run.recipe.training.algorithm):
         with torch.inference_mode():
-            sums, _ = summed_logps(partial(answer_logps, engine.model), batch, engine.device)
-        for i, (chosen, rejected) in zip(indices, sums.view(-1, 2).tolist()):
-            found[i] = {"logp_chosen": chosen, "len_chosen": len(rows[i]["chosen_ids"])}
-            found[i] |= {"logp_rejected": rejected, "len_rejected": len(rows[i]["rejected_ids"])}
+            score = partial(answer_logps, engine.model)
+            sums, lengths = summed_logps(score, packing.pad([row]), engine.device)
+        (chosen, rejected), (of_chosen, of_rejected) = sums.tolist(), lengths.tolist()
+        made = {"logp_chosen": chosen, "len_chosen": of_chosen}
+        found.append({**made, "logp_rejected": rejected, "len_rejected": of_rejected})
     return found

@@ -7,8 +7,6 @@ are computed, used and thrown away, and only of the tokens that are learned from
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -102,7 +100,7 @@ class TokenLogps(torch.autograd.Function):
         slopes = None
         if wanted and not ctx.head_trained:
             slopes = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-        with torch.autocast(kind, enabled=False), gathered(weight):
+        with torch.autocast(kind, enabled=False):
             full = weight.to(dtype)
             for rows in _chunks(len(hidden), weight.shape[0], kind):
                 logits = _logits(hidden[rows].to(dtype), full, softcap)
@@ -121,7 +119,7 @@ class TokenLogps(torch.autograd.Function):
             return (gradient[:, None] * slopes).to(hidden.dtype), None, None, None
         kind = hidden.device.type
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        with torch.autocast(kind, enabled=False), gathered(weight):
+        with torch.autocast(kind, enabled=False):
             of_weight = torch.zeros_like(weight, dtype=torch.float32)
             full = weight.to(ctx.dtype)
             for rows in _chunks(len(hidden), weight.shape[0], kind):
@@ -152,12 +150,3 @@ def _chunks(rows: int, vocabulary: int, kind: str):
     size = max(16, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
     for start in range(0, rows, size):
         yield slice(start, start + size)
-
-
-def gathered(weight):
-    """The whole head, where DeepSpeed's ZeRO-3 has spread it over processes; else nothing to do."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])

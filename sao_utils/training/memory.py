@@ -85,7 +85,7 @@ def training_memory_bytes(
 
     "weights": frozen ones, as they are stored. "trained": each weight is float32 with its gradient,
     Adam's two moments (8 bytes, in 8 bit 2) and, to compute in 16 bit, a copy; several processes share
-    it with method=full (FSDP, ZeRO-3). "activations" and "working": `step_bytes`, with its arguments.
+    it with method=full (FSDP). "activations" and "working": `step_bytes`, with its arguments.
 
     Raises:
         ValueError: an architecture that is not known.

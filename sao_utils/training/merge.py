@@ -7,6 +7,7 @@ from pathlib import Path
 from sao_utils.engines.loading import load_model, load_tokenizer
 from sao_utils.recipe import Arm
 from sao_utils.store import Run
+from sao_utils.training.fit import read_done
 
 
 def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
@@ -22,7 +23,7 @@ def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
     from peft import PeftModel
 
     adapter = run.folder / "adapters" / f"{arm}-{seed}"
-    if not (adapter / "done.json").exists():
+    if not read_done(adapter):
         raise ValueError(f"{arm}-{seed} of the run '{run.folder.name}' is not trained yet.")
     if not (adapter / "adapter_model.safetensors").exists():
         raise ValueError(f"{arm}-{seed} is a whole model already: {adapter}")

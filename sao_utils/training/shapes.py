@@ -100,7 +100,7 @@ class Shape:
         In 16 bit: each norm its input in float32 (2 values), an adapter a copy of its layer's input,
         attention query, repeated key and value, also behind a shared prompt. Training all weights
         (`full`) keeps the residual stream in float32. Checked against what autograd keeps, on a CPU, in
-        tests/plan/test_costs.py and tests/training/test_memory.py.
+        tests/plan/test_costs.py.
         """
         norms, queries = FAMILIES.get(self.family, (2,))[0], self.heads * self.head
         if dtype == "float32":

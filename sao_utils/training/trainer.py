@@ -1,6 +1,6 @@
 """The trainer: transformers' loop, with packed batches and chunked log-probabilities.
 
-What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP and DeepSpeed.
+What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP.
 What is replaced: a batch is a whole optimiser step, packed by a budget of tokens instead of padded,
 and log-probabilities are computed on the answers' tokens only, in chunks. The tests compare losses
 and gradients with trl's trainers.
@@ -26,8 +26,6 @@ from transformers import Trainer
 from sao_utils.training import TrainingFailed, packing
 from sao_utils.training.losses import dpo_loss, orpo_loss, simpo_loss, token_logps
 from sao_utils.training.watch import COUNTS, MEASURES
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class _Steps:
@@ -97,7 +95,7 @@ def _inner(policy):
 def add_scoring(policy) -> None:
     """Let `policy(rows=..., targets=..., **inputs)` return `answer_logps`.
 
-    A forward pass must go through the outermost module: what FSDP, DeepSpeed and DDP do hangs on it.
+    A forward pass must go through the outermost module: what FSDP and DDP do hangs on it.
     """
     model = _inner(policy)
     original = model.forward
@@ -115,13 +113,13 @@ def add_scoring(policy) -> None:
 class PairTrainer(Trainer):
     """Trains on pairs {prompt_ids, chosen_ids, rejected_ids}; rejected_ids are empty for SFT.
 
-    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `counts` are
-    those of the last step: see `watch.COUNTS`.
+    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `row` is what
+    the log gets of the last step: see `watch.MEASURES` and `watch.COUNTS`.
     """
 
     def __init__(self, policy, tokenizer, rows, settings, algorithm, arguments, callbacks=()):
         self.settings, self.algorithm = settings, algorithm
-        self.counts, self.row = dict.fromkeys(COUNTS, 0), {}
+        self.row = {}
         add_scoring(policy)
         super().__init__(
             model=policy,
@@ -131,7 +129,7 @@ class PairTrainer(Trainer):
             data_collator=list,
             callbacks=list(callbacks),
         )
-        self.sharded = self.accelerator.distributed_type in SHARDED
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.packed, self.packing_reason = True, ""
         self._keep_full_precision()
         if not self.sharded:
@@ -222,9 +220,8 @@ class PairTrainer(Trainer):
         counts = [len(real), prompts + answers, fed, rows, answers, len(microbatches)]
         pairs, *counts = self._over_processes(counts).tolist()
         summed = self._over_processes(summed)
-        self.counts = dict(zip(COUNTS, map(int, counts)))
         measures = [*(summed[1:5] / total).tolist(), *(summed[5:] / pairs).tolist()]
-        self.row = dict(zip(MEASURES, measures)) | self.counts
+        self.row = dict(zip(MEASURES, measures)) | dict(zip(COUNTS, map(int, counts)))
         if sft:
             self.row |= {name: None for name in MEASURES if name != "chosen_tokens"}
         return summed[0] / total
@@ -310,7 +307,7 @@ class PairTrainer(Trainer):
         """DPO compares with the model before training: its log-probabilities, once for all pairs."""
         if self.sharded:
             raise TrainingFailed(
-                "training.algorithm=dpo does not run under FSDP or ZeRO-3 here: its reference is "
+                "training.algorithm=dpo does not run under FSDP here: its reference is "
                 "computed before the model is spread. Take simpo or orpo, or one GPU."
             )
         rows, size = self.train_dataset, self.settings.batch_size

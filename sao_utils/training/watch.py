@@ -113,11 +113,7 @@ class Watch(TrainerCallback):
         left += self.probing * sum(step >= now for step in probed)
         words = f"Training {self.folder.name}: {state.max_steps} steps, about "
         words += f"{_duration(time.time() - self.began + left)} in all, {_duration(left)} to go"
-        if prompts:
-            words += f"; {len(probed)} probes of {prompts} prompts"
-        elif self.settings.probe_steps:
-            words += "; without probes, which would take too much of that"
-        return words
+        return f"{words}; {len(probed)} probes of {prompts} prompts"
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from sao_utils.bench import __main__ as command
 from sao_utils.bench import measuring, results, training
-from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED
+from sao_utils.bench.contenders import CPO, FUSED, PACKED, SHARED
 
 
 def row(measurement, contender, status="ok", **more):
@@ -89,16 +89,6 @@ def test_the_peak_is_what_was_held_at_once_and_no_longer_is():
     assert measuring.measure(dict, "cpu")["peak_bytes"] < 5e6
 
 
-def test_a_contender_that_is_not_installed_is_a_row(monkeypatch):
-    for package in ("liger_kernel", "liger_kernel.chunked_loss"):
-        monkeypatch.setitem(sys.modules, package, None)
-    rows = training.loss_stage("trial-gemma2", "cpu", 128, 1, (LIGER, PACKED, CPO))
-    liger, ours, stock = rows
-    assert liger["status"].startswith("not available: liger_kernel")
-    assert "loss" not in liger and "peak_ratio" not in liger
-    assert stock["speed_ratio"] == 1 and ours["loss_difference"] < 1e-5
-
-
 # ---------------------------------------------------------------------- bars
 
 
@@ -130,24 +120,14 @@ def test_the_bars_are_met_when_the_numbers_are_good():
     [
         (1, "peak_ratio", 0.16, "ratio to CPOTrainer"),
         (2, "peak_bytes", 200.0, "smallest peak"),
-        (0, "loss_difference", 1e-3, "loss stage: loss"),
-        (3, "microbatches", 36, "microbatches"),
         (5, "padded_ratio", 1.01, "padded"),
-        (6, "head_ratio", 1.01, "head rows"),
         (7, "tokens_per_second", 11.0, "V = 32,000: tokens/s"),
-        (7, "loss_difference", 1e-2, "step: loss"),
     ],
 )
 def test_a_bar_that_is_missed_says_so(index, key, value, bar):
     spoilt = [{**r, key: value} if k == index else r for k, r in enumerate(GOOD)]
     missed = [found["bar"] for found in results.bars(spoilt, "training-cpu") if not found["met"]]
     assert len(missed) == 1 and bar in missed[0]
-
-
-def test_what_was_not_measured_is_neither_met_nor_missed():
-    found = results.bars(training.counts(training.lengths(8), 4096), "training-cuda")
-    assert all(bar["met"] is None for bar in found if "128 pairs" not in bar["bar"])
-    assert "not measured" in results.bar_lines(found)
 
 
 def test_a_bar_on_who_runs_counts_only_what_ran_or_ran_out_of_memory():
@@ -179,18 +159,12 @@ def number(text):
 # ---------------------------------------------------------------------- a small run
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The command with a model of 2,000 tokens: the folder of its results, and the rows there."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    flags = ["--shapes", "trial-gemma2", "--repeats", "1", "--folder", str(folder)]
+def test_a_small_run_measures_every_contender_and_is_kept(tmp_path):
+    """The command with a model of 2,000 tokens."""
+    flags = ["--shapes", "trial-gemma2", "--repeats", "1", "--folder", str(tmp_path)]
     command.main(["training", *flags])
-    text = (folder / "cpu-trial-gemma2.csv").read_text()
-    return folder, list(csv.DictReader(io.StringIO(text)))
-
-
-def test_a_small_run_measures_every_contender(small):
-    ran = [r for r in small[1] if r["measurement"] in ("one pair", "step")]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "cpu-trial-gemma2.csv").read_text())))
+    ran = [r for r in rows if r["measurement"] in ("one pair", "step")]
     assert {r["status"] for r in ran} == {"ok"}, [r["status"] for r in ran]
     tried = {(r["measurement"], r["contender"], int(r["batch"])) for r in ran}
     stock = {("step", name, batch) for name in (CPO, FUSED) for batch in (1, 2, 4)}
@@ -198,18 +172,15 @@ def test_a_small_run_measures_every_contender(small):
     assert tried == stock | ours | {("one pair", n, 1) for n in (PACKED, SHARED, CPO, FUSED)}
     for r in ran:
         assert float(r["loss_difference"]) < 1e-4 and float(r["tokens_per_second"]) > 0
-        assert sys.platform != "linux" or float(r["peak_bytes"]) > 0
+    stage = {
+        r["contender"]: r for r in rows if r["measurement"] == "loss stage" and r["loss_difference"]
+    }
+    assert float(stage[PACKED]["loss_difference"]) < 1e-5 and stage[CPO]["speed_ratio"] == "1"
     packed = [r for r in ran if r["contender"] == PACKED]
     assert {(r["padded_ratio"], r["head_ratio"]) for r in packed} == {("1", "1")}
-
-
-def test_a_small_run_is_kept(small):
-    folder, rows = small
-    assert set(rows[0]) <= set(results.COLUMNS)
-    about = json.loads((folder / "cpu-trial-gemma2.json").read_text())
-    assert {"date", "hardware", "versions", "bars"} <= set(about)
+    about = json.loads((tmp_path / "cpu-trial-gemma2.json").read_text())
     assert about["versions"]["torch"][0].isdigit() and about["hardware"]["cpus"] >= 1
-    ET.parse(folder / "cpu-trial-gemma2.svg")
+    ET.parse(tmp_path / "cpu-trial-gemma2.svg")
 
 
 def test_without_a_gpu_nothing_of_another_machine_is_overwritten(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ import torch
 from small import CHATS, all_of
 
 from sao_utils import store as rows
-from sao_utils.bench.overhead import CPU_BUILD
 from sao_utils.engines.base import NOTHING, EngineError, Sampling
 from sao_utils.engines.loading import load_model, model_folder
 from sao_utils.engines.registry import load_engine, unload_engines
@@ -31,6 +30,13 @@ from sao_utils.recipe import Model
 from sao_utils.stages.judging import judge_pairs
 
 TINY = Model(path="tiny", dtype="float32")
+#: What vLLM's build for CPUs needs: one thread, nothing compiled, the engine inside of its process.
+CPU_BUILD = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
 CHOICES = (" 1 > 2", " 2 > 1")
 

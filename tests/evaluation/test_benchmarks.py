@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import random
 import re
 import shutil
 from pathlib import Path
@@ -88,7 +87,7 @@ def fixture_script():
 def annotated(official):
     """Our annotations of the fixture, by a judge that says what the program's judge was made to say."""
     benchmark = alpaca_eval.load(settings(data=str(FIXTURE)))
-    benchmark["gamed"] = pd.read_csv(io.StringIO(fixture_script().gamed(200)))
+    benchmark["gamed"] = pd.read_csv(io.StringIO(fixture_script().gamed()))
     said = {row["messages"]: row["logps"] for row in official["rows"]}
     answers = {
         item["id"]: {"turns": [official["rows"][item["id"]]["output_2"]], "id": "x"}
@@ -155,7 +154,7 @@ def test_alpaca_evals_program_reads_our_files_and_gives_our_figures(
     ours = alpaca_eval.figures(annotations, {})["win_rate"].value
     assert get_winrate(read)["win_rate"] == pytest.approx(100 * ours)
     gamed = tmp_path / "df_gamed.csv"  # of the hub
-    gamed.write_text(fixture_script().gamed(200))
+    gamed.write_text(fixture_script().gamed())
     monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(gamed))
     controlled = glm_winrate.get_length_controlled_winrate(read, save_weights_dir=None)
     theirs = official["length_controlled"]["published"]
@@ -191,18 +190,18 @@ def test_m_and_M_are_told_apart_by_the_first_token_of_a_reply_and_gemma_gets_no_
 
 
 @pytest.mark.parametrize(
-    ("text", "label", "ask_on"),
+    ("text", "label"),
     [
-        ("My final verdict is: [[A>>B]].", "A>>B", False),
-        ("First [[A=B]], and in the end [[A=B]]", "A=B", False),
-        ("[[A>B]] or rather [[B>A]]", None, False),  # two that differ: not asked on, as there
-        ("I like both.", None, True),
-        ("[A>B]", None, True),
-        ("[[C]]", None, True),
+        ("My final verdict is: [[A>>B]].", "A>>B"),
+        ("First [[A=B]], and in the end [[A=B]]", "A=B"),
+        ("[[A>B]] or rather [[B>A]]", None),
+        ("I like both.", None),
+        ("[A>B]", None),
+        ("[[C]]", None),
     ],
 )
-def test_labels_are_read_as_arena_hards_program_does(text, label, ask_on):
-    assert arena_hard.read_label(text) == (label, ask_on)
+def test_labels_are_read_as_arena_hards_program_does(text, label):
+    assert arena_hard.read_label(text) == label
 
 
 def arena(count=4):
@@ -236,28 +235,19 @@ def test_game_one_shows_the_baseline_first_and_strong_verdicts_count_three_games
     assert [outcome for _, outcome in arena_hard.verdicts(found)][-2:] == [None, None]
 
 
-def test_games_that_all_go_one_way_give_the_programs_score_and_a_wide_interval():
-    verdict = lambda text: "[[B>>A]]" if text.split("|")[1] == "base" else "[[A>>B]]"  # noqa: E731
-    for count in (1, 4):
-        found = judged(arena_hard, saying(verdict), arena(count), ANSWER)
-        score = arena_hard.figures(found, {})["score"]
-        assert score.value == 1 and score.n == 2 * count
-        if count == 1:
-            assert score.note == "one cluster of questions: no interval"
-        else:
-            assert score.high - score.low > 0.3, "a few prompts are no certainty"
-
-
 def test_a_judge_without_a_label_is_asked_on_once():
     asked = []
 
     def judge(requests):
         asked.append([r["chat"] for r in requests])
-        text = "Hm." if len(asked) == 1 else "[[B>A]]"
-        return [{"text": text} for _ in requests]
+        texts = ["Hm.", "[[A>B]] or rather [[B>A]]"] if len(asked) == 1 else ["[[B>A]]"]
+        return [{"text": text} for text in texts]
 
     (found,) = judged(arena_hard, judge, arena(1), ANSWER)
-    assert [len(chats) for chats in asked] == [2, 2]
+    assert [len(chats) for chats in asked] == [
+        2,
+        1,
+    ]  # two labels that differ: not asked on, as there
     assert asked[1][0][-2:] == [
         {"role": "assistant", "content": "Hm."},
         {"role": "user", "content": arena_hard.GO_ON},
@@ -277,11 +267,15 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
             "prompt_template": ["Q {question_1} A {answer_1} B {answer_2} {other}"],
         },
     }
+
+    def load():
+        return published.load(settings(data=str(tmp_path)), "arena_hard")
+
     for name, content in given.items():
         with pytest.raises(RecipeError, match=f"arena_hard needs its {name}: set evaluation.data"):
-            published.load(settings(data=str(tmp_path)), "arena_hard")
+            load()
         write(folder / name, content)
-    found = published.load(settings(data=str(tmp_path)), "arena_hard")
+    found = load()
     assert found["items"][0]["turns"] == ["One?"] and found["baseline"] == {"a": "First."}
     chat = found["show"]("q", "{answer_2}", "b")["chat"]
     assert chat[0] == {"role": "system", "content": "Be fair."}
@@ -289,10 +283,10 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
     assert "protocol differs: 1 prompts, there 500" in found["notes"]
     write(folder / "question.jsonl", [{**given["question.jsonl"][0], "question_id": "b"}])
     with pytest.raises(RecipeError, match="no answer of gpt-4-0314 to question b"):
-        published.load(settings(data=str(tmp_path)), "arena_hard")
+        load()
     write(folder / "question.jsonl", given["question.jsonl"] * 2)
     with pytest.raises(RecipeError, match="two of the same id"):
-        published.load(settings(data=str(tmp_path)), "arena_hard")
+        load()
 
 
 # ----------------------------------------------------------------------------------- MT-Bench
@@ -315,34 +309,24 @@ def test_grades_are_read_as_fastchat_does_and_only_within_one_and_ten(text, grad
     assert mt_bench.read_grade(text) == grade
 
 
-@pytest.fixture
-def mt_folder(tmp_path):
-    folder = tmp_path / "official"
+def test_mt_bench_shows_references_where_they_belong_and_grades_each_turn(tmp_path):
     questions = [
         {"question_id": 1, "category": "writing", "turns": ["Write.", "Shorter."]},
         {"question_id": 2, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]},
         {"question_id": 3, "category": "stem", "turns": ["Why?", "How?"]},
     ]
-    write(folder / "mt_bench" / "question.jsonl", questions)
-    write(
-        folder / "mt_bench" / "reference_answer" / "gpt-4.jsonl",
-        [{"question_id": 2, "choices": [{"turns": ["It is 2.", "It is 4."]}]}],
-    )
+    references = [{"question_id": 2, "choices": [{"turns": ["It is 2.", "It is 4."]}]}]
     prompts = {
         "single-v1": "{question} / {answer}",
         "single-math-v1": "{question} / {ref_answer_1} / {answer}",
         "single-v1-multi-turn": "{question_1} / {answer_1} / {question_2} / {answer_2}",
         "single-math-v1-multi-turn": "{ref_answer_1} {ref_answer_2} / {answer_1} / {answer_2}",
     }
-    write(
-        folder / "mt_bench" / "judge_prompts.jsonl",
-        [{"name": n, "system_prompt": n, "prompt_template": t} for n, t in prompts.items()],
-    )
-    return folder
-
-
-def test_mt_bench_shows_references_where_they_belong_and_grades_each_turn(mt_folder):
-    benchmark = published.load(settings(data=str(mt_folder)), "mt_bench")
+    prompts = [{"name": n, "system_prompt": n, "prompt_template": t} for n, t in prompts.items()]
+    write(tmp_path / "question.jsonl", questions)
+    write(tmp_path / "reference_answer" / "gpt-4.jsonl", references)
+    write(tmp_path / "judge_prompts.jsonl", prompts)
+    benchmark = published.load(settings(data=str(tmp_path)), "mt_bench")
     given = {k: {"turns": ["x", "y"], "tokens": [1, 1], "id": "i"} for k in (1, 2, 3)}
     shown = []
 
@@ -382,33 +366,12 @@ def test_files_have_what_the_program_of_arena_hard_reads():
     assert [set(game) for game in given["games"]] == [{"user_prompt", "judgment", "score"}] * 2
 
 
-def grades(by_turn):
-    """Judgments of a question a row, a grade a turn."""
-    return [
-        {"question_id": k, "turn": turn, "score": grade}
-        for k, of in enumerate(by_turn)
-        for turn, grade in enumerate(of, 1)
-    ]
-
-
-@pytest.mark.filterwarnings("error")
 def test_one_grade_for_everything_is_no_certainty():
-    found = mt_bench.figures(grades([(10, 7), (10, 9), (10, 8)]), {})["score.turn_1"]
+    given = [{"question_id": k, "turn": 1, "score": 10} for k in range(3)]
+    found = mt_bench.figures(given, {})["score.turn_1"]
     assert found.value == found.high == 10 and 1 <= found.low < 8
-    found = mt_bench.figures(grades([(7, 7)]), {})["score"]
-    assert (found.value, found.n) == (7, 2) and math.isnan(found.low) and found.note
-
-
-def test_intervals_of_mean_grades_hold_the_truth_95_times_of_100():
-    bad, draw = 0.03, random.Random(0)  # share of questions that are graded low
-    truth = 10 - 4.5 * bad  # low grades: 1 to 10, alike in both turns
-    held = 0
-    for _ in range(1000):
-        low = [draw.random() < bad for _ in range(160)]
-        given = [[draw.randint(1, 10)] * 2 if is_low else (10, 10) for is_low in low]
-        found = mt_bench.figures(grades(given), {})["score"]
-        held += found.low <= truth <= found.high
-    assert 930 <= held <= 985
+    found = mt_bench.figures(given[:1] * 2, {})["score"]
+    assert (found.value, found.n) == (10, 2) and math.isnan(found.low) and found.note
 
 
 # --------------------------------------------------------------- whole benchmarks, tiny model
@@ -417,7 +380,7 @@ def test_intervals_of_mean_grades_hold_the_truth_95_times_of_100():
 def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(results, tmp_path):
     folder = tmp_path / "given" / "alpaca_eval"
     shutil.copytree(FIXTURE, folder)
-    (folder / "df_gamed.csv").write_text(fixture_script().gamed(200))
+    (folder / "df_gamed.csv").write_text(fixture_script().gamed())
     path = folder / "alpaca_eval_gpt4_baseline.json"
     given = json.loads(path.read_text())
     given[1]["instruction"] = "word " * 5000  # beyond the context of model and judge
@@ -425,14 +388,14 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     run = rows.open_run("tiny", "alpaca", {**QUICK, "evaluation.data": str(tmp_path / "given")})
     found = run_by_name(run, "alpaca_eval")
     row = found["alpaca_eval.base.self.win_rate"]
-    assert row["interval"].n == row["n"] == 5
-    assert row["counts"]["empty answers"] == row["counts"]["invalid verdicts"] == 1
+    assert row["interval"].n == 5
+    assert "no valid verdict on 1 of 6 requests" in row["remarks"][0]
     for part in ("the first 6 of 200 prompts", "200 prompts, there 805", "no system prompt"):
         assert part in row["note"]
     assert "1 of 6 answers of 'base' are empty." in row["remarks"]
     assert "gamed baselines" in found["alpaca_eval.base.self.lc_win_rate"]["note"]
     fit = found["alpaca_eval.base.self.lc_win_rate_published"]
-    assert 0 < fit["interval"].value < 1 and fit["n"] == 5 and "gamed" not in fit["note"]
+    assert 0 < fit["interval"].value < 1 and "gamed" not in fit["note"]
     folder = run.folder / "benchmarks" / "alpaca_eval" / "base"
     outputs = json.loads((folder / "model_outputs.json").read_text())
     assert [set(o) for o in outputs] == [{"instruction", "output", "generator", "dataset"}] * 6
@@ -446,35 +409,18 @@ def test_models_of_several_seeds_stand_apart(results):
     assert {row["model"] for row in found} == {"base", "self-0", "self-1"}
 
 
-def test_official_mt_files_run_with_the_tiny_model_and_its_grades_are_counted_as_invalid(
-    results, mt_folder
-):
-    run = rows.open_run("tiny", "mt", {**QUICK, "evaluation.data": str(mt_folder), "others": {}})
-    found = run_by_name(run, "mt_bench")
-    # The tiny judge cannot grade, and knows no system role: nothing breaks, nothing is made up.
-    assert list(found) == ["mt_bench.base.self.valid_rate"]
-    row = found["mt_bench.base.self.valid_rate"]
-    assert row["interval"].value == 0 and row["n"] == row["counts"]["invalid verdicts"] == 6
-    assert row["remarks"] == ["The judge 'self' gave no valid verdict on 6 of 6 requests."]
-    assert row["interval"].high > 0.5  # two grades of one question are one piece of evidence
-    path = run.folder / "benchmarks" / "mt_bench" / "model_judgment" / "self_single.jsonl"
-    assert [row["score"] for row in rows.read_rows(path)] == [-1] * 6
-    assert rows.read_rows(path)[0]["user_prompt"].startswith("Write. / ")
-
-
 def test_judges_stand_side_by_side_and_nothing_is_asked_twice(results):
     copy = {"path": "tiny", "dtype": "float32"}
     run = rows.open_run("tiny", "judges", {**QUICK, "judges": {"copy": copy}})
     found = run_by_name(run, "tiny_alpaca")
     kept = {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     answers = rows.read_rows(run.rows("benchmark_answers"))
-    assert (
-        len(answers) == 12 and len({row["request"] for row in answers}) == 6
-    )  # a twin's are alike
+    assert len(answers) == 12
+    assert len({row["request"] for row in answers}) == 6  # a twin's are alike
     assert run_by_name(run, "tiny_alpaca") == found
     assert kept == {path: path.read_bytes() for path in run.folder.rglob("*.jsonl")}
     row = found["tiny_alpaca.base.self.win_rate"]
-    assert 0 <= row["interval"].value <= 1 and row["counts"]["prompts"] == 6
+    assert 0 <= row["interval"].value <= 1
     assert row["interval"] == found["tiny_alpaca.twin.copy.win_rate"]["interval"]
     assert counterparts.COUNTERPART in row["note"]
 
@@ -501,7 +447,7 @@ def test_the_tiny_mt_grades_both_turns_by_the_oracle(run):
         text = answers[row["question_id"]][row["turn"] - 1]
         flaws = -inspect_answer(question, text).quality
         assert row["score"] == max(1, 10 - 2 * flaws)
-    assert found["tiny_mt.base.oracle.score"]["n"] == 12
+    assert found["tiny_mt.base.oracle.score"]["interval"].n == 12
     assert "graded by the oracle" in found["tiny_mt.base.oracle.score"]["note"]
 
 
@@ -523,7 +469,7 @@ def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
     send = lambda _: [{"logps": logps} for logps in replies]  # noqa: E731
     for min_mass, last in ((0.5, None), (0.0, "A>>B")):
         made = counterparts.choose_labels(send, [], min_mass)
-        labels = [arena_hard.read_label(reply["text"])[0] for reply in made]
+        labels = [arena_hard.read_label(reply["text"]) for reply in made]
         assert labels == ["A>>B", "B>A", "A=B", None, "B>>A", last]
 
 

@@ -143,14 +143,10 @@ def test_arena_hards_program_shows_its_judge_what_we_show_and_reads_the_same_lab
     configs = gen.make_config(str(PLACE / "arena-hard-auto/config/judge_config.yaml"))
     said = ["I. [[B>A]]", "Hm.", "So: [[A=B]]", "[[A>>B]]", "[[A>B]] or [[B>A]]", "Hm.", "Hm."]
     loaded = arena_hard.load(settings(data))
-    raw = {
-        row["question_id"]: row
-        for row in map(json.loads, open(data / "arena-hard-v0.1/question.jsonl"))
-    }
-    base = {
-        row["question_id"]: row
-        for row in map(json.loads, open(data / "arena-hard-v0.1/model_answer/gpt-4-0314.jsonl"))
-    }
+    raw, base = (
+        {row["question_id"]: row for row in map(json.loads, open(data / "arena-hard-v0.1" / name))}
+        for name in ("question.jsonl", "model_answer/gpt-4-0314.jsonl")
+    )
     monkeypatch.setattr(gen, "endpoint_info", {"model_name": "m"}, raising=False)
     seen, n = [], 0
 
@@ -275,39 +271,6 @@ def test_figures_of_real_models_are_those_of_alpaca_evals_leaderboard():
                 verdicts += 1
         models += 1
     assert models >= 5 and verdicts > 4000
-
-
-def test_length_controlled_win_rates_of_real_models_are_those_of_alpaca_evals_program(
-    program, tmp_path, monkeypatch
-):
-    """The hub's file of gamed baselines has the form of these two models' rows."""
-    pytest.importorskip("sklearn")
-    import numpy as np
-    import pandas as pd
-
-    models = {
-        model: pd.DataFrame(annotations).sort_values("index").reset_index(drop=True)
-        for model, annotations, _ in real_annotations()
-        if len(annotations) == alpaca_eval.PROMPTS and model != alpaca_eval.REFERENCE
-    }
-    share = np.mean([frame["preference"].fillna(1.5) - 1 for frame in models.values()], axis=0)
-    difficulty = np.log(np.clip(share, 0.01, 0.99) / np.clip(1 - share, 0.01, 0.99))
-    gamed = []
-    for model in ("gpt-3.5-turbo-1106_verbose", "gpt-3.5-turbo-1106_concise"):
-        longer = models[model]["output_1"].str.len() - models[model]["output_2"].str.len()
-        frame = {"model": model, "preference": models[model]["preference"] - 1}
-        frame |= {"index": models[model]["index"], "std_delta_len": longer / longer.std()}
-        frame |= {"instruction_difficulty": difficulty, "not_gamed_baseline": False}
-        gamed.append(pd.DataFrame(frame))
-    pd.concat(gamed).to_csv(tmp_path / "df_gamed.csv", index=False)
-    gamed = pd.read_csv(tmp_path / "df_gamed.csv")
-    theirs = alpaca_evals(program, "metrics.glm_winrate")
-    monkeypatch.setattr(theirs, "hf_hub_download", lambda **_: str(tmp_path / "df_gamed.csv"))
-    for model in sorted(models)[::7]:
-        ours = alpaca_eval.published_fit(models[model].to_dict("records"), gamed)
-        frame = models[model].drop(columns="index").assign(generator_2=model)
-        found = theirs.get_length_controlled_winrate(frame, save_weights_dir=None)
-        assert 100 * ours == pytest.approx(found["length_controlled_winrate"], abs=1e-6), model
 
 
 def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard():

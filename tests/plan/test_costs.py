@@ -1,17 +1,16 @@
 """What a model costs: the arithmetic against known numbers, the profiler and autograd."""
 
 import json
-import os
 
 import families
 import pytest
 import torch
 
 from sao_utils.plan import hardware, hours, memory
-from sao_utils.plan.hardware import PlanError, find_gpu
+from sao_utils.plan.hardware import find_gpu
 from sao_utils.plan.workload import Lengths, Work
 from sao_utils.recipe import Model, Training
-from sao_utils.training.shapes import WEIGHT_BYTES, shape_of
+from sao_utils.training.shapes import shape_of
 
 GIB = 2**30
 
@@ -40,15 +39,6 @@ QWEN, QWEN_3B = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct"
 def test_known_models_have_the_parameters_that_their_cards_tell(name, parameters, kv):
     assert shape(name).parameters == parameters
     assert shape(name).kv_bytes() == kv * 1024
-
-
-def test_nf4_weighs_what_bitsandbytes_makes_of_it():
-    from bitsandbytes.functional import quantize_4bit
-
-    weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
-    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    bytes_ = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert bytes_ / weight.numel() == pytest.approx(WEIGHT_BYTES["nf4"], rel=1e-3)
 
 
 def test_an_adapter_has_the_parameters_that_peft_gives_it():
@@ -143,22 +133,6 @@ def test_the_engines_peak_is_what_was_planned(family, verb):
     assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.03)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_lm_evals_peak_is_what_was_planned(family):
-    """One row with the logits of all its tokens, computed by lm-eval."""
-    models = pytest.importorskip("lm_eval.models.huggingface")
-    tokenizer = families.make_tokenizer(family)
-    model = families.random_model(family, tokenizer, hidden_size=256, num_hidden_layers=3)
-    model.resize_token_embeddings(20_000)
-    if family == "gemma":
-        model.set_attn_implementation("eager")
-    lm = models.HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)
-    ids = torch.ones((1, 300), dtype=torch.long)
-    peak = _profiled(lambda: torch.log_softmax(lm._model_call(ids), -1))
-    parts = memory.task_memory(model.config, Model(path="tiny", dtype="float32"), 300)
-    assert sum(parts.values()) - parts["weights"] == pytest.approx(peak / GIB, rel=0.07)
-
-
 def _profiled(work):
     """Bytes of all tensors that are alive at a time, at most."""
     with torch.profiler.profile(
@@ -204,51 +178,22 @@ def test_hours_agree_with_a_hand_computed_table(gpu, name, bits, total):
 # ---------------------------------------------------------------------------- the machine
 
 
-@pytest.mark.parametrize(
-    ("named", "found"),
-    [
-        ("Tesla T4", "T4"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-    ],
-)
-def test_the_machines_own_gpu_is_known_by_its_drivers_name(named, found, monkeypatch):
-    monkeypatch.setattr(hardware, "gpu_name", lambda: named)
-    assert find_gpu(None).name == found
-
-
-def test_an_unknown_gpu_is_an_error(monkeypatch):
-    with pytest.raises(PlanError, match="'RTX 9' is not known; --gpu .*: T4, 3090"):
-        find_gpu("RTX 9")
+def test_the_machines_own_gpu_is_known_by_its_drivers_name(monkeypatch):
+    for named, name in (("Tesla T4", "T4"), ("NVIDIA A100-SXM4-80GB", "A100-80")):
+        monkeypatch.setattr(hardware, "gpu_name", lambda: named)  # noqa: B023
+        assert find_gpu(None).name == name
     monkeypatch.setattr(hardware, "gpu_name", lambda: "NVIDIA GeForce GT 1")
-    with pytest.raises(PlanError, match="GeForce GT 1"):
+    with pytest.raises(ValueError, match="GeForce GT 1' is not known; --gpu .*: T4, 3090"):
         find_gpu(None)
 
 
-def test_a_broken_driver_is_no_gpu(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho failed; exit 9\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert find_gpu(None) is None
-
-
-def test_a_shape_comes_from_a_folder_or_the_hubs_cache_or_a_message_says_where(
-    tmp_path, monkeypatch
-):
-    import huggingface_hub.constants
-
+def test_a_shape_comes_from_a_folder_or_a_message_says_where_to_get_it(tmp_path):
     config = {**hardware.architecture(Model(path=QWEN)), "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert hardware.architecture(Model(path=str(tmp_path))) == config
-    with pytest.raises(PlanError, match="hf download some/model config.json"):
+    with pytest.raises(ValueError, match="hf download some/model config.json"):
         hardware.architecture(Model(path="some/model"))
-    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "1234"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps(config))
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("1234")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert hardware.architecture(Model(path="some/model")) == config
+    config["model_type"] = "mamba"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'mamba' is not known here"):
+        hardware.model_shape(Model(path=str(tmp_path))).weight_bytes("bfloat16")

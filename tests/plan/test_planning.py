@@ -1,6 +1,5 @@
 """The plan: what a run takes, what does not fit, and what is shown beside a run."""
 
-import json
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 from sao_utils import cli
 from sao_utils.methods import sao as sao_method
 from sao_utils.plan import hardware, measure, planning
-from sao_utils.plan.hardware import PlanError, find_gpu
+from sao_utils.plan.hardware import find_gpu
 from sao_utils.plan.memory import training_memory
 from sao_utils.plan.planning import plan
 from sao_utils.plan.render import render
@@ -20,6 +19,8 @@ from sao_utils.recipes import load_recipe
 
 GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
+LARGE = {"model.path": "Qwen/Qwen2.5-7B-Instruct", "model.revision": None, "model.engine": "vllm"}
+LARGE |= {"model.quantisation": "awq", "model.max_context": 2048}
 FAR = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
 
 
@@ -54,22 +55,9 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
         ("paper", "A100-80", {}, "model.workers=0, or --gpus 4"),
         ("paper", "L4", {}, "the L4 has 19.8: 1.4 too little. Try model.quantisation=fp8, or"),
         ("paper", "L4", {}, "the L4 has 21.4: 141.9 too little. Try training.method=lora"),
-        ("colab-t4", "T4", {"model.batch_tokens": 500_000}, "model.batch_tokens=250000"),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}, "Try training.quantisation=nf4"),
-        (
-            "colab-t4",
-            "T4",
-            {"others": {"rival": {"path": GEMMA}}},
-            "others.rival.quantisation=nf4",
-        ),
-        (
-            "colab-t4",
-            "T4",
-            {"model.path": "Qwen/Qwen2.5-7B-Instruct", "model.quantisation": "nf4"}
-            | {"model.revision": None, "evaluation.tasks": ["leaderboard"], "model.engine": "vllm"}
-            | {"model.quantisation": "awq", "model.max_context": 2048},
-            "tasks with Qwen/Qwen2.5-7B-Instruct needs",
-        ),
+        ("colab-t4", "T4", {"others": {"x": {"path": GEMMA}}}, "Try others.x.quantisation=nf4"),
+        ("colab-t4", "T4", {**LARGE, "evaluation.tasks": ["leaderboard"]}, "evaluation.tasks=[]"),
     ],
 )
 def test_what_does_not_fit_is_named_with_what_is_lacking_and_keys_to_try(
@@ -86,8 +74,8 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
         recipe = load_recipe("colab-t4", {"judging.method": method, "pairs.min_margin": 0})
         stages = plan(recipe, find_gpu("T4")).stages
         (found[method],) = (stage for stage in stages if stage.work.stage == "verdicts")
-    assert found["sampled"].memory["KV cache"] > 1
-    assert "KV cache" not in found["logprob"].memory
+    assert found["sampled"].memory["cache"] > 1
+    assert "cache" not in found["logprob"].memory
     assert found["sampled"].hours > found["logprob"].hours
 
 
@@ -100,11 +88,12 @@ def test_several_gpus_share_the_states_of_full_training_and_generate_with_worker
     )
     assert four["trained"] == pytest.approx(one["trained"] / 4)
     assert four["working"] == one["working"]
-    together = plan(recipe, find_gpu("A100-80"), 4).stages
-    alone = load_recipe("paper", {**changes, "model.workers": 0})
-    for stage, four in zip(plan(alone, find_gpu("A100-80"), 4).stages, together):
-        share = 1 if stage.work.trains else 4
-        assert stage.hours == pytest.approx(share * four.hours)
+    together, alone = (
+        plan(load_recipe("paper", {**changes, "model.workers": workers}), find_gpu("A100-80"), 4)
+        for workers in (4, 0)
+    )
+    for four, one in zip(together.stages, alone.stages):
+        assert one.hours == pytest.approx(four.hours * (1 if one.work.trains else 4))
 
 
 # ---------------------------------------------------------------------------- what is shown
@@ -119,7 +108,7 @@ def test_the_whole_evaluation_is_planned_with_hours_memory_and_disk():
     }
     made = plan(load_recipe("gpu-24gb", changes), find_gpu("4090"))
     assert made.problems == []
-    stages = {(stage.work.stage, stage.work.part): stage for stage in made.stages}
+    stages = {(stage.work.stage, stage.work.label): stage for stage in made.stages}
     assert stages["benchmark_answers", "alpaca_eval, others.rival"].work.rows == 805
     small, own = (
         stages["benchmark_verdicts", f"arena_hard{part}"] for part in (", judges.small", "")
@@ -141,21 +130,6 @@ def test_what_a_server_does_takes_no_hours_here_and_its_price_is_shown():
     (total,) = [line for line in text if line.startswith("all ")]
     assert "> 3." in total and total.endswith("0.07")
     assert any("pays servers at most US$" in line for line in text)
-
-
-def test_a_disk_that_is_too_small_is_noted(monkeypatch):
-    usage = planning.shutil.disk_usage("/")
-    for free, noted in ((2**30, True), (10_000 * 2**30, False)):
-        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=free))  # noqa: B023
-        assert ("The disk lacks" in render(plan(load_recipe("gpu-24gb")))) == noted
-
-
-def test_an_architecture_that_is_not_known_is_an_error(tmp_path):
-    config = {**hardware.architecture(Model(path=QWEN)), "model_type": "mamba"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    recipe = load_recipe("colab-t4", {"model.path": str(tmp_path), "model.revision": None})
-    with pytest.raises(PlanError, match="'mamba' is not known here"):
-        plan(recipe, find_gpu("T4"))
 
 
 def test_planning_needs_neither_torch_nor_the_network():
@@ -207,11 +181,9 @@ def sao(*words, code=0):
     return done.output
 
 
-def test_the_command_plans_a_recipe_and_a_run(small_run, monkeypatch):
-    monkeypatch.setenv("SAO_RESULTS", str(small_run.folder.parent))
+def test_the_command_plans_a_recipe_or_says_what_is_wrong():
     text = sao("plan", "--recipe", "gpu-24gb", "--gpu", "4090", "--set", "prompts.count=500")
     assert "on 4090" in text and "500" in text
-    assert "time taken" in sao("plan", "--run", "small")
     assert "does not fit" in sao("plan", "--recipe", "paper", "--gpu", "L4", code=1)
     assert "is not known" in sao("plan", "--recipe", "tiny", "--gpu", "abacus", code=2)
     missing = ("--set", "evaluation.questions=elsewhere.jsonl")

@@ -1,9 +1,7 @@
 """What a run asks of which model: counted against a run that is made, and paid to a server on loopback."""
 
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 from scripted_server import reply, settings, steps
@@ -12,7 +10,7 @@ from sao_utils import store
 from sao_utils.engines.requests import BYTES, spent
 from sao_utils.evaluation import arena_hard, mt_bench
 from sao_utils.evaluation import tasks as evaluation_tasks
-from sao_utils.methods import evaluate, sao
+from sao_utils.methods import sao
 from sao_utils.plan import planning, workload
 from sao_utils.plan.workload import AROUND, SAMPLED, tokens
 from sao_utils.recipes import load_recipe
@@ -34,24 +32,16 @@ def test_the_bill_names_who_is_paid_for_what():
 
     assert bill() == {} == judged_by({"price_in": None})
     judge = judged_by({})
-    assert set(judge) == {"judge"}
     both = judged_by({}, judges={"x": PAID})
     assert both["judge"] == pytest.approx(judge["judge"]) and both["judges.x"] > 0
     assert judged_by({"price_in": 2.0})["judge"] == pytest.approx(2 * judge["judge"])
 
 
-def test_others_are_paid_for_answers_and_benchmarks_and_judges_for_contests_and_benchmarks():
-    plain = {"evaluation.benchmarks": [], "evaluation.tasks": []}
-    works = workload.workload(load_recipe("tiny", {"others": {"x": PAID}, **plain}))
-    (other,) = [work for work in works if work.who == "others.x"]
+def test_others_are_paid_for_their_answers():
+    changes = {"others": {"x": PAID}, "evaluation.benchmarks": [], "evaluation.tasks": []}
+    (other,) = [w for w in workload.workload(load_recipe("tiny", changes)) if w.who == "others.x"]
     assert (other.stage, other.rows) == ("answers", 880 * 2)  # two temperatures
-    assert bill(others={"x": PAID}, **plain)["others.x"] == pytest.approx(
-        other.rows * other.lengths.read / 1e6
-    )
-    more = bill(others={"x": PAID}, **{"evaluation.benchmarks": ["tiny_mt"]})["others.x"]
-    assert more > bill(others={"x": PAID}, **plain)["others.x"]
-    few = bill(judges={"x": PAID}, **plain)["judges.x"]
-    assert bill(judges={"x": PAID})["judges.x"] > few > 0
+    assert bill(**changes)["others.x"] == pytest.approx(other.rows * other.lengths.read / 1e6)
 
 
 # ---------------------------------------------------------------------------- published sizes
@@ -87,25 +77,6 @@ def test_the_leaderboards_tasks_have_the_requests_that_lm_eval_makes():
     assert tasks["mmlu"].model.quantisation == "none"
     limited = parts(published(tasks=["leaderboard"], task_limit=10), "tasks")
     assert limited["mmlu"].requests == 57 * 10 and limited["gsm8k"].requests == 10
-
-
-def test_tasks_are_done_by_who_is_compared_and_by_others_with_weights():
-    alone = {"arms": ["random", "oracle"], "seeds": [0, 1]}
-    for changes, models in (({}, 2), (alone, 1 + 2 * 2)):
-        others = {"x": {"path": "tiny"}, "far": PAID}
-        works = workload.workload(load_recipe("tiny", {**changes, "others": others}))
-        done = [work for work in works if work.stage == "tasks"]
-        assert {(work.who, work.rows) for work in done} == {("model", models), ("others.x", 1)}
-
-
-def test_the_tiny_tasks_are_counted_as_lm_eval_asks_them():
-    pytest.importorskip("lm_eval")
-    works = workload.workload(load_recipe("tiny"))
-    for local in evaluation_tasks.tasks_of(["tiny"]):
-        (task,) = evaluation_tasks._open(local)["tasks"].values()
-        task.set_config("num_fewshot", 0)
-        task.build_all_requests(limit=None, rank=0, world_size=1)
-        assert parts(works, "tasks")[local.name].requests == len(task.instances)
 
 
 # ---------------------------------------------------------------------------- against a run
@@ -164,55 +135,42 @@ class Talker(dict):
         return [(200, {**answer, "usage": usage}, {"slow": "0"})]
 
 
-def buyer(server, **changes):
-    """A run whose judge, and another judge and model, are paid; it has a few questions of its own."""
-    paid = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
-    return {
-        **SMALL,
-        **{f"judge.{key}": value for key, value in paid.items()},
-        "others": {"rival": {**paid, "path": "rival"}},
-        "judges": {"second": {**paid, "path": "second"}},
-        **changes,
-    }
+def paid_for(server):
+    """Settings of a model that is paid."""
+    return settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
 
 
-@pytest.fixture
-def asked(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    texts = [f"What does one need for hobby number {k}, and how long is it?" for k in range(6)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return str(path)
-
-
-def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, asked):
+def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, tmp_path):
     """All that notebooks 03, 05 and 06 buy of a judge, a second judge and another model."""
-    server.answers = Talker(server, 1.0)
-    labels = Path(asked).with_name("labelled.csv")
+    server.answers, paid = Talker(server, 1.0), paid_for(server)
+    questions, labels = tmp_path / "questions.csv", tmp_path / "labelled.csv"
+    texts = [f"What does one need for hobby number {k} and how long is it?\n" for k in range(6)]
+    questions.write_text("".join(["prompt\n", *texts]))
     labels.write_text("prompt,chosen,rejected\n2 + 3?,It is 5.,6.\nA colour?,Blue.,Seven.\n")
-    changes = {"evaluation.questions": asked, "judging.labelled": str(labels)}
-    run = store.open_run("tiny", "paid", buyer(server, **changes))
+    changes = {**SMALL, **{f"judge.{key}": value for key, value in paid.items()}}
+    changes |= {"others": {"rival": {**paid, "path": "rival"}}}
+    changes |= {"judges": {"second": {**paid, "path": "second"}}}
+    changes |= {"evaluation.questions": str(questions), "judging.labelled": str(labels)}
+    run = store.open_run("tiny", "paid", changes)
     works = workload.workload(run.recipe)
     table_of(run, "judge")
     who = {work.who: work.rows for work in works if work.stage == "labelled"}
     assert who == {"judge": 4, "judges.second": 4}
-    assert len(store.read_rows(run.rows("labelled"))) == 8
     sampled = store.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
     judge_pairs(sampled, sao.rows(run, "verdicts")[:SAMPLED], run.recipe.judging_model)
-    evaluate.answers(run)
-    table_of(run, "win rate", "comparison", "benchmark")
+    table_of(run, "length", "win rate", "comparison", "benchmark")
     owed = workload.bill(works)
     assert owed.keys() == {"judge", "others.rival", "judges.second"}
     most = sum(most for _, most in owed.values())  # 2.2 times: our model's own answers are short
-    paid = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
-    assert 0.4 * most < paid <= most
-    assert spent(run) == spent(sampled) == pytest.approx(paid)
+    cost = (server.answers.read * 1.0 + server.answers.written * 5.0) / 1e6
+    assert 0.4 * most < cost <= most
+    assert spent(run) == spent(sampled) == pytest.approx(cost)
 
 
 def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     """The whole bill of a generator that writes, with what notebooks 01 and 02 try beside the run."""
     server.answers = Talker(server, 1.0)
-    model = settings(server, price_in=1.0, price_out=5.0, concurrency=1).model_dump()
-    changes = {f"model.{key}": value for key, value in model.items()}
+    changes = {f"model.{key}": value for key, value in paid_for(server).items()}
     run = store.open_run("tiny", "written", {**SMALL, **changes})
     works = workload.workload(run.recipe)
     sao.rows(run, "responses")

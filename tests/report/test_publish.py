@@ -1,7 +1,6 @@
 """Model cards and publishing; the hub is a stand-in, since tests have no network."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -42,13 +41,11 @@ RESULTS = [
     make_row(
         "win rate",
         "win rate",
-        Interval(0.655, 0.585, 0.707, 220),
+        Interval(0.6, 0.5, 0.7, 220),
         model="self",
         against="base",
         judge="self",
     ),
-    make_row("win rate", "win rate", Interval(0.5, 0.4, 0.6, 220), model="random", against="base"),
-    make_row("judge", "accuracy", Interval(float("nan"), float("nan"), float("nan"), 0)),
 ]
 
 
@@ -113,14 +110,6 @@ def test_a_card_says_what_is_known_and_no_secret(run, folder):
     assert found.base_model is None  # the hub refuses a base that it does not know
 
 
-def test_a_card_names_the_hub_model_and_its_revision(run, folder):
-    note(folder, "model", path="some/model-1B", revision="abc123")
-    text = write_card(run, "self", 0).read_text()
-    assert ModelCard(text).data.base_model == "some/model-1B"
-    assert "revision `abc123`" in text and 'from_pretrained(base, revision="abc123")' in text
-    assert "toy" not in text and "states no licence of its own" in text
-
-
 def test_a_card_names_no_folder_and_no_file_of_this_machine(run, folder, tmp_path):
     note(folder, "model", path=str(tmp_path))
     note(folder, "prompts", personas=str(tmp_path / "people.csv"))
@@ -136,15 +125,10 @@ def test_results_stand_in_the_card_with_interval_n_and_judge(run):
     oracle = "the tiny world's exact oracle"
     tuned = "| good answers, greedy | self-judged pairs | 75.0 [65.0, 85.0] % | 220 |"
     assert f"{tuned} {oracle} |" in text
-    row = "| win rate | self-judged pairs against base model | 65.5 [58.5, 70.7] % | 220 |"
+    row = "| win rate | self-judged pairs against base model | 60.0 [50.0, 70.0] % | 220 |"
     assert f"{row} the base model itself, both orders |" in text
     assert "not comparable with the paper's" in text
-    assert "random labels |" not in text and "seed 7" not in text and "accuracy" not in text
-    (result,) = [
-        r for r in ModelCard(text).data.eval_results if "self-judged pairs;" in r.metric_name
-    ]
-    assert result.metric_value == "75.0 [65.0, 85.0] %" and oracle in result.metric_name
-    assert result.dataset_name.startswith("220 held-out questions")
+    assert "random labels |" not in text and "seed 7" not in text
 
 
 @pytest.mark.parametrize("changes", [{"seeds": [1]}, {"training": {}}])
@@ -221,9 +205,8 @@ def test_what_is_published_holds_neither_rows_nor_paths_nor_a_token(run, folder,
         content = path.read_bytes()
         for secret in (TOKEN, str(ROOT), str(Path.home()) + "/", str(run.folder)):
             assert secret.encode() not in content, f"{secret} in {path.name}"
-    assert (
-        "75.0 [65.0, 85.0] %" in (hub.place / "README.md").read_text()
-    )  # the card is written anew
+    card = (hub.place / "README.md").read_text()
+    assert "75.0 [65.0, 85.0] %" in card, "the card is not written anew"
     config = json.loads((hub.place / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sao_utils/tiny/model"
     local = json.loads((folder / "adapter_config.json").read_text())
@@ -249,6 +232,18 @@ with model.disable_adapter():
     assert said.stdout == "True True\n"
 
 
+def test_a_base_of_the_hub_is_called_by_its_name_and_revision(run, folder, hub):
+    note(folder, "model", path="some/model-1B", revision="abc123")
+    publish(run, "self", 0, "anna/adapter", private=False, log=lambda _: None)
+    config = json.loads((hub.place / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model-1B"
+    assert config["revision"] == "abc123" and hub.calls[0][2] is False
+    text = (hub.place / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "some/model-1B"
+    assert 'from_pretrained(base, revision="abc123")' in text
+    assert "toy" not in text and "states no licence of its own" in text
+
+
 def test_a_whole_model_goes_with_its_tokenizer_and_configuration(run, folder, hub):
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {"/home/anna": 1}}}')
@@ -258,14 +253,6 @@ def test_a_whole_model_goes_with_its_tokenizer_and_configuration(run, folder, hu
     assert names == {"README.md", "model.safetensors", "tokenizer.json", "config.json"}
     config = json.loads((hub.place / "config.json").read_text())
     assert config == {"_name_or_path": "sao_utils/tiny/model", "layers": 2}
-
-
-def test_the_base_is_called_by_its_hub_name(run, folder, hub):
-    note(folder, "model", path="some/model-1B", revision="abc123")
-    publish(run, "self", 0, "anna/adapter", private=False, log=lambda _: None)
-    config = json.loads((hub.place / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "some/model-1B"
-    assert config["revision"] == "abc123" and hub.calls[0][2] is False
 
 
 def refused(run, message, repo="anna/adapter", **options):
@@ -299,31 +286,3 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(run, hub):
     hub.error = HfHubHTTPError("401", response=httpx.Response(401, request=request))
     refused(run, "did not finish: 401\n.*hf auth login")
     assert hub.calls == []
-
-
-def test_the_real_hub_library_is_called_as_it_wants(run, tmp_path):
-    """Nobody answers: it comes no farther, and the network is not needed."""
-    place = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    place["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    code = f"""if True:
-        from pathlib import Path
-        from sao_utils.recipes import load_recipe
-        from sao_utils.report.publish import publish
-        from sao_utils.store import Run
-        publish(Run(load_recipe("tiny"), Path({str(run.folder)!r})), "self", 0, "anna/adapter")"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=kept | place,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "PublishError: The upload did not" in done.stderr, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("repo", ["adapter", "a/b/c", "../anna"])
-def test_a_name_that_the_hub_does_not_know_is_refused(run, hub, repo):
-    with pytest.raises(ValueError, match="user/name"):
-        publish(run, "self", 0, repo)

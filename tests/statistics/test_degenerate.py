@@ -16,7 +16,7 @@ ESTIMATES = {
     "mean of two seeds": lambda v, c: clustered_mean(v, c, 50, runs=[k % 2 for k in range(len(v))]),
     "difference": lambda v, c: clustered_difference(v, [0.0] * len(v), c, 50),
     "BCa": lambda v, c: clustered_difference(v, [0.0] * len(v), c, 50, bca=True),
-    "win rate": lambda v, c: win_rate(v, c).rate,
+    "win rate": lambda v, c: win_rate(v, c),
     "win rate at equal length": lambda v, c: length_controlled_win_rate(
         v, [k - 1 for k in range(len(v))], c
     ),
@@ -50,7 +50,7 @@ def test_values_that_are_all_alike_or_alone_have_an_interval_or_a_reason(estimat
 def test_a_mean_that_all_clusters_share_and_no_valid_comparison():
     found = clustered_mean([3.0, 5.0] * 4, "aabbccdd")
     assert found.value == 4 and math.isnan(found.low) and found.note == "all alike: no interval"
-    assert win_rate([None, math.nan], ["a", "b"]).rate.note == "nothing to count"
+    assert win_rate([None, math.nan], ["a", "b"]).note == "nothing to count"
 
 
 def test_lengths_that_cannot_be_told_from_wins_or_from_each_other_give_no_number():

@@ -1,11 +1,8 @@
 """Token ids of pairs: the prompt as in generation, exactly one end token, the model's own template."""
 
-import shutil
-
 import pytest
 from training_cases import ANSWERS, pair, settings
 
-from sao_utils.engines.loading import load_tokenizer
 from sao_utils.tiny import pretrain
 from sao_utils.training.encoding import encode
 from sao_utils.training.fit import fit
@@ -65,20 +62,3 @@ def test_what_cannot_be_trained_on_is_refused_by_name(base, pairs, tmp_path):
     with pytest.raises(ValueError, match="no pairs .*funnel"):
         fit(base, [], settings(), "simpo", 0, tmp_path / "a")
     assert not list(tmp_path.glob("**/done.json"))
-
-
-THINKING = PLAIN.replace("<|assistant|>", "<|assistant|>{{ '' if think else 'No thinking. ' }}")
-
-
-def test_template_options_reach_the_pairs(base, pairs, tmp_path):
-    """As Qwen3's enable_thinking: training sees the prompt that generation sees."""
-    folder = tmp_path / "model"
-    shutil.copytree(base.path, folder)
-    (folder / "chat_template.jinja").write_text(THINKING)
-    plain = base.model_copy(update={"path": str(folder)})
-    thinking = plain.model_copy(update={"template_options": {"think": True}})
-    for model, marked in ((plain, True), (thinking, False)):
-        loaded = load_tokenizer(model)
-        ids, labels = encode(pairs[0], "chosen", loaded)
-        prompt = [token for token, label in zip(ids, labels) if label == -100]
-        assert ("No thinking." in loaded.decode(prompt)) == marked

@@ -1,24 +1,21 @@
 """`fit` against the equation and hand computation, and what it leaves behind."""
 
 import json
-import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_cases import ANSWERS, load, log_probabilities, settings
 
-from sao_utils.engines.base import Sampling
-from sao_utils.engines.loading import load_model, model_name
+from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipes import load_recipe
 from sao_utils.store import Run, read_rows
-from sao_utils.training import TrainingFailed, setup
 from sao_utils.training import fit as fitting
+from sao_utils.training import setup
 from sao_utils.training.encoding import encode
 from sao_utils.training.fit import fit, read_done
 from sao_utils.training.logps import pair_logps
-from sao_utils.training.losses import simpo_loss
 
 
 @pytest.mark.parametrize("budget", [4096, 60])
@@ -45,17 +42,9 @@ def test_the_trainers_loss_equals_hand_computation(base, tokenizer, pairs, tmp_p
     assert row["chosen_tokens"] == pytest.approx(sum(map(len, logps["chosen"])) / 6)
     assert row["rejected_tokens"] == pytest.approx(sum(map(len, logps["rejected"])) / 6)
 
-    def sums(side):
-        lengths = torch.tensor([float(len(x)) for x in logps[side]])
-        return torch.stack([x.sum() for x in logps[side]]), lengths
-
-    ours = simpo_loss(*sums("chosen"), *sums("rejected"), beta=10, gamma=3)
-    assert torch.allclose(ours, losses, rtol=1e-12)
-
 
 def test_sft_learns_the_tokens_of_the_chosen_answer_only(base, tokenizer, pairs, tmp_path):
-    """Rows in trl's form of supervised fine-tuning: {prompt, completion}."""
-    rows = [{"id": p["id"], "prompt": p["prompt"], "completion": p["chosen"]} for p in pairs]
+    rows = [{key: pair[key] for key in ("id", "prompt", "chosen")} for pair in pairs]
     fit(base, rows, settings(warmup_ratio=0), "sft", 0, tmp_path / "a")
     (row,) = read_rows(tmp_path / "a" / "log.jsonl")
     model, prompt = load(base), pairs[0]["prompt"][0]["content"]
@@ -64,16 +53,6 @@ def test_sft_learns_the_tokens_of_the_chosen_answer_only(base, tokenizer, pairs,
     assert row["learning_rate"] == 2e-3
     assert row["chosen_tokens"] == pytest.approx(len(logps) / 6)
     assert row["rewards_chosen"] is None
-
-
-def test_training_that_diverges_stops_and_says_what_to_try(base, pairs, tmp_path):
-    wild = settings(learning_rate=1e30, epochs=6, batch_size=3, warmup_ratio=0)
-    with pytest.raises(TrainingFailed, match=r"step \d+ of 12: .* (nan|inf).*lower learning rate"):
-        fit(base, pairs, wild, "simpo", 0, tmp_path / "a")
-    left = {path.name for path in (tmp_path / "a").iterdir()}
-    assert left <= {"log.jsonl", "probe.jsonl", "checkpoints"}
-    assert not list((tmp_path / "a").glob("checkpoints/checkpoint-*"))
-    assert all(math.isfinite(row["loss"]) for row in read_rows(tmp_path / "a" / "log.jsonl"))
 
 
 def test_the_adapter_is_safetensors_and_loads_with_plain_peft(base, tokenizer, pairs, tmp_path):
@@ -152,32 +131,6 @@ def test_a_finished_training_is_kept_and_a_killed_one_made_anew(base, pairs, tmp
         assert not (tmp_path / "a" / "done.json").exists()
 
 
-def test_4_bit_gradients_survive_an_evaluation_on_a_cpu(base, pairs, tokenizer):
-    """bitsandbytes repacks the weights in evaluation mode; `guard_nf4_on_cpu` keeps it from that."""
-    from peft import LoraConfig, get_peft_model
-
-    model = setup.load_base(base, settings(quantisation="nf4"))
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(model, lora)
-    ids = torch.tensor([encode(pairs[0], "chosen", tokenizer)[0]])
-
-    def gradients():
-        model.train()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-    before = gradients()
-    with torch.no_grad():
-        model.eval()(ids)
-    after = gradients()
-    assert len(before) == 5 * 7 * 2
-    for name, gradient in before.items():
-        assert gradient.abs().max() > 0
-        assert torch.equal(gradient, after[name]), name
-
-
 @pytest.mark.parametrize("changes", [{"quantisation": "nf4"}, {"optimiser": "paged_adamw_8bit"}])
 def test_the_savings_of_qlora_leave_a_float32_adapter_that_learns(base, pairs, tmp_path, changes):
     fit(base, pairs, settings(epochs=4, **changes), "simpo", 0, tmp_path / "a")
@@ -193,20 +146,15 @@ def test_pairs_are_scored_by_the_weights_whatever_engine_generates(
 ):
     recipe = load_recipe("tiny").model_copy(update={"model": base.model_copy(update=changes)})
     rows = pair_logps(Run(recipe, tmp_path), pairs[:3])
-    model = load_model(base)
-    for row, pair in zip(rows, pairs[:3], strict=True):
-        for side in ("chosen", "rejected"):
-            ids, labels = (torch.tensor(x) for x in encode(pair, side, tokenizer))
-            with torch.no_grad():
-                logps = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
-            answer = labels[1:] != -100
-            each = logps[answer].gather(1, ids[1:][answer, None])
-            assert row[f"logp_{side}"] == pytest.approx(each.sum().item(), abs=1e-3)
-            assert row[f"len_{side}"] == len(each)
+    model, prompt = load(base), pairs[0]["prompt"][0]["content"]
+    for row, answers in zip(rows, ANSWERS[:3], strict=True):
+        for side, answer in zip(("chosen", "rejected"), answers):
+            logps = log_probabilities(model, tokenizer, prompt, answer)
+            assert row[f"logp_{side}"] == pytest.approx(logps.sum().item(), abs=1e-3)
+            assert row[f"len_{side}"] == len(logps)
 
 
 def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_path):
-
     folder = fit(base, pairs, settings(method="full", epochs=3), "simpo", 0, tmp_path / "a")
     assert not (folder / "adapter_config.json").exists()
     tuned = base.model_copy(update={"adapter": str(folder)})
@@ -215,5 +163,3 @@ def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_
     before = dict(load(base).named_parameters())
     moved = [n for n, p in engine.model.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) == len(before)
-    ((_, reply),) = next(iter(engine.generate([pairs[0]["prompt"]], Sampling(0.0, 4), [0])))
-    assert reply.tokens <= 4

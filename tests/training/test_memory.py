@@ -1,13 +1,10 @@
 """The token budget by free memory, and the memory that it is chosen by."""
 
 import pytest
-import torch
 from training_cases import settings
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
-from sao_utils.training import packing
 from sao_utils.training.memory import GIB, choose, training_memory_bytes
-from sao_utils.training.setup import add_adapter, pair_trainer
 from sao_utils.training.shapes import shape_of
 
 SMOLLM2 = LlamaConfig(  # SmolLM2-135M
@@ -18,17 +15,6 @@ SMOLLM2 = LlamaConfig(  # SmolLM2-135M
     num_attention_heads=9,
     num_key_value_heads=3,
     tie_word_embeddings=True,
-)
-GEMMA = dict(  # Gemma-2-9B
-    model_type="gemma2",
-    vocab_size=256_000,
-    hidden_size=3584,
-    intermediate_size=14_336,
-    num_hidden_layers=42,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=256,
-    attn_logit_softcapping=50.0,
 )
 
 
@@ -43,26 +29,20 @@ def test_the_budget_follows_the_free_memory_of_a_machine_without_a_gpu():
     assert found == sorted(found, reverse=True) and len(set(found)) >= 3
     assert not any(cpu_choice(free).twice for free in (30, 12, 6, 2))
     assert cpu_choice(0.5).twice, "nothing fits: at least compute the activations twice"
-    assert "GiB, 6.0 GiB are free" in cpu_choice(6).reason
-
-
-def test_the_budget_is_never_below_the_longest_pair_and_a_number_stays():
+    # Never below the longest pair; a number stays.
     assert cpu_choice(0.5, longest=1900).budget == 1900
     assert cpu_choice(0.5, longest=1900, token_budget=700).budget == 700
     assert cpu_choice(30, token_budget=700).budget == 700
 
 
 def test_activations_are_computed_twice_only_where_they_do_not_fit():
-    shape = shape_of(GEMMA)
+    shape = shape_of(Gemma2Config())  # Gemma-2-2B
     found = {
-        free: choose(shape, settings(token_budget=4096), 4000, free * GIB) for free in (15, 130)
+        free: choose(shape, settings(token_budget=4096), 4000, free * GIB) for free in (8, 130)
     }
-    assert found[15].twice and not found[130].twice
-    assert not choose(shape, settings(gradient_checkpointing="off"), 4000, 15 * GIB).twice
+    assert found[8].twice and not found[130].twice
+    assert not choose(shape, settings(gradient_checkpointing="off"), 4000, 8 * GIB).twice
     assert choose(shape, settings(gradient_checkpointing="on"), 4000, 130 * GIB).twice
-    few, many = (choose(shape, settings(), 900, free * GIB) for free in (15, 130))
-    assert few.twice and few.budget >= 4096, "a small budget without costs more"
-    assert (many.twice, many.budget) == (False, 8192)
 
 
 def test_the_plan_is_what_a_model_of_135_million_parameters_took():
@@ -76,37 +56,3 @@ def test_the_plan_is_what_a_model_of_135_million_parameters_took():
             shape, settings(lora_rank=16), tokens, False, dtype="float32", device="cpu"
         )
         assert sum(parts.values()) + beside == pytest.approx(measured, rel=0.12)
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_activations_in_float32_are_what_autograd_keeps(method, tmp_path):
-    config = LlamaConfig(
-        vocab_size=500,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-    )
-    row = {"prompt_ids": [5] * 60, "chosen_ids": [7] * 90, "rejected_ids": [8] * 100}
-    rows = [{"id": str(k), **row} for k in range(10)]
-    set_to = settings(method=method, gradient_checkpointing="off", lora_rank=1)
-    policy = model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if method == "lora":
-        policy = add_adapter(model, set_to)
-    trainer = pair_trainer(policy, None, rows, set_to, "simpo", 0, tmp_path)
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    kept, alive = {}, []
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    ((microbatch, group),) = trainer._microbatches(rows)
-    with packing.packed(model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        trainer._loss(policy, microbatch, group)
-    estimate = shape_of(config).kept_bytes(method == "full", "float32") * 3 * microbatch.fed
-    assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)

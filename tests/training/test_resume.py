@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import child, comparable, free_port, settings
+from training_cases import child, comparable, settings
 
 from sao_utils.store import read_rows
 from sao_utils.training import TrainingFailed, probe
@@ -98,7 +98,9 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(PairTrainer, "training_step", poisoned)
-        with pytest.raises(TrainingFailed, match="step 8 of 12: .*nan.*checkpoints are kept"):
+        with pytest.raises(
+            TrainingFailed, match="step 8 of 12: .*nan.*checkpoints are kept.*lower learn"
+        ):
             fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
     fit(base, pairs, steps, "simpo", 0, tmp_path / "a")
     fit(base, pairs, steps, "simpo", 0, tmp_path / "b")
@@ -107,7 +109,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(
 
 def in_two_processes(base, pairs, steps, folder, way):
     """The log of `accelerate launch` with gloo on the CPU; `way` is ddp, fsdp, or fsdp in bf16."""
-    launch = ["-m", "accelerate.commands.launch", f"--main_process_port={free_port()}"]
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port=0"]  # any that is free
     launch += ["--num_processes=2", "--mixed_precision=no"]
     if way == "ddp":
         launch += ["--multi_gpu", "--num_machines=1", "--dynamo_backend=no"]

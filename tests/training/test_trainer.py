@@ -3,21 +3,14 @@
 trl keeps SimPO and ORPO in `trl.experimental`: the golden tests here tell the day they change.
 """
 
-import os
 from types import SimpleNamespace
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from sao_utils.bench import contenders
+from sao_utils.engines.loading import load_tokenizer
 from sao_utils.recipe import Model, Training
 from sao_utils.training import TrainingFailed
 from sao_utils.training.setup import add_adapter, load_base, pair_trainer
@@ -89,8 +82,12 @@ def step(trainer, batch):
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = 1  # transformers sets it in its loop
     loss = trainer.training_step(trainer.model, batch).item()
-    named = trainer.model.named_parameters()
-    return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return loss, gradients_of(trainer.model)
+
+
+def gradients_of(model):
+    named = model.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def ours(policy, rows, settings, folder, algorithm="simpo"):
@@ -108,49 +105,20 @@ def assert_close(found, wanted, tolerance=1e-5):
 # ---------------------------------------------------------------------------- trl's trainers
 
 
-def stock(kind, config, model, rows, folder, **arguments):
-    """A trainer of trl as shipped, on the same token ids."""
-    from datasets import Dataset
-
-    class OnTokens(kind):
-        @staticmethod
-        def tokenize_row(feature):
-            return feature
-
-    data = []
-    for row in rows:
-        made = {}
-        for side in ("chosen", "rejected"):
-            ids = row["prompt_ids"] + row[f"{side}_ids"]
-            labels = [-100] * len(row["prompt_ids"]) + row[f"{side}_ids"]
-            made |= {f"{side}_input_ids": ids, f"{side}_labels": labels}
-            made[f"{side}_attention_mask"] = [1] * len(ids)
-        data.append(made)
-    tokenizer = SimpleNamespace(pad_token="x", pad_token_id=0)
-    common = dict(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], max_length=64)
-    common |= dict(remove_unused_columns=False, gradient_checkpointing=False)
-    args = config(**common, **arguments)
-    made = OnTokens(
-        model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
-    )
-    return made, made.data_collator(data)
-
-
 @pytest.mark.parametrize("family", CONFIGS)
-def test_simpo_equals_trls_cpo_trainer_in_loss_and_gradients(family, rows, tmp_path):
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-
+def test_simpo_equals_trls_cpo_trainer(family, rows, tmp_path, monkeypatch):
+    """In loss and gradients, against the benchmarks' CPOTrainer, which is as shipped."""
+    monkeypatch.setattr(contenders, "BETA", 2.0)
+    monkeypatch.setattr(contenders, "GAMMA", 0.5)
     set_to = settings()
-    plain = dict(cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5, loss_type="simpo")
     model = with_adapter(random_model(CONFIGS[family]), set_to)
-    trl, batch = stock(CPOTrainer, CPOConfig, model, rows, tmp_path, **plain)
-    loss, gradients = step(trl, batch)
+    loss = contenders.stock(model, rows, False, len(rows), "cpu", tmp_path)()["loss"]
     policy = with_adapter(random_model(CONFIGS[family]), set_to)
     trainer = ours(policy, rows, set_to, tmp_path)
     found, of_ours = step(trainer, rows)
-    assert trainer.packed and trainer.counts["microbatches"] > 1
+    assert trainer.packed and trainer.row["microbatches"] > 1
     assert found == pytest.approx(loss, rel=1e-6)
-    assert_close(of_ours, gradients)
+    assert_close(of_ours, gradients_of(model))
 
 
 def test_dpo_equals_trls_dpo_trainer(rows, tmp_path):
@@ -159,7 +127,7 @@ def test_dpo_equals_trls_dpo_trainer(rows, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     set_to = settings(dpo_beta=0.3)
-    tokenizer = _tokenizer()
+    tokenizer = load_tokenizer(Model(path="tiny"))
     data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     args = DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.3, max_length=None
@@ -187,27 +155,18 @@ def nudge(policy):
             weight.data.mul_(1.5)
 
 
-def _tokenizer():
-    from sao_utils.engines.loading import load_tokenizer
-    from sao_utils.recipe import Model
-
-    return load_tokenizer(Model(path="tiny"))
-
-
-def test_orpo_equals_trls_orpo_trainer_but_for_the_prompts_tokens(rows, tmp_path):
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+def test_orpo_equals_trls_odds_ratio_beside_the_likelihood_of_the_answer(rows, tmp_path):
+    """trl's own likelihood counts the prompt and weighs long answers more; the paper's does not."""
+    from trl.experimental.orpo import ORPOTrainer
 
     set_to = settings(orpo_lambda=0.4)
     policy = with_adapter(random_model(CONFIGS["llama"]), set_to)
-    trainer = ours(policy, rows, set_to, tmp_path, "orpo")
-    found, _ = step(trainer, rows)
-    model = with_adapter(random_model(CONFIGS["llama"]), set_to)
-    trl, batch = stock(ORPOTrainer, ORPOConfig, model, rows, tmp_path, beta=0.4)
     with torch.no_grad():
-        means_chosen, means_rejected, *_ = trl.concatenated_forward(trl.model, batch)
-        ratios = trl.odds_ratio_loss(means_chosen, means_rejected)[0]
-    # trl's own NLL counts the prompt and weighs long answers more; the paper's is the mean below.
-    assert found == pytest.approx((-means_chosen - ratios).mean().item(), rel=1e-6)
+        chosen, rejected = answer_means(policy, rows)
+    trl = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    ratios = ORPOTrainer.odds_ratio_loss(trl, chosen, rejected)[0]
+    found, _ = step(ours(policy, rows, set_to, tmp_path, "orpo"), rows)
+    assert found == pytest.approx((-chosen - ratios).mean().item(), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------- packing
@@ -234,41 +193,6 @@ def test_a_step_equals_its_pairs_one_at_a_time(family, way, rows, tmp_path):
         sums = {name: sums.get(name, 0) + g / len(rows) for name, g in found.items()}
     assert loss == pytest.approx(sum(losses) / len(rows), rel=1e-6)
     assert_close(gradients, sums)
-
-
-def test_sequences_in_a_row_do_not_see_each_other(rows, tmp_path):
-    set_to = settings(token_budget=10_000)
-    trainer = ours(random_model(CONFIGS["gemma2"]), rows, set_to, tmp_path)
-    (together,) = [sums for sums, _ in logps(trainer, rows)]
-    other = [rows[0], {**rows[1], "chosen_ids": [9] * 14}, *rows[2:]]
-    (changed,) = [sums for sums, _ in logps(trainer, other)]
-    touched = ((together - changed).abs() > 1e-5).nonzero().flatten().tolist()
-    assert touched == [place(trainer, rows, 1)]
-
-
-def logps(trainer, batch):
-    with torch.no_grad(), trainer._attention():
-        return [trainer._logps(trainer.model, made) for made, _ in trainer._microbatches(batch)]
-
-
-def place(trainer, rows, index):
-    """Where the chosen answer of a pair stands: the costliest pairs come first."""
-    ((_, group),) = trainer._microbatches(list(rows))
-    return 2 * [row["id"] for row in group].index(str(index))
-
-
-def test_counts_show_no_padding_and_no_idle_head_rows(rows, tmp_path):
-    trainer = ours(random_model(CONFIGS["llama"]), rows, settings(share_prompt=False), tmp_path)
-    step(trainer, rows)
-    counts = trainer.counts
-    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    assert counts["head_rows"] == counts["completion_tokens"] == answers
-    assert counts["padded_tokens"] == counts["real_tokens"]
-    assert counts["real_tokens"] == answers + 2 * sum(len(row["prompt_ids"]) for row in rows)
-    trainer.settings = settings(share_prompt=True)
-    step(trainer, rows)
-    prompts = sum(len(row["prompt_ids"]) for row in rows)
-    assert trainer.counts["padded_tokens"] == counts["real_tokens"] - prompts
 
 
 def test_an_attention_that_cannot_be_replaced_gets_padded_batches(rows, tmp_path, monkeypatch):
@@ -298,21 +222,23 @@ def test_a_model_with_other_logits_is_refused_before_training(rows, tmp_path):
         ours(model, rows, settings(), tmp_path)
 
 
-def by_full_logits(model, rows):
-    """SimPO's loss and gradients by the formula, from the full logits of each sequence alone."""
-    losses = []
-    for row in rows:
-        rewards = []
-        for side in ("chosen_ids", "rejected_ids"):
+def answer_means(model, rows):
+    """Mean log-probability of each chosen and each rejected answer, from the full logits."""
+    means = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for row in rows:
             ids = torch.tensor([row["prompt_ids"] + row[side]])
             scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            picked = scores.gather(1, ids[0, 1:, None])[-len(row[side]) :]
-            rewards.append(2 * picked.mean())
-        losses.append(-torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - 0.5))
-    loss = torch.stack(losses).mean()
+            means.append(scores.gather(1, ids[0, 1:, None])[-len(row[side]) :].mean())
+    return torch.stack(means).chunk(2)
+
+
+def by_full_logits(model, rows):
+    """SimPO's loss and gradients by the formula, from the full logits of each sequence alone."""
+    chosen, rejected = answer_means(model, rows)
+    loss = -torch.nn.functional.logsigmoid(2 * (chosen - rejected) - 0.5).mean()
     loss.backward()
-    named = model.named_parameters()
-    return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return loss.item(), gradients_of(model)
 
 
 def test_4_bit_weights_with_an_adapter_equal_the_plain_formula(rows, tmp_path):

@@ -124,11 +124,3 @@ def comparable(folder):
         {key: value for key, value in row.items() if key != "seconds"}
         for row in read_rows(folder / "log.jsonl")
     ]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]

@@ -76,18 +76,16 @@ def length_control(rows: list[dict]):
     )
     if not there:
         return style.nothing("no valid verdict")
+    longer, wins, clusters = map(np.array, zip(*there))
     x, y = "characters of the tuned answer - of the base's", "won by the tuned model (%)"
     figure, axes = style.new("How much of the win rate is length?", x, y, height=3.8)
-    groups = np.array_split(np.arange(len(there)), max(1, min(8, len(there) // 20)))
-    parts = [tuple(zip(*(there[k] for k in group))) for group in groups]
-    values, reach = style.percent([win_rate(wins, by).rate for _, wins, by in parts])
+    groups = np.array_split(np.arange(len(wins)), max(1, min(8, len(wins) // 20)))
+    values, reach = style.percent([win_rate(wins[k], clusters[k]) for k in groups])
     label = f"mean of {len(groups[0])} prompts, with 95 % interval"
-    means = [np.mean(longer) for longer, *_ in parts]
+    means = [longer[k].mean() for k in groups]
     axes.errorbar(means, values, reach, fmt="o", capsize=3, color=style.BLUE, label=label)
-    longer, wins, _ = zip(*there)
     at = np.linspace(*axes.get_xlim(), 101)
-    fitted = length_curve(wins, longer, [0.0, *at])
-    if fitted:
+    if fitted := length_curve(wins, longer, [0.0, *at]):
         label = f"fitted curve; at equal length: {100 * fitted[0]:.1f}"
         axes.plot(at, 100 * np.array(fitted[1:]), color=style.ORANGE, lw=2, label=label)
     raw = 100 * np.mean(wins)

@@ -158,15 +158,14 @@ def _panels(panels: dict, frames: dict[str, tuple[str, pd.DataFrame]], note: str
     return figure
 
 
-def live_curves(pause: float = 2.0) -> Callable[[list[dict]], None]:
+def live_curves(pause: float = 4.0) -> Callable[[list[dict]], None]:
     """A `watch` for `methods.sao.train` that redraws the curves in the cell's output as they grow.
 
     One picture for all trainings that it watches: the one that runs. Outside of a notebook, and in
     batch runs (SAO_BATCH), it does nothing.
 
     Args:
-        pause: seconds from one drawing to the next, at the least; on a slow machine longer, so that
-            drawing takes no more than about a fifth of the time.
+        pause: seconds between two drawings, at the least.
     """
     from IPython import get_ipython
     from IPython.display import display
@@ -177,15 +176,13 @@ def live_curves(pause: float = 2.0) -> Callable[[list[dict]], None]:
 
     def watch(rows: list[dict]) -> None:
         nonlocal handle, due
-        began = time.monotonic()
-        if len(rows) < 2 or began < due:  # one step is no line yet
+        if len(rows) < 2 or time.monotonic() < due:  # one step is no line yet
             return
         figure = training_curves({"so far": rows})
         if handle is None:
             handle = display(figure, display_id=True)
         else:
             handle.update(figure)
-        now = time.monotonic()
-        due = now + max(pause, 4 * (now - began))
+        due = time.monotonic() + pause
 
     return watch

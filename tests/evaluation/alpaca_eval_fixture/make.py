@@ -54,22 +54,13 @@ def verdict(messages: list[dict]) -> dict[str, float]:
     return logps
 
 
-def plain(messages: list[dict]) -> list[dict]:
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def difficulties(instructions: int) -> list[float]:
-    rng = random.Random(22)
-    return [round(rng.gauss(0, 1), 6) for _ in range(instructions)]
-
-
-def gamed(instructions: int) -> str:
+def gamed() -> str:
     """A stand-in for df_gamed.csv: annotations of two gamed baselines, and each difficulty."""
-    rng = random.Random(21)
+    rng, other = random.Random(21), random.Random(22)
+    difficulty = [round(other.gauss(0, 1), 6) for _ in range(N)]
     lines = ["preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model"]
-    difficulty = difficulties(instructions)
     for name in ("concise", "verbose"):
-        for k in range(instructions):
+        for k in range(N):
             delta = rng.gauss(1 if name == "verbose" else -1, 0.5)
             y = 1 / (1 + math.exp(-(1.5 * math.tanh(delta) + 0.3 * difficulty[k])))
             lines.append(f"{y},{k},{delta},{difficulty[k]},False,{name}")
@@ -88,7 +79,10 @@ def main() -> None:
     def completions(prompts, **_):
         answers = []
         for prompt in prompts:
-            messages = plain(utils.prompt_to_chatml(prompt.strip()))
+            messages = [
+                {"role": m["role"], "content": m["content"]}
+                for m in utils.prompt_to_chatml(prompt.strip())
+            ]
             logps = verdict(messages)
             task = messages[-1]["content"].split("\n---\n")[0].split(":")[0]
             shown[task] = {"messages": messages, "logps": logps}
@@ -125,7 +119,7 @@ def main() -> None:
         annotator = PairwiseAnnotator(annotators_config=path, caching_path=None)
         annotator.annotators["made_up"].fn_completions = completions
         annotated = annotator.annotate_head2head(outputs_1=reference, outputs_2=model)
-        (kept / "df_gamed.csv").write_text(gamed(N))
+        (kept / "df_gamed.csv").write_text(gamed())
         glm_winrate.hf_hub_download = lambda **_: str(kept / "df_gamed.csv")
         frame = pd.DataFrame(annotated)
         frame["generator_1"], frame["generator_2"] = "reference", "model"
@@ -159,7 +153,6 @@ def main() -> None:
         for task in [row["instruction"].split(":")[0]]
     ]
     figures = {key: float(value) for key, value in official.items()}
-    figures["avg_length"] = int(pd.DataFrame(model)["output"].str.len().mean())
     (HERE / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(reference, indent=0) + "\n")
     (HERE / "official.json").write_text(
         json.dumps({"figures": figures, "length_controlled": controlled, "rows": rows}, indent=0)
