@@ -223,9 +223,10 @@ def _agree_to_pay(run, yes: bool) -> None:
         return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.render import bill_lines
-    from sao_utils.plan.workload import bill, workload
+    from sao_utils.plan.rounds import work_of
+    from sao_utils.plan.workload import bill
 
-    if owed := bill(workload(run.recipe)):
+    if owed := bill(work_of(run.recipe)):
         typer.echo("\n".join(bill_lines(owed)))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
