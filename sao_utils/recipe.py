@@ -209,7 +209,6 @@ class SynPO(Section):
 
 
 class Iterations(Section):
-    start: Literal["base", "previous"] = "base"  # what a round's training starts from
     grow: bool = True  # train on the pairs of earlier rounds, too
     judge: Literal["current", "base"] = "current"  # each round's model, or always the base
 
