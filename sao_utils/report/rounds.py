@@ -70,8 +70,10 @@ def _mean(run: Run, rows: list[dict], values: list) -> Interval:
 
 def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
     known = [row for row in answers if row["good"] is not None]
+    # Seeds are SynPO's: without them all topics are alike.
+    topics = TOPICS if run.recipe.synpo else {"all": TOPICS["all"]}
     for temperature in run.recipe.evaluation.temperatures:
-        for topic, holds in TOPICS.items():
+        for topic, holds in topics.items():
             rows = [r for r in known if r["temperature"] == temperature and holds(r["question"])]
             where = {"questions": topic, "temperature": temperature, "judge": "oracle"}
             before = {row["question_id"]: row["good"] for row in _of(rows, "base")}
