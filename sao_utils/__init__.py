@@ -14,10 +14,10 @@ other in a circle (tests/test_house.py):
     oracles      judges that know what is right, such as the grammar of the tiny world
     templates    prompts/*.jinja, and how replies are parsed
     engines      models that write and choose: transformers, vLLM, servers, several workers
-    stages       personas, prompts, responses, judging, pairs: rows in, rows out
+    stages       personas or keywords, prompts, responses, judging or scoring, pairs: rows in, rows out
     training     losses, packing, trainer, merging
     evaluation   answers, comparisons, published benchmarks, tasks, leakage
-    methods      stages put together: SAO
+    methods      stages put together: SAO, SynPO, and iterations of either
     report       one table of results; tables, figures, model cards, publishing
     plan         what a recipe takes before it runs: rows, tokens, hours, memory, money
     tiny, bench  the tiny model and where it is from; measurements of speed and memory

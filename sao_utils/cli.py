@@ -76,7 +76,7 @@ def run(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
-    """Run the notebooks 01 to 06; called again, go on where it stopped."""
+    """Run the notebooks 01 to 06 (of rounds: 08, of SynPO: 09); called again, go on where it stopped."""
     from sao_utils.notebooks import RunError
     from sao_utils.notebooks.kernels import NotebookFailed
     from sao_utils.notebooks.run import run_notebooks
@@ -223,9 +223,10 @@ def _agree_to_pay(run, yes: bool) -> None:
         return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.render import bill_lines
-    from sao_utils.plan.workload import bill, workload
+    from sao_utils.plan.rounds import work_of
+    from sao_utils.plan.workload import bill
 
-    if owed := bill(workload(run.recipe)):
+    if owed := bill(work_of(run.recipe)):
         typer.echo("\n".join(bill_lines(owed)))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"

@@ -89,10 +89,13 @@ class Model(Section):
 
 class Prompts(Section):
     # persona: the paper's template; no_persona: its ablation; pre_query: the model writes the user's
-    # turn by itself, with the persona in the system turn; file: your own prompts.
-    source: Literal["persona", "no_persona", "pre_query", "file"] = "persona"
+    # turn by itself, with the persona in the system turn; keywords: SynPO's self-prompt generator;
+    # file: your own prompts.
+    source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
     personas: str | None = "tiny"  # "tiny", "hub" (Persona-Hub), or a file; null: none
-    data: str | None = None  # of source=file: a file, or the name of a data set on the hub
+    # Of source=file: a file, or the name of a data set on the hub. Of source=keywords the corpus:
+    # "tiny", such a file or data set, or a .txt file of paragraphs.
+    data: str | None = None
     config: str | None = None  # configuration of a data set on the hub
     split: str = "train"  # split of a data set on the hub
     column: str = "prompt"  # column of source=file that holds the prompts
@@ -108,8 +111,10 @@ class Prompts(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if (self.source == "file") != (self.data is not None):
-            raise ValueError("source=file and data belong together: set both, or neither")
+        if (self.source in ("file", "keywords")) != (self.data is not None):
+            raise ValueError(
+                "source=file or keywords and data belong together: set both, or neither"
+            )
         if self.source in ("persona", "no_persona") and self.personas is None:
             raise ValueError(f"source={self.source} needs personas (tiny, hub or a file)")
         return self
@@ -178,6 +183,36 @@ class Training(Section):
         return self
 
 
+class SFT(Section):
+    """How a helper of SynPO is trained: what differs from `training`."""
+
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: PositiveFloat
+    epochs: PositiveFloat
+    batch_size: PositiveInt
+
+
+class SynPO(Section):
+    seeds: str = "tiny"  # "tiny", or a file with columns prompt and answer
+    seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
+    generator: SFT  # of the self-prompt generator
+    improver: SFT  # of the response improver
+    scorer: str = "self"  # "self", "oracle", or the path or hub name of a reward model
+    # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
+    # kept from training.
+    check: str | None = None
+    threshold: NonNegativeFloat  # gap of scores above which a pair is kept
+    max_repetition: PositiveShare = 0.5  # of a text; more is dropped
+    max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
+    # Whose answers are rejected: the base's, or the last round's.
+    rejected: Literal["base", "previous"] = "base"
+
+
+class Iterations(Section):
+    grow: bool = True  # train on the pairs of earlier rounds, too
+    judge: Literal["current", "base"] = "current"  # each round's model, or always the base
+
+
 class Evaluation(Section):
     top_p: PositiveShare = 1.0
     # "test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a file (column prompt).
@@ -207,6 +242,8 @@ class Recipe(Section):
     name: str
     about: str = ""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    method: Literal["sao", "synpo"] = "sao"
+    rounds: PositiveInt = 1  # iterations: the tuned model makes the next data
     arms: tuple[Arm, ...] = ("self",)
     model: Model
     judge: Model | None = None  # another judge than the model itself
@@ -216,9 +253,16 @@ class Recipe(Section):
     pairs: Pairs
     training: Training
     evaluation: Evaluation
+    iterations: Iterations = Iterations()
+    synpo: SynPO | None = None  # of method=synpo
     # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
     others: dict[Name, Model] = Field(default_factory=dict)
     judges: dict[Name, Model] = Field(default_factory=dict)
+
+    @property
+    def iterated(self) -> bool:
+        """Whether the run is one of rounds (notebooks 08 and 09), not SAO's single one (01 to 06)."""
+        return self.method != "sao" or self.rounds > 1
 
     @property
     def judging_model(self) -> Model:
@@ -236,6 +280,8 @@ class Recipe(Section):
     def _fits_together(self):
         if self.model.adapter:
             raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
+        if self.method == "synpo" and self.synpo is None:
+            raise ValueError("method=synpo needs a section synpo")
         for name, values in (
             ("seeds", self.seeds),
             ("arms", self.arms),

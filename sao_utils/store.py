@@ -30,6 +30,7 @@ FILE_KEYS = {
     "prompts": ("personas", "data"),
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
+    "synpo": ("seeds", "check"),
 }
 NAMES = ("tiny", "hub", "test", "dev", "everyday")  # what is no file, whatever lies in the folder
 
@@ -115,7 +116,8 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     for section in ("others", "judges"):
         changes[section] = {name: model(of) for name, of in getattr(recipe, section).items()}
     for section, keys in FILE_KEYS.items():
-        settings = getattr(recipe, section)
+        if (settings := getattr(recipe, section)) is None:
+            continue
         found = {key: whole(getattr(settings, key), folders=key == "data") for key in keys}
         if section == "evaluation":
             found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
@@ -125,7 +127,11 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
 def input_files(recipe: Recipe) -> list[Path]:
     """The user's own files that a recipe names and that are there: no names of sets or of the hub."""
-    named = [getattr(getattr(recipe, s), key) for s, keys in FILE_KEYS.items() for key in keys]
+    named = [
+        getattr(getattr(recipe, section), key, None)  # a section may be None
+        for section, keys in FILE_KEYS.items()
+        for key in keys
+    ]
     return [Path(name) for name in named if name and name not in NAMES and Path(name).is_file()]
 
 

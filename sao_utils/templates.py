@@ -26,6 +26,7 @@ _MARKER = re.compile(  # also in full width, and with small brackets
     re.IGNORECASE,
 )
 _RANKING = re.compile(r"ranking[\s*]{0,9}:[\s*]{0,9}(\d(?:\s{0,9}>\s{0,9}\d+)+)", re.IGNORECASE)
+_QUESTION = re.compile(r"<question>(.*?)</question>", re.DOTALL)
 _USER_PROMPT = re.compile(r"([\"'*]{0,3})user prompt([\s*]{0,9}:\*{0,2})\s*", re.IGNORECASE)
 
 
@@ -104,3 +105,9 @@ def parse_user_prompt(text: str) -> str | None:
         opened += "*" * label.count("*")
     prompt = text.strip()[match.end() :].strip().removesuffix(opened[::-1]).strip()
     return prompt or None
+
+
+def parse_question(text: str) -> str | None:
+    """The question in a reply to SynPO's generator template; None without one that is closed."""
+    found = _QUESTION.search(text)
+    return found and found[1].strip() or None

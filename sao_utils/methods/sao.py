@@ -16,6 +16,7 @@ from sao_utils.disk import write_whole
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.questions import evaluated_prompts
 from sao_utils.machine import versions
+from sao_utils.methods.rounds import Round
 from sao_utils.recipe import Arm, Model, RecipeError
 from sao_utils.stages.judging import judge_pairs, response_pairs
 from sao_utils.stages.pairs import build_pairs
@@ -30,16 +31,22 @@ from sao_utils.training.processes import is_main
 Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]
 
 
-def steps(run: Run, policy: Model, judge: Model) -> Iterator[tuple[Stage, list[dict]]]:
+def steps(
+    run: Run, policy: Model, judge: Model, round: int = 0, seeds: Sequence[int] | None = None
+) -> Iterator[tuple[Stage, list[dict]]]:
     """One round of SAO, step by step; each step is made when it is asked for.
 
     Args:
         policy: the model that writes prompts and responses, and is to be trained.
         judge: the model that ranks the responses; the paper's is the policy itself.
+        round: 0 for the first; each has personas of its own.
+        seeds: by default all of the run: in the first round they share their models.
     """
-    personas = draw_personas(run)
+    personas = draw_personas(run, round)
+    personas = [row for row in personas if seeds is None or row["seed"] in seeds]
     yield "personas", personas
-    prompts = write_prompts(run, personas, policy)
+    prompts = write_prompts(run, personas, policy, round)
+    prompts = [row for row in prompts if seeds is None or row["seed"] in seeds]
     prompts = select_prompts(run, prompts, avoid=evaluated_prompts(run.recipe.evaluation))
     yield "prompts", prompts
     responses = write_responses(run, prompts, policy)
@@ -47,6 +54,12 @@ def steps(run: Run, policy: Model, judge: Model) -> Iterator[tuple[Stage, list[d
     verdicts = judge_pairs(run, response_pairs(responses), judge)
     yield "verdicts", verdicts
     yield "pairs", build_pairs(run, verdicts, policy)
+
+
+def sao_round(run: Run, this: Round) -> list[dict]:
+    """The pairs of one round of one seed."""
+    *_, (_, pairs_) = steps(run, this.policy, this.judge, this.number, [this.seed])
+    return pairs_
 
 
 def rows(run: Run, stage: Stage) -> list[dict]:

@@ -28,7 +28,7 @@ from sao_utils.store import Run, input_files
 #: The folder of the notebooks, beside the package in a checkout.
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 #: The notebooks that make up a run, by number; others (00, 07, ...) are for readers.
-NOTEBOOKS = "0[1-6]_*.ipynb"
+NOTEBOOKS = {"one round": "0[1-6]_*.ipynb", "sao": "08_*.ipynb", "synpo": "09_*.ipynb"}
 TRAINING = "04"  # from here on the model's weights are needed
 
 
@@ -66,7 +66,8 @@ def run_notebooks(
         RecipeError: a file of the user's that cannot be read; before any of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
-    every = sorted((folder or FOLDER).glob(NOTEBOOKS))
+    which = run.recipe.method if run.recipe.iterated else "one round"
+    every = sorted((folder or FOLDER).glob(NOTEBOOKS[which]))
     if not every:
         raise RunError(
             f"There are no notebooks in {folder or FOLDER}. The package brings none along: clone the "

@@ -6,6 +6,8 @@ no quality, and what needs an oracle is then left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sao_utils.oracles import tiny_world
 from sao_utils.oracles.tiny_oracle import inspect_answer
 
@@ -50,3 +52,30 @@ def tiny_personas(count: int, seed: int) -> list[str]:
 def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]:
     """Questions of the tiny world that are kept for evaluation ("dev" or "test")."""
     return tiny_world.held_out_questions(split, per_combination, seed)
+
+
+def tiny_seeds(count: int, seed: int) -> list[tuple[str, str]]:
+    """Prompts about half of the hobbies, each with an answer without a flaw: what a teacher gives."""
+    import random
+
+    rng, items = random.Random(f"seeds {seed}"), []
+    for _ in range(count):
+        question = tiny_world.draw_question(rng, hobby=rng.choice(tiny_world.SEED_HOBBIES))
+        answer = tiny_world.draw_answer(rng, question, flawed=False)
+        items.append((tiny_world.word_question(rng, question), str(answer)))
+    return items
+
+
+def is_seed_topic(prompt: str) -> bool | None:
+    """Whether a prompt is about a hobby of `tiny_seeds`; None if no oracle knows the prompt."""
+    question = tiny_world.parse_question(prompt)
+    return None if question is None else question.hobby in tiny_world.SEED_HOBBIES
+
+
+def tiny_paragraphs(count: int = 5_000) -> Iterator[str]:
+    """What people of the tiny world ask, about any hobby: the corpus that keywords come from."""
+    import random
+
+    rng = random.Random("paragraphs")
+    for _ in range(count):
+        yield tiny_world.word_question(rng, tiny_world.draw_question(rng), rng.choice(tiny_world.JOBS))

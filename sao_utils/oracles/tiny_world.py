@@ -158,6 +158,8 @@ SPLIT = _make_splits()
 _HELD_OUT_PEOPLE = {
     pair for pair in product(TRAITS, JOBS) if random.Random(f"{pair}").random() < 0.25
 }
+# Half of the hobbies: what SynPO's seed items are about.
+SEED_HOBBIES = random.Random(55).sample(HOBBIES, 20)
 # Four hobbies that people of a job ask about besides their own: personas shape prompts.
 JOB_HOBBIES = {job: random.Random(job).sample(HOBBIES, 4) for job in JOBS}
 

@@ -13,7 +13,8 @@ from sao_utils.plan.hardware import GIB, Gpu, model_shape
 from sao_utils.plan.hours import DECODE_SHARE, training_hours, work_hours
 from sao_utils.plan.measure import measured
 from sao_utils.plan.memory import room_gib, training_memory, work_memory
-from sao_utils.plan.workload import Rates, Work, rates_of, workload
+from sao_utils.plan.rounds import work_of
+from sao_utils.plan.workload import Rates, Work, rates_of
 from sao_utils.recipe import Recipe
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         ValueError: a model's shape is not known.
         RecipeError: a file that the recipe names is not there, or cannot be read.
     """
-    works, times = workload(recipe), {}
+    works, times = work_of(recipe), {}
     if gpu is None and measure:
         times = measured(recipe)
     elif gpu is None and recipe.model.path == "tiny":

@@ -171,7 +171,7 @@ def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
     return (
         Work("prompts", "model", model, written, of_prompt),
         Work("responses", "model", model, round(most * kept), of_response, most_rows=most),
-        _verdicts(recipe, rates, "verdicts", 2 * asked * kept * rates.judged, 2 * asked),
+        verdicts_work(recipe, rates, "verdicts", 2 * asked * kept * rates.judged, 2 * asked),
     )
 
 
@@ -181,8 +181,8 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     if recipe.judging.labelled:
         rows = 2 * len(read_table(recipe.judging.labelled))
         for name in recipe.judges:
-            yield _verdicts(recipe, rates, "labelled", rows, rows, f"judges.{name}")
-    yield _verdicts(recipe, rates, "labelled", rows, rows)
+            yield verdicts_work(recipe, rates, "labelled", rows, rows, f"judges.{name}")
+    yield verdicts_work(recipe, rates, "labelled", rows, rows)
     prompts, responses, _ = round_work(recipe, rates)
     tried = TEMPERATURES * min(TRIED, count) * seeds
     written = seeds * (min(WITHOUT, count) + OWN) + (tried if prompts.rows else 0)
@@ -193,7 +193,7 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     if recipe.judging.method == "logprob":
         rows, judging = 2 * min(SAMPLED, count * seeds), {"method": "sampled"}
         again = recipe.model_copy(update={"judging": recipe.judging.model_copy(update=judging)})
-        yield _verdicts(again, rates, "variants", rows, rows, part="verdicts, sampled")
+        yield verdicts_work(again, rates, "variants", rows, rows, part="verdicts, sampled")
 
 
 def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -207,7 +207,7 @@ def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
             yield Work(f"training {arm}-{seed}", "model", recipe.model, pairs, lengths)
 
 
-def _verdicts(
+def verdicts_work(
     recipe: Recipe,
     rates: Rates,
     stage: str,
@@ -256,7 +256,7 @@ def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, 
 def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """Answers to the run's own questions, and the comparisons that the notebooks make of them."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
-    count, question = _questions(recipe)
+    count, question = questions_of(recipe)
     for who, model, models in _compared(recipe, controls=True):
         rows = count * len(settings.temperatures) * models
         lengths = Lengths(question, min(rates.response, limit), question, limit)
@@ -269,10 +269,10 @@ def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     for who, arms, part in comparisons:
         most = 2 * count * arms * len(recipe.seeds)
         rows = most * rates.differing
-        yield _verdicts(recipe, rates, "comparisons", rows, most, who, part, limit)
+        yield verdicts_work(recipe, rates, "comparisons", rows, most, who, part, limit)
 
 
-def _questions(recipe: Recipe) -> tuple[int, float]:
+def questions_of(recipe: Recipe) -> tuple[int, float]:
     """How many questions the evaluation has, and their tokens in the mean."""
     source, published = recipe.evaluation.questions, _sizes()["benchmarks"]
     if source in published:

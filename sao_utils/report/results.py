@@ -10,7 +10,7 @@ import pandas as pd
 from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_name
 from sao_utils.methods import sao
-from sao_utils.report import leakage, sections, tables
+from sao_utils.report import leakage, rounds, sections, tables
 from sao_utils.report.card import write_card
 from sao_utils.report.table import as_csv, as_json, make_table
 from sao_utils.report.words import NOT_COMPARABLE, markdown, show
@@ -38,7 +38,8 @@ def results(run: Run, *names: str) -> pd.DataFrame:
     Args:
         names: of `SECTIONS`; by default all.
     """
-    return make_table(row for name in names or SECTIONS for row in SECTIONS[name](run))
+    every = {"rounds": rounds.rounds} if run.recipe.iterated else SECTIONS
+    return make_table(row for name in names or every for row in every[name](run))
 
 
 def write_tables(run: Run) -> pd.DataFrame:
@@ -56,6 +57,10 @@ def write_tables(run: Run) -> pd.DataFrame:
     write_whole(folder / "results.csv", as_csv(table))
     remark = f"\n{NOT_COMPARABLE}\n" if run.recipe.model.path == "tiny" else ""
     write_whole(folder / "results.md", f"{markdown(show(table))}\n{remark}")
+    if run.recipe.iterated:
+        columns = ["round", "seed", "step", "count"]
+        _write_csv(folder / "funnel.csv", rounds.funnel(run), columns)
+        return table
     counts = [(arm, *row) for arm in run.recipe.arms for row in sao.funnel(run, arm)]
     _write_csv(folder / "funnel.csv", counts, ["arm", "step", "count"])
     examples = [

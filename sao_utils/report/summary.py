@@ -42,10 +42,30 @@ def summary(folder: Path) -> str:
         f"seeds {recipe['seeds']}, {recipe['prompts']['count']:,} prompts a seed, "
         f"{recipe['training']['algorithm']}"
     ]
-    lines += [*_funnel(folder), *_judge(table), *_result(table), *_price(table)]
+    if "rounds" in set(table["section"]):
+        lines += _rounds(table)
+    else:
+        lines += [*_funnel(folder), *_judge(table), *_result(table), *_price(table)]
     if recipe["model"]["path"] == "tiny":
         lines += textwrap.wrap(NOT_COMPARABLE, WIDTH)
     return "\n".join(lines)
+
+
+def _rounds(table: pd.DataFrame) -> list[str]:
+    """A line for each model, in the order of the rounds: good answers by topic, wins, and its pairs."""
+    columns: dict[str, dict] = {}  # heading -> model -> row
+    greedy = table["temperature"].isna() | (table["temperature"] == table["temperature"].min())
+    for row in table[greedy].itertuples(index=False, name="Row"):
+        if row.metric == "answer length" or is_difference(row):
+            continue
+        heading = what(row) if row.metric != "win rate" else "win rate over base"
+        name = f"round {row.round}" if row.round else model_in_words(row.model)
+        columns.setdefault(heading, {})[name] = row
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    lines = [["Result, on held-out questions", *columns]]
+    lines.append(["", *(f"n = {sizes(cells.values())}" for cells in columns.values())])
+    lines += [[f"  {name}", *(_short(of.get(name)) for of in columns.values())] for name in names]
+    return _grid(lines)
 
 
 def _funnel(folder: Path) -> list[str]:

@@ -22,6 +22,9 @@ MODELS = {
     "sft_random": "SFT on random own answers",
     "random": "the same pairs, random labels",
     "oracle": "pairs with oracle labels",
+    "sao": "SAO",
+    "synpo": "SynPO",
+    "sft_seeds": "SFT on the seeds",
 }
 #: a flaw that the oracle finds -> what an answer with it does
 FLAWS = {
@@ -70,9 +73,12 @@ def what(row) -> str:
     parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
     if row.section == "judge":
         parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
+    if row.section == "rounds" and row.questions not in ("all", "training pairs"):
+        parts.insert(0, f"{row.questions}:")
     if row.section in ("benchmark", "task", "leakage"):
         parts.insert(0, f"{row.questions}:")
-    if row.section in ("quality", "leakage") and row.temperature is not None:
+    of_quality = row.section in ("quality", "leakage") or row.metric == "good answers"
+    if of_quality and row.temperature is not None:
         parts[-1] += f", {decoding(row.temperature)}"
     if row.judge not in (None, "self", "oracle"):
         parts[-1] += f", judged by {row.judge}"
@@ -93,10 +99,13 @@ def model_in_words(name: str | None) -> str:
 
 def models(row) -> str:
     """The model of a row: `base model`, or of a difference `self-judged pairs - base model`."""
+    name = model_in_words(row.model)
+    if row.section == "rounds" and row.round:
+        name += f", round {row.round}"
     if row.against is None:
-        return model_in_words(row.model)
+        return name
     sign = "-" if is_difference(row) else "against"
-    return f"{model_in_words(row.model)} {sign} {model_in_words(row.against)}"
+    return f"{name} {sign} {model_in_words(row.against)}"
 
 
 def is_difference(row) -> bool:

@@ -16,6 +16,7 @@ first token in which the verdicts differ is scored ("1" or "2"): the rest follow
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from sao_utils import oracles, templates
 from sao_utils.engines.base import Sampling
@@ -27,18 +28,27 @@ ORDERS = ("12", "21")
 
 
 def response_pairs(responses: list[dict]) -> list[dict]:
-    """The first two responses to each prompt, side by side.
+    """The first two responses to each prompt, side by side: rows of `side_by_side`.
 
     Args:
         responses: rows of `write_responses`.
+    """
+    by_prompt: dict[str, list[dict]] = {}
+    for row in responses:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    return side_by_side([rows[:2] for rows in by_prompt.values()])
+
+
+def side_by_side(couples: Iterable[Sequence[dict]]) -> list[dict]:
+    """Two responses to the same prompt as one row.
+
+    Args:
+        couples: two rows of `write_responses` or `improve` each.
 
     Returns:
         Rows {id, seed, round, prompt_id, response_ids [a, b], prompt, responses [a, b], lengths
         [tokens of a, b], finished [a, b], quality [a, b] | None: of the oracle, where one knows}.
     """
-    by_prompt: dict[str, list[dict]] = {}
-    for row in responses:
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
     return [
         {
             "id": row_id("pair", a["id"], b["id"], *_limits(a, b)),
@@ -52,7 +62,7 @@ def response_pairs(responses: list[dict]) -> list[dict]:
             "finished": [a["finished"], b["finished"]],
             "quality": oracles.quality(a["prompt"], a["text"], b["text"]),
         }
-        for a, b, *_ in by_prompt.values()
+        for a, b in couples
     ]
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from sao_utils.engines.base import NO_REPLY, escape_special_tokens, unanswered
 from sao_utils.engines.loading import load_tokenizer, model_name
 from sao_utils.engines.requests import estimated_tokens
-from sao_utils.recipe import Arm, Model, Pairs
-from sao_utils.store import Run, replace_rows, row_id
+from sao_utils.recipe import Arm, Model, Pairs, SynPO
+from sao_utils.stages.scoring import repetition
+from sao_utils.store import Run, read_rows, replace_rows, row_id
 
 AT_ONCE = 500  # pairs that are tokenised together: a token takes some 140 bytes until it is counted
 
@@ -47,7 +48,47 @@ def build_pairs(run: Run, verdicts: list[dict], policy: Model, arm: Arm = "self"
     return rows
 
 
-def _row(verdict: dict, arm: Arm, first_wins: bool, discarded: str | None) -> dict:
+def build_scored_pairs(
+    run: Run, scored: list[dict], policy: Model, name: str, settings: SynPO
+) -> list[dict]:
+    """SynPO's filter (arXiv 2410.06961, Algorithm 1): the first response of each pair is the chosen one.
+
+    A pair is kept if its gap is above `threshold` and neither text repeats itself too much; of what is
+    left `max_pairs` are drawn. Kept (in rows/pairs_<name>.jsonl) and returned as by `build_pairs`, with
+    "gap".
+
+    Args:
+        scored: rows of `score_gaps` or `best_and_worst`, of one seed and round.
+        policy: the model that is to be trained: its tokens are counted.
+        name: of the method.
+    """
+    rows = []
+    for pair, tokens in zip(scored, _count_tokens(policy, scored)):
+        discarded = None
+        if any(map(unanswered, pair["lengths"], pair["finished"])):
+            discarded = NO_REPLY
+        elif pair["responses"][0] == pair["responses"][1]:
+            discarded = "identical answers"
+        elif pair["gap"] is None:
+            discarded = "not scored"
+        elif pair["gap"] <= settings.threshold:
+            discarded = "gap too small"
+        elif max(map(repetition, pair["responses"])) > settings.max_repetition:
+            discarded = "repetitive"
+        else:
+            discarded = _unusable(pair, tokens, run.recipe.pairs)
+        rows.append({**_row(pair, name, True, discarded), "gap": pair["gap"]})
+    used = [row for row in rows if row["discarded"] is None]
+    if settings.max_pairs is not None and len(used) > settings.max_pairs:
+        lots = random.Random(f"pairs {used[0]['seed']} {used[0]['round']}")
+        drawn = {row["id"] for row in lots.sample(used, settings.max_pairs)}
+        for row in used:
+            row["discarded"] = None if row["id"] in drawn else "not drawn"
+    _keep(run, name, rows)
+    return rows
+
+
+def _row(verdict: dict, arm: str, first_wins: bool, discarded: str | None) -> dict:
     turn = 1 if first_wins else -1
     chosen, rejected = verdict["responses"][::turn]
     return {
@@ -65,13 +106,20 @@ def _row(verdict: dict, arm: Arm, first_wins: bool, discarded: str | None) -> di
     }
 
 
-def _keep(run: Run, arm: Arm, rows: list[dict]) -> None:
+def _keep(run: Run, arm: str, rows: list[dict]) -> None:
+    """Keep rows in the place of those of the same seed and round."""
     suffix = "" if arm == "self" else f"_{arm}"
-    used = [row for row in rows if row["discarded"] is None]
-    kept = [{key: value for key, value in row.items() if key != "discarded"} for row in used]
-    replace_rows(run.rows(f"pairs{suffix}"), kept)
-    rest = [row for row in rows if row["discarded"] is not None]
-    replace_rows(run.rows(f"discarded_pairs{suffix}"), rest)
+    seeds = list(run.recipe.seeds)
+    anew = {(row["seed"], row["round"]) for row in rows}
+    used, rest = [], []
+    for row in rows:
+        part = {key: value for key, value in row.items() if key != "discarded"}
+        used.append(part) if row["discarded"] is None else rest.append(row)
+    for stage, part in ((f"pairs{suffix}", used), (f"discarded_pairs{suffix}", rest)):
+        kept = [row for row in read_rows(run.rows(stage)) if row["seed"] in seeds]
+        kept = [row for row in kept if (row["seed"], row["round"]) not in anew] + part
+        kept.sort(key=lambda row: (row["round"], seeds.index(row["seed"])))
+        replace_rows(run.rows(stage), kept)
 
 
 def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | None]:

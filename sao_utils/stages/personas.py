@@ -17,8 +17,8 @@ HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, ne
 TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
 
 
-def draw_personas(run: Run) -> list[dict]:
-    """The personas of every seed, by `prompts.personas` and `prompts.count`.
+def draw_personas(run: Run, round: int = 0) -> list[dict]:
+    """The personas of every seed, by `prompts.personas` and `prompts.count`; of each round others.
 
     Returns:
         Rows {id, seed, persona}, `prompts.count` for each seed; with `prompts.personas: null` the
@@ -35,9 +35,10 @@ def draw_personas(run: Run) -> list[dict]:
     if source is None:
         texts = {seed: [None] * count for seed in seeds}
     elif source == "tiny":
-        texts = {seed: oracles.tiny_personas(count, seed) for seed in seeds}
+        drawn = {seed: oracles.tiny_personas(count * (round + 1), seed) for seed in seeds}
+        texts = {seed: drawn[seed][count * round :] for seed in seeds}
     elif source == "hub":
-        texts = {seed: _hub_personas(run, seed) for seed in seeds}
+        texts = {seed: _hub_personas(run, seed, round) for seed in seeds}
     else:
         every = read_column(source, "persona")
         different = list(dict.fromkeys(every))
@@ -47,37 +48,39 @@ def draw_personas(run: Run) -> list[dict]:
                 "out.",
                 stacklevel=2,
             )
-        texts = {seed: _pick([*different], count, seed, source) for seed in seeds}
+        texts = {seed: _pick([*different], count, seed, source, round) for seed in seeds}
     return [
-        {"id": row_id("persona", seed, k, text), "seed": seed, "persona": text}
+        {"id": row_id("persona", seed, k + count * round, text), "seed": seed, "persona": text}
         for seed in seeds
         for k, text in enumerate(texts[seed])
     ]
 
 
-def _pick(different: list[str], count: int, seed: int, source: str) -> list[str]:
-    """The first `count` of a list that is shuffled in place, by the seed."""
-    if len(different) < count:
+def _pick(different: list[str], count: int, seed: int, source: str, round: int = 0) -> list[str]:
+    """The `count` of a round, from a list that is shuffled in place by the seed."""
+    if len(different) < count * (round + 1):
         raise RecipeError(
-            f"{source} has {len(different)} different personas that no earlier seed has taken, "
-            f"prompts.count asks for {count}. Lower the count."
+            f"{source} has {len(different) - count * round} different personas that no earlier seed or "
+            f"round has taken, prompts.count asks for {count}. Lower the count."
         )
     # Not `sample`, which draws others for another count: a run whose count is raised goes on.
     random.Random(seed).shuffle(different)
-    return different[:count]
+    return different[count * round : count * (round + 1)]
 
 
-def _hub_personas(run: Run, seed: int) -> list[str]:
-    """The kept personas of a seed; or new ones that no other seed of the run has."""
+def _hub_personas(run: Run, seed: int, round: int) -> list[str]:
+    """The kept personas of a seed and round; or new ones that no other one of the run has."""
     count, path = run.recipe.prompts.count, run.rows("personas")
-    job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed), "seed": seed, "count": count}
+    of_round = (round,) if round else ()
+    job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed, *of_round)}
+    job |= {"seed": seed, "round": round, "count": count}
 
     def fetch(jobs: list[dict]) -> Iterator[list[dict]]:
         revision = _hub_revision()
         taken = {
             text
             for row in read_rows(path)
-            if row.get("count") == count and row["seed"] != seed
+            if row.get("count") == count and (row["seed"], row.get("round", 0)) != (seed, round)
             for text in row["texts"]
         }
         different = dict.fromkeys(text for text in _stream_from_hub(revision) if text not in taken)

@@ -3,7 +3,9 @@
 `persona` is the paper's way: the model reads its template with a persona in it. `no_persona` is the
 paper's ablation. `pre_query` lets the model write the user's turn after an empty user header, with the
 persona in the system turn: Magpie's way (Xu et al. 2024, arXiv 2406.08464), which small models can go.
-`file` takes prompts that there are already. All give the same rows, and count what they discard.
+`file` takes prompts that there are already. `keywords` is SynPO's way (arXiv 2410.06961): a model that
+was trained for it, the self-prompt generator, writes a prompt and its solution around three keywords. All
+give the same rows, and count what they discard.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from sao_utils.engines.base import NO_REPLY, Sampling, unanswered
 from sao_utils.engines.loading import model_name
 from sao_utils.engines.requests import MADE, batches_of_replies
 from sao_utils.files import is_table, read_column, texts_of
-from sao_utils.recipe import Model, RecipeError
+from sao_utils.recipe import Model, Prompts, RecipeError
 from sao_utils.stages.overlap import near_duplicates, shared_ngrams
 from sao_utils.store import Run, make_rows, replace_rows, row_id, standing
 
 IN_EVALUATION = "in an evaluation set"
 NEAR_DUPLICATE = "near-duplicate"
+#: template -> how its reply is read; of the others as "User prompt: ..."
+PARSERS = {None: lambda text: text.strip() or None, "keywords": templates.parse_question}
 FEW = 20  # prompts below which no share of them is judged (ours)
 
 
@@ -30,16 +34,17 @@ class StageFailed(RuntimeError):
     """A stage ran, and what it made is of no use; the message says what to change."""
 
 
-def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0) -> list[dict]:
+def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) -> list[dict]:
     """The prompts of every seed, by `prompts.source`.
 
     Args:
-        personas: rows of `draw_personas`; one prompt is written for each. Not read if source is `file`.
+        about: rows of `draw_personas`, or for `keywords` of `keyword_lists`; one prompt is written for
+            each. Not read if source is `file`.
         policy: the model that writes.
 
     Returns:
-        Rows {id, seed, round, source, persona, model, temperature, reply, prompt, discarded, tokens,
-        finished}. `discarded` is None, or says why the row goes no further: "malformed" (the reply
+        Rows {id, seed, round, source, persona or keywords, model, temperature, reply, prompt, discarded,
+        tokens, finished}. `discarded` is None, or says why the row goes no further: "malformed" (the reply
         does not begin as the template asks), "cut off" (at the token limit), `NO_REPLY`, or "evaluation
         question" (an oracle keeps it for evaluation, so training on it would leak). `select_prompts`
         discards more.
@@ -58,12 +63,12 @@ def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0)
         "model": policy.label,
         "temperature": settings.temperature,
     }
-    jobs = [{**row, **facts, "id": row_id(*made_with, row["id"], *of_round)} for row in personas]
+    jobs = [{**row, **facts, "id": row_id(*made_with, row["id"], *of_round)} for row in about]
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         by_id = {job["id"]: job for job in outstanding}
         requests = [
-            {"id": job["id"], "chat": _chat(template, job["persona"]), "sampling": sampling}
+            {"id": job["id"], "chat": _chat(template, job), "sampling": sampling}
             for job in outstanding
         ]
         for batch in batches_of_replies(run, "prompts", policy, requests):
@@ -72,17 +77,26 @@ def write_prompts(run: Run, personas: list[dict], policy: Model, round: int = 0)
     return make_rows(run, "prompts", jobs, work, policy.max_context)
 
 
-def _chat(template: str | None, persona: str | None) -> list[dict]:
+def _chat(template: str | None, job: dict) -> list[dict]:
     """What the model reads: a filled template, or a user's turn that it is to write itself."""
+    if template == "keywords":
+        return generator_chat(job["keywords"])
+    persona = job["persona"]
     if template:
         return [{"role": "user", "content": templates.render(template, persona=persona)}]
     system = [{"role": "system", "content": templates.render("pre_query", persona=persona)}]
     return (system if persona else []) + [{"role": "user", "content": "", "open": True}]
 
 
+def generator_chat(keywords: list[str]) -> list[dict]:
+    """What SynPO's self-prompt generator reads, in training and when it writes."""
+    content = templates.render("keywords", keywords=", ".join(keywords))
+    return [{"role": "user", "content": content}]
+
+
 def _row(job: dict, reply: dict, template: str | None) -> dict:
     text = reply["text"]
-    prompt = templates.parse_user_prompt(text) if template else text.strip() or None
+    prompt = PARSERS.get(template, templates.parse_user_prompt)(text)
     if unanswered(reply["tokens"], reply["finished"]):
         discarded = NO_REPLY
     elif prompt is None:
@@ -98,7 +112,11 @@ def _row(job: dict, reply: dict, template: str | None) -> dict:
 def _own_prompts(run: Run, round: int) -> list[dict]:
     """Prompts of a file, or of a data set on the hub: for each seed `prompts.count`, at random."""
     settings = run.recipe.prompts
-    every = read_column(settings.data, settings.column) if is_table(settings.data) else _of_hub(run)
+    every = (
+        read_column(settings.data, settings.column)
+        if is_table(settings.data)
+        else hub_column(settings)
+    )
     if len(every) < settings.count:
         print(f"{settings.data} has {len(every)} prompts, fewer than prompts.count: all are taken.")
     rows = []
@@ -115,16 +133,15 @@ def _own_prompts(run: Run, round: int) -> list[dict]:
                 "prompt": text,
                 "discarded": "evaluation question" if oracles.is_held_out(text) else None,
             }
-            for k, text in numbered[: settings.count]
+            for k, text in numbered[settings.count * round : settings.count * (round + 1)]
         ]
     return rows
 
 
-def _of_hub(run: Run) -> list[str]:
+def hub_column(settings: Prompts) -> list[str]:
     """A column of a data set on the hub. Raises RecipeError when it cannot be had."""
     from datasets import load_dataset
 
-    settings = run.recipe.prompts
     try:
         rows = load_dataset(settings.data, settings.config, split=settings.split)
     except Exception as error:  # offline, gated, no such name, split or configuration

@@ -194,7 +194,8 @@ def test_a_connection_that_stays_lost_is_told_with_what_to_do(results, lossy_hub
 
 def test_a_hub_with_too_few_personas_left_says_so(results, local_hub):
     with pytest.raises(
-        RecipeError, match="1 different personas that no earlier seed has taken.*asks for 15"
+        RecipeError,
+        match="1 different personas that no earlier seed or round has taken.*asks for 15",
     ):
         personas.draw_personas(hub_run("hub", (0, 1, 2)))
 

@@ -1,0 +1,75 @@
+"""Reward models: one number for a prompt and a response (sequence classification in transformers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
+from sao_utils.engines.loading import load_tokenizer, model_folder, precision
+from sao_utils.recipe import Model
+
+
+def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]]:
+    """The reward of each chat's last message; yields batches of (index of the chat, reward).
+
+    Args:
+        model: a sequence classifier with one output, in safetensors and without code of its own.
+
+    Raises:
+        EngineError: the model is of another kind; the message says which can be taken.
+    """
+    import torch
+
+    classifier, tokenizer = _load(model), load_tokenizer(model)
+    texts = [
+        tokenizer.apply_chat_template(
+            escape_special_tokens(chat, tokenizer), tokenize=False, **model.template_options
+        )
+        for chat in chats
+    ]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    waiting = sorted(range(len(ids)), key=lambda k: len(ids[k]))
+    while waiting:
+        # Of like length, so that little is padded; the longest of a batch sets its size.
+        longest, batch = len(ids[waiting[-1]]), []
+        while waiting and (len(batch) + 1) * longest <= max(model.batch_tokens, longest):
+            batch.append(waiting.pop())
+        padded = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(padded)
+        for row, k in enumerate(batch):
+            padded[row, : len(ids[k])] = torch.tensor(ids[k])
+            mask[row, : len(ids[k])] = 1
+        with torch.inference_mode():
+            place = classifier.device
+            out = classifier(input_ids=padded.to(place), attention_mask=mask.to(place))
+        yield list(zip(batch, out.logits[:, 0].float().tolist()))
+
+
+def _load(model: Model):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    advice = (
+        "A reward model is a sequence classifier with one output, in safetensors and without code of "
+        "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
+        "their own, which the kit does not run."
+    )
+    try:
+        classifier, about = AutoModelForSequenceClassification.from_pretrained(
+            model_folder(model.path),
+            revision=model.revision,
+            dtype=getattr(torch, precision(model)[0]),
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"The reward model {model.path} cannot be loaded: {error}. {advice}"
+        ) from error
+    if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
+        raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
+    if classifier.config.pad_token_id is None:  # with it the last token before the padding is found
+        classifier.config.pad_token_id = load_tokenizer(model).pad_token_id or 0
+    return classifier.eval()

@@ -1,0 +1,75 @@
+"""Iterations of any method: M0 makes the data that M1 is trained on, M1 those of M2, and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sao_utils.evaluation.answers import Candidate
+from sao_utils.methods.rounds import Round, with_adapter
+from sao_utils.methods.sao import sao_round
+from sao_utils.methods.synpo import synpo_round
+from sao_utils.recipe import Model
+from sao_utils.store import Run
+from sao_utils.training.fit import fit
+
+#: method -> its round: (run, Round) -> the pairs it makes. Add a method here.
+METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {"sao": sao_round, "synpo": synpo_round}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of one round: its model, its judge, and all pairs it made (with `discarded`)."""
+
+    candidate: Candidate
+    judge: Model
+    pairs: list[dict]
+
+
+def iterate(
+    run: Run,
+    seed: int,
+    name: str | None = None,
+    round_: Callable[[Run, Round], list[dict]] | None = None,
+    watch: Callable[[list[dict]], None] | None = None,
+) -> Iterator[Trained]:
+    """The models M1, M2, ... of one seed, each as soon as it is trained.
+
+    Args:
+        name: of the method, in tables and folders; by default the recipe's.
+        round_: a round of a method of your own; by default that of `name`.
+        watch: called with all rows of a training's log after every step.
+    """
+    recipe = run.recipe
+    name = name or recipe.method
+    make_pairs = round_ or METHODS[name]
+    base = policy = recipe.model
+    pool: list[dict] = []
+    for number in range(recipe.rounds):
+        judge = judge_of(run, policy)
+        made = make_pairs(run, Round(number, seed, policy, base, judge))
+        new = [row for row in made if row["discarded"] is None]
+        pool = pool + new if recipe.iterations.grow else new
+        folder = run.folder / "adapters" / f"{name}-round{number + 1}-{seed}"
+        fit(base, pool, recipe.training, recipe.training.algorithm, seed, folder, watch)
+        policy = with_adapter(base, folder)
+        yield Trained(Candidate(name, seed, policy, number + 1), judge, made)
+
+
+def first_round(run: Run, seed: int) -> Round:
+    """The models of the first round: the base is policy, and judge unless the recipe names one."""
+    base = run.recipe.model
+    return Round(0, seed, base, base, judge_of(run, base))
+
+
+def all_rounds(run: Run) -> list[Trained]:
+    """Every round of every seed, made as far as it is missing."""
+    return [trained for seed in run.recipe.seeds for trained in iterate(run, seed)]
+
+
+def judge_of(run: Run, policy: Model) -> Model:
+    """Who judges a round: the recipe's judge if it names one, else the policy of now or the base."""
+    recipe = run.recipe
+    if recipe.judge is not None:
+        return recipe.judge
+    return policy if recipe.iterations.judge == "current" else recipe.model

@@ -1,0 +1,115 @@
+"""What a run of rounds asks of which model: SAO's iterations, and SynPO.
+
+As in `workload`: counts follow the method, lengths and what filters keep are assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from sao_utils import templates
+from sao_utils.plan.workload import (
+    Lengths,
+    Rates,
+    Work,
+    questions_of,
+    rates_of,
+    round_work,
+    tokens,
+    verdicts_work,
+    workload,
+)
+from sao_utils.recipe import SFT, Recipe
+
+#: Shares that no run has measured for SynPO: of the seeds whose gold answer is better, of pairs kept.
+BETTER, KEPT = 0.6, 0.5
+KEYWORDS = 8  # tokens of three
+
+
+def work_of(recipe: Recipe) -> list[Work]:
+    """What a run of a recipe asks of its models: of one round (`workload`), or of several.
+
+    Raises:
+        RecipeError: a file that the recipe names is not there, or cannot be read.
+    """
+    if recipe.iterated:
+        return [work for work in rounds_work(recipe, rates_of(recipe)) if work.rows]
+    return workload(recipe)
+
+
+def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
+    """What all rounds of all seeds ask of the recipe's models, in order, and their evaluation."""
+    of_method = _synpo_round if recipe.method == "synpo" else _sao_round
+    works = list(_generator(recipe, rates)) if recipe.method == "synpo" else []
+    pairs = 0
+    for number in range(recipe.rounds):
+        made, new = of_method(recipe, rates, number)
+        pairs = pairs + new if recipe.iterations.grow else new
+        works += [replace(work, part=f"round {number + 1}") for work in made]
+        read = rates.pair * recipe.training.epochs
+        works += _trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
+    return [*works, *_evaluation(recipe, rates)]
+
+
+def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
+    pairs = recipe.prompts.count * rates.prompts_kept * rates.pairs_kept
+    return list(round_work(recipe, rates)), round(pairs)
+
+
+def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
+    settings, seeds, model = recipe.synpo, len(recipe.seeds), recipe.model
+    limit, most = recipe.prompts.max_new_tokens, recipe.responses.max_new_tokens
+    asked = recipe.prompts.count * seeds
+    kept, seeded = round(asked * rates.prompts_kept), settings.seed_count * seeds
+    read = tokens(templates.source("keywords")) + KEYWORDS
+    rewritten = tokens(templates.source("improver")) + rates.prompt + rates.response
+    of_prompt = Lengths(read, min(rates.prompt + rates.response, limit), read + KEYWORDS, limit)
+    of_answer = Lengths(rates.prompt, rates.response, limit, most)
+    of_rewriting = Lengths(rewritten, rates.response, rewritten + limit + most, most)
+    answers = kept * (2 if settings.rejected == "base" and number else 1) + seeded
+    works = [
+        Work("prompts", "model", model, asked, of_prompt),
+        Work("responses", "model", model, answers, of_answer),
+        Work("improved", "model", model, kept, of_rewriting),
+    ]
+    if settings.scorer == "self":
+        works.append(
+            verdicts_work(recipe, rates, "scores", 2 * (kept + seeded), 2 * (kept + seeded))
+        )
+    examples = round(settings.seed_count * BETTER)
+    name = f"improver-round{number + 1}"
+    length = rewritten + rates.response
+    works += _helper(recipe, name, examples, length, settings.improver)
+    pairs = round(recipe.prompts.count * rates.prompts_kept * KEPT)
+    return works, min(pairs, settings.max_pairs or pairs)
+
+
+def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    read = tokens(templates.source("keywords")) + KEYWORDS + rates.prompt + rates.response
+    settings = recipe.synpo
+    yield from _helper(recipe, "generator", settings.seed_count, read, settings.generator)
+    read = rates.prompt + rates.response
+    yield from _helper(recipe, "sft_seeds", settings.seed_count, read, settings.improver)
+
+
+def _helper(recipe: Recipe, name: str, rows: int, read: float, how: SFT) -> Iterator[Work]:
+    return _trainings(recipe, name, rows, read * how.epochs)
+
+
+def _trainings(recipe: Recipe, name: str, rows: int, read: float) -> Iterator[Work]:
+    for seed in recipe.seeds:
+        lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
+        yield Work(f"training {name}-{seed}", "model", recipe.model, rows, lengths)
+
+
+def _evaluation(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """Answers of the base and of every round's model, and each round's comparison with the base."""
+    settings, (count, question) = recipe.evaluation, questions_of(recipe)
+    tuned = (recipe.rounds + (recipe.method == "synpo")) * len(recipe.seeds)
+    limit = settings.max_new_tokens
+    lengths = Lengths(question, min(rates.response, limit), question, limit)
+    rows = count * len(settings.temperatures) * (1 + tuned)
+    yield Work("answers", "model", recipe.model, rows, lengths)
+    most = 2 * count * tuned
+    yield verdicts_work(recipe, rates, "comparisons", most * rates.differing, most, limit=limit)

@@ -1,0 +1,178 @@
+"""The section "rounds" of a run's table of results: what each iteration of a method came to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+
+from sao_utils import oracles
+from sao_utils.evaluation import comparisons
+from sao_utils.evaluation.answers import Candidate, answer_questions
+from sao_utils.evaluation.questions import questions
+from sao_utils.methods.iterate import Trained, all_rounds
+from sao_utils.methods.synpo import train_on_seeds
+from sao_utils.report.sections import rate
+from sao_utils.report.table import make_row, make_table
+from sao_utils.stages.judging import judge_pairs
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean
+from sao_utils.store import Run
+
+#: subset of the questions -> which of them it holds
+TOPICS: dict[str, Callable[[str], bool | None]] = {
+    "all": lambda prompt: True,
+    "seed topics": oracles.is_seed_topic,
+    "other topics": lambda prompt: oracles.is_seed_topic(prompt) is False,
+}
+
+
+def rounds(run: Run) -> Iterator[dict]:
+    """Good answers, lengths and wins of each round's model, and what its pairs are worth."""
+    made = all_rounds(run)
+    candidates = [one.candidate for one in made]
+    if run.recipe.method == "synpo":
+        for seed in run.recipe.seeds:
+            model = train_on_seeds(run, run.recipe.model, seed)
+            candidates.append(Candidate("sft_seeds", seed, model))
+    answers = _answers(run, candidates)
+    yield from _quality(run, answers)
+    yield from _lengths(run, answers)
+    yield from _win_rates(run, answers)
+    yield from _pairs(run, made)
+
+
+def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
+    """Good answers of the base and of some rounds' models, as a table of results."""
+    return make_table(_quality(run, _answers(run, [one.candidate for one in made])))
+
+
+def _answers(run: Run, candidates: list[Candidate]) -> list[dict]:
+    everyone = [Candidate("base", None, run.recipe.model), *candidates]
+    asked = questions(run.recipe.evaluation)
+    return answer_questions(run, everyone, asked, run.recipe.evaluation.temperatures)
+
+
+def _models(answers: list[dict]) -> list[tuple[str, int]]:
+    """(name, round) of every model but the base, in order."""
+    return sorted({(row["model"], row["round"]) for row in answers if row["model"] != "base"})
+
+
+def _of(rows: list[dict], model: str, number: int = 0) -> list[dict]:
+    return [row for row in rows if (row["model"], row["round"]) == (model, number)]
+
+
+def _mean(run: Run, rows: list[dict], values: list) -> Interval:
+    """The mean of values of answers, clustered, over all trainings."""
+    by, runs = [row["combination"] for row in rows], [row["seed"] for row in rows]
+    return clustered_mean(values, by, run.recipe.evaluation.bootstrap, runs=runs)
+
+
+def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
+    known = [row for row in answers if row["good"] is not None]
+    # Seeds are SynPO's: without them all topics are alike.
+    topics = TOPICS if run.recipe.synpo else {"all": TOPICS["all"]}
+    for temperature in run.recipe.evaluation.temperatures:
+        for topic, holds in topics.items():
+            rows = [r for r in known if r["temperature"] == temperature and holds(r["question"])]
+            where = {"questions": topic, "temperature": temperature, "judge": "oracle"}
+            before = {row["question_id"]: row["good"] for row in _of(rows, "base")}
+            if not before:
+                continue
+            for model, number in [("base", 0), *_models(rows)]:
+                of = _of(rows, model, number)
+                good = [row["good"] for row in of]
+                names = {"model": model, "round": number, **where}
+                yield make_row("rounds", "good answers", _mean(run, of, good), **names)
+                if model != "base":
+                    gain = clustered_difference(
+                        good,
+                        [before[row["question_id"]] for row in of],
+                        [row["combination"] for row in of],
+                        run.recipe.evaluation.bootstrap,
+                        runs=[row["seed"] for row in of],
+                    )
+                    names["against"] = "base"
+                    yield make_row("rounds", "good answers", gain, "points", **names)
+
+
+def _lengths(run: Run, answers: list[dict]) -> Iterator[dict]:
+    first = run.recipe.evaluation.temperatures[0]
+    rows = [row for row in answers if row["temperature"] == first]
+    for model, number in [("base", 0), *_models(rows)]:
+        of = _of(rows, model, number)
+        found = _mean(run, of, [float(row["tokens"]) for row in of])
+        names = {"model": model, "round": number, "questions": "all", "temperature": first}
+        yield make_row("rounds", "answer length", found, **names)
+
+
+def _win_rates(run: Run, answers: list[dict]) -> Iterator[dict]:
+    """Against the base, by the same judge for all rounds: the recipe's, else the base."""
+    first = run.recipe.evaluation.temperatures[0]
+    rows = [row for row in answers if row["temperature"] == first]
+    judge = run.recipe.judging_model
+    for model, number in _models(rows):
+        of = _of(rows, model, number)
+        verdicts = comparisons.compare_answers(run, of, _of(rows, "base"), "self", judge)
+        names = {"model": model, "round": number, "against": "base", "judge": "self"}
+        where = {"questions": "all", "temperature": first}
+        yield make_row("rounds", "win rate", rate(verdicts), **names, **where)
+
+
+def funnel(run: Run) -> list[tuple[int, int, str, int]]:
+    """(round, seed, step, count): prompts that were answered, minus each reason, the pairs that are left."""
+    rows = []
+    for one in all_rounds(run):
+        counts = Counter(row["discarded"] or "pairs" for row in one.pairs)
+        used = counts.pop("pairs", 0)
+        steps = [("prompts answered", len(one.pairs))]
+        steps += [(reason, -count) for reason, count in counts.most_common()]
+        where = (one.candidate.round, one.candidate.seed)
+        rows += [(*where, step, count) for step, count in [*steps, ("pairs", used)]]
+    return rows
+
+
+def _pairs(run: Run, made: list[Trained]) -> Iterator[dict]:
+    """How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
+    signs that need no oracle: how often the judge's orders disagree, and how often the base agrees."""
+    for number in range(1, run.recipe.rounds + 1):
+        of_round = [one for one in made if one.candidate.round == number]
+        rows = [row for one in of_round for row in one.pairs]
+        used = [row for row in rows if row["discarded"] is None]
+        where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
+        known = [row for row in used if (gap := _true_gap(row)) is not None and gap != 0]
+        found = {
+            "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
+            "chosen is better": _share(known, [_true_gap(row) > 0 for row in known]),
+        }
+        judged = [row for row in rows if row["outcome"] in ("consistent", "inconsistent")]
+        if judged:
+            flipped = [row["outcome"] == "inconsistent" for row in judged]
+            found["flip rate"] = _share(judged, flipped)
+        base = run.recipe.model
+        if used and any(one.judge not in (base, run.recipe.judge) for one in of_round):
+            again = judge_pairs(run, [_as_pair(row) for row in used], base, "base_verdicts")
+            agrees = [row["margin"] is not None and row["margin"] > 0 for row in again]
+            found["base agrees"] = _share(used, agrees)
+        for metric, one in found.items():
+            judge = "oracle" if metric == "chosen is better" else "self"
+            yield make_row("rounds", metric, one, judge=judge, **where)
+
+
+def _share(rows: list[dict], values: list[bool]) -> Interval:
+    """A share of pairs, clustered by what their prompts ask for, over all trainings."""
+    by = [oracles.cluster(row["prompt"][-1]["content"]) for row in rows]
+    return clustered_mean(values, by, runs=[row["seed"] for row in rows])
+
+
+def _as_pair(row: dict) -> dict:
+    """A row of `build_pairs` in the form that judges take."""
+    texts = [row[side][-1]["content"] for side in ("chosen", "rejected")]
+    return {"id": row["id"], "prompt": row["prompt"][-1]["content"], "responses": texts}
+
+
+def _true_gap(row: dict) -> int | None:
+    """By how many flaws the chosen answer is better; None if no oracle knows the prompt."""
+    pair = _as_pair(row)
+    quality = oracles.quality(pair["prompt"], *pair["responses"])
+    return None if quality is None else quality[0] - quality[1]

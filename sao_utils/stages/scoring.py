@@ -1,0 +1,126 @@
+"""Scores of responses, by which SynPO keeps a pair (arXiv 2410.06961, section 2.2).
+
+Three kinds of scorers give the same number, how much better one response is than the other to the same
+prompt: a judge (its margin in nats), a reward model (a difference of rewards), and as the upper bound
+the oracle (a difference of flaws). The paper's scorers, PairRM and ArmoRM, are of the second kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from sao_utils.engines.loading import model_name
+from sao_utils.recipe import Model
+from sao_utils.stages.judging import judge_pairs, side_by_side
+from sao_utils.store import Run, make_rows, row_id
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Who scores: a model that judges, a reward model, or the oracle."""
+
+    kind: Literal["judge", "reward", "oracle"]
+    model: Model | None = None
+
+
+def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores") -> list[dict]:
+    """By how much the first response of each pair is better than the second.
+
+    Args:
+        pairs: rows of `side_by_side`.
+        stage: what the scores are kept as.
+
+    Returns:
+        The pairs with {gap: float, None where the scorer does not say; outcome, margin: a judge's, or
+        None}.
+    """
+    if scorer.kind == "judge":
+        judged = judge_pairs(run, pairs, scorer.model, stage)
+        same = [row["outcome"] == "identical" for row in judged]
+        return [{**row, "gap": 0.0 if alike else row["margin"]} for row, alike in zip(judged, same)]
+    if scorer.kind == "oracle":
+        found = [pair["quality"] for pair in pairs]
+    else:
+        found = _rewards(run, pairs, scorer.model, stage)
+    gaps = [None if scores is None else float(scores[0] - scores[1]) for scores in found]
+    return [{**pair, "gap": gap, "outcome": None, "margin": None} for pair, gap in zip(pairs, gaps)]
+
+
+def best_and_worst(
+    run: Run, responses: list[dict], scorer: Scorer, stage: str = "ranks"
+) -> list[dict]:
+    """The best and the worst of several responses to each prompt, side by side.
+
+    Every two responses to a prompt are compared; a response's score is the mean of its gaps to the
+    others. For a reward model or the oracle that is the order of their own scores.
+
+    Args:
+        responses: rows of `write_responses`, two or more to each prompt.
+
+    Returns:
+        Rows of `side_by_side` with {gap: the difference of both scores, outcome and margin: None}.
+    """
+    by_prompt: dict[str, list[dict]] = {}
+    for row in responses:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    couples = [couple for rows in by_prompt.values() for couple in combinations(rows, 2)]
+    total = dict.fromkeys((row["id"] for row in responses), 0.0)
+    for row in score_gaps(run, side_by_side(couples), scorer, stage):
+        first, second = row["response_ids"]
+        total[first] += row["gap"] or 0.0
+        total[second] -= row["gap"] or 0.0
+    chosen = [
+        (max(rows, key=lambda r: total[r["id"]]), min(rows, key=lambda r: total[r["id"]]))
+        for rows in by_prompt.values()
+    ]
+    others = {best["prompt_id"]: len(by_prompt[best["prompt_id"]]) - 1 for best, _ in chosen}
+    return [
+        {**row, "outcome": None, "margin": None}
+        | {"gap": (total[best["id"]] - total[worst["id"]]) / others[best["prompt_id"]]}
+        for row, (best, worst) in zip(side_by_side(chosen), chosen)
+    ]
+
+
+def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float]]:
+    """The rewards [a, b] of each pair's responses, kept in rows/<stage>.jsonl, each once."""
+    from sao_utils.engines.reward import rewards
+
+    name = model_name(scorer)
+    keys = [[row_id("reward", name, i) for i in pair["response_ids"]] for pair in pairs]
+    jobs = {
+        key: {
+            "id": key,
+            "response_id": i,
+            "model": scorer.label,
+            "chat": _chat(pair["prompt"], text),
+        }
+        for pair, ids in zip(pairs, keys)
+        for key, i, text in zip(ids, pair["response_ids"], pair["responses"])
+    }
+
+    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
+        for batch in rewards(scorer, [job["chat"] for job in outstanding]):
+            yield [
+                {k: v for k, v in outstanding[i].items() if k != "chat"} | {"reward": reward}
+                for i, reward in batch
+            ]
+
+    made = {row["id"]: row["reward"] for row in make_rows(run, stage, list(jobs.values()), work)}
+    return [[made[key] for key in ids] for ids in keys]
+
+
+def _chat(prompt: str, response: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Share of a text's runs of n words that repeat an earlier one; 0 for fewer than n + 1 words.
+
+    SynPO drops text with more than 50 % repetition and does not say how it is measured; this is ours.
+    """
+    words = text.lower().split()
+    runs = [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else 0.0

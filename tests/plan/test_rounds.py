@@ -1,0 +1,37 @@
+"""A plan of several rounds counts each of them."""
+
+import pytest
+
+from sao_utils.plan.rounds import work_of
+from sao_utils.recipes import load_recipe
+
+
+def rows(recipe, stage, part=None):
+    return [w.rows for w in work_of(recipe) if w.stage == stage and part in (None, w.part)]
+
+
+@pytest.mark.parametrize("name", ["tiny-iterations", "tiny-synpo"])
+def test_every_round_of_every_seed_writes_its_prompts(name):
+    recipe = load_recipe(name, {"rounds": 2, "seeds": [0, 1], "prompts.count": 100})
+    assert rows(recipe, "prompts") == [200, 200]
+    assert rows(recipe, "prompts", "round 2") == [200]
+
+
+def test_a_growing_data_set_makes_each_training_larger_than_the_last():
+    grows = load_recipe("tiny-iterations", {"iterations.grow": True})
+    stays = load_recipe("tiny-iterations", {"iterations.grow": False})
+    of = lambda recipe: [rows(recipe, f"training sao-round{k}-0")[0] for k in (1, 2, 3)]  # noqa: E731
+    first, second, third = of(grows)
+    assert (second, third) == (2 * first, 3 * first)
+    assert of(stays) == [first] * 3
+
+
+def test_synpo_trains_its_generator_once_and_an_improver_each_round():
+    stages = [w.stage for w in work_of(load_recipe("tiny-synpo", {"rounds": 3}))]
+    assert stages.count("training generator-0") == 1
+    assert sum(stage.startswith("training improver") for stage in stages) == 3
+
+
+def test_one_round_of_sao_is_planned_as_before():
+    recipe = load_recipe("tiny")
+    assert not recipe.iterated and rows(recipe, "verdicts")
