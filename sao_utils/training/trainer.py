@@ -242,13 +242,16 @@ class PairTrainer(Trainer):
             losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, settings.dpo_beta)
             better = settings.dpo_beta * (chosen - ref_chosen)
             worse = settings.dpo_beta * (rejected - ref_rejected)
-        else:
-            simpo = self.algorithm == "simpo"
-            scale = settings.beta if simpo else settings.orpo_lambda
-            losses = (
-                simpo_loss(*answers, scale, settings.gamma) if simpo else orpo_loss(*answers, scale)
-            )
+        elif self.algorithm in ("simpo", "orpo"):
+            if self.algorithm == "simpo":
+                scale = settings.beta
+                losses = simpo_loss(*answers, scale, settings.gamma)
+            else:
+                scale = settings.orpo_lambda
+                losses = orpo_loss(*answers, scale)
             better, worse = scale * (chosen / of_chosen), scale * (rejected / of_rejected)
+        else:
+            raise ValueError(f"no loss for algorithm={self.algorithm}")
         each = (losses, better, worse, better - worse, better > worse, of_chosen, of_rejected)
         kept = [(value.detach() * weight).sum().float() for value in each]
         return (losses * weight).sum(), torch.stack(kept)
