@@ -97,6 +97,17 @@ DRAWN = {
     ),
 }
 
+ROUNDS = make_table(
+    make_row("rounds", metric, Interval(0.5 + 0.1 * k, 0.4, 0.8, 9), **names)
+    for k, model in enumerate(("base", "synpo", "synpo"))
+    for metric, names in (
+        ("good answers", {"model": model, "round": k, "questions": "all", "temperature": 0.0}),
+        ("win rate", {"model": model, "round": k, "against": "base", "temperature": 0.0}),
+    )
+)
+DRAWN["rounds"] = ([ROUNDS], [NOTHING], ["greedy", "(n = 9)", "win rate (%)"])
+DRAWN["similarity"] = ([{"keywords": [0.1, 0.2]}], [{"keywords": []}], ["mean 0.150, n = 2"])
+
 
 @pytest.fixture
 def run(tmp_path):
