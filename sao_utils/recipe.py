@@ -282,6 +282,10 @@ class Recipe(Section):
             raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
         if self.method == "synpo" and self.synpo is None:
             raise ValueError("method=synpo needs a section synpo")
+        if (self.method == "synpo") != (self.prompts.source == "keywords"):
+            raise ValueError(
+                "method=synpo and prompts.source=keywords belong together: set both, or neither"
+            )
         for name, values in (
             ("seeds", self.seeds),
             ("arms", self.arms),

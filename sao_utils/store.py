@@ -30,9 +30,10 @@ FILE_KEYS = {
     "prompts": ("personas", "data"),
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
-    "synpo": ("seeds", "check"),
+    "synpo": ("seeds", "check", "scorer"),
 }
-NAMES = ("tiny", "hub", "test", "dev", "everyday")  # what is no file, whatever lies in the folder
+# What is no file, whatever lies in the folder.
+NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     for section, keys in FILE_KEYS.items():
         if (settings := getattr(recipe, section)) is None:
             continue
-        found = {key: whole(getattr(settings, key), folders=key == "data") for key in keys}
+        found = {key: whole(getattr(settings, key), folders=key in ("data", "scorer")) for key in keys}
         if section == "evaluation":
             found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
         changes[section] = settings.model_copy(update=found)

@@ -104,3 +104,11 @@ def test_a_faulty_file_is_refused_with_the_place(tmp_path, text, fault):
     path.write_text(text)
     with pytest.raises(RecipeError, match=fault):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, key, value", [("tiny", "prompts.source", "keywords"), ("tiny-synpo", "method", "sao")]
+)
+def test_keywords_and_synpo_are_set_together(name, key, value):
+    with pytest.raises(RecipeError, match="belong together"):
+        load_recipe(name, {key: value, "prompts.data": "tiny"})

@@ -13,7 +13,7 @@ from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
-from sao_utils.report.sections import rate
+from sao_utils.report.sections import mean_of, rate
 from sao_utils.report.table import make_row, make_table
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean
@@ -62,12 +62,6 @@ def _of(rows: list[dict], model: str, number: int = 0) -> list[dict]:
     return [row for row in rows if (row["model"], row["round"]) == (model, number)]
 
 
-def _mean(run: Run, rows: list[dict], values: list) -> Interval:
-    """The mean of values of answers, clustered, over all trainings."""
-    by, runs = [row["combination"] for row in rows], [row["seed"] for row in rows]
-    return clustered_mean(values, by, run.recipe.evaluation.bootstrap, runs=runs)
-
-
 def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
     known = [row for row in answers if row["good"] is not None]
     # Seeds are SynPO's: without them all topics are alike.
@@ -83,7 +77,7 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
                 of = _of(rows, model, number)
                 good = [row["good"] for row in of]
                 names = {"model": model, "round": number, **where}
-                yield make_row("rounds", "good answers", _mean(run, of, good), **names)
+                yield make_row("rounds", "good answers", mean_of(run, of, good), **names)
                 if model != "base":
                     gain = clustered_difference(
                         good,
@@ -101,7 +95,7 @@ def _lengths(run: Run, answers: list[dict]) -> Iterator[dict]:
     rows = [row for row in answers if row["temperature"] == first]
     for model, number in [("base", 0), *_models(rows)]:
         of = _of(rows, model, number)
-        found = _mean(run, of, [float(row["tokens"]) for row in of])
+        found = mean_of(run, of, [float(row["tokens"]) for row in of])
         names = {"model": model, "round": number, "questions": "all", "temperature": first}
         yield make_row("rounds", "answer length", found, **names)
 
@@ -140,10 +134,10 @@ def _pairs(run: Run, made: list[Trained]) -> Iterator[dict]:
         rows = [row for one in of_round for row in one.pairs]
         used = [row for row in rows if row["discarded"] is None]
         where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
-        known = [row for row in used if (gap := _true_gap(row)) is not None and gap != 0]
+        gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # where one is better
         found = {
             "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
-            "chosen is better": _share(known, [_true_gap(row) > 0 for row in known]),
+            "chosen is better": _share([row for row, _ in gaps], [gap > 0 for _, gap in gaps]),
         }
         judged = [row for row in rows if row["outcome"] in ("consistent", "inconsistent")]
         if judged:

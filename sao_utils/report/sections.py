@@ -56,7 +56,7 @@ def _seeds(run: Run) -> tuple:
     return (None, *run.recipe.seeds) if len(run.recipe.seeds) > 1 else (None,)
 
 
-def _mean(run: Run, rows: list[dict], values: list) -> Interval:
+def mean_of(run: Run, rows: list[dict], values: list) -> Interval:
     """The mean of values of answers or comparisons, clustered, over all trainings."""
     by, runs = [row["combination"] for row in rows], [row["seed"] for row in rows]
     return clustered_mean(values, by, run.recipe.evaluation.bootstrap, runs=runs)
@@ -125,7 +125,7 @@ def share_of_good(
     of = [row for row in answers if row["model"] == model and seed in (None, row["seed"])]
     values = [row["good"] for row in of]
     if against is None:
-        return _mean(run, of, values)
+        return mean_of(run, of, values)
     good = {(r["seed"], r["question_id"]): r["good"] for r in answers if r["model"] == against}
     of_seed = against in run.recipe.arms  # else it has one set of answers for all seeds
     other = [good[r["seed"] if of_seed else None, r["question_id"]] for r in of]
@@ -154,14 +154,14 @@ def flaws(run: Run) -> Iterator[dict]:
         ]
         rows = [(row, found) for row, found in rows if found is not None]
         for flaw in sorted(rows[0][1]) if rows else ():
-            share = _mean(run, [row for row, _ in rows], [found[flaw] > 0 for _, found in rows])
+            share = mean_of(run, [row for row, _ in rows], [found[flaw] > 0 for _, found in rows])
             yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
 
 
 def lengths(run: Run) -> Iterator[dict]:
     """Mean tokens of the answers at the first temperature."""
     for model, rows in _first_answers(run).items():
-        found = _mean(run, rows, [row["tokens"] for row in rows])
+        found = mean_of(run, rows, [row["tokens"] for row in rows])
         yield make_row("length", "answer length", found, model=model, **of_questions(run))
 
 
@@ -176,7 +176,7 @@ def win_rates(run: Run) -> Iterator[dict]:
     where = {**of_questions(run), "judge": "self"}
     for arm, rows in verdicts.items():
         names = {**where, "model": arm, "against": "base"}
-        valid = _mean(run, rows, [row["win"] is not None for row in rows])
+        valid = mean_of(run, rows, [row["win"] is not None for row in rows])
         yield make_row("win rate", "valid verdicts", valid, **names)
         for seed in _seeds(run):
             of = [row for row in rows if seed in (None, row["seed"])]

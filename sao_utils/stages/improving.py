@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from sao_utils import templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
-from sao_utils.engines.requests import MADE, batches_of_replies
 from sao_utils.recipe import Model
-from sao_utils.store import Run, make_rows, row_id
+from sao_utils.stages.responses import answer_jobs
+from sao_utils.store import Run, row_id
 
 
 def improver_chat(question: str, answer: str) -> list[dict]:
@@ -50,17 +48,5 @@ def improve(
     ]
     draft = {job["id"]: row["text"] for job, row in zip(jobs, responses)}
 
-    def work(outstanding: list[dict]) -> Iterator[list[dict]]:
-        by_id = {job["id"]: job for job in outstanding}
-        requests = [
-            {"id": job["id"], "chat": improver_chat(job["prompt"], draft[job["id"]])}
-            | {"sampling": sampling}
-            for job in outstanding
-        ]
-        for batch in batches_of_replies(run, stage, improver, requests):
-            yield [
-                {**by_id[reply["id"]], **{k: reply[k] for k in ("text", *MADE) if k in reply}}
-                for reply in batch
-            ]
-
-    return make_rows(run, stage, jobs, work, improver.max_context)
+    chat_of = lambda job: improver_chat(job["prompt"], draft[job["id"]])  # noqa: E731
+    return answer_jobs(run, stage, improver, jobs, chat_of, sampling)

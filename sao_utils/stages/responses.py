@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
@@ -45,20 +45,37 @@ def write_responses(
         for sample in range(samples)
     ]
 
+    chat_of = lambda job: [{"role": "user", "content": job["prompt"]}]  # noqa: E731
+    return answer_jobs(run, "responses", policy, jobs, chat_of, sampling)
+
+
+def answer_jobs(
+    run: Run,
+    stage: str,
+    model: Model,
+    jobs: list[dict],
+    chat_of: Callable[[dict], list[dict]],
+    sampling: Sampling,
+) -> list[dict]:
+    """Let a model write a text for each job, and keep the rows that are missing.
+
+    Args:
+        jobs: dicts with an "id" and what the row is to say of itself.
+        chat_of: what the model reads for a job.
+
+    Returns:
+        The jobs with {text, tokens, finished} added, kept in rows/<stage>.jsonl.
+    """
+
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         by_id = {job["id"]: job for job in outstanding}
         requests = [
-            {
-                "id": job["id"],
-                "chat": [{"role": "user", "content": job["prompt"]}],
-                "sampling": sampling,
-            }
-            for job in outstanding
+            {"id": job["id"], "chat": chat_of(job), "sampling": sampling} for job in outstanding
         ]
-        for batch in batches_of_replies(run, "responses", policy, requests):
+        for batch in batches_of_replies(run, stage, model, requests):
             yield [
                 {**by_id[reply["id"]], **{k: reply[k] for k in ("text", *MADE) if k in reply}}
                 for reply in batch
             ]
 
-    return make_rows(run, "responses", jobs, work, policy.max_context)
+    return make_rows(run, stage, jobs, work, model.max_context)

@@ -72,16 +72,14 @@ def best_and_worst(
         first, second = row["response_ids"]
         total[first] += row["gap"] or 0.0
         total[second] -= row["gap"] or 0.0
-    chosen = [
-        (max(rows, key=lambda r: total[r["id"]]), min(rows, key=lambda r: total[r["id"]]))
-        for rows in by_prompt.values()
-    ]
-    others = {best["prompt_id"]: len(by_prompt[best["prompt_id"]]) - 1 for best, _ in chosen}
-    return [
-        {**row, "outcome": None, "margin": None}
-        | {"gap": (total[best["id"]] - total[worst["id"]]) / others[best["prompt_id"]]}
-        for row, (best, worst) in zip(side_by_side(chosen), chosen)
-    ]
+    found = []
+    for rows in by_prompt.values():
+        ordered = sorted(rows, key=lambda row: -total[row["id"]])
+        best, worst = ordered[0], ordered[-1]
+        gap = (total[best["id"]] - total[worst["id"]]) / (len(rows) - 1)
+        [pair] = side_by_side([(best, worst)])
+        found.append({**pair, "gap": gap, "outcome": None, "margin": None})
+    return found
 
 
 def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float]]:

@@ -58,10 +58,5 @@ def lengths(groups: dict[str, list[int]]):
     every = np.concatenate(list(groups.values()))
     step = max(1, int(np.ceil(np.ptp(every) / 30)))
     bins = np.arange(every.min(), every.max() + step + 1, step) - 0.5
-    for k, (name, values) in enumerate(groups.items()):
-        mean, share = np.mean(values), [100 / len(values)] * len(values)
-        looks = dict(color=style.colour(k), label=f"{name}: mean {mean:.1f}, n = {len(values)}")
-        axes.hist(values, bins, weights=share, histtype="step", lw=2, **looks)
-        axes.axvline(mean, ls="--", lw=1, color=style.colour(k))
-    axes.legend()
+    style.histograms(axes, groups, bins)
     return figure

@@ -55,12 +55,8 @@ def similarity(groups: dict[str, list[float]]):
     groups = {name: values for name, values in groups.items() if values}
     if not groups:
         return style.nothing("no prompts")
-    title = "How alike are the prompts? Further left: more varied"
+    title = "How alike are the prompts? Further left: more varied (dashed: mean)"
     figure, axes = style.new(title, "mean cosine similarity to the others", "share of prompts (%)")
     bins = np.linspace(0, max(map(max, groups.values())), 40)
-    for k, (name, values) in enumerate(groups.items()):
-        share, mean = [100 / len(values)] * len(values), np.mean(values)
-        looks = dict(color=style.colour(k), label=f"{name}: mean {mean:.3f}, n = {len(values)}")
-        axes.hist(values, bins, weights=share, histtype="step", lw=2, **looks)
-    axes.legend()
+    style.histograms(axes, groups, bins, decimals=3)
     return figure
