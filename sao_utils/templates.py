@@ -42,7 +42,7 @@ def source(name: str) -> str:
 
 
 def fingerprint(name: str) -> str:
-    """A short hash of a template, part of the id of every row made with it."""
+    """A short hash of a template; part of the ids of rows written with it (verdicts hash the prompt)."""
     return hashlib.sha256(source(name).encode()).hexdigest()[:12]
 
 

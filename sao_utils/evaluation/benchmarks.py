@@ -200,7 +200,7 @@ def _rows(
     remarks = doubts(about["judge"], asked - len(valid), asked, first, "requests")
     doubtful = sum(0 < (row.get("mass") or 0) < LOW_MASS for row in judgments)
     if doubtful > asked / 20:
-        said = "the judge would rather have said something else"
+        said = "less than half of the judge's probability is on the two labels"
         remarks.append(f"{doubtful} of {asked} verdicts are doubtful: {said}.")
     texts = [text for answer in answers.values() for text in answer["turns"]]
     if empty := sum(not text.strip() for text in texts):

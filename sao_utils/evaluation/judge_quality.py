@@ -1,4 +1,4 @@
-"""How right and how biased a judge is, from its verdicts in both orders."""
+"""Accuracy and biases of a judge, from its verdicts in both orders."""
 
 from __future__ import annotations
 

@@ -61,7 +61,10 @@ def comparison(
     if judge == "tuned" and judge not in known and "self" in run.recipe.arms:
         known[judge] = candidates(run, ["self"])[0].model
     if judge not in known:
-        raise RecipeError(f"There is no judge '{judge}'. Judges: {', '.join(known)}. More: judges.")
+        raise RecipeError(
+            f"There is no judge '{judge}'. Judges: {', '.join(known)}. Add judges under the recipe key "
+            "`judges`."
+        )
     if a == b:
         raise RecipeError(f"'{a}' cannot be compared with itself: name two models.")
     settings = run.recipe.evaluation

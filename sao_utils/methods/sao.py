@@ -115,7 +115,7 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     return folder
 
 
-# In this process: to see that nothing is to be done takes reading all rows.
+# Per-process cache: checking that nothing is left to do means reading all rows.
 _MADE: dict[tuple, tuple[list, list[dict]]] = {}
 _TRAINED: dict[tuple, list] = {}
 
@@ -152,7 +152,8 @@ def candidates(run: Run, names: Sequence[str] | None = None) -> list[Candidate]:
     for name in names or every:
         if name not in every:
             raise RecipeError(
-                f"There is no model '{name}' to compare. Models: {', '.join(every)}. More: key others."
+                f"There is no model '{name}' to compare. Models: {', '.join(every)}. Add models under "
+                "the recipe key `others`."
             )
         if name not in recipe.arms:
             found.append(Candidate(name, None, recipe.others.get(name, recipe.model)))

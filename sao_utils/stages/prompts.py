@@ -159,7 +159,7 @@ def hub_column(settings: Prompts) -> list[str]:
 
 
 def select_prompts(run: Run, prompts: list[dict], avoid: list[str]) -> list[dict]:
-    """Discard what only all rows together can show, once; the rows on disk then say so.
+    """Apply the filters that need all prompts at once, and record the result in the rows.
 
     Args:
         prompts: rows of `write_prompts`.
