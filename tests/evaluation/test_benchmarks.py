@@ -478,7 +478,7 @@ def test_log_odds_become_labels_by_their_size_and_missing_ones_none():
     [
         (lambda k: [-0.001, -7.0], "prefers what is shown first in 100%"),
         (lambda k: [None, None], "gave no valid verdict on"),
-        (lambda k: [-20.0, -21.0], "rather have said something else|no valid verdict"),
+        (lambda k: [-20.0, -21.0], "less than half of the judge.s probability|no valid verdict"),
     ],
 )
 def test_a_judge_that_fails_is_named_in_the_remarks_and_nothing_raises(
