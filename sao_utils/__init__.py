@@ -13,7 +13,7 @@ other in a circle (tests/test_house.py):
     statistics   intervals, length control, ratings
     oracles      judges that know what is right, such as the grammar of the tiny world
     templates    prompts/*.jinja, and how replies are parsed
-    engines      models that write and choose: transformers, vLLM, servers, several workers
+    engines      models that write and choose: transformers, vLLM, servers
     stages       personas or keywords, prompts, responses, judging or scoring, pairs: rows in, rows out
     training     losses, packing, trainer, merging
     evaluation   answers, comparisons, published benchmarks, tasks, leakage

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
     *("sao-utils", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"),
-    *("vllm", "bitsandbytes", "ray", "lm-eval", "liger-kernel"),
+    *("vllm", "bitsandbytes", "lm-eval", "liger-kernel"),
 )
 
 

@@ -48,7 +48,6 @@ class Model(Section):
     gpu_memory: PositiveShare = 0.9  # share of the GPU's memory (vllm)
     # Passed to every chat template, such as {enable_thinking: false}.
     template_options: dict[str, Any] = Field(default_factory=dict)
-    workers: int = Field(0, ge=0)  # Ray Data workers; 0: no Ray
     url: str | None = None  # of the server, such as http://localhost:8000/v1
     key_variable: str | None = None  # environment variable with the server's key
     concurrency: PositiveInt = 8  # requests to the server at a time
@@ -59,8 +58,8 @@ class Model(Section):
     def _fits_together(self):
         if (self.engine == "api") != (self.url is not None):
             raise ValueError("engine=api and a url belong together: set both, or neither")
-        if self.engine == "api" and (self.adapter or self.workers):
-            raise ValueError("a server takes no adapter and no workers: serve the tuned model")
+        if self.engine == "api" and self.adapter:
+            raise ValueError("a server takes no adapter: serve the tuned model")
         if self.url and re.search(r"[@?]", self.url):  # "?": some servers take ?api-key=...
             raise ValueError("url holds a user name or key; keys come from key_variable only")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"):  # a key itself

@@ -32,6 +32,7 @@ SERVER = {"path": "m", "engine": "api", "url": "http://localhost:1/v1"}
         ({"gamma": 3}, "'gamma'. Did you mean training.gamma"),
         ({"xyzzy": 3}, "'xyzzy'. Keys: name, .*training.beta, "),
         ({"evaluation.harness": []}, "evaluation.harness is now evaluation.tasks"),
+        ({"judge.workers": 2}, "judge.workers is now a server's.*data-parallel-size.*engine=api"),
         ({"training.beta": "much"}, "training.beta: "),
         ({"arms": ["selfish"]}, "arms"),
         ({"arms": "[self"}, "arms"),

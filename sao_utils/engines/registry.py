@@ -19,15 +19,14 @@ def load_engine(model: Model) -> Engine:
     """
     adapter, name = own_adapter(model), model_name(model)
     base = model.model_copy(update={"adapter": None})  # the same base for every adapter
-    kind = "ray" if model.workers else model.engine
     # By name, too: an adapter trained anew in the same folder is another one.
-    key = (kind, model.model_dump_json(), name)
+    key = (model.engine, model.model_dump_json(), name)
     if key not in _loaded:
         find(base)
         # A vLLM process serves a base and its adapters, and ends with the last engine that uses it.
-        if kind != "vllm" or any(before != "vllm" for before, *_ in _loaded):
+        if model.engine != "vllm" or any(before != "vllm" for before, *_ in _loaded):
             _free()
-        engine = _load(kind, base, adapter, name)
+        engine = _load(base, adapter, name)
         _loaded.clear()
         _loaded[key] = engine
     return _loaded[key]
@@ -36,12 +35,10 @@ def load_engine(model: Model) -> Engine:
 _loaded: dict[tuple[str, str, str], Engine] = {}
 
 
-def _load(kind: str, model: Model, adapter: Path | None, name: str) -> Engine:
-    if kind == "ray":
-        from sao_utils.engines.ray import RayEngine as Kind
-    elif kind == "vllm":
+def _load(model: Model, adapter: Path | None, name: str) -> Engine:
+    if model.engine == "vllm":
         from sao_utils.engines.vllm import VllmEngine as Kind
-    elif kind == "api":
+    elif model.engine == "api":
         from sao_utils.engines.api import ApiEngine as Kind
     else:
         from sao_utils.engines.transformers import TransformersEngine as Kind

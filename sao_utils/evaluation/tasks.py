@@ -204,7 +204,7 @@ def _with_transformers(model: Model) -> Model:
     """The model as transformers loads it: lm-eval needs log-probabilities of given answers."""
     if model.engine in ("api", "transformers"):
         return model
-    return model.model_copy(update={"engine": "transformers", "quantisation": "none", "workers": 0})
+    return model.model_copy(update={"engine": "transformers", "quantisation": "none"})
 
 
 @lru_cache(maxsize=2)

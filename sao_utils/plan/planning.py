@@ -54,7 +54,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
             of the committed reference run, unless we `measure`.
         measure: whether the model is tried on this machine for a minute (`measure.measured`), so that a
             CPU has times, too.
-        processes: GPUs that train together, and that generate if model.workers says so.
+        processes: GPUs that train together; one of them generates.
 
     Raises:
         ValueError: a model's shape is not known.
@@ -66,7 +66,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
     elif gpu is None and recipe.model.path == "tiny":
         times = actual(REFERENCE)
     stages = [_stage(work, recipe, gpu, processes, times) for work in works]
-    problems = [*_misfits(recipe, gpu, processes), *_lacking(stages, recipe, gpu)]
+    problems = [*_misfits(recipe, gpu), *_lacking(stages, recipe, gpu)]
     if gpu:
         speed = (
             f"Speed: decoding at {DECODE_SHARE:.0%} of what {gpu.bandwidth:,} GB/s allow, all else at "
@@ -119,7 +119,7 @@ def _stage(work: Work, recipe: Recipe, gpu: Gpu | None, processes: int, times: d
     else:
         memory = work_memory(work, gpu)
         if gpu:
-            hours = work_hours(work, gpu, memory) / max(1, min(work.model.workers, processes))
+            hours = work_hours(work, gpu, memory)
     if gpu is None and work.model.path == recipe.model.path:
         hours = _hours_as_measured(work, times)
     return Stage(work, hours, memory)
@@ -170,15 +170,10 @@ def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
     return [text for _, text in worst.values()]
 
 
-def _misfits(recipe: Recipe, gpu: Gpu | None, processes: int) -> list[str]:
-    """What the GPU cannot do, and workers without one."""
+def _misfits(recipe: Recipe, gpu: Gpu | None) -> list[str]:
+    """What the GPU cannot do."""
     found = []
     for who, model in recipe.models.items() if gpu else ():
-        if model.workers > processes:
-            found.append(
-                f"Each of {model.workers} workers takes a GPU, and there is {processes}: "
-                f"{who}.workers=0, or --gpus {model.workers}."
-            )
         old = gpu.capability < CAPABILITY
         if model.engine == "vllm" and old:
             found.append(

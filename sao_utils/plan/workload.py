@@ -290,7 +290,7 @@ def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     A task whose size is not known has no requests.
     """
     known, limit = _sizes()["tasks"], recipe.evaluation.task_limit
-    in_16_bit = {"engine": "transformers", "quantisation": "none", "workers": 0}
+    in_16_bit = {"engine": "transformers", "quantisation": "none"}
     for name in recipe.evaluation.tasks:
         chosen = {task: size for task, size in known.items() if name in (task, size["group"])}
         for task, size in (chosen or {f"{name}, size not known": _UNKNOWN}).items():

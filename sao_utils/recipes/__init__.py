@@ -13,6 +13,10 @@ from pydantic import ValidationError
 from sao_utils.recipe import Recipe, RecipeError, Section
 
 SHIPPED = files("sao_utils") / "recipes"
+SERVED = (
+    "a server's: start `vllm serve MODEL --data-parallel-size N`, and set engine=api and its url; a "
+    "recipe with workers: 0 just loses that line"
+)
 #: key of an earlier version -> its name of today
 RENAMED = {
     "personas.source": "prompts.personas",
@@ -25,6 +29,7 @@ RENAMED = {
     "judging.gold": "judging.labelled",
     "evaluation.harness": "evaluation.tasks",
     "evaluation.harness_limit": "evaluation.task_limit",
+    **dict.fromkeys(("model.workers", "judge.workers"), SERVED),
 }
 
 

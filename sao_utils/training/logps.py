@@ -14,13 +14,14 @@ from sao_utils.training.encoding import token_rows
 def own_engine(run: Run) -> Engine:
     """The base model in this process, with a `model` and `device` to look into.
 
-    Where the recipe generates by another engine (vLLM, Ray), in 4 bit if training is.
+    Where the recipe generates by another engine (vLLM), in 4 bit if training is.
     """
-    model, changes = run.recipe.model, {"workers": 0}
+    model = run.recipe.model
     if model.engine != "transformers":
         quantisation = run.recipe.training.quantisation
-        changes |= {"engine": "transformers", "url": None, "quantisation": quantisation}
-    return load_engine(model.model_copy(update=changes))
+        changes = {"engine": "transformers", "url": None, "quantisation": quantisation}
+        model = model.model_copy(update=changes)
+    return load_engine(model)
 
 
 def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:

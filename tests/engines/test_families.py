@@ -157,7 +157,6 @@ SMALL = {
     "model.revision": None,
     "model.engine": "transformers",
     "model.quantisation": "none",
-    "model.workers": 0,
     "model.max_context": None,
     "model.dtype": "float32",
     "model.batch_tokens": 4096,

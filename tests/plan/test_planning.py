@@ -52,7 +52,6 @@ def test_each_recipe_fits_the_gpu_that_it_is_made_for(name):
         ("gpu-24gb", "T4", {}, "vLLM does not promise to run on the T4"),
         ("gpu-24gb", "T4", {}, "Gemma overflows in float16: another model.path"),
         ("gpu-24gb", "4090", {"model.dtype": "float16"}, "model.dtype=bfloat16"),
-        ("paper", "A100-80", {}, "model.workers=0, or --gpus 4"),
         ("paper", "L4", {}, "the L4 has 19.8: 1.4 too little. Try model.quantisation=fp8, or"),
         ("paper", "L4", {}, "the L4 has 21.4: 141.9 too little. Try training.method=lora"),
         ("gpu-24gb", "L4", {"training.quantisation": "none"}, "Try training.quantisation=nf4"),
@@ -79,7 +78,7 @@ def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
     assert found["sampled"].hours > found["logprob"].hours
 
 
-def test_several_gpus_share_the_states_of_full_training_and_generate_with_workers():
+def test_several_gpus_share_the_states_and_the_hours_of_full_training():
     changes = {"training.token_budget": 2048, "training.gradient_checkpointing": "on"}
     recipe = load_recipe("paper", changes)
     one, four = (
@@ -88,12 +87,9 @@ def test_several_gpus_share_the_states_of_full_training_and_generate_with_worker
     )
     assert four["trained"] == pytest.approx(one["trained"] / 4)
     assert four["working"] == one["working"]
-    together, alone = (
-        plan(load_recipe("paper", {**changes, "model.workers": workers}), find_gpu("A100-80"), 4)
-        for workers in (4, 0)
-    )
+    together, alone = (plan(recipe, find_gpu("A100-80"), processes) for processes in (4, 1))
     for four, one in zip(together.stages, alone.stages):
-        assert one.hours == pytest.approx(four.hours * (1 if one.work.trains else 4))
+        assert one.hours == pytest.approx(four.hours * (4 if one.work.trains else 1))
 
 
 # ---------------------------------------------------------------------------- what is shown
