@@ -69,15 +69,10 @@ def escape(text: str) -> str:
     return _MARKER.sub("(", text)
 
 
-def escaped(texts: dict[str, str]) -> dict[str, str]:
-    """`escape` on each text."""
-    return {name: escape(text) for name, text in texts.items()}
-
-
 def ranking_prompt(prompt: str, response_1: str, response_2: str) -> str:
     """The paper's ranking prompt for one order of two responses."""
     texts = {"prompt": prompt, "response_1": response_1, "response_2": response_2}
-    return render("ranking", **escaped(texts))
+    return render("ranking", **{name: escape(text) for name, text in texts.items()})
 
 
 def parse_ranking(text: str) -> int | None:

@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from sao_utils.engines.base import NOTHING, Chat, Completion, EngineError, Sampling
@@ -48,28 +47,26 @@ ADVICE = {
 class ApiEngine:
     """Asks an OpenAI-compatible server, `model.concurrency` requests at a time.
 
-    The key comes from the environment variable `model.key_variable`. Without that name no key is sent,
-    so that none goes to a stranger; OpenAI's own server gets OPENAI_API_KEY. It stays inside of the
-    client: no row, message or manifest has it.
+    The key comes from the environment variable `model.key_variable`; without that name none is sent.
+    It stays inside of the client: no row, message or manifest has it.
     """
 
     tokenizer = None  # the server's business
 
-    def __init__(self, model: Model, adapter: Path | None, name: str):
+    def __init__(self, model: Model, adapter: None = None):
         try:
             import openai
         except ModuleNotFoundError:
             raise EngineError("model.engine=api needs: pip install -e '.[api]'") from None
-        at_openai = urlsplit(model.url).hostname == OPENAI
-        variable = model.key_variable or ("OPENAI_API_KEY" if at_openai else None)
-        key = os.environ.get(variable) if variable else "no key is sent"
+        key = os.environ.get(model.key_variable) if model.key_variable else "no key is sent"
         if not key:
             raise EngineError(
-                f"{model.url} wants a key: set the environment variable {variable} (another name: "
-                "model.key_variable). Never write a key into a recipe or a notebook."
+                f"{model.url} wants a key: set the environment variable {model.key_variable} (another "
+                "name: model.key_variable). Never write a key into a recipe or a notebook."
             )
-        self.model, self.name = model, name
+        self.model = model
         self._client = openai.OpenAI(api_key=key, base_url=model.url, max_retries=RETRIES)
+        at_openai = urlsplit(model.url).hostname == OPENAI
         self._limit = "max_completion_tokens" if at_openai else "max_tokens"
         #: row of the latest call -> tokens read and written, where the server says them
         self.usage: dict[int, tuple[int, int]] = {}
@@ -140,10 +137,8 @@ class ApiEngine:
         A vLLM server fills in a model's own defaults for settings that a request leaves out, so all are
         named; other servers might refuse names that they do not know.
         """
-        extra = {}
-        if self._forces:
-            names = ("top_k", "min_p", "repetition_penalty")
-            extra = {name: NEUTRAL[name] for name in names}
+        names = ("top_k", "min_p", "repetition_penalty") if self._forces else ()
+        extra = {name: NEUTRAL[name] for name in names}
         if self.model.template_options:
             extra["chat_template_kwargs"] = self.model.template_options
         return extra
@@ -243,13 +238,12 @@ def _completion(answer) -> Completion:
     if choice.finish_reason == "content_filter":
         return NOTHING
     # A server that cuts inside of a character may send half of one, which no file takes.
-    halves = (choice.message.content or "").encode("utf-16", "surrogatepass")
-    text = halves.decode("utf-16", "replace").strip()
+    text = (choice.message.content or "").encode(errors="replace").decode().strip()
     used = _used(answer)
     tokens = used[1] if used else len(text.split())
     # Servers that part reasoning themselves name it so (vLLM, DeepSeek, OpenRouter).
     thought = getattr(choice.message, "reasoning_content", None)
     thought = thought or getattr(choice.message, "reasoning", None)
-    if isinstance(thought, str) and thought.strip():
+    if thought:
         text = f"{OPEN}{thought}{CLOSE}{text}"
     return parted(text, tokens, choice.finish_reason == "stop")

@@ -58,7 +58,6 @@ def unanswered(tokens: int, finished: bool) -> bool:
 class Engine(Protocol):
     """What a stage asks of an engine."""
 
-    name: str  # which weights: part of the id of every row
     tokenizer: object
 
     def generate(

@@ -132,13 +132,13 @@ def load_model(model: Model, device: str | int | None = "cpu"):
         )
     loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
     if model.quantisation == "nf4" and device == "cpu":
-        guard_nf4_on_cpu(loaded)
+        _guard_nf4_on_cpu(loaded)
     if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
         loaded.set_attn_implementation("eager")  # torch's own attention has no softcap (Gemma-2)
     return loaded
 
 
-def guard_nf4_on_cpu(base) -> None:
+def _guard_nf4_on_cpu(base) -> None:
     """Keep bitsandbytes from repacking 4-bit weights under an adapter's feet.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50) rearranges a layer's weights in place, for speed,
@@ -182,29 +182,19 @@ def find(model: Model, weights: bool = True) -> None:
 def _find_on_hub(name: str, revision: str | None) -> None:
     """Ask the hub once for a model that is not in the local cache."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10.0)
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10.0)
         return
     except OfflineModeIsEnabled:
         fault = "it is not on this machine and HF_HUB_OFFLINE=1 is set"
-    except GatedRepoError:
-        fault = (
-            f"it is gated. Accept its licence on its page (https://huggingface.co/{name}), then log in "
-            "with `hf auth login`"
-        )
     except (HfHubHTTPError, HFValidationError):
         fault = (
-            "the hub has no such model or revision, or it is private (then log in with "
-            "`hf auth login`)"
+            "the hub has no such model or revision, or does not give it to you. If it is gated, accept "
+            f"its licence on its page (https://huggingface.co/{name}). For such a model, and a private "
+            "one, log in with `hf auth login`"
         )
     except Exception as error:  # of the hub's HTTP library, which has changed before
         fault = f"it is not on this machine and the hub cannot be reached ({error})"
@@ -235,8 +225,6 @@ def _from_pretrained(kind, model: Model, **options):
                 f"'{model.path}' does not fit into the memory. Set quantisation=nf4 (model.*, "
                 "training.*), or take a smaller model."
             ) from None
-        if isinstance(error, RuntimeError):
-            raise
         raise EngineError(
             f"Could not load '{model.path}': {error}\nCheck that the model is whole (config, "
             "tokenizer, weights in safetensors) and of a kind that this transformers knows."

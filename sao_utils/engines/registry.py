@@ -26,7 +26,7 @@ def load_engine(model: Model) -> Engine:
         # A vLLM process serves a base and its adapters, and ends with the last engine that uses it.
         if model.engine != "vllm" or any(before != "vllm" for before, *_ in _loaded):
             _free()
-        engine = _load(base, adapter, name)
+        engine = _load(base, adapter)
         _loaded.clear()
         _loaded[key] = engine
     return _loaded[key]
@@ -35,14 +35,14 @@ def load_engine(model: Model) -> Engine:
 _loaded: dict[tuple[str, str, str], Engine] = {}
 
 
-def _load(model: Model, adapter: Path | None, name: str) -> Engine:
+def _load(model: Model, adapter: Path | None) -> Engine:
     if model.engine == "vllm":
         from sao_utils.engines.vllm import VllmEngine as Kind
     elif model.engine == "api":
         from sao_utils.engines.api import ApiEngine as Kind
     else:
         from sao_utils.engines.transformers import TransformersEngine as Kind
-    return Kind(model, adapter, name)
+    return Kind(model, adapter)
 
 
 def _free() -> None:

@@ -117,10 +117,13 @@ def batches_of_replies(
 
     Returns, raises: as `replies`.
     """
-    if model.engine == "api":
-        yield _from_cache(run, f"{stage}, {model.path}", model, requests)
-    else:
+    if model.engine != "api":
         yield from _generate(model, requests)
+        return
+    cache, label = _cache(model), f"{stage}, {model.path}"
+    with turn(cache.with_suffix(".lock")):  # another process may be buying the same
+        bought = complete(cache, requests, partial(_bought, run, model), label, model.max_context)
+    yield bought
 
 
 def spent(run: Run) -> float:
@@ -183,16 +186,6 @@ def _made(model: Model, job: dict, reply, used: tuple[int, int] | None) -> dict:
     if used:
         row["tokens_in"], row["tokens_out"] = used
     return {"id": job["id"], **row}
-
-
-def _from_cache(run: Run, label: str, model: Model, jobs: list[dict]) -> list[dict]:
-    """Rows from the cache of all runs, where what is new is put first.
-
-    While another process buys from the same model it is waited for: it may buy the same.
-    """
-    cache = _cache(model)
-    with turn(cache.with_suffix(".lock")):
-        return complete(cache, jobs, partial(_bought, run, model), label, model.max_context)
 
 
 def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:

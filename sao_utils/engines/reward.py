@@ -19,6 +19,7 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]
         EngineError: the model is of another kind; the message says which can be taken.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     classifier, tokenizer = _load(model), load_tokenizer(model)
     texts = [
@@ -34,11 +35,9 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]
         longest, batch = len(ids[waiting[-1]]), []
         while waiting and (len(batch) + 1) * longest <= max(model.batch_tokens, longest):
             batch.append(waiting.pop())
-        padded = torch.full((len(batch), longest), tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(padded)
-        for row, k in enumerate(batch):
-            padded[row, : len(ids[k])] = torch.tensor(ids[k])
-            mask[row, : len(ids[k])] = 1
+        rows = [torch.tensor(ids[k]) for k in batch]
+        padded = pad_sequence(rows, True, tokenizer.pad_token_id or 0)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True)
         with torch.inference_mode():
             place = classifier.device
             out = classifier(input_ids=padded.to(place), attention_mask=mask.to(place))

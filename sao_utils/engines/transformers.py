@@ -27,7 +27,7 @@ FEW = 8  # rows of a batch that is too small to be worth thinning out
 class TransformersEngine:
     """Runs a model with transformers: in left-padded batches of rows of like length."""
 
-    def __init__(self, model: Model, adapter: Path | None, name: str):
+    def __init__(self, model: Model, adapter: Path | None):
         import torch
 
         tokenizer = load_tokenizer(model)
@@ -45,21 +45,20 @@ class TransformersEngine:
             # In fewer bits, merging would round the adapter.
             if dtype == "float32" and model.quantisation == "none":
                 loaded = loaded.merge_and_unload()
-        self._hold(loaded, tokenizer, model.batch_tokens, name)
+        self._hold(loaded, tokenizer, model.batch_tokens)
         self.limit = min(self.limit, model.max_context or math.inf)
 
     @classmethod
-    def of(cls, loaded, tokenizer, batch_tokens: int, name: str = "loaded") -> TransformersEngine:
+    def of(cls, loaded, tokenizer, batch_tokens: int) -> TransformersEngine:
         """An engine on a model that is loaded already, transformers' or peft's."""
         engine = cls.__new__(cls)
-        engine._hold(loaded, tokenizer, batch_tokens, name)
+        engine._hold(loaded, tokenizer, batch_tokens)
         return engine
 
-    def _hold(self, loaded, tokenizer, batch_tokens: int, name: str) -> None:
+    def _hold(self, loaded, tokenizer, batch_tokens: int) -> None:
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer = loaded.eval(), tokenizer
-        self.batch_tokens, self.name = batch_tokens, name
+        self.model, self.tokenizer, self.batch_tokens = loaded.eval(), tokenizer, batch_tokens
         self.opened = opens_reasoning(tokenizer)
         self.device = loaded.device.type
         self.limit = context_limit(loaded.config)  # tokens of prompt and reply
@@ -219,8 +218,7 @@ class TransformersEngine:
         """Left-padded ids and mask, each [rows, longest prompt] on the engine's device."""
         import torch
 
-        longest = max(len(p) for p in prompts)
-        pad = self.tokenizer.pad_token_id
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         return ids.to(self.device), mask.to(self.device)

@@ -26,7 +26,6 @@ from sao_utils.engines.base import (
     NOTHING,
     Completion,
     EngineError,
-    Sampling,
     encode,
     first_divergent_token,
     over_long,
@@ -51,8 +50,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 class VllmEngine:
     """Runs a model with vLLM. The Python of the child is $SAO_VLLM_PYTHON, or this one."""
 
-    def __init__(self, model: Model, adapter: Path | None, name: str):
-        self.model, self.name = model, name
+    def __init__(self, model: Model, adapter: Path | None):
+        self.model, name = model, model_name(model, adapter)
         self.tokenizer = load_tokenizer(model)
         self.opened = opens_reasoning(self.tokenizer)
         lora = adapter is not None and (adapter / "adapter_config.json").exists()
@@ -61,27 +60,20 @@ class VllmEngine:
         self.weights = model_name(model) if lora else name
         if adapter and not lora:  # a whole model that was trained
             model = model.model_copy(update={"path": str(adapter), "revision": None})
-        self.arguments = engine_arguments(model)
+        self.arguments = _engine_arguments(model)
         self._child()
 
     def generate(self, chats, sampling, seeds):
-        self._child()
-        for batch in self._rows(self.sampling_params(sampling), chats, [], seeds):
-            yield [(i, self.completion(*reply) if reply else NOTHING) for i, reply in batch]
-
-    def sampling_params(self, sampling: Sampling) -> dict:
-        """Every argument of vLLM's `SamplingParams`, but for the seed.
-
-        What is left out, a model's own defaults may fill in.
-        """
-        stops = {*self.child.ready["stops"], self.tokenizer.eos_token_id}.difference([None])
-        return {
+        stops = {*self._child().ready["stops"], self.tokenizer.eos_token_id}.difference([None])
+        asked = {  # all but the seed: what is left out, a model's own defaults may fill in
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sorted(stops),
             **NEUTRAL,
         }
+        for batch in self._rows(asked, chats, [], seeds):
+            yield [(i, self._completion(*reply) if reply else NOTHING) for i, reply in batch]
 
     def choose(self, chats, prefix, choices):
         if not chats:
@@ -92,7 +84,7 @@ class VllmEngine:
         for batch in self._rows(asked, chats, shared, [0] * len(chats)):
             yield [(i, logps or nothing) for i, logps in batch]
 
-    def completion(self, reply: list[int], ended: bool) -> Completion:
+    def _completion(self, reply: list[int], ended: bool) -> Completion:
         """A reply from its token ids, of which the last ended it if it did so by itself."""
         kept = reply[:-1] if ended else reply
         return read_reply(self.tokenizer, kept, ended, self.opened)
@@ -128,18 +120,7 @@ class VllmEngine:
         return child
 
 
-def vllm_python() -> str:
-    """The Python that has vLLM."""
-    return os.environ.get("SAO_VLLM_PYTHON") or sys.executable
-
-
-def vllm_environment() -> dict[str, str]:
-    """The environment of a process with vLLM."""
-    ours = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    return {**os.environ, **ours}
-
-
-def engine_arguments(model: Model) -> dict:
+def _engine_arguments(model: Model) -> dict:
     """vLLM's EngineArgs for a model."""
     # awq and gptq: vLLM finds the fastest kernel if it reads them off the weights itself.
     told = model.quantisation in ("fp8", "bitsandbytes")
@@ -179,15 +160,17 @@ class _Child:
 
     def __init__(self, model: Model, arguments: dict, weights: str, rank: int):
         self.model, self.arguments, self.weights, self.rank = model, arguments, weights, rank
+        python = os.environ.get("SAO_VLLM_PYTHON") or sys.executable
+        ours = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         with tempfile.NamedTemporaryFile(prefix="sao-vllm-", suffix=".log", delete=False) as log:
             self.log = Path(log.name)
             self.process = subprocess.Popen(
                 # -P: the modules beside the child's file must not hide those of vLLM
-                [vllm_python(), "-P", str(Path(__file__).with_name("vllm_child.py"))],
+                [python, "-P", str(Path(__file__).with_name("vllm_child.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=vllm_environment(),
+                env={**os.environ, **ours},
                 start_new_session=True,  # a group to end as a whole; no Ctrl-C of the terminal's
                 encoding="utf-8",
             )

@@ -15,7 +15,6 @@ from sao_utils.engines import api as engine_api
 from sao_utils.engines import requests as module
 from sao_utils.engines.api import HARMLESS, ApiEngine
 from sao_utils.engines.base import NOTHING, Completion, EngineError, Sampling
-from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.engines.verdicts import SURE, read_verdict
 from sao_utils.methods import sao
@@ -26,8 +25,7 @@ VLLM = {"id": "m", "object": "model", "created": 0, "owned_by": "vllm"}
 
 
 def engine_for(server, **more):
-    model = settings(server, **more)
-    return ApiEngine(model, None, model_name(model))
+    return ApiEngine(settings(server, **more))
 
 
 def chats(*texts):
@@ -75,19 +73,14 @@ def test_no_more_requests_at_a_time_than_allowed_and_a_slow_one_holds_up_no_othe
     }
 
 
-def test_openai_has_its_own_key_and_its_own_name_for_the_limit(server, monkeypatch):
+def test_openai_has_its_own_name_for_the_limit_and_nobody_gets_a_key_unasked(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
-    unnamed = settings(server).model_copy(update={"key_variable": None})
-    generate(ApiEngine(unnamed, None, "x"), "a")
-    assert "sk-openai" not in server.requests[-1]["key"], "a stranger gets no key"
     monkeypatch.setattr(engine_api, "OPENAI", "127.0.0.1")
-    generate(ApiEngine(unnamed, None, "x"), "a")
+    unnamed = settings(server).model_copy(update={"key_variable": None})
+    generate(ApiEngine(unnamed), "a")
     asked = server.requests[-1]
     assert asked["max_completion_tokens"] == 5 and "max_tokens" not in asked
-    assert asked["key"] == "Bearer sk-openai"
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(EngineError, match="environment variable OPENAI_API_KEY"):
-        ApiEngine(unnamed, None, "x")
+    assert "sk-openai" not in asked["key"]
 
 
 # ---------------------------------------------------------------------------- refusals, faults

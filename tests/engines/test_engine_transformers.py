@@ -30,7 +30,7 @@ def engine():
 @pytest.fixture
 def own_engine():
     """An engine that a test may spoil."""
-    return TransformersEngine(TINY, None, "own")
+    return TransformersEngine(TINY, None)
 
 
 def save_beside_the_tiny_tokenizer(model, folder):
@@ -104,7 +104,7 @@ def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path)
     chats = [[{"role": "user", "content": text}] for text in ranked]
 
     def odds(model, folder=None):
-        made = TransformersEngine(model, folder, "own")
+        made = TransformersEngine(model, folder)
         found = all_of(made.choose(chats, "ranking:", VERDICTS))
         return torch.tensor([found[k] for k in range(8)]).exp(), made
 

@@ -118,7 +118,7 @@ def fake_hub():
 @pytest.mark.parametrize(
     "name, hub, words",
     [
-        ("org/gated", "fake", "Accept its licence on its page"),
+        ("org/gated", "fake", "accept its licence on its page"),
         ("org/model", "http://127.0.0.1:9", "the hub cannot be reached"),  # nothing listens there
         ("org/model", None, "HF_HUB_OFFLINE=1 is set"),
     ],

@@ -25,10 +25,9 @@ def written(path, lines):
     return str(path)
 
 
-def gold(pair):
-    """The better answer of a pair, None for a tie."""
-    a, b = pair["quality"]
-    return None if a == b else pair["responses"][0 if a > b else 1]
+def better(pair):
+    """The better answer of a pair."""
+    return pair["responses"][pair["quality"].index(1)]
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
@@ -43,44 +42,13 @@ def test_rewardbench_columns_keep_the_label_and_hide_it_from_the_position(tmp_pa
         for k in range(400)
     ]
     pairs = labelled_pairs(written(tmp_path / name, lines))
-    assert [gold(pair) for pair in pairs] == [line["chosen"] for line in lines]
+    assert [better(pair) for pair in pairs] == [line["chosen"] for line in lines]
     assert {pair["subset"] for pair in pairs} == {"s"}
     assert pairs[0]["lengths"] == [len(text.split()) for text in pairs[0]["responses"]]
     first = sum(pair["quality"][0] > pair["quality"][1] for pair in pairs)
     assert 160 < first < 240
     again = labelled_pairs(written(tmp_path / f"again-{name}", lines[::-1]))[::-1]
     assert again == pairs, "the order of the file decides nothing"
-
-
-@pytest.mark.parametrize(
-    "label, better",
-    [("a", "x"), ("b", "y"), ("TIE", None), (1, "x"), (2, "y"), ("2", "y"), (" B ", "y")],
-)
-def test_labels_name_the_first_or_the_second_answer_or_a_tie(tmp_path, label, better):
-    line = {"prompt": "P", "response_a": "x", "response_b": "y", "label": label}
-    (pair,) = labelled_pairs(written(tmp_path / "a.jsonl", [line]))
-    assert gold(pair) == better and pair["discarded"] is None
-    swapped = {**line, "response_a": "y", "response_b": "x"}
-    (other,) = labelled_pairs(written(tmp_path / "b.jsonl", [swapped]))
-    assert other["responses"] == pair["responses"], "which is a does not depend on the label"
-
-
-def test_messages_as_trl_has_them_are_read(tmp_path):
-    def said(role, text):
-        return {"role": role, "content": text}
-
-    user, more = said("user", "P"), said("user", "And then?")
-    good, bad = said("assistant", "x"), said("assistant", "y")
-    lines = [
-        {"prompt": [user], "chosen": [good], "rejected": [bad]},  # prompt apart
-        {"chosen": [said("user", "Q"), good], "rejected": [said("user", "Q"), bad]},  # in front
-        {"prompt": "R", "chosen": [said("user", "R"), good], "rejected": [said("user", "R"), bad]},
-        {"prompt": [user, said("assistant", "h"), more], "chosen": [good], "rejected": [bad]},
-    ]
-    pairs = labelled_pairs(written(tmp_path / "a.jsonl", lines))
-    talk = "user: P\n\nassistant: h\n\nuser: And then?"
-    assert [pair["prompt"] for pair in pairs] == ["P", "Q", "R", talk]
-    assert all(gold(pair) == "x" for pair in pairs)
 
 
 def test_rows_that_cannot_be_used_are_counted_under_a_reason(tmp_path):
@@ -100,8 +68,6 @@ def test_rows_that_cannot_be_used_are_counted_under_a_reason(tmp_path):
 
 
 FINE = {"prompt": "P", "chosen": "x", "rejected": "y"}
-LABELLED = {"prompt": "P", "response_a": "x", "response_b": "y", "label": "a"}
-OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "y"}]
 
 
 @pytest.mark.parametrize(
@@ -110,16 +76,8 @@ OTHER = [{"role": "user", "content": "other"}, {"role": "assistant", "content": 
         ({"prompt": "P", "chosen": "x"}, "column 'rejected' is missing"),
         ({"chosen": "x", "rejected": "y"}, "column 'prompt' is missing"),
         ({**FINE, "prompt": " "}, "column 'prompt' is empty"),
-        ({**FINE, "chosen": 7}, "column 'chosen' is neither a text nor"),
-        ({**FINE, "chosen": []}, "column 'chosen' is neither a text nor"),
-        ({**FINE, "chosen": [{"role": "user"}]}, "column 'chosen' is neither a text nor"),
-        ({**FINE, "chosen": [{"role": "user", "content": "x"}]}, "'chosen' is not the assistant's"),
-        ({**FINE, "rejected": OTHER}, "answer different messages"),
-        ({**LABELLED, "label": "A > B"}, "column 'label' is 'A > B', not one of a, 1, b"),
-        ({**LABELLED, "label": 0}, "column 'label' is 0, not one of a, 1, b, 2, tie (a 0 is"),
-        ({**LABELLED, "label": None}, "column 'label' is None"),
-        ({**LABELLED, "response_b": None}, "column 'response_b' is missing"),
-        ({"question": "P"}, "columns prompt, chosen, rejected"),
+        ({**FINE, "chosen": [{"role": "assistant", "content": "x"}]}, "column 'chosen' is no text"),
+        ({"prompt": "P", "response_a": "x", "label": "a"}, "columns prompt, chosen, rejected"),
     ],
 )
 def test_a_faulty_row_is_named_with_its_column(tmp_path, line, fault):
