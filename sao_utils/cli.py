@@ -98,6 +98,32 @@ def run(
 
 
 @app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="Name of a study, or a .yaml file.")] = None,
+    set_: Settings = None,
+) -> None:
+    """Run a study, a few recipes that differ in one thing, or list the studies there are."""
+    from sao_utils.methods.studies import load_study, open_study, study_names
+    from sao_utils.recipe import RecipeError
+
+    try:
+        if name is None:
+            for one in map(load_study, study_names()):
+                typer.echo(f"{one.name:<12} {one.minutes:>3} minutes  {one.about}")
+            return
+        from sao_utils.report.studies import study_table
+
+        found = load_study(name)
+        home = open_study(found, _overrides(set_))
+        study_table(found, home)
+    except RecipeError as error:
+        _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
+    typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def plan(
     recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a .yaml file.")] = None,
     run: Annotated[

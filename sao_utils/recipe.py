@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+# Of these the last two are controls: SFT on random own answers, and on the seeds' gold answers.
+Method = Literal["sao", "synpo", "sft_random", "sft_seeds"]
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -241,7 +243,7 @@ class Recipe(Section):
     name: str
     about: str = ""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    method: Literal["sao", "synpo"] = "sao"
+    method: Method = "sao"
     rounds: PositiveInt = 1  # iterations: the tuned model makes the next data
     arms: tuple[Arm, ...] = ("self",)
     model: Model
@@ -279,8 +281,8 @@ class Recipe(Section):
     def _fits_together(self):
         if self.model.adapter:
             raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
-        if self.method == "synpo" and self.synpo is None:
-            raise ValueError("method=synpo needs a section synpo")
+        if self.method in ("synpo", "sft_seeds") and self.synpo is None:
+            raise ValueError(f"method={self.method} needs a section synpo")
         if (self.method == "synpo") != (self.prompts.source == "keywords"):
             raise ValueError(
                 "method=synpo and prompts.source=keywords belong together: set both, or neither"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sao_utils.evaluation.answers import Candidate
+from sao_utils.methods.controls import sft_random_round, sft_seeds_round
 from sao_utils.methods.rounds import Round, with_adapter
 from sao_utils.methods.sao import sao_round
 from sao_utils.methods.synpo import synpo_round
@@ -13,8 +14,15 @@ from sao_utils.recipe import Model
 from sao_utils.store import Run
 from sao_utils.training.fit import fit
 
-#: method -> its round: (run, Round) -> the pairs it makes. Add a method here.
-METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {"sao": sao_round, "synpo": synpo_round}
+#: method -> its round: (run, Round) -> the pairs it makes. Add a method here, and in `recipe.Method`.
+METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {
+    "sao": sao_round,
+    "synpo": synpo_round,
+    "sft_random": sft_random_round,
+    "sft_seeds": sft_seeds_round,
+}
+#: methods whose rows are imitated (SFT), not compared
+IMITATING = ("sft_random", "sft_seeds")
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ def iterate(
         new = [row for row in made if row["discarded"] is None]
         pool = pool + new if recipe.iterations.grow else new
         folder = run.folder / "adapters" / f"{name}-round{number + 1}-{seed}"
-        fit(base, pool, recipe.training, recipe.training.algorithm, seed, folder, watch)
+        algorithm = "sft" if name in IMITATING else recipe.training.algorithm
+        fit(base, pool, recipe.training, algorithm, seed, folder, watch)
         policy = with_adapter(base, folder)
         yield Trained(Candidate(name, seed, policy, number + 1), judge, made)
 

@@ -114,12 +114,18 @@ def train_improver(run: Run, this: Round) -> Model:
 
 def train_on_seeds(run: Run, base: Model, seed: int) -> Model:
     """The control: the base, trained on the gold answers themselves, as often as an improver is."""
-    examples = [
-        _example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])
+    folder = run.folder / "adapters" / f"sft_seeds-{seed}"
+    examples = seed_examples(run, seed)
+    return _taught(run, base, examples, run.recipe.synpo.improver, seed, folder)
+
+
+def seed_examples(run: Run, seed: int) -> list[dict]:
+    """The seed items as rows that SFT takes: prompt and gold answer."""
+    return [
+        {**_example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])}
+        | {"seed": seed, "round": 0, "discarded": None}
         for item in _split(run, seed)[0]
     ]
-    folder = run.folder / "adapters" / f"sft_seeds-{seed}"
-    return _taught(run, base, examples, run.recipe.synpo.improver, seed, folder)
 
 
 def _example(identity: str, prompt: list[dict], reply: str) -> dict:

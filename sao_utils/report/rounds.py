@@ -39,12 +39,18 @@ def rounds(run: Run) -> Iterator[dict]:
     yield from _quality(run, answers)
     yield from _lengths(run, answers)
     yield from _win_rates(run, answers)
-    yield from _pairs(run, made)
+    yield from pair_rows(run, made)
 
 
 def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
     """Good answers of the base and of some rounds' models, as a table of results."""
-    return make_table(_quality(run, _answers(run, [one.candidate for one in made])))
+    return make_table(quality_rows(run, made))
+
+
+def quality_rows(run: Run, made: list[Trained]) -> list[dict]:
+    """Good answers, lengths and wins of the base and of some rounds' models."""
+    answers = _answers(run, [one.candidate for one in made])
+    return [row for of in (_quality, _lengths, _win_rates) for row in of(run, answers)]
 
 
 def _answers(run: Run, candidates: list[Candidate]) -> list[dict]:
@@ -126,7 +132,7 @@ def funnel(run: Run) -> list[tuple[int, int, str, int]]:
     return rows
 
 
-def _pairs(run: Run, made: list[Trained]) -> Iterator[dict]:
+def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
     """How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
     signs that need no oracle: how often the judge's orders disagree, and how often the base agrees."""
     for number in range(1, run.recipe.rounds + 1):

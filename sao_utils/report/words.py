@@ -73,7 +73,7 @@ def what(row) -> str:
     parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
     if row.section == "judge":
         parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
-    if row.section == "rounds" and row.questions not in ("all", "training pairs"):
+    if row.section in ("rounds", "study") and row.questions not in ("all", "training pairs"):
         parts.insert(0, f"{row.questions}:")
     if row.section in ("benchmark", "task", "leakage"):
         parts.insert(0, f"{row.questions}:")
@@ -100,7 +100,7 @@ def model_in_words(name: str | None) -> str:
 def models(row) -> str:
     """The model of a row: `base model`, or of a difference `self-judged pairs - base model`."""
     name = model_in_words(row.model)
-    if row.section == "rounds" and row.round:
+    if row.section in ("rounds", "study") and row.round:
         name += f", round {row.round}"
     if row.against is None:
         return name

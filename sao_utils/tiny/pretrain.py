@@ -13,11 +13,13 @@ of each kind. The auxiliary heads are thrown away afterwards.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,6 +222,7 @@ def pretrain(
     tokens: int = 9000,
     peak: float = 3e-3,
     report: int = 100,
+    checkpoints: Sequence[int] = (),
 ) -> None:
     """Train and save model and tokenizer to `out`, with a log of the losses (pretraining.jsonl).
 
@@ -227,6 +230,7 @@ def pretrain(
         tokens: of a step, with padding: a third of chats, the rest of rankings.
         peak: the highest learning rate.
         report: steps between two lines of the log.
+        checkpoints: steps after which the unfinished model is saved, to out/step-<n>: a weaker judge.
     """
     torch.set_num_threads(1)  # else sums may come out differently
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,6 +270,8 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad()
             recent.append(values)
+            if step + 1 in checkpoints:
+                save(copy.deepcopy(model), tokenizer, out / f"step-{step + 1}")
             if (step + 1) % report == 0:
                 mean = {k: round(float(np.mean([r[k] for r in recent])), 4) for k in recent[0]}
                 seconds = round(time.time() - started)
@@ -273,6 +279,10 @@ def pretrain(
                 print(json.dumps(row), file=log, flush=True)
                 print(row, flush=True)
                 recent = []
-    # In bfloat16: rounding costs nothing measurable here.
-    model.to("cpu", torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save(model, tokenizer, out)
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer; in bfloat16, since rounding costs nothing measurable here."""
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,135 @@
+"""Studies: a few recipes that differ in one thing, run through the same methods and compared.
+
+A study is data (studies/*.yaml): a recipe, what all members set, and the members with what each of them
+sets. Members lie in one folder, results/study-NAME; rows and trainings that are there are used again, so
+a study that was stopped goes on. A member may have a search: values of one key, tried with a seed of its
+own on the "dev" questions, of which the best one is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sao_utils.evaluation.answers import answer_questions
+from sao_utils.evaluation.questions import questions
+from sao_utils.methods.iterate import Trained, all_rounds
+from sao_utils.recipe import PositiveInt, RecipeError, Section
+from sao_utils.recipes import read_value
+from sao_utils.store import Run, make_rows, open_run, row_id, variant
+
+SHIPPED = files("sao_utils") / "studies"
+#: what a search changes in a member's recipe: questions and a seed that the study does not report
+SEARCH = {
+    "seeds": [100],
+    "rounds": 1,
+    "evaluation.questions": "dev",
+    "evaluation.temperatures": [0.0],
+}
+
+
+class Member(Section):
+    """One of the recipes that a study compares."""
+
+    set: dict[str, Any] = {}
+    search: dict[str, list[Any]] = {}  # one key, and the values to try
+    help: str = ""  # what it was given from outside, in words
+
+
+class Study(Section):
+    """What is compared, and on what question. `load_study` reads one from YAML."""
+
+    name: str
+    about: str
+    paper: str = ""  # what the paper says of it, with its source
+    minutes: PositiveInt  # of two idle cores
+    recipe: str
+    set: dict[str, Any] = {}  # of all members
+    members: dict[str, Member]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member that has been run: its run, its models, and the value that its search chose."""
+
+    label: str
+    member: Member
+    run: Run
+    trained: list[Trained]
+    chosen: dict[str, Any]
+
+
+def study_names() -> list[str]:
+    """The studies that come with the kit."""
+    return sorted(f.name.removesuffix(".yaml") for f in SHIPPED.iterdir() if f.name[-5:] == ".yaml")
+
+
+def load_study(name: str) -> Study:
+    """Read a study: one of `study_names()`, or a YAML file.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(SHIPPED / f"{name}.yaml"))
+    if not path.is_file():
+        raise RecipeError(
+            f"There is no study '{name}'. Studies: {', '.join(study_names())}; or a .yaml file."
+        )
+    return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def open_study(study: Study, overrides: dict | str | None = None) -> Run:
+    """The run that a study's members lie in.
+
+    Args:
+        overrides: keys to set anew in all members, such as fewer prompts.
+    """
+    changes = {**study.set, **(read_value("overrides", overrides or {}))}
+    return open_run(study.recipe, f"study-{study.name}", changes)
+
+
+def run_study(study: Study, home: Run) -> Iterator[Entry]:
+    """Every member in turn, with its models as soon as they are trained."""
+    for label, member in study.members.items():
+        chosen = _search(home, label, member)
+        run = variant(home, _slug(label), {**member.set, **chosen})
+        print(f"{study.name}: {label}", *(f"{k}={v:g}" for k, v in chosen.items()), flush=True)
+        yield Entry(label, member, run, all_rounds(run), chosen)
+
+
+def _search(home: Run, label: str, member: Member) -> dict[str, Any]:
+    """The values that did best on the questions of the search; {} for a member without a search."""
+    if not member.search:
+        return {}
+    [(key, values)] = member.search.items()
+    found = {value: _score(home, label, {**member.set, key: value}) for value in values}
+    return {key: max(found, key=found.get)}
+
+
+def _score(home: Run, label: str, changes: dict) -> float:
+    """The share of good answers that a setting comes to, greedy, on the questions of the search."""
+    run = variant(home, f"{_slug(label)}-search", {**changes, **SEARCH})
+    recipe = run.recipe.model_dump(mode="json", exclude={"name", "about"})
+    job = {"id": row_id("search", recipe), "member": label, "set": changes}
+
+    def work(_: list[dict]) -> Iterator[list[dict]]:
+        [trained] = all_rounds(run)
+        settings = run.recipe.evaluation
+        asked = questions(settings)
+        rows = answer_questions(run, [trained.candidate], asked, settings.temperatures)
+        good = [row["good"] for row in rows if row["good"] is not None]
+        if not good:
+            raise RecipeError(f"{label}: a search needs questions that an oracle knows.")
+        yield [{**job, "good": sum(good) / len(good), "n": len(good)}]
+
+    return make_rows(home, "search", [job], work)[0]["good"]
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()

@@ -1,0 +1,101 @@
+"""The table of a study: what each member gained, what it was given, and what it took."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from sao_utils.disk import write_whole
+from sao_utils.methods.studies import Entry, Study, run_study
+from sao_utils.report import figures
+from sao_utils.report.rounds import pair_rows, quality_rows
+from sao_utils.report.table import as_csv, make_row, make_table, select
+from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
+from sao_utils.statistics.intervals import Interval
+from sao_utils.store import Run
+
+
+def study_table(study: Study, home: Run) -> pd.DataFrame:
+    """Run what is missing of a study, and write its tables and figure into home's `tables`, `figures`.
+
+    Returns:
+        The rows of the table of results, with section "study" and a member's label as `model`.
+    """
+    entries, rows = [], []
+    for entry in run_study(study, home):
+        entries.append(entry)
+        rows += list(_rows(entry, with_base=len(entries) == 1))
+        table = make_table(rows)
+        _write(study, home, entries, table)  # of what is there so far
+    return table
+
+
+def _rows(entry: Entry, with_base: bool) -> Iterator[dict]:
+    """The rows of one member; the base's own only once, since it is the same for all."""
+    run, name = entry.run, entry.run.recipe.method
+    found = quality_rows(run, entry.trained)
+    if name != "sft_seeds":  # which pairs nothing
+        found += pair_rows(run, entry.trained)
+    for row in found:
+        if row["model"] == "base" and not with_base:
+            continue
+        label = entry.label if row["model"] == name else row["model"]
+        yield {**row, "section": "study", "model": label}
+    stages = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    written = sum(of.get("tokens", 0) for stage, of in stages.items() if stage != "answers")
+    seconds = sum(of["seconds"] for stage, of in stages.items() if stage != "answers")
+    names = {"model": entry.label, "round": run.recipe.rounds}
+    yield make_row("study", "tokens generated and trained on", _exact(written), "tokens", **names)
+    yield make_row("study", "minutes", _exact(seconds / 60), "minutes", **names)
+
+
+def _exact(value: float) -> Interval:
+    return Interval(float(value), math.nan, math.nan, 1)
+
+
+def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -> None:
+    folder = home.folder / "tables"
+    write_whole(folder / "results.csv", as_csv(table))
+    shown = markdown(race(entries, table).reset_index())
+    paper = f"\nThe paper: {study.paper}\n" if study.paper else ""
+    write_whole(
+        folder / "results.md",
+        f"# {study.about}\n\n{shown}\n{paper}\n{searches(entries)}\n{NOT_COMPARABLE}\n",
+    )
+    figures.save(home, study.name, figures.study(table, study.about))
+
+
+def race(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
+    """One line a member: good answers and gain over the base by topic, outside help, tokens, minutes.
+
+    Of the last round, at the first temperature.
+    """
+    lines: dict[str, dict] = {}
+    first = table["temperature"].dropna().min()
+    quality = select(table, metric="good answers", temperature=first)
+    for row in quality.itertuples(index=False):
+        line = lines.setdefault(row.model, {})
+        what = f"{row.questions}: " + ("gain" if row.against else "good answers")
+        line[what] = f"{in_words(row)} (n = {row.n:,})"  # later rounds overwrite earlier ones
+    for entry in entries:
+        line = lines[entry.label]
+        line["outside help"] = entry.member.help or "none"
+        for metric in ("tokens generated and trained on", "minutes"):
+            [row] = select(table, model=entry.label, metric=metric).itertuples(index=False)
+            line[metric] = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
+    return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")
+
+
+def searches(entries: list[Entry]) -> str:
+    """What was searched for each member, and what was chosen, in a sentence each."""
+    lines = []
+    for entry in entries:
+        for key, values in entry.member.search.items():
+            tried = ", ".join(f"{value:g}" for value in values)
+            lines.append(f"{entry.label}: {key} = {entry.chosen[key]:g}, of {tried}.")
+    if not lines:
+        return ""
+    return "Searched on dev questions, one round, a seed of its own: " + " ".join(lines) + "\n"
