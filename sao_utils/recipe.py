@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-# Of these the last two are controls: SFT on random own answers, and on the seeds' gold answers.
-Method = Literal["sao", "synpo", "sft_random", "sft_seeds"]
+# The last two are controls: SFT on random own answers, and on the seeds' gold answers.
+Method = Literal["sao", "synpo", "sampling_ranking", "sft_random", "sft_seeds"]
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -193,18 +193,28 @@ class SFT(Section):
     batch_size: PositiveInt
 
 
-class SynPO(Section):
+class ScoredPairs(Section):
+    """Which of the pairs that a scorer has seen are kept."""
+
+    scorer: str = "self"  # "self", "oracle", or the path or hub name of a reward model
+    threshold: NonNegativeFloat  # gap of scores above which a pair is kept
+    max_repetition: PositiveShare = 0.5  # of a text; more is dropped
+    max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
+
+
+class Ranking(ScoredPairs):
+    samples: int = Field(4, ge=2)  # responses to each prompt, of which the best and the worst are paired
+    threshold: NonNegativeFloat = 0.0
+
+
+class SynPO(ScoredPairs):
     seeds: str = "tiny"  # "tiny", or a file with columns prompt and answer
     seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
     generator: SFT  # of the self-prompt generator
     improver: SFT  # of the response improver
-    scorer: str = "self"  # "self", "oracle", or the path or hub name of a reward model
     # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
     # kept from training.
     check: str | None = None
-    threshold: NonNegativeFloat  # gap of scores above which a pair is kept
-    max_repetition: PositiveShare = 0.5  # of a text; more is dropped
-    max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
     # Whose answers are rejected: the base's, or the last round's.
     rejected: Literal["base", "previous"] = "base"
 
@@ -256,6 +266,7 @@ class Recipe(Section):
     evaluation: Evaluation
     iterations: Iterations = Iterations()
     synpo: SynPO | None = None  # of method=synpo
+    ranking: Ranking = Ranking()  # of method=sampling_ranking
     # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
     others: dict[Name, Model] = Field(default_factory=dict)
     judges: dict[Name, Model] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.methods.controls import sft_random_round, sft_seeds_round
 from sao_utils.methods.rounds import Round, with_adapter
+from sao_utils.methods.sampling_ranking import sampling_ranking_round
 from sao_utils.methods.sao import sao_round
 from sao_utils.methods.synpo import synpo_round
 from sao_utils.recipe import Model
@@ -18,6 +19,7 @@ from sao_utils.training.fit import fit
 METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {
     "sao": sao_round,
     "synpo": synpo_round,
+    "sampling_ranking": sampling_ranking_round,
     "sft_random": sft_random_round,
     "sft_seeds": sft_seeds_round,
 }

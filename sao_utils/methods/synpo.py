@@ -18,7 +18,7 @@ from sao_utils.stages.keywords import keyword_lists, seed_keywords
 from sao_utils.stages.pairs import build_scored_pairs
 from sao_utils.stages.prompts import generator_chat, select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
-from sao_utils.stages.scoring import Scorer, score_gaps
+from sao_utils.stages.scoring import Scorer, score_gaps, scorer_named
 from sao_utils.stages.seeds import seed_items
 from sao_utils.store import Run, row_id
 from sao_utils.training.fit import fit
@@ -48,11 +48,8 @@ def write_synthetic_prompts(run: Run, this: Round) -> list[dict]:
 
 
 def scorer_of(run: Run, this: Round) -> Scorer:
-    """Who scores, by `synpo.scorer`: the round's judge, the oracle, or a reward model."""
-    name = run.recipe.synpo.scorer
-    if name == "self":
-        return Scorer("judge", this.judge)
-    return Scorer("oracle") if name == "oracle" else Scorer("reward", Model(path=name))
+    """Who scores, by `synpo.scorer`; the round's judge if that is "self"."""
+    return scorer_named(run.recipe.synpo.scorer, this.judge)
 
 
 def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:

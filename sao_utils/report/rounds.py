@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -13,8 +14,9 @@ from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
-from sao_utils.report.sections import mean_of, rate
+from sao_utils.report.sections import mean_of, rate, task_rows
 from sao_utils.report.table import make_row, make_table
+from sao_utils.stages.diversity import mean_similarity
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean
 from sao_utils.store import Run
@@ -40,6 +42,8 @@ def rounds(run: Run) -> Iterator[dict]:
     yield from _lengths(run, answers)
     yield from _win_rates(run, answers)
     yield from pair_rows(run, made)
+    yield from _diversity(run, made)
+    yield from _forgotten(run, made)
 
 
 def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
@@ -157,6 +161,35 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
         for metric, one in found.items():
             judge = "oracle" if metric == "chosen is better" else "self"
             yield make_row("rounds", metric, one, judge=judge, **where)
+
+
+def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:
+    """How alike the answered prompts of a round are (`stages.diversity`)."""
+    for number in range(1, run.recipe.rounds + 1):
+        texts = [
+            row["prompt"][-1]["content"]
+            for one in made
+            if one.candidate.round == number
+            for row in one.pairs
+        ]
+        alike = mean_similarity(texts)
+        names = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
+        # Of a whole set, no sample of one: there is no interval.
+        mean = sum(alike) / len(alike) if alike else math.nan
+        found = Interval(mean, math.nan, math.nan, len(alike))
+        yield make_row("rounds", "similarity of prompts", found, "", **names)
+
+
+def _forgotten(run: Run, made: list[Trained]) -> Iterator[dict]:
+    """The recipe's tasks before and after each round: what was forgotten."""
+    by_name = {f"round {one.candidate.round}": one.candidate.round for one in made}
+    everyone = [Candidate("base", None, run.recipe.model)]
+    for one in made:
+        name, seed = f"round {one.candidate.round}", one.candidate.seed
+        everyone.append(Candidate(name, seed, one.candidate.model, one.candidate.round))
+    for row in task_rows(run, everyone):
+        number = by_name.get(row["model"], 0)
+        yield {**row, "model": run.recipe.method if number else "base", "round": number}
 
 
 def _share(rows: list[dict], values: list[bool]) -> Interval:

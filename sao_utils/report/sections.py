@@ -266,10 +266,15 @@ def of_benchmark(run: Run, row: dict, section: str) -> dict:
 
 def tasks(run: Run) -> Iterator[dict]:
     """lm-eval's tasks: what the models knew before and after, and whether the change is noise."""
+    yield from task_rows(run, compared(run))
+
+
+def task_rows(run: Run, candidates: list[Candidate]) -> Iterator[dict]:
+    """The scores of some models, the base among them, in the recipe's tasks, and their changes."""
     if not run.recipe.evaluation.tasks:
         return
     bases = set()
-    for row in differences(score_tasks(run, compared(run))):
+    for row in differences(score_tasks(run, candidates)):
         model, where = row["model"], {"questions": row["task"]}
         if row["problem"]:
             yield make_row("task", "score", missing(row["problem"]), model=model, **where)

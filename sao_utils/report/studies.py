@@ -16,6 +16,9 @@ from sao_utils.report.table import as_csv, make_row, make_table, select
 from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
 from sao_utils.statistics.intervals import Interval
 from sao_utils.store import Run
+from sao_utils.training.fit import read_done
+
+EVALUATION = ("answers", "comparisons", "tasks")  # stages that are the same for all members
 
 
 def study_table(study: Study, home: Run) -> pd.DataFrame:
@@ -44,12 +47,22 @@ def _rows(entry: Entry, with_base: bool) -> Iterator[dict]:
             continue
         label = entry.label if row["model"] == name else row["model"]
         yield {**row, "section": "study", "model": label}
-    stages = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
-    written = sum(of.get("tokens", 0) for stage, of in stages.items() if stage != "answers")
-    seconds = sum(of["seconds"] for stage, of in stages.items() if stage != "answers")
+    written, read, seconds = _price(run)
     names = {"model": entry.label, "round": run.recipe.rounds}
-    yield make_row("study", "tokens generated and trained on", _exact(written), "tokens", **names)
+    yield make_row("study", "tokens written", _exact(written), "tokens", **names)
+    yield make_row("study", "tokens trained on", _exact(read), "tokens", **names)
     yield make_row("study", "minutes", _exact(seconds / 60), "minutes", **names)
+
+
+def _price(run: Run) -> tuple[int, int, float]:
+    """Tokens that were written, tokens that were trained on, and seconds; without evaluation."""
+    stages = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    made = [of for stage, of in stages.items() if stage not in EVALUATION]
+    trained = map(read_done, (run.folder / "adapters").iterdir())
+    trained = [done for done in trained if done]
+    written = sum(of.get("tokens", 0) for of in made)
+    read = sum(done["tokens"] for done in trained)
+    return written, read, sum(of["seconds"] for of in [*made, *trained])
 
 
 def _exact(value: float) -> Interval:
@@ -83,7 +96,7 @@ def race(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
     for entry in entries:
         line = lines[entry.label]
         line["outside help"] = entry.member.help or "none"
-        for metric in ("tokens generated and trained on", "minutes"):
+        for metric in ("tokens written", "tokens trained on", "minutes"):
             [row] = select(table, model=entry.label, metric=metric).itertuples(index=False)
             line[metric] = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
     return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")

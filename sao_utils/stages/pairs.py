@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sao_utils.engines.base import NO_REPLY, escape_special_tokens, unanswered
 from sao_utils.engines.loading import load_tokenizer, model_name
 from sao_utils.engines.requests import estimated_tokens
-from sao_utils.recipe import Arm, Model, Pairs, SynPO
+from sao_utils.recipe import Arm, Model, Pairs, ScoredPairs
 from sao_utils.stages.scoring import repetition
 from sao_utils.store import Run, read_rows, replace_rows, row_id
 
@@ -49,7 +49,7 @@ def build_pairs(run: Run, verdicts: list[dict], policy: Model, arm: Arm = "self"
 
 
 def build_scored_pairs(
-    run: Run, scored: list[dict], policy: Model, name: str, settings: SynPO
+    run: Run, scored: list[dict], policy: Model, name: str, settings: ScoredPairs
 ) -> list[dict]:
     """SynPO's filter (arXiv 2410.06961, Algorithm 1): the first response of each pair is the chosen one.
 

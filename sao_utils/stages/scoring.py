@@ -26,6 +26,13 @@ class Scorer:
     model: Model | None = None
 
 
+def scorer_named(name: str, judge: Model) -> Scorer:
+    """The scorer of a recipe: "self" is the judge, "oracle" the oracle, all else a reward model."""
+    if name == "self":
+        return Scorer("judge", judge)
+    return Scorer("oracle") if name == "oracle" else Scorer("reward", Model(path=name))
+
+
 def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores") -> list[dict]:
     """By how much the first response of each pair is better than the second.
 

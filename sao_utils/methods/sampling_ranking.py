@@ -1,0 +1,25 @@
+"""Sampling and ranking: the best of several own responses against the worst, as a scorer orders them.
+
+SynPO's paper (arXiv 2410.06961, section 4) compares itself with this way of making pairs. Prompts and the
+first two responses are those of SAO.
+"""
+
+from __future__ import annotations
+
+from sao_utils.methods.rounds import Round
+from sao_utils.methods.sao import steps
+from sao_utils.stages.pairs import build_scored_pairs
+from sao_utils.stages.responses import write_responses
+from sao_utils.stages.scoring import best_and_worst, scorer_named
+from sao_utils.store import Run
+
+
+def sampling_ranking_round(run: Run, this: Round) -> list[dict]:
+    """The pairs of one round of one seed (`stages.pairs.build_scored_pairs`)."""
+    settings = run.recipe.ranking
+    of_sao = steps(run, this.policy, this.judge, this.number, [this.seed])
+    prompts = next(rows for stage, rows in of_sao if stage == "prompts")
+    responses = write_responses(run, prompts, this.policy, settings.samples)
+    scorer = scorer_named(settings.scorer, this.judge)
+    ranked = best_and_worst(run, responses, scorer)
+    return build_scored_pairs(run, ranked, this.base, "sampling_ranking", settings)
