@@ -135,6 +135,9 @@ class Judging(Section):
     max_new_tokens: PositiveInt = 16
     labelled: str | None = None  # a file of pairs with known labels, to judge the judge by
     min_mass: Share = 0.5  # probability on the two verdicts below which one is invalid
+    # Of the verdicts that pairs are made of, the share that is turned around, to see what a worse
+    # judge does.
+    label_noise: Share = 0.0
 
 
 class Pairs(Section):
@@ -222,6 +225,7 @@ class SynPO(ScoredPairs):
 class Iterations(Section):
     grow: bool = True  # train on the pairs of earlier rounds, too
     judge: Literal["current", "base"] = "current"  # each round's model, or always the base
+    start: Literal["base", "previous"] = "base"  # each training starts from: the base, or the last round
 
 
 class Evaluation(Section):

@@ -62,7 +62,8 @@ def iterate(
         pool = pool + new if recipe.iterations.grow else new
         folder = run.folder / "adapters" / f"{name}-round{number + 1}-{seed}"
         algorithm = "sft" if name in IMITATING else recipe.training.algorithm
-        fit(base, pool, recipe.training, algorithm, seed, folder, watch)
+        start = policy if recipe.iterations.start == "previous" else base
+        fit(start, pool, recipe.training, algorithm, seed, folder, watch)
         policy = with_adapter(base, folder)
         yield Trained(Candidate(name, seed, policy, number + 1), judge, made)
 

@@ -16,6 +16,7 @@ first token in which the verdicts differ is scored ("1" or "2"): the rest follow
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 
 from sao_utils import oracles, templates
@@ -170,6 +171,22 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
         "margin_21": margin_21,
         "first_wins": [odds_12 > 0, odds_21 > 0],
     }
+
+
+def turn_around(verdicts: list[dict], share: float) -> list[dict]:
+    """Turn a share of verdicts around, drawn by a seed of their own: a worse judge, for studies (ours).
+
+    Args:
+        verdicts: rows of `judge_pairs`, which stay as they are; so do the kept rows.
+    """
+    found = []
+    for row in verdicts:
+        drawn = random.Random(f"noise {row['id']}").random() < share
+        if drawn and row["margin"] is not None:
+            turned = {key: -row[key] for key in ("margin", "margin_12", "margin_21")}
+            row = {**row, **turned, "first_wins": [not wins for wins in row["first_wins"]]}
+        found.append(row)
+    return found
 
 
 def first_shown(row: dict) -> list[bool | float]:

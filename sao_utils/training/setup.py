@@ -25,11 +25,16 @@ def make_trainer(
     folder: Path,
     watch: Callable[[list[dict]], None] | None = None,
 ):
-    """The trainer with model, data and every setting in place; `.train()` runs it."""
+    """The trainer with model, data and every setting in place; `.train()` runs it.
+
+    A model with an adapter (or with the folder of a whole model that was trained) goes on from there.
+    """
     from transformers import AutoConfig, set_seed
 
     from sao_utils.training.watch import Watch
 
+    if model.adapter and settings.method == "full":
+        model = model.model_copy(update={"path": model.adapter, "adapter": None})
     tokenizer = loading.load_tokenizer(model)
     config = AutoConfig.from_pretrained(loading.model_folder(model.path), revision=model.revision)
     # Before the weights: faults show at once.
@@ -38,7 +43,7 @@ def make_trainer(
     policy = load_base(model, settings)
     set_seed(seed)
     if settings.method == "lora":
-        policy = add_adapter(policy, settings)
+        policy = add_adapter(policy, settings, loading.own_adapter(model))
     dtype = training_precision(model)[0]
     trainer = pair_trainer(
         policy,
@@ -96,10 +101,16 @@ def load_base(model: Model, settings: Training):
     return loading.load_model(model.model_copy(update=changes), None if left_to_trainer else device)
 
 
-def add_adapter(base, settings: Training):
-    """A LoRA adapter in float32 on all linear layers of a model but its output head."""
-    from peft import LoraConfig, get_peft_model
+def add_adapter(base, settings: Training, start: Path | None = None):
+    """A LoRA adapter in float32 on all linear layers of a model but its output head.
 
+    Args:
+        start: the folder of a trained adapter to go on from; by default a new one.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if start is not None:
+        return PeftModel.from_pretrained(base, str(start), is_trainable=True)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules="all-linear",

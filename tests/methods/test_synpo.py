@@ -1,6 +1,7 @@
 """SynPO and rounds: what the models of a round are trained on, and that a bad improver is stopped."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,17 @@ def test_each_round_is_made_by_the_model_of_the_one_before_and_trains_the_base(r
     assert models[0] == "tiny" and models[1] == first.candidate.model.label
     personas = {r["persona"]: r["round"] for r in read_rows(run.rows("prompts"))}
     assert len(personas) > 100  # other personas in each round
+
+
+def test_with_start_previous_the_second_training_goes_on_from_the_first_rounds_model(results):
+    run = sao_run("goes-on", **{"iterations.start": "previous", "iterations.grow": False})
+    first, second = iterate(run, 0)
+    fresh = sao_run("begins-anew", **{"iterations.grow": False})
+    same, anew = iterate(fresh, 0)
+    kept = [[row["id"] for row in one.pairs] for one in (first, second, same, anew)]
+    assert kept[0] == kept[2]
+    logs = [read_rows(Path(one.candidate.model.adapter) / "log.jsonl")[0] for one in (second, anew)]
+    assert logs[0]["loss"] != logs[1]["loss"]
 
 
 @pytest.mark.parametrize("grow", [True, False])

@@ -167,3 +167,20 @@ def test_a_real_judge_at_a_wild_temperature_talks_nonsense_and_every_pair_is_cou
     counted = Counter(row["outcome"] for row in judged)
     assert sum(counted.values()) == 5 and counted["invalid"] >= 4
     assert all(row["margin"] is None for row in judged if row["outcome"] == "invalid")
+
+
+def test_noise_turns_the_wanted_share_of_verdicts_around_and_no_other():
+    def row(k):
+        return {"id": f"{k}", "outcome": "consistent", "first_wins": [True, False]} | dict.fromkeys(
+            ("margin", "margin_12", "margin_21"), 2.0 if k % 5 else None
+        )
+
+    verdicts = [row(k) for k in range(1000)]
+    assert judging.turn_around(verdicts, 0.0) == verdicts
+    found = judging.turn_around(verdicts, 0.25)
+    assert found == judging.turn_around(verdicts, 0.25)
+    turned = [new for old, new in zip(verdicts, found) if old != new]
+    assert 150 < len(turned) < 250  # of the 800 that have a margin
+    assert all(new["margin"] == new["margin_12"] == -2.0 for new in turned)
+    assert all(new["first_wins"] == [False, True] for new in turned)
+    assert all(row["margin"] == 2.0 for row in verdicts if row["margin"] is not None)

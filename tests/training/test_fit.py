@@ -55,6 +55,31 @@ def test_sft_learns_the_tokens_of_the_chosen_answer_only(base, tokenizer, pairs,
     assert row["rewards_chosen"] is None
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_training_goes_on_from_the_model_that_another_one_has_trained(
+    base, tokenizer, pairs, tmp_path, method
+):
+    how = settings(method=method, epochs=3, warmup_ratio=0)
+    first = fit(base, pairs, how, "sft", 0, tmp_path / "first")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    start = base.model_copy(update={"adapter": str(first)})
+    second = fit(start, pairs, how, "sft", 0, tmp_path / "second")
+    seen = read_rows(second / "log.jsonl")[0]["loss"]
+
+    if method == "lora":
+        from peft import PeftModel
+
+        trained = PeftModel.from_pretrained(load(base), first).eval()
+    else:
+        trained = load(base.model_copy(update={"path": str(first)}))
+    prompt = pairs[0]["prompt"][0]["content"]
+    logps = torch.cat([log_probabilities(trained, tokenizer, prompt, a) for a, _ in ANSWERS])
+    assert seen == pytest.approx(-logps.mean().item(), rel=1e-4)
+    assert seen < read_rows(first / "log.jsonl")[0]["loss"]
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert read_done(first)["fingerprint"] != read_done(second)["fingerprint"]
+
+
 def test_the_adapter_is_safetensors_and_loads_with_plain_peft(base, tokenizer, pairs, tmp_path):
     from peft import PeftModel
 
