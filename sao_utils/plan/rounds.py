@@ -53,8 +53,17 @@ def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
 
 
 def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
-    pairs = recipe.prompts.count * rates.prompts_kept * rates.pairs_kept
-    return list(round_work(recipe, rates)), round(pairs)
+    """A round of SAO, or of a method that makes its pairs from the same prompts."""
+    if recipe.method == "sft_seeds":  # which makes nothing
+        return [], recipe.synpo.seed_count
+    pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
+    works, several = list(round_work(recipe, rates)), {}
+    if recipe.method == "sampling_ranking":  # every two of the responses are compared
+        n = recipe.ranking.samples
+        several = {"responses": n / 2, "verdicts": n * (n - 1) / 2}
+        if recipe.ranking.scorer != "self":
+            several["verdicts"] = 0
+    return [replace(w, rows=round(w.rows * several.get(w.stage, 1))) for w in works], pairs
 
 
 def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:

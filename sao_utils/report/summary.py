@@ -55,8 +55,8 @@ def _rounds(table: pd.DataFrame) -> list[str]:
     """A line for each model, in the order of the rounds: good answers by topic, wins, and its pairs."""
     columns: dict[str, dict] = {}  # heading -> model -> row
     greedy = table["temperature"].isna() | (table["temperature"] == table["temperature"].min())
-    for row in table[greedy].itertuples(index=False, name="Row"):
-        if row.metric == "answer length" or is_difference(row):
+    for row in table[greedy & (table["section"] == "rounds")].itertuples(index=False, name="Row"):
+        if row.metric in ("answer length", "similarity of prompts") or is_difference(row):
             continue
         heading = what(row) if row.metric != "win rate" else "win rate over base"
         name = f"round {row.round}" if row.round else model_in_words(row.model)

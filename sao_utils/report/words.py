@@ -101,7 +101,7 @@ def model_in_words(name: str | None) -> str:
 def models(row) -> str:
     """The model of a row: `base model`, or of a difference `self-judged pairs - base model`."""
     name = model_in_words(row.model)
-    if row.section in ("rounds", "study") and row.round:
+    if row.round:
         name += f", round {row.round}"
     if row.against is None:
         return name

@@ -35,3 +35,12 @@ def test_synpo_trains_its_generator_once_and_an_improver_each_round():
 def test_one_round_of_sao_is_planned_as_before():
     recipe = load_recipe("tiny")
     assert not recipe.iterated and rows(recipe, "verdicts")
+
+
+def test_a_ranking_of_four_answers_compares_every_two_of_them():
+    sao, ranked = (
+        load_recipe("tiny", {"method": method, "rounds": 2, "prompts.count": 100})
+        for method in ("sao", "sampling_ranking")
+    )
+    assert rows(ranked, "responses") == [2 * n for n in rows(sao, "responses")]
+    assert rows(ranked, "verdicts") == [6 * n for n in rows(sao, "verdicts")]

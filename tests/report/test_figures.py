@@ -107,6 +107,25 @@ ROUNDS = make_table(
 )
 DRAWN["rounds"] = ([ROUNDS], [NOTHING], ["greedy", "(n = 9)", "win rate (%)"])
 DRAWN["similarity"] = ([{"keywords": [0.1, 0.2]}], [{"keywords": []}], ["mean 0.150, n = 2"])
+GAINS = make_table(
+    make_row(
+        "study",
+        "good answers",
+        Interval(0.1 * k, 0.05, 0.4, 9),
+        "points",
+        model=label,
+        against="base",
+        questions=topic,
+        temperature=0.0,
+    )
+    for k, label in enumerate(("SAO", "SynPO"))
+    for topic in ("seed topics", "other topics")
+)
+DRAWN["study"] = (
+    [GAINS, "Who gains?"],
+    [NOTHING, "Who gains?"],
+    ["Who gains? (greedy)", "SynPO", "other topics", "(n = 9)"],
+)
 
 
 @pytest.fixture
