@@ -9,6 +9,7 @@ import pytest
 from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 from sao_utils.report.summary import summary
 from sao_utils.report.table import read_table, value_of
+from sao_utils.report.words import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,3 +73,21 @@ def test_the_claim_holds_in_the_reference_run():
     assert good("self", "random").low >= 0.10
     assert good("random", "base").high < gain.low / 2
     assert good("random", "base", 0.6).low <= 0
+
+
+def test_the_readmes_table_of_synpo_is_that_of_its_reference_run_and_its_claims_hold():
+    table = read_table(ROOT / "results/reference-synpo")
+
+    def good(model, number, topic, against=None, temperature=0.0):
+        where = {"metric": "good answers", "questions": topic, "temperature": temperature}
+        return value_of(table, model=model, round=number, against=against, **where)
+
+    names = {("base", 0): "base", ("sft_seeds", 0): "SFT on the same 600 seed answers"}
+    names |= {("synpo", k): f"SynPO, round {k}" for k in range(1, 5)}
+    for (model, number), name in names.items():
+        cells = [in_words(good(model, number, topic)) for topic in ("seed topics", "other topics")]
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    gain = good("synpo", 4, "other topics", "base")
+    assert gain.value >= 0.10 and gain.low > 0
+    control, last = (good(m, k, "other topics") for m, k in (("sft_seeds", 0), ("synpo", 4)))
+    assert control.value > last.value
