@@ -215,11 +215,22 @@ class SynPO(ScoredPairs):
     seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
     generator: SFT  # of the self-prompt generator
     improver: SFT  # of the response improver
+    # Also "tiny": a reward model of the tiny world, which the run trains on pairs that the oracle labels.
+    scorer: str = "self"
     # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
     # kept from training.
     check: str | None = None
     # Whose answers are rejected: the base's, or the last round's.
     rejected: Literal["base", "previous"] = "base"
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.scorer == "tiny" and self.seeds != "tiny":
+            raise ValueError(
+                "scorer=tiny knows the tiny world only (seeds=tiny): for data of your own set it to "
+                '"self", or to the path or hub name of a reward model'
+            )
+        return self
 
 
 class Iterations(Section):

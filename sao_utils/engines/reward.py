@@ -22,13 +22,7 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]
     from torch.nn.utils.rnn import pad_sequence
 
     classifier, tokenizer = _load(model), load_tokenizer(model)
-    texts = [
-        tokenizer.apply_chat_template(
-            escape_special_tokens(chat, tokenizer), tokenize=False, **model.template_options
-        )
-        for chat in chats
-    ]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = token_ids(chats, tokenizer)
     waiting = sorted(range(len(ids)), key=lambda k: len(ids[k]))
     while waiting:
         # Of like length, so that little is padded; the longest of a batch sets its size.
@@ -42,6 +36,19 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]
             place = classifier.device
             out = classifier(input_ids=padded.to(place), attention_mask=mask.to(place))
         yield list(zip(batch, out.logits[:, 0].float().tolist()))
+
+
+def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
+    """What a reward model reads of each chat, in training and when it scores; special tokens escaped.
+
+    Args:
+        tokenizer: of `engines.loading.load_tokenizer`, which passes model.template_options on.
+    """
+    texts = [
+        tokenizer.apply_chat_template(escape_special_tokens(chat, tokenizer), tokenize=False)
+        for chat in chats
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _load(model: Model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sao_utils import oracles
 from sao_utils.evaluation.questions import evaluated_prompts, questions
 from sao_utils.methods.rounds import Round, with_adapter
 from sao_utils.recipe import SFT, Model
@@ -22,6 +23,9 @@ from sao_utils.stages.scoring import Scorer, score_gaps, scorer_named
 from sao_utils.stages.seeds import seed_items
 from sao_utils.store import Run, row_id
 from sao_utils.training.fit import fit
+from sao_utils.training.reward import fit_reward
+
+SCORER_PAIRS = 2000  # that the tiny world's reward model is trained on
 
 
 def synpo_round(run: Run, this: Round) -> list[dict]:
@@ -48,8 +52,24 @@ def write_synthetic_prompts(run: Run, this: Round) -> list[dict]:
 
 
 def scorer_of(run: Run, this: Round) -> Scorer:
-    """Who scores, by `synpo.scorer`; the round's judge if that is "self"."""
+    """Who scores, by `synpo.scorer`: the round's judge, the oracle, or a reward model."""
+    if run.recipe.synpo.scorer == "tiny":
+        return Scorer("reward", train_scorer(run, this.seed))
     return scorer_named(run.recipe.synpo.scorer, this.judge)
+
+
+def train_scorer(run: Run, seed: int) -> Model:
+    """The reward model of the tiny world, from the embedded model: see `training.reward`."""
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": better}],
+            "rejected": [{"role": "assistant", "content": worse}],
+        }
+        for prompt, better, worse in oracles.tiny_pairs(SCORER_PAIRS, seed)
+    ]
+    folder = run.folder / "adapters" / f"reward-{seed}"
+    return Model(path=str(fit_reward(Model(path="tiny"), pairs, seed, folder)), dtype="float32")
 
 
 def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:

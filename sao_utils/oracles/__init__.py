@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sao_utils.oracles import tiny_world
-from sao_utils.oracles.tiny_oracle import inspect_answer
+from sao_utils.oracles.tiny_oracle import answer_pair, inspect_answer
 
 
 def quality(prompt: str, *answers: str) -> list[int] | None:
@@ -64,6 +64,23 @@ def tiny_seeds(count: int, seed: int) -> list[tuple[str, str]]:
         answer = tiny_world.draw_answer(rng, question, flawed=False)
         items.append((tiny_world.word_question(rng, question), str(answer)))
     return items
+
+
+def tiny_pairs(count: int, seed: int, split: str = "train") -> list[tuple[str, str, str]]:
+    """Questions of a split with two answers that differ in flaws: (prompt, better, worse).
+
+    Answers are the villagers', and damaged copies of them: what the tiny model's pre-training ranks.
+    """
+    import random
+
+    rng, pairs = random.Random(f"pairs {split} {seed}"), []
+    for _ in range(count):
+        question = tiny_world.draw_question(rng, split)
+        job = rng.choice(tiny_world.JOBS) if rng.random() < 0.3 else None
+        answers = answer_pair(rng, question)
+        worse, better = sorted(answers, key=lambda text: inspect_answer(question, text).quality)
+        pairs.append((tiny_world.word_question(rng, question, job), better, worse))
+    return pairs
 
 
 def is_seed_topic(prompt: str) -> bool | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 
 from sao_utils.oracles.tiny_world import (
     CLOSERS,
+    DAMAGES,
     FLAWS,
     NEIGHBOUR,
     OPENERS,
@@ -14,6 +16,7 @@ from sao_utils.oracles.tiny_world import (
     TRUTH,
     VALUES,
     Question,
+    draw_answer,
     pattern_of,
 )
 
@@ -87,6 +90,25 @@ def inspect_answer(question: Question, text: str) -> Inspection:
     flaws["missing"] = len(set(question.aspects) - covered)
     flaws["unfinished"] = int(not finished)
     return Inspection(flaws, tuple(verdicts))
+
+
+def answer_pair(rng: random.Random, question: Question) -> tuple[str, str]:
+    """Two answers of different quality: two free draws, or one answer and its damaged copy."""
+    while True:
+        if rng.random() < 0.5:
+            pair = (
+                draw_answer(rng, question, flawed=rng.random() < 0.7),
+                draw_answer(rng, question),
+            )
+        else:
+            answer = draw_answer(rng, question, flawed=rng.random() < 0.5)
+            kind = rng.choice(("missing", "missing", "wrong", "wrong", "wrong", *DAMAGES))
+            pair = (answer, DAMAGES[kind](rng, question, answer))
+        texts = [str(answer) for answer in pair]
+        quality = [inspect_answer(question, text).quality for text in texts]
+        if pair[1] is not None and quality[0] != quality[1]:
+            rng.shuffle(texts)
+            return texts[0], texts[1]
 
 
 def _matches(patterns: list[re.Pattern], sentence: str, hobby: str) -> bool:

@@ -61,8 +61,8 @@ def _price(run: Run) -> tuple[int, int, float]:
     trained = map(read_done, (run.folder / "adapters").iterdir())
     trained = [done for done in trained if done]
     written = sum(of.get("tokens", 0) for of in made)
-    read = sum(done["tokens"] for done in trained)
-    return written, read, sum(of["seconds"] for of in [*made, *trained])
+    read = sum(done.get("tokens", 0) for done in trained)  # a reward model notes neither
+    return written, read, sum(of.get("seconds", 0) for of in [*made, *trained])
 
 
 def _exact(value: float) -> Interval:

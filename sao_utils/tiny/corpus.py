@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from sao_utils import templates
 from sao_utils.oracles import tiny_world as world
-from sao_utils.oracles.tiny_oracle import Inspection, inspect_answer
+from sao_utils.oracles.tiny_oracle import Inspection, answer_pair, inspect_answer
 
 # Without a persona, people ask about few favourite hobbies: personas are what makes prompts varied.
 FAVOURITES = world.HOBBIES[::8]
@@ -54,25 +54,6 @@ def prompt_item(rng: random.Random) -> Item:
     question = world.draw_question(rng, hobby=hobby)
     text = world.word_question(rng, question, job if rng.random() < 0.4 else None)
     return Item(templates.render("persona", persona=persona), "User prompt: " + text)
-
-
-def answer_pair(rng: random.Random, question: world.Question) -> tuple[str, str]:
-    """Two answers of different quality: two free draws, or one answer and its damaged copy."""
-    while True:
-        if rng.random() < 0.5:
-            pair = (
-                world.draw_answer(rng, question, flawed=rng.random() < 0.7),
-                world.draw_answer(rng, question),
-            )
-        else:
-            answer = world.draw_answer(rng, question, flawed=rng.random() < 0.5)
-            kind = rng.choice(("missing", "missing", "wrong", "wrong", "wrong", *world.DAMAGES))
-            pair = (answer, world.DAMAGES[kind](rng, question, answer))
-        texts = [str(answer) for answer in pair]
-        quality = [inspect_answer(question, text).quality for text in texts]
-        if pair[1] is not None and quality[0] != quality[1]:
-            rng.shuffle(texts)
-            return texts[0], texts[1]
 
 
 def ranking_item(rng: random.Random) -> Item:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from small import all_of
 
 from sao_utils import oracles
+from sao_utils.engines.reward import rewards
 from sao_utils.methods import synpo
 from sao_utils.methods.iterate import first_round, iterate
 from sao_utils.methods.rounds import with_adapter
@@ -79,6 +81,24 @@ def test_a_round_pairs_rewritten_answers_of_the_policy_with_answers_of_the_base(
         assert row["chosen"][0]["content"] == improved[chosen]["text"]
         assert row["rejected"][0]["content"] == responses[rejected]["text"]
     assert synpo.synpo_round(run, this) == rows  # nothing is made anew
+
+
+def test_the_tiny_worlds_reward_model_prefers_better_answers_and_is_trained_once(run, monkeypatch):
+    monkeypatch.setattr(synpo, "SCORER_PAIRS", 640)
+    model = synpo.train_scorer(run, 0)
+    assert model.path == str(run.folder / "adapters" / "reward-0")
+    weights = Path(model.path, "model.safetensors").stat().st_mtime_ns
+    assert synpo.train_scorer(run, 0) == model
+    assert Path(model.path, "model.safetensors").stat().st_mtime_ns == weights
+    held_out = oracles.tiny_pairs(200, 1, "dev")
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for prompt, *answers in held_out
+        for answer in answers
+    ]
+    found = all_of(rewards(model, chats))
+    right = [found[2 * k] > found[2 * k + 1] for k in range(len(held_out))]
+    assert sum(right) / len(right) > 0.6
 
 
 def sao_run(name, **changes):
