@@ -184,7 +184,7 @@ def test_full_fine_tuning_leaves_a_model_that_the_engine_loads(base, pairs, tmp_
     assert not (folder / "adapter_config.json").exists()
     tuned = base.model_copy(update={"adapter": str(folder)})
     engine = load_engine(tuned)
-    assert engine.name == model_name(tuned) != model_name(base)
+    assert model_name(tuned) != model_name(base)
     before = dict(load(base).named_parameters())
     moved = [n for n, p in engine.model.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) == len(before)
