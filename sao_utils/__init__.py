@@ -17,14 +17,14 @@ other in a circle (tests/test_house.py):
     stages       personas or keywords, prompts, responses, judging or scoring, pairs: rows in, rows out
     training     losses, packing, trainer, merging
     evaluation   answers, comparisons, published benchmarks, tasks, leakage
-    methods      stages put together: SAO, SynPO, and iterations of either
+    methods      stages put together: SAO, SynPO, others, controls; iterations and studies of them
     report       one table of results; tables, figures, model cards, publishing
     plan         what a recipe takes before it runs: rows, tokens, hours, memory, money
     tiny, bench  the tiny model and where it is from; measurements of speed and memory
     notebooks    the numbered notebooks in order, by papermill
     cli          the command `sao`
 
-`prompts/` and `launch/` hold texts and settings, no code.
+`prompts/`, `studies/` and `launch/` hold texts and settings, no code.
 """
 
 import logging

@@ -113,8 +113,8 @@ def study(
             return
         from sao_utils.report.studies import study_table
 
-        found = load_study(name)
-        home = open_study(found, _overrides(set_))
+        found = load_study(name, _overrides(set_))
+        home = open_study(found)
         study_table(found, home)
     except RecipeError as error:
         _fail(error, 2)

@@ -199,7 +199,9 @@ class SFT(Section):
 class ScoredPairs(Section):
     """Which of the pairs that a scorer has seen are kept."""
 
-    scorer: str = "self"  # "self", "oracle", or the path or hub name of a reward model
+    # "self", "oracle", the path or hub name of a reward model, or "tiny": one of the tiny world, which
+    # the run trains on pairs that the oracle labels.
+    scorer: str = "self"
     threshold: NonNegativeFloat  # gap of scores above which a pair is kept
     max_repetition: PositiveShare = 0.5  # of a text; more is dropped
     max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
@@ -215,22 +217,11 @@ class SynPO(ScoredPairs):
     seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
     generator: SFT  # of the self-prompt generator
     improver: SFT  # of the response improver
-    # Also "tiny": a reward model of the tiny world, which the run trains on pairs that the oracle labels.
-    scorer: str = "self"
     # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
     # kept from training.
     check: str | None = None
     # Whose answers are rejected: the base's, or the last round's.
     rejected: Literal["base", "previous"] = "base"
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if self.scorer == "tiny" and self.seeds != "tiny":
-            raise ValueError(
-                "scorer=tiny knows the tiny world only (seeds=tiny): for data of your own set it to "
-                '"self", or to the path or hub name of a reward model'
-            )
-        return self
 
 
 class Iterations(Section):
@@ -307,6 +298,12 @@ class Recipe(Section):
     def _fits_together(self):
         if self.model.adapter:
             raise ValueError("model.adapter: `sao merge` it first; training starts from model.path")
+        scorers = (self.ranking.scorer, self.synpo.scorer if self.synpo else None)
+        if "tiny" in scorers and self.model.path != "tiny":
+            raise ValueError(
+                "scorer=tiny knows the tiny world only: set it to self, or to the path or hub name of a "
+                "reward model"
+            )
         if self.method in ("synpo", "sft_seeds") and self.synpo is None:
             raise ValueError(f"method={self.method} needs a section synpo")
         if (self.method == "synpo") != (self.prompts.source == "keywords"):

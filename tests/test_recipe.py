@@ -1,6 +1,9 @@
+from typing import get_args
+
 import pytest
 
-from sao_utils.recipe import RecipeError
+from sao_utils.methods.iterate import METHODS
+from sao_utils.recipe import Method, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names
 
 
@@ -113,3 +116,13 @@ def test_a_faulty_file_is_refused_with_the_place(tmp_path, text, fault):
 def test_keywords_and_synpo_are_set_together(name, key, value):
     with pytest.raises(RecipeError, match="belong together"):
         load_recipe(name, {key: value, "prompts.data": "tiny"})
+
+
+def test_every_method_that_a_recipe_may_name_is_there():
+    assert set(get_args(Method)) == set(METHODS)
+
+
+def test_the_tiny_worlds_reward_model_scores_for_the_tiny_model_only():
+    load_recipe("tiny-synpo", {"synpo.scorer": "tiny"})
+    with pytest.raises(RecipeError, match="scorer=tiny knows the tiny world only"):
+        load_recipe("tiny-synpo", {"synpo.scorer": "tiny", "model.path": "some/model"})

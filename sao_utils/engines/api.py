@@ -244,6 +244,6 @@ def _completion(answer) -> Completion:
     # Servers that part reasoning themselves name it so (vLLM, DeepSeek, OpenRouter).
     thought = getattr(choice.message, "reasoning_content", None)
     thought = thought or getattr(choice.message, "reasoning", None)
-    if thought:
+    if isinstance(thought, str) and thought.strip():
         text = f"{OPEN}{thought}{CLOSE}{text}"
     return parted(text, tokens, choice.finish_reason == "stop")

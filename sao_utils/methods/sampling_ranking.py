@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from sao_utils.methods.rounds import Round
 from sao_utils.methods.sao import steps
+from sao_utils.methods.scorers import scorer_of
 from sao_utils.stages.pairs import build_scored_pairs
 from sao_utils.stages.responses import write_responses
-from sao_utils.stages.scoring import best_and_worst, scorer_named
+from sao_utils.stages.scoring import best_and_worst
 from sao_utils.store import Run
 
 
@@ -20,6 +21,5 @@ def sampling_ranking_round(run: Run, this: Round) -> list[dict]:
     of_sao = steps(run, this.policy, this.judge, this.number, [this.seed])
     prompts = next(rows for stage, rows in of_sao if stage == "prompts")
     responses = write_responses(run, prompts, this.policy, settings.samples)
-    scorer = scorer_named(settings.scorer, this.judge)
-    ranked = best_and_worst(run, responses, scorer)
+    ranked = best_and_worst(run, responses, scorer_of(run, this, settings.scorer))
     return build_scored_pairs(run, ranked, this.base, "sampling_ranking", settings)

@@ -15,20 +15,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sao_utils.evaluation.answers import answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import Trained, all_rounds
 from sao_utils.recipe import PositiveInt, RecipeError, Section
-from sao_utils.recipes import read_value
+from sao_utils.recipes import read_value, read_yaml, validated
 from sao_utils.store import Run, make_rows, open_run, row_id, variant
 
 SHIPPED = files("sao_utils") / "studies"
 #: what a search changes in a member's recipe: questions and a seed that the study does not report
 SEARCH = {
     "seeds": [100],
-    "rounds": 1,
     "evaluation.questions": "dev",
     "evaluation.temperatures": [0.0],
 }
@@ -70,28 +67,33 @@ def study_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in SHIPPED.iterdir() if f.name[-5:] == ".yaml")
 
 
-def load_study(name: str) -> Study:
+def load_study(name: str, overrides: dict | str | None = None) -> Study:
     """Read a study: one of `study_names()`, or a YAML file.
 
+    Args:
+        overrides: keys to set anew in all members, such as fewer prompts.
+
     Raises:
-        RecipeError: there is none of this name.
+        RecipeError: there is none of this name, or it does not fit.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(SHIPPED / f"{name}.yaml"))
     if not path.is_file():
         raise RecipeError(
             f"There is no study '{name}'. Studies: {', '.join(study_names())}; or a .yaml file."
         )
-    return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    data = read_yaml(path)
+    study = validated(Study, data, f"The study {path.name}")
+    changes = read_value("overrides", overrides or {})
+    members = {
+        label: member.model_copy(update={"set": {**member.set, **changes}})
+        for label, member in study.members.items()
+    }
+    return study.model_copy(update={"set": {**study.set, **changes}, "members": members})
 
 
-def open_study(study: Study, overrides: dict | str | None = None) -> Run:
-    """The run that a study's members lie in.
-
-    Args:
-        overrides: keys to set anew in all members, such as fewer prompts.
-    """
-    changes = {**study.set, **(read_value("overrides", overrides or {}))}
-    return open_run(study.recipe, f"study-{study.name}", changes)
+def open_study(study: Study) -> Run:
+    """The run that a study's members lie in."""
+    return open_run(study.recipe, f"study-{study.name}", study.set)
 
 
 def run_study(study: Study, home: Run) -> Iterator[Entry]:
@@ -99,7 +101,7 @@ def run_study(study: Study, home: Run) -> Iterator[Entry]:
     for label, member in study.members.items():
         chosen = _search(home, label, member)
         run = variant(home, _slug(label), {**member.set, **chosen})
-        print(f"{study.name}: {label}", *(f"{k}={v:g}" for k, v in chosen.items()), flush=True)
+        print(f"{study.name}: {label}", *(f"{k}={v}" for k, v in chosen.items()), flush=True)
         yield Entry(label, member, run, all_rounds(run), chosen)
 
 
@@ -113,16 +115,16 @@ def _search(home: Run, label: str, member: Member) -> dict[str, Any]:
 
 
 def _score(home: Run, label: str, changes: dict) -> float:
-    """The share of good answers that a setting comes to, greedy, on the questions of the search."""
+    """The share of good answers after the last round of a setting, greedy, on the search's questions."""
     run = variant(home, f"{_slug(label)}-search", {**changes, **SEARCH})
     recipe = run.recipe.model_dump(mode="json", exclude={"name", "about"})
     job = {"id": row_id("search", recipe), "member": label, "set": changes}
 
     def work(_: list[dict]) -> Iterator[list[dict]]:
-        [trained] = all_rounds(run)
+        *_, last = all_rounds(run)
         settings = run.recipe.evaluation
         asked = questions(settings)
-        rows = answer_questions(run, [trained.candidate], asked, settings.temperatures)
+        rows = answer_questions(run, [last.candidate], asked, settings.temperatures)
         good = [row["good"] for row in rows if row["good"] is not None]
         if not good:
             raise RecipeError(f"{label}: a search needs questions that an oracle knows.")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sao_utils import oracles
 from sao_utils.evaluation.questions import evaluated_prompts, questions
 from sao_utils.methods.rounds import Round, with_adapter
+from sao_utils.methods.scorers import scorer_of
 from sao_utils.recipe import SFT, Model
 from sao_utils.stages.improver_check import ImproverCheck, check_improver, refuse_if_harmful
 from sao_utils.stages.improving import improve, improver_chat
@@ -19,13 +19,10 @@ from sao_utils.stages.keywords import keyword_lists, seed_keywords
 from sao_utils.stages.pairs import build_scored_pairs
 from sao_utils.stages.prompts import generator_chat, select_prompts, write_prompts
 from sao_utils.stages.responses import write_responses
-from sao_utils.stages.scoring import Scorer, score_gaps, scorer_named
+from sao_utils.stages.scoring import score_gaps
 from sao_utils.stages.seeds import seed_items
 from sao_utils.store import Run, row_id
 from sao_utils.training.fit import fit
-from sao_utils.training.reward import fit_reward
-
-SCORER_PAIRS = 2000  # that the tiny world's reward model is trained on
 
 
 def synpo_round(run: Run, this: Round) -> list[dict]:
@@ -39,7 +36,7 @@ def synpo_round(run: Run, this: Round) -> list[dict]:
     rejected = drafts
     if settings.rejected == "base":
         rejected = write_responses(run, prompts, this.base, samples=1)
-    scored = score_gaps(run, side_by_side(zip(chosen, rejected)), scorer_of(run, this))
+    scored = score_gaps(run, side_by_side(zip(chosen, rejected)), scorer_of(run, this, settings.scorer))
     return build_scored_pairs(run, scored, this.base, "synpo", settings)
 
 
@@ -49,27 +46,6 @@ def write_synthetic_prompts(run: Run, this: Round) -> list[dict]:
     keywords = keyword_lists(run, this.seed, this.number)
     prompts = write_prompts(run, keywords, generator, this.number)
     return select_prompts(run, prompts, avoid=evaluated_prompts(run.recipe.evaluation))
-
-
-def scorer_of(run: Run, this: Round) -> Scorer:
-    """Who scores, by `synpo.scorer`: the round's judge, the oracle, or a reward model."""
-    if run.recipe.synpo.scorer == "tiny":
-        return Scorer("reward", train_scorer(run, this.seed))
-    return scorer_named(run.recipe.synpo.scorer, this.judge)
-
-
-def train_scorer(run: Run, seed: int) -> Model:
-    """The reward model of the tiny world, from the embedded model: see `training.reward`."""
-    pairs = [
-        {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": [{"role": "assistant", "content": better}],
-            "rejected": [{"role": "assistant", "content": worse}],
-        }
-        for prompt, better, worse in oracles.tiny_pairs(SCORER_PAIRS, seed)
-    ]
-    folder = run.folder / "adapters" / f"reward-{seed}"
-    return Model(path=str(fit_reward(Model(path="tiny"), pairs, seed, folder)), dtype="float32")
 
 
 def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:
@@ -87,7 +63,7 @@ def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:
     ]
     drafts = write_responses(run, rows, this.policy, samples=1)
     resamples = run.recipe.evaluation.bootstrap
-    return check_improver(run, drafts, improver, scorer_of(run, this), resamples)
+    return check_improver(run, drafts, improver, scorer_of(run, this, run.recipe.synpo.scorer), resamples)
 
 
 def _split(run: Run, seed: int) -> tuple[list[dict], list[dict]]:
@@ -119,7 +95,7 @@ def train_improver(run: Run, this: Round) -> Model:
         {**row, "id": f"gold-{row['id']}", "text": item["answer"], "finished": True}
         for row, item in zip(answers, items)
     ]
-    scored = score_gaps(run, side_by_side(zip(gold, answers)), scorer_of(run, this), "seed_scores")
+    scored = score_gaps(run, side_by_side(zip(gold, answers)), scorer_of(run, this, settings.scorer), "seed_scores")
     examples = [
         _example(row["id"], improver_chat(row["prompt"], row["responses"][1]), row["responses"][0])
         for row in scored
@@ -139,7 +115,7 @@ def train_on_seeds(run: Run, base: Model, seed: int) -> Model:
 def seed_examples(run: Run, seed: int) -> list[dict]:
     """The seed items as rows that SFT takes: prompt and gold answer."""
     return [
-        {**_example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])}
+        _example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])
         | {"seed": seed, "round": 0, "discarded": None}
         for item in _split(run, seed)[0]
     ]

@@ -94,17 +94,35 @@ def _locate(name: str, beside: Path | None = None) -> Path:
     raise RecipeError(f"There is no recipe file {name}.")
 
 
+def read_yaml(path: Path) -> dict:
+    """A file of keys and values. Raises RecipeError: it is none, or names a key twice."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, RecipeError) as error:
+        raise RecipeError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path.name} is not a mapping of keys to values.")
+    return data
+
+
+def validated(kind: type[Section], data: dict, what: str):
+    """Data as a section of this kind. Raises RecipeError: every key and value that does not fit."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = [
+            f"  {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise RecipeError(f"{what} does not fit:\n" + "\n".join(faults)) from None
+
+
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """A recipe as data; what it `extends` lies underneath."""
     if path in extended_by:
         chain = " extends ".join(p.name for p in (*extended_by, path))
         raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError, RecipeError) as error:
-        raise RecipeError(f"The recipe {path.name} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"The recipe {path.name} is not a mapping of keys to values.")
+    data = read_yaml(path)
     if "extends" not in data:
         return data
     below = _read(_locate(str(data.pop("extends")), path.parent), (*extended_by, path))
@@ -158,11 +176,4 @@ def load_recipe(name: str, overrides: dict[str, Any] | str | None = None) -> Rec
             data[leaf] = value
         elif data.get(section) or value is not None:  # there may be no judge
             data[section] = {**(data.get(section) or {}), leaf: value}
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        faults = [
-            f"  {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise RecipeError(f"The recipe {name} does not fit:\n" + "\n".join(faults)) from None
+    return validated(Recipe, data, f"The recipe {name}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from statistics import mean
 
 import pandas as pd
 
@@ -12,13 +12,13 @@ from sao_utils import oracles
 from sao_utils.evaluation import comparisons
 from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
-from sao_utils.methods.iterate import Trained, all_rounds
+from sao_utils.methods.iterate import IMITATING, Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
 from sao_utils.report.sections import mean_of, rate, task_rows
 from sao_utils.report.table import make_row, make_table
 from sao_utils.stages.diversity import mean_similarity
 from sao_utils.stages.judging import judge_pairs
-from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean
+from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, exact
 from sao_utils.store import Run
 
 #: subset of the questions -> which of them it holds
@@ -48,7 +48,7 @@ def rounds(run: Run) -> Iterator[dict]:
 
 def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
     """Good answers of the base and of some rounds' models, as a table of results."""
-    return make_table(quality_rows(run, made))
+    return make_table(_quality(run, _answers(run, [one.candidate for one in made])))
 
 
 def quality_rows(run: Run, made: list[Trained]) -> list[dict]:
@@ -137,8 +137,13 @@ def funnel(run: Run) -> list[tuple[int, int, str, int]]:
 
 
 def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
-    """How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
-    signs that need no oracle: how often the judge's orders disagree, and how often the base agrees."""
+    """What the pairs of each round are worth; nothing of methods whose rows are only imitated.
+
+    How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
+    signs that need no oracle: how often the judge's orders disagree, and how often the base agrees.
+    """
+    if run.recipe.method in IMITATING:
+        return
     for number in range(1, run.recipe.rounds + 1):
         of_round = [one for one in made if one.candidate.round == number]
         rows = [row for one in of_round for row in one.pairs]
@@ -174,10 +179,9 @@ def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:
         ]
         alike = mean_similarity(texts)
         names = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
-        # Of a whole set, no sample of one: there is no interval.
-        mean = sum(alike) / len(alike) if alike else math.nan
-        found = Interval(mean, math.nan, math.nan, len(alike))
-        yield make_row("rounds", "similarity of prompts", found, "", **names)
+        if alike:
+            found = exact(mean(alike), len(alike))
+            yield make_row("rounds", "similarity of prompts", found, **names)
 
 
 def _forgotten(run: Run, made: list[Trained]) -> Iterator[dict]:

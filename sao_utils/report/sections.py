@@ -24,7 +24,13 @@ from sao_utils.report.table import make_row
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.stages.prompts import near_duplicate_rate, repetition_rate
-from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, wilson
+from sao_utils.statistics.intervals import (
+    Interval,
+    clustered_difference,
+    clustered_mean,
+    exact,
+    wilson,
+)
 from sao_utils.store import Run
 
 NAN = float("nan")
@@ -75,9 +81,8 @@ def prompts(run: Run) -> Iterator[dict]:
     ]
     rates = {"repeated prompts": repetition_rate, "near-duplicate prompts": near_duplicate_rate}
     for metric, rate in rates.items():
-        mean = float(np.mean([rate(texts) for texts in by_seed]))
-        found = Interval(mean, NAN, NAN, len(by_seed[0]))  # of a whole set, no sample of one
-        yield make_row("prompts", metric, found)
+        mean = np.mean([rate(texts) for texts in by_seed])
+        yield make_row("prompts", metric, exact(mean, len(by_seed[0])))
 
 
 def judge(run: Run) -> Iterator[dict]:

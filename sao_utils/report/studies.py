@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -14,7 +13,7 @@ from sao_utils.report import figures
 from sao_utils.report.rounds import pair_rows, quality_rows
 from sao_utils.report.table import as_csv, make_row, make_table, select
 from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
-from sao_utils.statistics.intervals import Interval
+from sao_utils.statistics.intervals import exact
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done
 
@@ -40,18 +39,16 @@ def _rows(entry: Entry, with_base: bool) -> Iterator[dict]:
     """The rows of one member; the base's own only once, since it is the same for all."""
     run, name = entry.run, entry.run.recipe.method
     found = quality_rows(run, entry.trained)
-    if name != "sft_seeds":  # which pairs nothing
-        found += pair_rows(run, entry.trained)
-    for row in found:
+    for row in [*found, *pair_rows(run, entry.trained)]:
         if row["model"] == "base" and not with_base:
             continue
         label = entry.label if row["model"] == name else row["model"]
         yield {**row, "section": "study", "model": label}
     written, read, seconds = _price(run)
     names = {"model": entry.label, "round": run.recipe.rounds}
-    yield make_row("study", "tokens written", _exact(written), "tokens", **names)
-    yield make_row("study", "tokens trained on", _exact(read), "tokens", **names)
-    yield make_row("study", "minutes", _exact(seconds / 60), "minutes", **names)
+    price = {"tokens written": written, "tokens trained on": read, "minutes": seconds / 60}
+    for metric, value in price.items():
+        yield make_row("study", metric, exact(value, 1), **names)
 
 
 def _price(run: Run) -> tuple[int, int, float]:
@@ -65,23 +62,18 @@ def _price(run: Run) -> tuple[int, int, float]:
     return written, read, sum(of.get("seconds", 0) for of in [*made, *trained])
 
 
-def _exact(value: float) -> Interval:
-    return Interval(float(value), math.nan, math.nan, 1)
-
-
 def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -> None:
     folder = home.folder / "tables"
     write_whole(folder / "results.csv", as_csv(table))
-    shown = markdown(race(entries, table).reset_index())
-    paper = f"\nThe paper: {study.paper}\n" if study.paper else ""
-    write_whole(
-        folder / "results.md",
-        f"# {study.about}\n\n{shown}\n{paper}\n{searches(entries)}\n{NOT_COMPARABLE}\n",
-    )
+    parts = [f"# {study.about}", markdown(members(entries, table).reset_index())]
+    parts += [f"The paper: {study.paper}"] if study.paper else []
+    parts += [searches(entries)] if any(entry.chosen for entry in entries) else []
+    parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
+    write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
     figures.save(home, study.name, figures.study(table, study.about))
 
 
-def race(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
+def members(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
     """One line a member: good answers and gain over the base by topic, outside help, tokens, minutes.
 
     Of the last round, at the first temperature.
@@ -104,11 +96,9 @@ def race(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
 
 def searches(entries: list[Entry]) -> str:
     """What was searched for each member, and what was chosen, in a sentence each."""
-    lines = []
-    for entry in entries:
-        for key, values in entry.member.search.items():
-            tried = ", ".join(f"{value:g}" for value in values)
-            lines.append(f"{entry.label}: {key} = {entry.chosen[key]:g}, of {tried}.")
-    if not lines:
-        return ""
-    return "Searched on dev questions, one round, a seed of its own: " + " ".join(lines) + "\n"
+    lines = [
+        f"{entry.label}: {key} = {entry.chosen[key]}, of {', '.join(map(str, values))}."
+        for entry in entries
+        for key, values in entry.member.search.items()
+    ]
+    return "Searched on dev questions, with a seed of its own: " + " ".join(lines)

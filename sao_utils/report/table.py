@@ -37,6 +37,10 @@ UNITS = {
     "kappa, one order": "",
     "length bias": "points",
     "length difference": "characters",
+    "minutes": "minutes",
+    "similarity of prompts": "",
+    "tokens trained on": "tokens",
+    "tokens written": "tokens",
 }
 
 

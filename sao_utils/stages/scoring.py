@@ -14,7 +14,7 @@ from typing import Literal
 
 from sao_utils.engines.loading import model_name
 from sao_utils.recipe import Model
-from sao_utils.stages.judging import judge_pairs, side_by_side
+from sao_utils.stages.judging import judge_pairs, side_by_side, turn_around
 from sao_utils.store import Run, make_rows, row_id
 
 
@@ -24,13 +24,6 @@ class Scorer:
 
     kind: Literal["judge", "reward", "oracle"]
     model: Model | None = None
-
-
-def scorer_named(name: str, judge: Model) -> Scorer:
-    """The scorer of a recipe: "self" is the judge, "oracle" the oracle, all else a reward model."""
-    if name == "self":
-        return Scorer("judge", judge)
-    return Scorer("oracle") if name == "oracle" else Scorer("reward", Model(path=name))
 
 
 def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores") -> list[dict]:
@@ -45,7 +38,8 @@ def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores
         None}.
     """
     if scorer.kind == "judge":
-        judged = judge_pairs(run, pairs, scorer.model, stage)
+        noise = run.recipe.judging.label_noise
+        judged = turn_around(judge_pairs(run, pairs, scorer.model, stage), noise)
         same = [row["outcome"] == "identical" for row in judged]
         return [{**row, "gap": 0.0 if alike else row["margin"]} for row, alike in zip(judged, same)]
     if scorer.kind == "oracle":

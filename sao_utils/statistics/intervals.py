@@ -51,6 +51,11 @@ class Interval:
     note: str = ""
 
 
+def exact(value: float, n: int) -> Interval:
+    """A number of a whole set, no sample of one: it has no interval."""
+    return Interval(float(value), math.nan, math.nan, n)
+
+
 def without_interval(value: float, n: int) -> Interval:
     """What cannot be estimated: no values, or values of one cluster, which say nothing of others."""
     if not n:

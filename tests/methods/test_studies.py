@@ -71,9 +71,19 @@ def test_every_member_of_a_shipped_study_has_a_recipe_that_fits(results, name):
     study = load_study(name)
     home = open_study(study)
     for label, member in study.members.items():
-        for key, values in {"rounds": [1], **member.search}.items():
+        variant(home, studies._slug(label), member.set)
+        for key, values in member.search.items():
             for value in values:
                 variant(home, studies._slug(label), {**member.set, key: value})
+
+
+def test_what_is_set_anew_holds_for_every_member_and_a_wrong_file_is_told_in_words(tmp_path):
+    study = load_study("race", {"prompts.count": "7"})
+    assert all(member.set["prompts.count"] == "7" for member in study.members.values())
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nabout: x\nrecipe: tiny\nminutes: 1\nmember: {}\n")
+    with pytest.raises(RecipeError, match="(?s)The study mine.yaml does not fit:.*members.*member"):
+        load_study(str(file))
 
 
 def test_studies_are_listed_with_their_minutes_and_an_unknown_name_names_them(results):

@@ -8,7 +8,7 @@ from small import all_of
 
 from sao_utils import oracles
 from sao_utils.engines.reward import rewards
-from sao_utils.methods import synpo
+from sao_utils.methods import scorers, synpo
 from sao_utils.methods.iterate import first_round, iterate
 from sao_utils.methods.rounds import with_adapter
 from sao_utils.methods.sao import sao_round
@@ -84,11 +84,11 @@ def test_a_round_pairs_rewritten_answers_of_the_policy_with_answers_of_the_base(
 
 
 def test_the_tiny_worlds_reward_model_prefers_better_answers_and_is_trained_once(run, monkeypatch):
-    monkeypatch.setattr(synpo, "SCORER_PAIRS", 640)
-    model = synpo.train_scorer(run, 0)
+    monkeypatch.setattr(scorers, "TINY_PAIRS", 640)
+    model = scorers.train_scorer(run, 0)
     assert model.path == str(run.folder / "adapters" / "reward-0")
     weights = Path(model.path, "model.safetensors").stat().st_mtime_ns
-    assert synpo.train_scorer(run, 0) == model
+    assert scorers.train_scorer(run, 0) == model
     assert Path(model.path, "model.safetensors").stat().st_mtime_ns == weights
     held_out = oracles.tiny_pairs(200, 1, "dev")
     chats = [
