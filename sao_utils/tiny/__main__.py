@@ -11,7 +11,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sao_utils.tiny", description=main.__doc__)
     ask = parser.add_subparsers(dest="what", required=True)
     ask.add_parser("card", help="measure the committed model for its card (minutes)")
-    ask.add_parser("search", help="write results/reference/search.csv (half an hour)")
+    seek = ask.add_parser("search", help="write search.csv of a reference run (half an hour)")
+    seek.add_argument("--recipe", choices=("tiny", "tiny-synpo"), default="tiny")
     make = ask.add_parser("pretrain", help="make model and tokenizer again (hours on a CPU)")
     make.add_argument("--out", type=Path, default=Path("results/tiny-model"))
     make.add_argument("--steps", type=int, default=3600)
@@ -23,9 +24,9 @@ def main() -> None:
 
         write_card()
     elif given.what == "search":
-        from sao_utils.tiny.search import search
+        from sao_utils.tiny.search import search, search_synpo
 
-        search()
+        search_synpo() if given.recipe == "tiny-synpo" else search()
     else:
         from sao_utils.tiny.pretrain import pretrain
 

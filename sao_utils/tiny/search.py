@@ -1,4 +1,4 @@
-"""The search behind the tiny recipe's training settings.
+"""The searches behind the training settings of the recipes tiny and tiny-synpo.
 
 On the "dev" questions, which share no combination with the test questions, and with a seed that the
 reference run does not use. Learning rate, steps (epochs, number of prompts) and the least margin of
@@ -12,7 +12,9 @@ import json
 
 from sao_utils.disk import write_whole
 from sao_utils.methods import sao
+from sao_utils.methods.iterate import all_rounds
 from sao_utils.report.results import results
+from sao_utils.report.rounds import quality_of
 from sao_utils.report.table import select
 from sao_utils.store import Run, open_run, results_folder
 
@@ -25,6 +27,7 @@ GRID = {
     ],
     "sft_random": [{"training.sft_learning_rate": rate} for rate in (3e-4, 1e-3, 2e-3, 4e-3)],
 }
+SYNPO_RATES = (1e-4, 2e-4, 3e-4, 5e-4)
 DEV = {
     "seeds": [100],
     "evaluation.questions": "dev",
@@ -53,3 +56,22 @@ def search() -> None:
             words = " ".join(f"{key}={value:g}" for key, value in changes.items())
             keep(run, arm, words, f"{done['pairs']},{done['steps']}")
     write_whole(results_folder() / "reference" / "search.csv", "\n".join(lines) + "\n")
+
+
+def search_synpo() -> None:
+    """All rounds of SynPO at each learning rate; writes results/reference-synpo/search.csv and prints it.
+
+    Generator and first improver are the same for all rates, and are trained once.
+    """
+    lines = ["learning_rate,round,questions,good rate,low,high,n"]
+    for rate in SYNPO_RATES:
+        changes = {"training.learning_rate": rate, "evaluation.temperatures": [0.0]}
+        run = open_run("tiny-synpo", "search-synpo", {**DEV, **changes})
+        table = quality_of(run, all_rounds(run))
+        for row in select(table, against=None).itertuples(index=False):
+            if row.model != "base" or rate == SYNPO_RATES[0]:
+                of = f"{rate:g},{row.round}" if row.round else ",0"
+                numbers = ",".join(f"{x:.4f}" for x in (row.value, row.low, row.high))
+                lines.append(f"{of},{row.questions},{numbers},{row.n}")
+                print(lines[-1], flush=True)
+    write_whole(results_folder() / "reference-synpo" / "search.csv", "\n".join(lines) + "\n")
