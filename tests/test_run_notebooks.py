@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import nbformat
 import psutil
@@ -16,8 +17,8 @@ import pytest
 from sao_utils.disk import turn
 from sao_utils.notebooks import RunError, kernels
 from sao_utils.notebooks.kernels import NotebookFailed
-from sao_utils.notebooks.run import fingerprint, run_notebooks
-from sao_utils.recipe import RecipeError
+from sao_utils.notebooks.run import fingerprint, notebooks_of, run_notebooks
+from sao_utils.recipe import Method, RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.store import open_run
 
@@ -296,3 +297,11 @@ def test_papermills_texts_are_read_as_what_they_mean(folder, words, shown):
 def test_papermill_stops_at_what_is_no_parameter(folder, words, message):
     code, _, errors = papermill(folder, *words)
     assert code and re.search(message, errors.replace("\n", " ")), errors
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_notebooks_that_run_it(method):
+    recipe = load_recipe("tiny-synpo" if method == "synpo" else "tiny")
+    found = notebooks_of(recipe.model_copy(update={"method": method}))
+    number = {"sao": "01", "synpo": "09"}.get(method, "08")
+    assert found and found[0].name.startswith(number)

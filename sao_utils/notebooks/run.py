@@ -21,6 +21,7 @@ from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.questions import questions
 from sao_utils.notebooks import RunError
 from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, stop_kernel
+from sao_utils.recipe import Recipe
 from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.store import Run, input_files
@@ -28,7 +29,7 @@ from sao_utils.store import Run, input_files
 #: The folder of the notebooks, beside the package in a checkout.
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 #: The notebooks that make up a run, by number; others (00, 07, ...) are for readers.
-NOTEBOOKS = {"one round": "0[1-6]_*.ipynb", "sao": "08_*.ipynb", "synpo": "09_*.ipynb"}
+NOTEBOOKS = {"one round": "0[1-6]_*.ipynb", "rounds": "08_*.ipynb", "synpo": "09_*.ipynb"}
 TRAINING = "04"  # from here on the model's weights are needed
 
 
@@ -42,6 +43,12 @@ def parameters(run: Run, folder: Path) -> dict[str, Any]:
     if name not in recipe_names() or load_recipe(name) != run.recipe:
         name = os.path.relpath(run.folder.resolve() / "recipe.yaml", folder.resolve())
     return {"recipe": name, "run": run.folder.name, "overrides": {}}
+
+
+def notebooks_of(recipe: Recipe, folder: Path = FOLDER) -> list[Path]:
+    """The notebooks that run a recipe, in order."""
+    which = "rounds" if recipe.iterated else "one round"
+    return sorted(folder.glob(NOTEBOOKS["synpo" if recipe.method == "synpo" else which]))
 
 
 def run_notebooks(
@@ -66,8 +73,7 @@ def run_notebooks(
         RecipeError: a file of the user's that cannot be read; before any of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
-    which = run.recipe.method if run.recipe.iterated else "one round"
-    every = sorted((folder or FOLDER).glob(NOTEBOOKS[which]))
+    every = notebooks_of(run.recipe, folder or FOLDER)
     if not every:
         raise RunError(
             f"There are no notebooks in {folder or FOLDER}. The package brings none along: clone the "
