@@ -75,6 +75,13 @@ def test_the_claim_holds_in_the_reference_run():
     assert good("random", "base", 0.6).low <= 0
 
 
+@pytest.mark.parametrize(("name", "folder"), [("tiny", "reference"), ("tiny-synpo", "reference-synpo")])
+def test_a_reference_run_is_of_the_recipe_that_is_shipped(name, folder):
+    shipped = load_recipe(name).model_dump(mode="json")
+    kept = load_recipe(str(ROOT / "results" / folder / "recipe.yaml")).model_dump(mode="json")
+    assert {**kept, "seeds": shipped["seeds"]} == shipped
+
+
 def test_the_readmes_table_of_synpo_is_that_of_its_reference_run_and_its_claims_hold():
     table = read_table(ROOT / "results/reference-synpo")
 
