@@ -14,6 +14,7 @@ from sao_utils.report.words import (
     FLAWS,
     NOT_COMPARABLE,
     compare,
+    decoding,
     in_words,
     is_difference,
     model_in_words,
@@ -52,20 +53,32 @@ def summary(folder: Path) -> str:
 
 
 def _rounds(table: pd.DataFrame) -> list[str]:
-    """A line for each model, in the order of the rounds: good answers by topic, wins, and its pairs."""
+    """A line for each model, in the order of the rounds: good answers by topic, wins; then its pairs."""
+    first = table["temperature"].min()
+    greedy = table["temperature"].isna() | (table["temperature"] == first)
+    rows = table[greedy & (table["section"] == "rounds")]
+    of_pairs = rows["questions"] == "training pairs"
+    return [
+        *_by_round(rows[~of_pairs], f"Good answers, {decoding(first)}"),
+        *_by_round(rows[of_pairs], "Training pairs"),
+    ]
+
+
+def _by_round(rows: pd.DataFrame, title: str) -> list[str]:
+    """A grid with a line for each model and a column for each thing measured."""
     columns: dict[str, dict] = {}  # heading -> model -> row
-    greedy = table["temperature"].isna() | (table["temperature"] == table["temperature"].min())
-    for row in table[greedy & (table["section"] == "rounds")].itertuples(index=False, name="Row"):
+    for row in rows.itertuples(index=False, name="Row"):
         if row.metric in ("answer length", "similarity of prompts") or is_difference(row):
             continue
-        heading = what(row) if row.metric != "win rate" else "win rate over base"
+        heading = "win rate over base" if row.metric == "win rate" else row.metric
+        heading = row.questions if row.metric == "good answers" else heading
         name = f"round {row.round}" if row.round else model_in_words(row.model)
         columns.setdefault(heading, {})[name] = row
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
-    lines = [["Result, on held-out questions", *columns]]
+    lines = [[title, *columns]]
     lines.append(["", *(f"n = {sizes(cells.values())}" for cells in columns.values())])
     lines += [[f"  {name}", *(_short(of.get(name)) for of in columns.values())] for name in names]
-    return _grid(lines)
+    return _grid(lines) if columns else []
 
 
 def _funnel(folder: Path) -> list[str]:
