@@ -208,7 +208,9 @@ class ScoredPairs(Section):
 
 
 class Ranking(ScoredPairs):
-    samples: int = Field(4, ge=2)  # responses to each prompt, of which the best and the worst are paired
+    samples: int = Field(
+        4, ge=2
+    )  # responses to each prompt, of which the best and the worst are paired
     threshold: NonNegativeFloat = 0.0
 
 
@@ -227,7 +229,9 @@ class SynPO(ScoredPairs):
 class Iterations(Section):
     grow: bool = True  # train on the pairs of earlier rounds, too
     judge: Literal["current", "base"] = "current"  # each round's model, or always the base
-    start: Literal["base", "previous"] = "base"  # each training starts from: the base, or the last round
+    start: Literal["base", "previous"] = (
+        "base"  # each training starts from: the base, or the last round
+    )
 
 
 class Evaluation(Section):

@@ -119,7 +119,9 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     for section, keys in FILE_KEYS.items():
         if (settings := getattr(recipe, section)) is None:
             continue
-        found = {key: whole(getattr(settings, key), folders=key in ("data", "scorer")) for key in keys}
+        found = {
+            key: whole(getattr(settings, key), folders=key in ("data", "scorer")) for key in keys
+        }
         if section == "evaluation":
             found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
         changes[section] = settings.model_copy(update=found)

@@ -75,7 +75,9 @@ def test_the_claim_holds_in_the_reference_run():
     assert good("random", "base", 0.6).low <= 0
 
 
-@pytest.mark.parametrize(("name", "folder"), [("tiny", "reference"), ("tiny-synpo", "reference-synpo")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("tiny", "reference"), ("tiny-synpo", "reference-synpo")]
+)
 def test_a_reference_run_is_of_the_recipe_that_is_shipped(name, folder):
     shipped = load_recipe(name).model_dump(mode="json")
     kept = load_recipe(str(ROOT / "results" / folder / "recipe.yaml")).model_dump(mode="json")

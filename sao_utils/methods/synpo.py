@@ -36,7 +36,9 @@ def synpo_round(run: Run, this: Round) -> list[dict]:
     rejected = drafts
     if settings.rejected == "base":
         rejected = write_responses(run, prompts, this.base, samples=1)
-    scored = score_gaps(run, side_by_side(zip(chosen, rejected)), scorer_of(run, this, settings.scorer))
+    scored = score_gaps(
+        run, side_by_side(zip(chosen, rejected)), scorer_of(run, this, settings.scorer)
+    )
     return build_scored_pairs(run, scored, this.base, "synpo", settings)
 
 
@@ -63,7 +65,9 @@ def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:
     ]
     drafts = write_responses(run, rows, this.policy, samples=1)
     resamples = run.recipe.evaluation.bootstrap
-    return check_improver(run, drafts, improver, scorer_of(run, this, run.recipe.synpo.scorer), resamples)
+    return check_improver(
+        run, drafts, improver, scorer_of(run, this, run.recipe.synpo.scorer), resamples
+    )
 
 
 def _split(run: Run, seed: int) -> tuple[list[dict], list[dict]]:
@@ -95,7 +99,8 @@ def train_improver(run: Run, this: Round) -> Model:
         {**row, "id": f"gold-{row['id']}", "text": item["answer"], "finished": True}
         for row, item in zip(answers, items)
     ]
-    scored = score_gaps(run, side_by_side(zip(gold, answers)), scorer_of(run, this, settings.scorer), "seed_scores")
+    scorer = scorer_of(run, this, settings.scorer)
+    scored = score_gaps(run, side_by_side(zip(gold, answers)), scorer, "seed_scores")
     examples = [
         _example(row["id"], improver_chat(row["prompt"], row["responses"][1]), row["responses"][0])
         for row in scored

@@ -95,4 +95,6 @@ def tiny_paragraphs(count: int = 5_000) -> Iterator[str]:
 
     rng = random.Random("paragraphs")
     for _ in range(count):
-        yield tiny_world.word_question(rng, tiny_world.draw_question(rng), rng.choice(tiny_world.JOBS))
+        yield tiny_world.word_question(
+            rng, tiny_world.draw_question(rng), rng.choice(tiny_world.JOBS)
+        )

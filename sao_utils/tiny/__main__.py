@@ -17,7 +17,9 @@ def main() -> None:
     make.add_argument("--out", type=Path, default=Path("results/tiny-model"))
     make.add_argument("--steps", type=int, default=3600)
     make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--checkpoints", type=int, nargs="*", default=[], help="steps to save at, too")
+    make.add_argument(
+        "--checkpoints", type=int, nargs="*", default=[], help="steps to save at, too"
+    )
     given = parser.parse_args()
     if given.what == "card":
         from sao_utils.tiny.card import write_card

@@ -89,7 +89,7 @@ started = time.time()
 try:
     registry.load_engine(Model(path=sys.argv[1]))
 except base.EngineError as error:
-    print(error, time.time() - started < 1, "torch" in sys.modules)
+    print(error, time.time() - started < 5, "torch" in sys.modules)
 """
 
 
@@ -133,7 +133,7 @@ def test_a_hub_model_that_cannot_be_had_is_told_at_once_with_what_to_do(
     command = [sys.executable, "-c", TRY_TO_LOAD, name]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert words in done.stdout and "model.path" in done.stdout, done.stderr
-    assert done.stdout.endswith("True False\n"), "in under a second, and without torch"
+    assert done.stdout.endswith("True False\n"), "within seconds, and without torch"
     assert env["HF_TOKEN"] not in done.stdout + done.stderr
 
 
