@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from sao_utils.recipe import RecipeError
@@ -91,3 +93,21 @@ def texts_of(rows: list[dict], column: str, source: str) -> list[str]:
             raise RecipeError(f"{source}: row {number}: '{column}' is empty, or no text.")
         texts.append(value.strip())
     return texts
+
+
+def draw_texts(
+    source: str, columns: Sequence[str], count: int, seed: int, key: str
+) -> list[tuple[str, ...]]:
+    """Some rows of a file, drawn at random, each as the texts of some columns.
+
+    Args:
+        key: of the recipe that asks for `count`, for the message.
+
+    Raises:
+        RecipeError: there are fewer rows, and see `read_table` and `texts_of`.
+    """
+    rows = read_table(source)
+    texts = [texts_of(rows, column, source) for column in columns]
+    if len(rows) < count:
+        raise RecipeError(f"{source} has {len(rows)} rows, {key} asks for {count}.")
+    return random.Random(seed).sample(list(zip(*texts)), count)

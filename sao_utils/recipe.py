@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 # The last two are controls: SFT on random own answers, and on the seeds' gold answers.
-Method = Literal["sao", "synpo", "sampling_ranking", "sft_random", "sft_seeds"]
+Method = Literal["sao", "synpo", "self_rewarding", "sampling_ranking", "sft_random", "sft_seeds"]
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -199,19 +199,39 @@ class SFT(Section):
 class ScoredPairs(Section):
     """Which of the pairs that a scorer has seen are kept."""
 
-    # "self", "oracle", the path or hub name of a reward model, or "tiny": one of the tiny world, which
-    # the run trains on pairs that the oracle labels.
+    # "self": the judge, pair by pair; "points": the judge gives each response 0 to 5 points; "oracle"; the
+    # path or hub name of a reward model; or "tiny": one of the tiny world, which the run trains on pairs
+    # that the oracle labels.
     scorer: str = "self"
     threshold: NonNegativeFloat  # gap of scores above which a pair is kept
     max_repetition: PositiveShare = 0.5  # of a text; more is dropped
     max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
 
 
+class Points(Section):
+    """How a judge gives points to single responses (scorer=points)."""
+
+    # The paper's prompt, or a short one of ours that the tiny model can read.
+    template: Literal["points", "points_short"] = "points"
+    samples: PositiveInt = 3  # replies, of which the mean counts
+    temperature: NonNegativeFloat = 0.7
+    top_p: PositiveShare = 0.9
+    max_new_tokens: PositiveInt = 256  # ours; the prompt asks for up to 100 words and the score
+
+
 class Ranking(ScoredPairs):
-    samples: int = Field(
-        4, ge=2
-    )  # responses to each prompt, of which the best and the worst are paired
+    samples: int = Field(4, ge=2)  # responses to each prompt: the best and the worst are a pair
     threshold: NonNegativeFloat = 0.0
+
+
+class SelfRewarding(Section):
+    """What the first round of Self-Rewarding learns by SFT beside the seed items of `synpo`."""
+
+    judged: str = (
+        "tiny"  # responses with the reply of a judge: "tiny", or a file: prompt, response, reply
+    )
+    judged_count: PositiveInt
+    first: SFT
 
 
 class SynPO(ScoredPairs):
@@ -276,7 +296,9 @@ class Recipe(Section):
     evaluation: Evaluation
     iterations: Iterations = Iterations()
     synpo: SynPO | None = None  # of method=synpo
-    ranking: Ranking = Ranking()  # of method=sampling_ranking
+    ranking: Ranking = Ranking()  # of method=sampling_ranking, and of self_rewarding after round 1
+    points: Points = Points()  # of scorer=points, and of method=self_rewarding
+    self_rewarding: SelfRewarding | None = None  # of method=self_rewarding
     # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
     others: dict[Name, Model] = Field(default_factory=dict)
     judges: dict[Name, Model] = Field(default_factory=dict)
@@ -308,8 +330,11 @@ class Recipe(Section):
                 "scorer=tiny knows the tiny world only: set it to self, or to the path or hub name of a "
                 "reward model"
             )
-        if self.method in ("synpo", "sft_seeds") and self.synpo is None:
-            raise ValueError(f"method={self.method} needs a section synpo")
+        needed = {"synpo": ["synpo"], "sft_seeds": ["synpo"]}
+        needed["self_rewarding"] = ["synpo", "self_rewarding"]
+        for section in needed.get(self.method, []):
+            if getattr(self, section) is None:
+                raise ValueError(f"method={self.method} needs a section {section}")
         if (self.method == "synpo") != (self.prompts.source == "keywords"):
             raise ValueError(
                 "method=synpo and prompts.source=keywords belong together: set both, or neither"

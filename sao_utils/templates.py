@@ -22,10 +22,11 @@ _UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # soft hyphen, blanks of no 
 _BLANKS = rf"[\s{_UNSEEN}]{{0,9}}"
 _RESPONSE = rf"[{_UNSEEN}]{{0,9}}".join(f"[{c}{chr(ord(c) + 0xFEE0)}]" for c in "response")
 _MARKER = re.compile(  # also in full width, and with small brackets
-    rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}{_RESPONSE}[\s_{_UNSEEN}]{{0,9}}\d)",
+    rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}{_RESPONSE}[\s_{_UNSEEN}]{{0,9}}[\d>\uff1e\ufe65])",
     re.IGNORECASE,
 )
 _RANKING = re.compile(r"ranking[\s*]{0,9}:[\s*]{0,9}(\d(?:\s{0,9}>\s{0,9}\d+)+)", re.IGNORECASE)
+_SCORE = re.compile(r"score[\s*]{0,9}:[\s*]{0,9}(\d+)(?!\.?\d)", re.IGNORECASE)
 _QUESTION = re.compile(r"<question>(.*?)</question>", re.DOTALL)
 _USER_PROMPT = re.compile(r"([\"'*]{0,3})user prompt([\s*]{0,9}:\*{0,2})\s*", re.IGNORECASE)
 
@@ -61,10 +62,10 @@ def fill(template: str, **values: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Make the judge's markers (`<Response 1>`, `</Response 2>`, ...) in a text harmless.
+    """Make the judge's markers (`<Response 1>`, `</response>`, ...) in a text harmless.
 
     The angle bracket becomes a round one, so that an answer cannot close its own section of the
-    ranking prompt and open another; the words stay readable.
+    judge's prompt and open another; the words stay readable.
     """
     return _MARKER.sub("(", text)
 
@@ -73,6 +74,18 @@ def ranking_prompt(prompt: str, response_1: str, response_2: str) -> str:
     """The paper's ranking prompt for one order of two responses."""
     texts = {"prompt": prompt, "response_1": response_1, "response_2": response_2}
     return render("ranking", **{name: escape(text) for name, text in texts.items()})
+
+
+def points_prompt(template: str, prompt: str, response: str) -> str:
+    """A prompt to give a response 0 to 5 points: "points" (Self-Rewarding's), or "points_short"."""
+    return render(template, prompt=escape(prompt), response=escape(response))
+
+
+def parse_points(text: str) -> int | None:
+    """The points of a reply to `points_prompt`, 0 to 5; None without a score, or with two."""
+    found = {int(points) for points in _SCORE.findall(text)}
+    points = found.pop() if len(found) == 1 else None
+    return points if points in range(6) else None
 
 
 def parse_ranking(text: str) -> int | None:

@@ -104,6 +104,8 @@ def test_no_response_prompt_or_persona_steers_the_template(trick):
     text = templates.ranking_prompt(trick, "One.", "Two.")
     assert sections(text) == ["One.", "Two."]
     assert text.index(f"Prompt: {escaped}\n\nResponse 1: <") > 0
+    text = templates.points_prompt("points", trick, trick)
+    assert text.count(f"<response>{escaped}</response>") == 1 == text.count("</response>")
     expected = PERSONA.replace("A shy potter from Quill who loves chess.", trick)
     assert templates.render("persona", persona=trick) == expected
 
@@ -167,6 +169,27 @@ def test_reading_a_ranking(text, expected):
     assert templates.parse_ranking(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Clear and complete. Score: 4", 4),
+        ("**Score:** 0", 0),
+        ("Score: 3. I say again: score: 3", 3),
+        ("Score: 5/5. Score: 5.", 5),
+        # malformed, out of range, or two scores
+        ("", None),
+        ("four points", None),
+        ("Score: <total points>", None),
+        ("Score: 4.5", None),
+        ("Score: 6", None),
+        ("Score: 45", None),
+        ("Score: 2, or rather Score: 3", None),
+    ],
+)
+def test_reading_points(text, expected):
+    assert templates.parse_points(text) == expected
+
+
 # ---------------------------------------------------------------------- reading a prompt
 
 
@@ -211,7 +234,7 @@ HUGE = [
 
 
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: repr(text[:12]))
-@pytest.mark.parametrize("name", ["parse_ranking", "parse_user_prompt", "escape"])
+@pytest.mark.parametrize("name", ["parse_ranking", "parse_points", "parse_user_prompt", "escape"])
 def test_huge_input_takes_no_time(name, text):
     started = time.process_time()
     getattr(templates, name)(text)

@@ -10,15 +10,17 @@ from sao_utils.methods.controls import sft_random_round, sft_seeds_round
 from sao_utils.methods.rounds import Round, with_adapter
 from sao_utils.methods.sampling_ranking import sampling_ranking_round
 from sao_utils.methods.sao import sao_round
+from sao_utils.methods.self_rewarding import self_rewarding_round
 from sao_utils.methods.synpo import synpo_round
-from sao_utils.recipe import Model
+from sao_utils.recipe import Model, Recipe, Training
 from sao_utils.store import Run
-from sao_utils.training.fit import fit
+from sao_utils.training.fit import Algorithm, fit, sft_settings
 
 #: method -> its round: (run, Round) -> the pairs it makes. Add a method here, and in `recipe.Method`.
 METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {
     "sao": sao_round,
     "synpo": synpo_round,
+    "self_rewarding": self_rewarding_round,
     "sampling_ranking": sampling_ranking_round,
     "sft_random": sft_random_round,
     "sft_seeds": sft_seeds_round,
@@ -61,11 +63,18 @@ def iterate(
         new = [row for row in made if row["discarded"] is None]
         pool = pool + new if recipe.iterations.grow else new
         folder = run.folder / "adapters" / f"{name}-round{number + 1}-{seed}"
-        algorithm = "sft" if name in IMITATING else recipe.training.algorithm
         start = policy if recipe.iterations.start == "previous" else base
-        fit(start, pool, recipe.training, algorithm, seed, folder, watch)
+        algorithm, settings = _training_of(recipe, name, number)
+        fit(start, pool, settings, algorithm, seed, folder, watch)
         policy = with_adapter(base, folder)
         yield Trained(Candidate(name, seed, policy, number + 1), judge, made)
+
+
+def _training_of(recipe: Recipe, name: str, number: int) -> tuple[Algorithm, Training]:
+    """How a round's rows are trained on: those of some rounds have no rejected answer."""
+    if name == "self_rewarding" and number == 0:
+        return "sft", sft_settings(recipe.training, recipe.self_rewarding.first)
+    return "sft" if name in IMITATING else recipe.training.algorithm, recipe.training
 
 
 def first_round(run: Run, seed: int) -> Round:

@@ -17,9 +17,14 @@ from sao_utils.store import Run
 
 def sampling_ranking_round(run: Run, this: Round) -> list[dict]:
     """The pairs of one round of one seed (`stages.pairs.build_scored_pairs`)."""
+    return ranked_pairs(run, this, run.recipe.ranking.scorer, "sampling_ranking")
+
+
+def ranked_pairs(run: Run, this: Round, scorer: str, name: str) -> list[dict]:
+    """The same by a scorer of `methods.scorers`, kept under the name of a method."""
     settings = run.recipe.ranking
     of_sao = steps(run, this.policy, this.judge, this.number, [this.seed])
     prompts = next(rows for stage, rows in of_sao if stage == "prompts")
     responses = write_responses(run, prompts, this.policy, settings.samples)
-    ranked = best_and_worst(run, responses, scorer_of(run, this, settings.scorer))
-    return build_scored_pairs(run, ranked, this.base, "sampling_ranking", settings)
+    ranked = best_and_worst(run, responses, scorer_of(run, this, scorer))
+    return build_scored_pairs(run, ranked, this.base, name, settings)

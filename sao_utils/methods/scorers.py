@@ -16,11 +16,12 @@ def scorer_of(run: Run, this: Round, name: str) -> Scorer:
     """The scorer of a name.
 
     Args:
-        name: "self": the round's judge. "oracle". "tiny": the tiny world's reward model, trained now
-            if it is not there. All else: the path or hub name of a reward model.
+        name: "self": the round's judge, pair by pair; "points": the same, one response at a time.
+            "oracle". "tiny": the tiny world's reward model, trained now if it is not there. All else:
+            the path or hub name of a reward model.
     """
-    if name == "self":
-        return Scorer("judge", this.judge)
+    if name in ("self", "points"):
+        return Scorer("judge" if name == "self" else "points", this.judge)
     if name == "oracle":
         return Scorer("oracle")
     return Scorer("reward", train_scorer(run, this.seed) if name == "tiny" else Model(path=name))

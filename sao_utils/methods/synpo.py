@@ -22,7 +22,7 @@ from sao_utils.stages.responses import write_responses
 from sao_utils.stages.scoring import score_gaps
 from sao_utils.stages.seeds import seed_items
 from sao_utils.store import Run, row_id
-from sao_utils.training.fit import fit
+from sao_utils.training.fit import fit, sft_settings
 
 
 def synpo_round(run: Run, this: Round) -> list[dict]:
@@ -85,7 +85,7 @@ def train_generator(run: Run, base: Model, seed: int) -> Model:
     examples = []
     for item, words in zip(items, lists):
         text = f"<question> {item['prompt']} </question>\n\n<solution> {item['answer']} </solution>"
-        examples.append(_example(item["id"], generator_chat(words), text))
+        examples.append(example(item["id"], generator_chat(words), text))
     folder = run.folder / "adapters" / f"generator-{seed}"
     return _taught(run, base, examples, run.recipe.synpo.generator, seed, folder)
 
@@ -102,7 +102,7 @@ def train_improver(run: Run, this: Round) -> Model:
     scorer = scorer_of(run, this, settings.scorer)
     scored = score_gaps(run, side_by_side(zip(gold, answers)), scorer, "seed_scores")
     examples = [
-        _example(row["id"], improver_chat(row["prompt"], row["responses"][1]), row["responses"][0])
+        example(row["id"], improver_chat(row["prompt"], row["responses"][1]), row["responses"][0])
         for row in scored
         if row["gap"] is not None and row["gap"] > settings.threshold
     ]
@@ -120,13 +120,13 @@ def train_on_seeds(run: Run, base: Model, seed: int) -> Model:
 def seed_examples(run: Run, seed: int) -> list[dict]:
     """The seed items as rows that SFT takes: prompt and gold answer."""
     return [
-        _example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])
+        example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])
         | {"seed": seed, "round": 0, "discarded": None}
         for item in _split(run, seed)[0]
     ]
 
 
-def _example(identity: str, prompt: list[dict], reply: str) -> dict:
+def example(identity: str, prompt: list[dict], reply: str) -> dict:
     """A row that SFT takes; its id tells of all that is in it."""
     chosen = [{"role": "assistant", "content": reply}]
     return {"id": row_id("example", identity, prompt, reply), "prompt": prompt, "chosen": chosen}
@@ -135,13 +135,5 @@ def _example(identity: str, prompt: list[dict], reply: str) -> dict:
 def _taught(
     run: Run, base: Model, examples: list[dict], how: SFT, seed: int, folder: Path
 ) -> Model:
-    changes = {
-        "method": how.method,
-        "sft_learning_rate": how.learning_rate,
-        "epochs": how.epochs,
-        "batch_size": how.batch_size,
-        "probe_steps": 0,
-    }
-    settings = run.recipe.training.model_copy(update=changes)
-    fit(base, examples, settings, "sft", seed, folder)
+    fit(base, examples, sft_settings(run.recipe.training, how), "sft", seed, folder)
     return with_adapter(base, folder)

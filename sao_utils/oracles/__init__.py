@@ -83,6 +83,24 @@ def tiny_pairs(count: int, seed: int, split: str = "train") -> list[tuple[str, s
     return pairs
 
 
+def tiny_judged(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Training questions, answers of any quality, and the reply of a judge who gives 0 to 5 points.
+
+    The reply counts the flaws of each kind; five points are an answer without any.
+    """
+    import random
+
+    rng, items = random.Random(f"judged {seed}"), []
+    for _ in range(count):
+        question = tiny_world.draw_question(rng)
+        answer = rng.choice(answer_pair(rng, question))
+        found = inspect_answer(question, answer)
+        flaws = ", ".join(f"{kind} {n}" for kind, n in found.flaws.items() if n) or "no flaw"
+        reply = f"{flaws}. Score: {max(0, 5 + found.quality)}"
+        items.append((tiny_world.word_question(rng, question), answer, reply))
+    return items
+
+
 def is_seed_topic(prompt: str) -> bool | None:
     """Whether a prompt is about a hobby of `tiny_seeds`; None if no oracle knows the prompt."""
     question = tiny_world.parse_question(prompt)

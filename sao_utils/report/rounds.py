@@ -146,7 +146,9 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
         return
     for number in range(1, run.recipe.rounds + 1):
         of_round = [one for one in made if one.candidate.round == number]
-        rows = [row for one in of_round for row in one.pairs]
+        rows = [row for one in of_round for row in one.pairs if "rejected" in row]
+        if not rows:  # Self-Rewarding's first round imitates
+            continue
         used = [row for row in rows if row["discarded"] is None]
         where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
         gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # where one is better

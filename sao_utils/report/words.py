@@ -25,6 +25,7 @@ MODELS = {
     "sao": "SAO",
     "synpo": "SynPO",
     "sft_seeds": "SFT on the seeds",
+    "self_rewarding": "Self-Rewarding",
     "sampling_ranking": "sampling and ranking",
 }
 #: a flaw that the oracle finds -> what an answer with it does

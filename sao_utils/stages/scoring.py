@@ -1,8 +1,9 @@
 """Scores of responses, by which SynPO keeps a pair (arXiv 2410.06961, section 2.2).
 
-Three kinds of scorers give the same number, how much better one response is than the other to the same
-prompt: a judge (its margin in nats), a reward model (a difference of rewards), and as the upper bound
-the oracle (a difference of flaws). The paper's scorers, PairRM and ArmoRM, are of the second kind.
+Four kinds of scorers give the same number, how much better one response is than the other to the same
+prompt: a judge (its margin in nats), a judge of single responses (a difference of points, 0 to 5, as in
+Self-Rewarding, arXiv 2401.10020), a reward model (a difference of rewards), and as the upper bound the
+oracle (a difference of flaws). The paper's scorers, PairRM and ArmoRM, are reward models.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import Literal
 
+from sao_utils import templates
+from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
 from sao_utils.recipe import Model
 from sao_utils.stages.judging import judge_pairs, side_by_side, turn_around
+from sao_utils.stages.responses import answer_jobs
 from sao_utils.store import Run, make_rows, row_id
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Who scores: a model that judges, a reward model, or the oracle."""
+    """Who scores: a model that judges pairs or gives points, a reward model, or the oracle."""
 
-    kind: Literal["judge", "reward", "oracle"]
+    kind: Literal["judge", "points", "reward", "oracle"]
     model: Model | None = None
 
 
@@ -43,10 +48,12 @@ def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores
         same = [row["outcome"] == "identical" for row in judged]
         return [{**row, "gap": 0.0 if alike else row["margin"]} for row, alike in zip(judged, same)]
     if scorer.kind == "oracle":
-        found = [pair["quality"] for pair in pairs]
+        found = [pair["quality"] or [None] for pair in pairs]
+    elif scorer.kind == "points":
+        found = _points(run, pairs, scorer.model, stage)
     else:
         found = _rewards(run, pairs, scorer.model, stage)
-    gaps = [None if scores is None else float(scores[0] - scores[1]) for scores in found]
+    gaps = [None if None in scores else float(scores[0] - scores[1]) for scores in found]
     return [{**pair, "gap": gap, "outcome": None, "margin": None} for pair, gap in zip(pairs, gaps)]
 
 
@@ -56,31 +63,75 @@ def best_and_worst(
     """The best and the worst of several responses to each prompt, side by side.
 
     Every two responses to a prompt are compared; a response's score is the mean of its gaps to the
-    others. For a reward model or the oracle that is the order of their own scores.
+    others. For points, a reward model or the oracle that is the order of their own scores.
 
     Args:
         responses: rows of `write_responses`, two or more to each prompt.
 
     Returns:
-        Rows of `side_by_side` with {gap: the difference of both scores, outcome and margin: None}.
+        Rows of `side_by_side` with {gap: the difference of both scores, None if no two responses have
+        one; outcome and margin: None}.
     """
     by_prompt: dict[str, list[dict]] = {}
     for row in responses:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples = [couple for rows in by_prompt.values() for couple in combinations(rows, 2)]
-    total = dict.fromkeys((row["id"] for row in responses), 0.0)
+    total: dict[str, float] = {}  # of those that were scored
     for row in score_gaps(run, side_by_side(couples), scorer, stage):
-        first, second = row["response_ids"]
-        total[first] += row["gap"] or 0.0
-        total[second] -= row["gap"] or 0.0
+        if row["gap"] is not None:
+            first, second = row["response_ids"]
+            total[first] = total.get(first, 0.0) + row["gap"]
+            total[second] = total.get(second, 0.0) - row["gap"]
     found = []
     for rows in by_prompt.values():
-        ordered = sorted(rows, key=lambda row: -total[row["id"]])
+        scored = [row for row in rows if row["id"] in total]
+        ordered = sorted(scored, key=lambda row: -total[row["id"]]) or rows
         best, worst = ordered[0], ordered[-1]
-        gap = (total[best["id"]] - total[worst["id"]]) / (len(rows) - 1)
+        gap = None
+        if scored:
+            gap = (total[best["id"]] - total[worst["id"]]) / (len(scored) - 1)
         [pair] = side_by_side([(best, worst)])
         found.append({**pair, "gap": gap, "outcome": None, "margin": None})
     return found
+
+
+def _points(run: Run, pairs: list[dict], judge: Model, stage: str) -> list[list[float | None]]:
+    """The points [a, b] of each pair's responses: the mean of several sampled replies, kept as rows.
+
+    None for a response of which no reply holds a score.
+    """
+    settings = run.recipe.points
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
+    made_with = (
+        "points",
+        templates.fingerprint(settings.template),
+        vars(sampling),
+        model_name(judge),
+    )
+    asked = {
+        i: templates.points_prompt(settings.template, pair["prompt"], text)
+        for pair in pairs
+        for i, text in zip(pair["response_ids"], pair["responses"])
+    }
+    jobs = [
+        {
+            "id": row_id(*made_with, i, sample),
+            "response_id": i,
+            "sample": sample,
+            "judge": judge.label,
+            "temperature": settings.temperature,
+        }
+        for i in asked
+        for sample in range(settings.samples)
+    ]
+    chat_of = lambda job: [{"role": "user", "content": asked[job["response_id"]]}]  # noqa: E731
+    given: dict[str, list[int]] = {i: [] for i in asked}
+    for row in answer_jobs(run, stage, judge, jobs, chat_of, sampling):
+        points = templates.parse_points(row["text"])
+        if points is not None:
+            given[row["response_id"]].append(points)
+    means = {i: fmean(points) if points else None for i, points in given.items()}
+    return [[means[i] for i in pair["response_ids"]] for pair in pairs]
 
 
 def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float]]:

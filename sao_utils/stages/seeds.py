@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 from sao_utils import oracles
-from sao_utils.files import read_table
-from sao_utils.recipe import RecipeError
+from sao_utils.files import draw_texts
 from sao_utils.store import Run, row_id
 
 
@@ -24,26 +21,10 @@ def seed_items(run: Run, seed: int) -> list[dict]:
     if settings.seeds == "tiny":
         items = oracles.tiny_seeds(settings.seed_count, seed)
     else:
-        items = [
-            _item(row, settings.seeds, k) for k, row in enumerate(read_table(settings.seeds), 1)
-        ]
-        if len(items) < settings.seed_count:
-            raise RecipeError(
-                f"{settings.seeds} has {len(items)} items, synpo.seed_count asks for "
-                f"{settings.seed_count}."
-            )
-        items = random.Random(seed).sample(items, settings.seed_count)
+        columns, count = ("prompt", "answer"), settings.seed_count
+        items = draw_texts(settings.seeds, columns, count, seed, "synpo.seed_count")
     return [
         {"id": row_id("seed item", seed, k, *item), "seed": seed, "round": 0}
         | {"prompt": item[0], "answer": item[1], "discarded": None}
         for k, item in enumerate(items)
     ]
-
-
-def _item(row: dict, source: str, k: int) -> tuple[str, str]:
-    for column in ("prompt", "answer"):
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            raise RecipeError(
-                f"{source}, row {k}: no text in column '{column}'. It has: {', '.join(row)}."
-            )
-    return row["prompt"].strip(), row["answer"].strip()

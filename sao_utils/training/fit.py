@@ -16,7 +16,7 @@ from typing import Literal
 
 from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_folder, model_name
-from sao_utils.recipe import Model, Training
+from sao_utils.recipe import SFT, Model, Training
 from sao_utils.store import read_rows, row_id
 from sao_utils.training.processes import is_main, wait_for_all
 
@@ -103,6 +103,18 @@ def fit(
         print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)
     wait_for_all()
     return folder
+
+
+def sft_settings(settings: Training, how: SFT) -> Training:
+    """A run's training with what an SFT of its own sets anew, and without probes."""
+    changes = {
+        "method": how.method,
+        "sft_learning_rate": how.learning_rate,
+        "epochs": how.epochs,
+        "batch_size": how.batch_size,
+        "probe_steps": 0,
+    }
+    return settings.model_copy(update=changes)
 
 
 def read_done(folder: Path) -> dict | None:

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from scripted_server import reply, settings
 
+from sao_utils import templates
 from sao_utils.engines.base import EngineError
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.recipe import Model
@@ -94,6 +96,28 @@ def test_a_reward_model_scores_by_its_rewards_which_are_kept(run, pairs, tmp_pat
         a, b = row["responses"]
         assert row["gap"] == pytest.approx(reward(a) - reward(b), abs=1e-5)
     assert len(read_rows(run.rows("scores"))) == len(ANSWERS)  # each response once
+
+
+def test_a_judges_points_are_the_mean_of_its_replies_and_no_score_is_no_gap(results, pairs, server):
+    run = open_run("tiny-synpo", "points", {"points.samples": 2})
+    judge = Scorer("points", settings(server))
+    given = ["Short. Score: 4", "Score: 2, no: score: 3", "It is fine.", "**Score:** 1"]
+    for text, written in zip(ANSWERS, given):
+        asked = templates.points_prompt("points", QUESTION, text)
+        server.answers[asked] = [(200, reply(written), {})]
+    rows = score_gaps(run, pairs, judge)
+    points = dict(zip(ANSWERS, (4, None, None, 1)))
+    for row in rows:
+        a, b = (points[text] for text in row["responses"])
+        assert row["gap"] == (None if None in (a, b) else a - b)
+    kept = read_rows(run.rows("scores"))
+    assert sorted(row["text"] for row in kept) == sorted(given * 2)  # those without a score, too
+
+    responses = [response(k, text) for k, text in enumerate(ANSWERS)]
+    [pair] = best_and_worst(run, responses, judge, "scores")
+    assert (pair["responses"], pair["gap"]) == ([ANSWERS[0], ANSWERS[3]], 2 * 3)
+    [none] = best_and_worst(run, responses[1:3], judge, "scores")
+    assert none["gap"] is None
 
 
 def test_a_model_that_is_no_reward_model_is_refused_with_what_to_take(run, pairs, tmp_path):
