@@ -335,6 +335,12 @@ class Recipe(Section):
         for section in needed.get(self.method, []):
             if getattr(self, section) is None:
                 raise ValueError(f"method={self.method} needs a section {section}")
+        first = self.self_rewarding and self.self_rewarding.first
+        if self.method == "self_rewarding" and first.method != self.training.method:
+            raise ValueError(
+                "self_rewarding.first.method and training.method: set both to full, or both to lora; "
+                "each round goes on from the weights of the last one"
+            )
         if (self.method == "synpo") != (self.prompts.source == "keywords"):
             raise ValueError(
                 "method=synpo and prompts.source=keywords belong together: set both, or neither"

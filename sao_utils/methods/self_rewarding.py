@@ -2,8 +2,8 @@
 
 M1 is trained by SFT on seed items with gold answers and on replies of a judge. M2, M3, ... are each
 trained by DPO from the model before, on the best and the worst of four own responses, by the points that
-this model gives itself. Ours: prompts come from personas, as in SAO; the paper lets another model write
-them from eight examples.
+this model gives itself. Ours: the base writes the prompts, for personas as in SAO; the paper lets another
+model, which is not trained either, write them from eight examples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def self_rewarding_round(run: Run, this: Round) -> list[dict]:
     """What a round trains on: examples for SFT in the first, then pairs (`build_scored_pairs`)."""
     if this.number == 0:
         return seed_examples(run, this.seed) + judging_examples(run, this.seed)
-    return ranked_pairs(run, this, "points", "self_rewarding")
+    return ranked_pairs(run, this, this.base, "points", "self_rewarding")
 
 
 def judging_examples(run: Run, seed: int) -> list[dict]:

@@ -19,8 +19,14 @@ SMALL = {
     "prompts.count": 24,
     "prompts.min_usable": 0,
     "synpo.seed_count": 16,
-    "self_rewarding.judged_count": 32,
-    "self_rewarding.first": {"learning_rate": 2e-3, "epochs": 1, "batch_size": 8},
+    "self_rewarding.judged_count": 150,
+    "self_rewarding.first": {
+        "method": "full",
+        "learning_rate": 2e-3,
+        "epochs": 3,
+        "batch_size": 8,
+    },
+    "training.method": "full",
     "points.template": "points_short",
     "points.samples": 2,
     "points.max_new_tokens": 32,
@@ -33,7 +39,7 @@ SMALL = {
 def test_the_first_round_imitates_and_the_second_prefers_what_its_model_gave_more_points(results):
     run = open_run("tiny-synpo", "rewarding", SMALL)
     first, second = iterate(run, 0)
-    assert done(run, 1)["algorithm"] == "sft" and done(run, 1)["pairs"] == 16 + 32
+    assert done(run, 1)["algorithm"] == "sft" and done(run, 1)["pairs"] == 16 + 150
     assert done(run, 2)["algorithm"] == "dpo"
     used = [row for row in second.pairs if row["discarded"] is None]
     assert used and done(run, 2)["pairs"] == len(used)
@@ -84,3 +90,8 @@ def test_without_its_sections_the_method_says_which_one_is_missing(results, sect
     recipe = "tiny-synpo" if section == "self_rewarding" else "tiny"
     with pytest.raises(RecipeError, match=f"needs a section {section}"):
         open_run(recipe, "lacking", changes)
+
+
+def test_rounds_that_could_not_go_on_from_the_first_are_refused(results):
+    with pytest.raises(RecipeError, match="set both to full, or both to lora"):
+        open_run("tiny-synpo", "mixed", {**SMALL, "training.method": "lora"})
