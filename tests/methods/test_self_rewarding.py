@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from scripted_server import reply, settings
 
 from sao_utils import oracles, templates
-from sao_utils.engines.loading import model_name
 from sao_utils.methods.iterate import iterate
 from sao_utils.methods.self_rewarding import judging_examples
 from sao_utils.recipe import RecipeError
@@ -19,41 +19,47 @@ SMALL = {
     "prompts.count": 24,
     "prompts.min_usable": 0,
     "synpo.seed_count": 16,
-    "self_rewarding.judged_count": 150,
-    "self_rewarding.first": {
-        "method": "full",
-        "learning_rate": 2e-3,
-        "epochs": 3,
-        "batch_size": 8,
-    },
-    "training.method": "full",
+    "self_rewarding.judged_count": 16,
+    "self_rewarding.first": {"learning_rate": 1e-4, "epochs": 1, "batch_size": 8},
     "points.template": "points_short",
     "points.samples": 2,
-    "points.max_new_tokens": 32,
     "training.algorithm": "dpo",
     "iterations.start": "previous",
     "iterations.grow": False,
 }
 
 
-def test_the_first_round_imitates_and_the_second_prefers_what_its_model_gave_more_points(results):
-    run = open_run("tiny-synpo", "rewarding", SMALL)
+class Points(dict):
+    """A judge's replies: the more words a response has, the more points; none for the longest."""
+
+    def get(self, asked, _):
+        words = len(asked.split("<response>")[1].split("</response>")[0].split())
+        text = f"Score: {min(words // 6, 5)}" if words < 30 else "A long one."
+        return [(200, reply(text), {})]
+
+
+def test_the_first_round_imitates_and_the_second_prefers_what_was_given_more_points(
+    results, server
+):
+    server.answers = Points()
+    judge = settings(server).model_dump(exclude_unset=True)
+    changes = {f"judge.{key}": value for key, value in judge.items()}
+    run = open_run("tiny-synpo", "rewarding", {**SMALL, **changes})
     first, second = iterate(run, 0)
-    assert done(run, 1)["algorithm"] == "sft" and done(run, 1)["pairs"] == 16 + 150
+    assert done(run, 1)["algorithm"] == "sft" and done(run, 1)["pairs"] == 16 + 16
     assert done(run, 2)["algorithm"] == "dpo"
     used = [row for row in second.pairs if row["discarded"] is None]
     assert used and done(run, 2)["pairs"] == len(used)
 
-    assert second.judge == first.candidate.model  # the last round's model
     given = {}
     for row in read_rows(run.rows("ranks")):
-        assert row["judge"] == first.candidate.model.label
         points = templates.parse_points(row["text"])
-        given.setdefault(row["response_id"], []).extend([] if points is None else [points])
+        given.setdefault(row["response_id"], []).append(points)
+    assert {len(points) for points in given.values()} == {2}
     for row in used:
         best, worst = (given[i] for i in row["response_ids"])
-        assert sum(best) / len(best) > sum(worst) / len(worst)
-    assert model_name(second.candidate.model) != model_name(first.candidate.model)
+        assert sum(best) > sum(worst)
+    assert first.candidate.model.adapter != second.candidate.model.adapter
 
 
 def done(run, number):
@@ -62,8 +68,8 @@ def done(run, number):
 
 
 def test_the_judges_replies_of_the_tiny_world_give_a_point_less_for_each_flaw():
-    for prompt, response, reply in oracles.tiny_judged(50, seed=1):
-        assert templates.parse_points(reply) == max(0, 5 + oracles.quality(prompt, response)[0])
+    for prompt, response, written in oracles.tiny_judged(50, seed=1):
+        assert templates.parse_points(written) == max(0, 5 + oracles.quality(prompt, response)[0])
         assert not oracles.is_held_out(prompt)
 
 
@@ -76,8 +82,8 @@ def test_a_file_of_judged_responses_is_asked_in_the_papers_words(results, tmp_pa
     examples = judging_examples(run, 0)
     assert len(examples) == 3
     for row in examples:
-        reply = row["chosen"][0]["content"]
-        asked = templates.points_prompt("points", f"Why {reply[-1]}?", "So.")
+        points = row["chosen"][0]["content"][-1]
+        asked = templates.points_prompt("points", f"Why {points}?", "So.")
         assert row["prompt"] == [{"role": "user", "content": asked}]
     run = open_run("tiny-synpo", "own", {**changes, "self_rewarding.judged_count": 5})
     with pytest.raises(RecipeError, match="has 4 rows, self_rewarding.judged_count asks for 5"):
@@ -94,4 +100,4 @@ def test_without_its_sections_the_method_says_which_one_is_missing(results, sect
 
 def test_rounds_that_could_not_go_on_from_the_first_are_refused(results):
     with pytest.raises(RecipeError, match="set both to full, or both to lora"):
-        open_run("tiny-synpo", "mixed", {**SMALL, "training.method": "lora"})
+        open_run("tiny-synpo", "mixed", {**SMALL, "training.method": "full"})
