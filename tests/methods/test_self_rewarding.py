@@ -16,7 +16,7 @@ SMALL = {
     "rounds": 2,
     "prompts.source": "persona",
     "prompts.data": None,
-    "prompts.count": 24,
+    "prompts.count": 12,
     "prompts.min_usable": 0,
     "synpo.seed_count": 16,
     "self_rewarding.judged_count": 16,
