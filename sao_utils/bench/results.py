@@ -97,26 +97,26 @@ def bar_lines(found: list[dict]) -> str:
 # ---------------------------------------------------------------------------- files
 
 
-def keep(folder: Path, name: str, rows: list[dict], benchmark: str) -> dict:
-    """Write the rows to name.csv, and bars, versions, hardware and date to name.json.
-
-    Returns:
-        what the JSON holds.
-    """
-    found = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
-    found |= {"versions": versions(), "bars": bars(rows, benchmark)}
+def keep(folder: Path, name: str, rows: list[dict]) -> None:
+    """Write the rows to name.csv, and date, hardware and versions to name.json."""
+    about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
+    about["versions"] = versions()
     frame = pd.DataFrame(rows)
     frame = frame[[column for column in COLUMNS if column in frame]]
     text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_whole(folder / f"{name}.csv", text)
-    write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    return found
+    write_whole(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
 
-def kept(name: str) -> dict | None:
-    """The report in results/benchmarks of a checkout; None when there is none."""
-    path = Path(__file__).resolve().parents[2] / "results" / "benchmarks" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def kept(name: str) -> tuple[dict, list[dict]] | None:
+    """What `keep` wrote of a checkout's results: the JSON, the rows. None when there is nothing."""
+    folder = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return None
+    frame = pd.read_csv(path).astype(object)
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return about, frame.where(frame.notna(), None).to_dict("records")
 
 
 # ---------------------------------------------------------------------------- for readers
