@@ -52,36 +52,28 @@ def bars(rows: list[dict], benchmark: str) -> list[dict]:
     "value" and "met" are None where there is nothing to compare: not measured.
     """
     promises = yaml.safe_load(Path(__file__).with_name("bars.yaml").read_text("utf-8"))
-    runs = {"ok": 1.0, "out of memory": 0.0}
-    rows = [{**row, "runs": runs.get(row["status"])} for row in rows]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame["runs"] = frame["status"].map({"ok": 1.0, "out of memory": 0.0})
+
+    def numbers(query: str, column: str) -> pd.Series:
+        ours = {"ours": [PACKED, SHARED]}
+        return frame.query(query, local_dict=ours, engine="python")[column].dropna()
+
     found = []
     for promise in promises[benchmark]:
         column, at, sign, limit = promise["must"].split()
-        value, met = _value(promise, column, rows), None
+        ours, over = numbers(promise["rows"], column), promise.get("over")
+        value, met = ours.max(), None
+        if over == "smallest":
+            value = value / ours.min() if len(ours) > 1 else None
+        elif over:
+            value = value / numbers(over, column).max()
+        value = None if pd.isna(value) else float(value)
         if value is not None:
             met = value <= float(limit) if sign == "most" else value >= float(limit)
         limit = f"{at} {sign} {limit}"
         found.append({"bar": promise["bar"], "limit": limit, "value": value, "met": met})
     return found
-
-
-def _value(promise: dict, column: str, rows: list[dict]) -> float | None:
-    over = promise.get("over")
-
-    def numbers(**other) -> list[float]:
-        picked = rows
-        for key, wanted in (promise["rows"] | other).items():
-            wanted = wanted if isinstance(wanted, list) else [wanted]
-            picked = [row for row in picked if row.get(key) in wanted]
-        return [row[column] for row in picked if row.get(column) is not None]
-
-    ours = numbers()
-    if not ours or over is None:
-        return max(ours, default=None)
-    if over == "smallest":
-        return max(ours) / min(ours) if len(ours) > 1 else None
-    others = numbers(contender=over)
-    return max(ours) / max(others) if others else None
 
 
 def bar_lines(found: list[dict]) -> str:
@@ -114,9 +106,8 @@ def kept(name: str) -> tuple[dict, list[dict]] | None:
     path = folder / f"{name}.csv"
     if not path.exists():
         return None
-    frame = pd.read_csv(path).astype(object)
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return about, frame.where(frame.notna(), None).to_dict("records")
+    return about, pd.read_csv(path).to_dict("records")
 
 
 # ---------------------------------------------------------------------------- for readers
