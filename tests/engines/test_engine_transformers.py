@@ -12,7 +12,7 @@ from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
-from sao_utils.engines.transformers import TransformersEngine, _nucleus
+from sao_utils.engines.transformers import _nucleus, transformers_engine
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 
@@ -30,7 +30,7 @@ def engine():
 @pytest.fixture
 def own_engine():
     """An engine that a test may spoil."""
-    return TransformersEngine(TINY, None)
+    return transformers_engine(TINY, None)
 
 
 def save_beside_the_tiny_tokenizer(model, folder):
@@ -104,7 +104,7 @@ def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path)
     chats = [[{"role": "user", "content": text}] for text in ranked]
 
     def odds(model, folder=None):
-        made = TransformersEngine(model, folder)
+        made = transformers_engine(model, folder)
         found = all_of(made.choose(chats, "ranking:", VERDICTS))
         return torch.tensor([found[k] for k in range(8)]).exp(), made
 
