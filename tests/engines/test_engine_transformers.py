@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small import all_of
+from small import all_of, save_random_adapter
 
 from sao_utils import templates
 from sao_utils.engines import base, loading
@@ -83,14 +83,7 @@ def test_the_dtype_follows_the_machine_with_the_reason(
 
 
 def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapter = tmp_path / "adapter"
-    get_peft_model(loading.load_model(TINY), lora).save_pretrained(
-        str(adapter), save_embedding_layers=False
-    )
+    save_random_adapter(TINY, tmp_path)
     nf4 = TINY.model_copy(update={"quantisation": "nf4"})
 
     asked = world.held_out_questions("dev", 1, 0)[:8]
@@ -112,7 +105,7 @@ def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path)
     quantised, made = odds(nf4)
     assert sum(type(m).__name__ == "Linear4bit" for m in made.model.modules()) == 35
     assert 1e-4 < (whole - quantised).abs().mean() < 0.1
-    (whole_tuned, _), (tuned, made) = odds(TINY, adapter), odds(nf4, adapter)
+    (whole_tuned, _), (tuned, made) = odds(TINY, tmp_path), odds(nf4, tmp_path)
     moved = (whole - whole_tuned).abs().mean()
     assert moved > 0.1 and (tuned - whole_tuned).abs().mean() < moved / 2
     assert all_of(made.generate(CHATS[:2], Sampling(0.6, 8), [1, 2]))[0].tokens

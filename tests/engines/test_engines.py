@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from small import CHATS, all_of
+from small import CHATS, all_of, save_random_adapter
 
 from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
@@ -153,15 +153,9 @@ def test_settings_that_a_model_brings_along_do_not_change_decoding(engine, tmp_p
 
 
 def test_an_adapter_trained_anew_in_the_same_folder_is_loaded_anew(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     said = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(loading.load_model(TINY), config).save_pretrained(
-            str(tmp_path), save_embedding_layers=False
-        )
+        save_random_adapter(TINY, tmp_path, seed)
         tuned = load_engine(TINY.model_copy(update={"adapter": str(tmp_path)}))
         said.append(all_of(tuned.generate(CHATS, Sampling(0.0, 20), [0] * 4)))
     assert said[0] != said[1]
