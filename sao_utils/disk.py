@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink()
         reason = f"{error.strerror}. If the disk is full, free some disk and run again"
         raise OSError(error.errno, reason, str(path)) from error
+
+
+def json_lines(rows: Iterable[dict]) -> str:
+    """Rows as the text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class Busy(RuntimeError):

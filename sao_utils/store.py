@@ -20,18 +20,20 @@ from pathlib import Path
 import yaml
 
 from sao_utils import colab
-from sao_utils.disk import lock, turn, write_whole
+from sao_utils.disk import json_lines, lock, turn, write_whole
 from sao_utils.machine import hardware, versions
-from sao_utils.recipe import Model, Recipe, RecipeError, is_task_file
+from sao_utils.recipe import Recipe, RecipeError, is_task_file
 from sao_utils.recipes import load_recipe
 
-#: section of a recipe -> its keys that may name a file or folder of the user's
+#: section of a recipe -> its keys that may name a file of the user's
 FILE_KEYS = {
     "prompts": ("personas", "data"),
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
     "synpo": ("seeds", "check", "scorer"),
 }
+#: those that may name a folder, too
+FOLDER_KEYS = ("path", "adapter", "data", "scorer")
 # What is no file, whatever lies in the folder.
 NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle")
 
@@ -103,29 +105,22 @@ def _save(recipe: Recipe, folder: Path) -> Run:
 def _with_whole_paths(recipe: Recipe) -> Recipe:
     """Local files by their absolute paths: notebooks run in another folder than the command."""
 
-    def whole(value: str | None, folders: bool = True) -> str | None:
-        path = Path(value or "")
-        there = value not in NAMES and value and (path.is_file() or folders and path.is_dir())
+    def whole(key: str, value: str | None) -> str | None:
+        if not value or value in NAMES:
+            return value
+        path = Path(value)
+        there = path.is_file() or key in FOLDER_KEYS and path.is_dir()
         return str(path.resolve()) if there else value
 
-    def model(of: Model | None) -> Model | None:
-        if of is None or of.engine == "api":
-            return of
-        return of.model_copy(update={"path": whole(of.path), "adapter": whole(of.adapter)})
-
-    changes: dict = {"model": model(recipe.model), "judge": model(recipe.judge)}
-    for section in ("others", "judges"):
-        changes[section] = {name: model(of) for name, of in getattr(recipe, section).items()}
-    for section, keys in FILE_KEYS.items():
-        if (settings := getattr(recipe, section)) is None:
-            continue
-        found = {
-            key: whole(getattr(settings, key), folders=key in ("data", "scorer")) for key in keys
-        }
-        if section == "evaluation":
-            found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
-        changes[section] = settings.model_copy(update=found)
-    return recipe.model_copy(update=changes)
+    plain = recipe.model_dump()
+    models = [plain["model"], plain["judge"], *plain["others"].values(), *plain["judges"].values()]
+    parts = [(model, ("path", "adapter")) for model in models if model and model["engine"] != "api"]
+    parts += [(plain[section], keys) for section, keys in FILE_KEYS.items() if plain[section]]
+    for part, keys in parts:
+        part.update({key: whole(key, part[key]) for key in keys})
+    tasks = plain["evaluation"]["tasks"]
+    plain["evaluation"]["tasks"] = [whole("task", t) if is_task_file(t) else t for t in tasks]
+    return Recipe.model_validate(plain)
 
 
 def input_files(recipe: Recipe) -> list[Path]:
@@ -223,7 +218,7 @@ def complete(
 
 def _append(file, batch: list[dict], label: str) -> None:
     """One write a batch: a kill leaves whole batches, so the rest is batched as before."""
-    data = _as_lines(batch).encode()
+    data = json_lines(batch).encode()
     start = os.fstat(file.fileno()).st_size
     try:
         while data:
@@ -235,10 +230,6 @@ def _append(file, batch: list[dict], label: str) -> None:
             f"{label}: could not write {file.name} ({error.strerror}). The rows made so far are kept; "
             "free some disk and run again to go on."
         ) from error
-
-
-def _as_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def make_rows(
@@ -276,7 +267,7 @@ def replace_rows(path: Path, rows: list[dict]) -> None:
         Busy: another process is making rows of this file.
         OSError: it could not be written, and is as it was before.
     """
-    text = _as_lines(rows)
+    text = json_lines(rows)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

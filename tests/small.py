@@ -15,3 +15,16 @@ def all_of(batches):
     found = [pair for batch in batches for pair in batch]
     assert len(dict(found)) == len(found), "an index came twice"
     return dict(found)
+
+
+def save_random_adapter(model, folder, seed=0):
+    """An adapter that is far from the identity, in a folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from sao_utils.engines.loading import load_model
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(load_model(model), lora)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)

@@ -1,15 +1,13 @@
-"""Measure speed and memory on this machine, beside a named peer in the same run.
+"""Measure speed and memory on this machine's GPU, or without one its CPU, beside a named peer.
 
 training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py).
-Results go to results/benchmarks/: rows as .csv, bars, versions and hardware as .json, a picture.
+Results go to results/benchmarks/: rows as .csv, versions and hardware as .json, a picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 from sao_utils.bench import engines, results, training
 from sao_utils.bench.models import SHAPES
@@ -22,18 +20,15 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     ask = argparse.ArgumentParser(prog="python -m sao_utils.bench", description=__doc__)
     ask.add_argument("benchmark", choices=("training", "engines"))
-    ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="of a GPU's memory")
     ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
     ask.add_argument("--repeats", type=int, default=3)
-    ask.add_argument("--folder", type=Path, help="of the results")
     options = ask.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     import torch
 
-    device, shapes = options.device, options.shapes
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("There is no GPU here.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = options.shapes
     if options.benchmark == "engines":
         name, promises = f"engines-{device}", "engines"
         shapes = shapes or (engines.ON_GPU if device == "cuda" else ())
@@ -45,12 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
         measured = training.measurements(shapes, device, caps, options.repeats)
     if options.shapes:
         name += "-" + "-".join(options.shapes)
-    folder = options.folder or results_folder() / "benchmarks"
+    folder = results_folder() / "benchmarks"
     rows: list[dict] = []
     for row in measured:
         rows.append(row)
-        found = results.keep(folder, name, rows, promises)  # at once: a kill leaves what there is
-    print(results.table(rows).to_string(index=False), results.bar_lines(found["bars"]), sep="\n")
+        results.keep(folder, name, rows)  # at once: a kill leaves what there is
+    bars = results.bars(rows, promises)
+    print(results.table(rows).to_string(index=False), results.bar_lines(bars), sep="\n")
     if options.benchmark == "training":
         write_whole(folder / f"{name}.svg", style.as_svg(results.picture(rows)))
 

@@ -76,11 +76,18 @@ def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folde
     from sao_utils.recipe import Training
     from sao_utils.training.setup import pair_trainer
 
-    numbers = dict(learning_rate=1e-5, sft_learning_rate=1e-5, lora_rank=16, lora_alpha=32)
-    numbers |= dict(batch_size=len(pairs), token_budget=budget, beta=BETA, gamma=GAMMA)
-    settings = Training(**numbers, share_prompt=share, gradient_checkpointing="off")
-    arguments = dict(use_cpu=device == "cpu")
-    trainer = pair_trainer(policy, None, pairs, settings, "simpo", 0, folder, **arguments)
+    settings = Training(
+        learning_rate=1e-5,
+        sft_learning_rate=1e-5,
+        batch_size=len(pairs),
+        token_budget=budget,
+        beta=BETA,
+        gamma=GAMMA,
+        share_prompt=share,
+        gradient_checkpointing="off",
+    )
+    on_cpu = device == "cpu"
+    trainer = pair_trainer(policy, None, pairs, settings, "simpo", 0, folder, use_cpu=on_cpu)
 
     def step():
         policy.zero_grad(set_to_none=True)
@@ -119,7 +126,6 @@ def _mixed_precision(model, device: str):
 def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folder: Path):
     """A function that does one step with trl's CPOTrainer, microbatches of `batch` pairs."""
     import datasets
-    import torch
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Stock(CPOTrainer):
@@ -131,10 +137,9 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
 
     class Fused(Stock):
         def concatenated_forward(self, model, batch):
-            ids, mask, labels = (
-                torch.cat([batch[f"chosen_{name}"], batch[f"rejected_{name}"]])
-                for name in ("input_ids", "attention_mask", "labels")
-            )
+            batch = self.concatenated_inputs(batch, device=self.accelerator.device)
+            names = ("input_ids", "attention_mask", "labels")
+            ids, mask, labels = (batch[f"concatenated_{name}"] for name in names)
             output = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             means = output.log_probs.sum(-1) / (labels[:, 1:] != -100).sum(-1)
             none = means.new_zeros(1)  # the logits, of which only the mean is logged
@@ -159,7 +164,7 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_list([{"input_ids": [0]}])
     kind = Fused if fused else Stock
-    trainer = kind(policy, config, lambda x: x, data, processing_class=tokens)
+    trainer = kind(policy, config, train_dataset=data, processing_class=tokens)
     trainer.current_gradient_accumulation_steps = 1  # else set by `train()`
 
     def step():
@@ -167,24 +172,20 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
         total = 0.0
         with _mixed_precision(trainer.model, device):
             for some in (pairs[i : i + batch] for i in range(0, len(pairs), batch)):
-                loss = trainer.training_step(trainer.model, _padded(some, device))
+                padded = trainer.data_collator([_tokenised(pair) for pair in some])
+                loss = trainer.training_step(trainer.model, padded)
                 total += len(some) * float(loss)
         return {"loss": total / len(pairs)}
 
     return step
 
 
-def _padded(pairs: list[dict], device: str) -> dict:
-    """The tensors [pairs, longest] that CPOTrainer's own collator makes of these pairs."""
-    import torch
-
-    from sao_utils.training.packing import pad
-
-    made = pad(pairs)
-    labels = torch.full_like(made.inputs["input_ids"], -100)
-    labels.view(-1)[made.rows + 1] = made.targets
-    found = {}
-    for name, tensor in {**made.inputs, "labels": labels}.items():
-        found[f"chosen_{name}"] = tensor[0::2].to(device)
-        found[f"rejected_{name}"] = tensor[1::2].to(device)
-    return found
+def _tokenised(pair: dict) -> dict:
+    """A pair in the columns of CPOTrainer's own `tokenize_row`."""
+    made = {}
+    for side in ("chosen", "rejected"):
+        prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]
+        made[f"{side}_input_ids"] = prompt + answer
+        made[f"{side}_attention_mask"] = [1] * len(prompt + answer)
+        made[f"{side}_labels"] = [-100] * len(prompt) + answer
+    return made

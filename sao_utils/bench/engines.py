@@ -8,7 +8,8 @@ models; only shapes matter for time and memory.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from sao_utils.bench.measuring import GIB, attempt, interleaved, measure
@@ -55,24 +56,21 @@ def overhead(personas: int, repeats: int) -> list[dict]:
         sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
         engine = load_engine(model)
 
-        def stage() -> list[str]:
+        def stage() -> dict:
             run.rows("responses").unlink()
-            return [row["text"] for row in write_responses(run, prompts, model)]
+            return checked(row["text"] for row in write_responses(run, prompts, model))
 
-        def raw_call() -> list[str]:
+        def raw_call() -> dict:
             replies = dict(r for batch in engine.generate(chats, sampling, seeds) for r in batch)
-            return [replies[i].text for i in range(len(chats))]
+            return checked(replies[i].text for i in range(len(chats)))
 
-        def prepare(contender: str) -> Callable[[], dict]:
-            def once() -> dict:
-                texts = stage() if contender == STAGE else raw_call()
-                if texts != [row["text"] for row in made]:
-                    raise RuntimeError("the two do not give the same replies")
-                return {}
+        def checked(texts: Iterable[str]) -> dict:
+            if list(texts) != [row["text"] for row in made]:
+                raise RuntimeError("the two do not give the same replies")
+            return {}
 
-            return once
-
-        found = interleaved((STAGE, RAW), prepare, "cpu", repeats)
+        contenders = {STAGE: stage, RAW: raw_call}
+        found = interleaved(contenders, contenders.get, "cpu", repeats)
         unload_engines()
     ours, raw = found.values()
     for ratio, clock in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
@@ -103,44 +101,41 @@ def by_batch(
 
     network, weights = random_base(shape, device, nf4)
     network.config.use_cache = True
-    engine = TransformersEngine.of(network, load_tokenizer(Model(path="tiny")), 1)
+    engine = TransformersEngine(network, load_tokenizer(Model(path="tiny")), 1)
     engine.stops = []
     prompt, reply, judged = tokens
     dtype = "bfloat16" if device == "cuda" else "float32"
     model = Model(path="tiny", dtype=dtype, quantisation="nf4" if nf4 else "none")
 
-    def chats(rows: int, wanted: int):
-        """Prompts of about so many tokens, and the exact number of them."""
+    def chat(wanted: int):
+        """A prompt of about so many tokens, and the exact number of them."""
         one = [{"role": "user", "content": "the " * max(1, wanted - 2)}]
-        return [one] * rows, len(encode([one], engine.tokenizer)[0])
+        return one, len(encode([one], engine.tokenizer)[0])
 
     def generate(rows: int, new: int = reply) -> dict:
-        asked, length = chats(rows, prompt)
+        one, length = chat(prompt)
         engine.batch_tokens = rows * (length + new)
-        replies = [r for b in engine.generate(asked, Sampling(0.6, new), range(rows)) for r in b]
-        return {"rows": rows, "tokens": sum(one.tokens for _, one in replies)}
+        made = engine.generate([one] * rows, Sampling(0.6, new), range(rows))
+        return {"rows": rows, "tokens": sum(r.tokens for batch in made for _, r in batch)}
 
     def judge(rows: int) -> dict:
-        asked, length = chats(rows, judged)
+        one, length = chat(judged)
         engine.batch_tokens = rows * (length + 2)
-        scored = [s for b in engine.choose(asked, "ranking:", (" 1 > 2", " 2 > 1")) for s in b]
-        return {"rows": len(scored), "tokens": rows * length}
-
-    def planned(verb: str, batch: int) -> float:
-        batch_tokens = batch * (judged if verb == "judge" else prompt + reply)
-        changed = model.model_copy(update={"batch_tokens": batch_tokens})
-        if verb == "judge":
-            parts = judging_memory(network.config, changed, judged)
-        else:
-            parts = generation_memory(network.config, changed, prompt, reply)
-        return GIB * sum(parts.values())
+        scored = list(engine.choose([one] * rows, "ranking:", (" 1 > 2", " 2 > 1")))
+        return {"rows": sum(map(len, scored)), "tokens": rows * length}
 
     generate(1, 2)  # the first call of anything is slow
-    for name, work in (("generate", generate), ("judge", judge)):
+    jobs = (
+        ("generate", generate, generation_memory, (prompt, reply)),
+        ("judge", judge, judging_memory, (judged,)),
+    )
+    for name, work, memory, sizes in jobs:
         for batch in batches:
-            row = measure(lambda: work(batch), device, whole=True)  # noqa: B023
+            row = measure(partial(work, batch), device, whole=True)
+            batched = model.model_copy(update={"batch_tokens": batch * sum(sizes)})
+            planned = GIB * sum(memory(network.config, batched, *sizes).values())
             base = {"measurement": name, "shapes": shape, "weights": weights, "batch": batch}
-            yield _with_speed({**base, "planned_bytes": planned(name, batch), **row})
+            yield _with_speed({**base, "planned_bytes": planned, **row})
             if row["status"] != "ok":
                 break
 

@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from sao_utils.engines.loading import out_of_memory
+
 GIB = 2**30
 
 
 def failure(error: Exception) -> str:
     """An exception as the status of a row."""
-    import torch
-
     first = (str(error).splitlines() or [""])[0][:160]
     if isinstance(error, ImportError):
         return f"not available: {error.name or first}"
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if full or "out of memory" in str(error) or "allocate memory" in str(error):
+    if out_of_memory(error):
         return "out of memory"
     return f"failed: {type(error).__name__}: {first}"
 

@@ -52,36 +52,28 @@ def bars(rows: list[dict], benchmark: str) -> list[dict]:
     "value" and "met" are None where there is nothing to compare: not measured.
     """
     promises = yaml.safe_load(Path(__file__).with_name("bars.yaml").read_text("utf-8"))
-    runs = {"ok": 1.0, "out of memory": 0.0}
-    rows = [{**row, "runs": runs.get(row["status"])} for row in rows]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame["runs"] = frame["status"].map({"ok": 1.0, "out of memory": 0.0})
+
+    def numbers(query: str, column: str) -> pd.Series:
+        ours = {"ours": [PACKED, SHARED]}
+        return frame.query(query, local_dict=ours, engine="python")[column].dropna()
+
     found = []
     for promise in promises[benchmark]:
         column, at, sign, limit = promise["must"].split()
-        value, met = _value(promise, column, rows), None
+        ours, over = numbers(promise["rows"], column), promise.get("over")
+        value, met = ours.max(), None
+        if over == "smallest":
+            value = value / ours.min() if len(ours) > 1 else None
+        elif over:
+            value = value / numbers(over, column).max()
+        value = None if pd.isna(value) else float(value)
         if value is not None:
             met = value <= float(limit) if sign == "most" else value >= float(limit)
         limit = f"{at} {sign} {limit}"
         found.append({"bar": promise["bar"], "limit": limit, "value": value, "met": met})
     return found
-
-
-def _value(promise: dict, column: str, rows: list[dict]) -> float | None:
-    over = promise.get("over")
-
-    def numbers(**other) -> list[float]:
-        picked = rows
-        for key, wanted in (promise["rows"] | other).items():
-            wanted = wanted if isinstance(wanted, list) else [wanted]
-            picked = [row for row in picked if row.get(key) in wanted]
-        return [row[column] for row in picked if row.get(column) is not None]
-
-    ours = numbers()
-    if not ours or over is None:
-        return max(ours, default=None)
-    if over == "smallest":
-        return max(ours) / min(ours) if len(ours) > 1 else None
-    others = numbers(contender=over)
-    return max(ours) / max(others) if others else None
 
 
 def bar_lines(found: list[dict]) -> str:
@@ -97,26 +89,25 @@ def bar_lines(found: list[dict]) -> str:
 # ---------------------------------------------------------------------------- files
 
 
-def keep(folder: Path, name: str, rows: list[dict], benchmark: str) -> dict:
-    """Write the rows to name.csv, and bars, versions, hardware and date to name.json.
-
-    Returns:
-        what the JSON holds.
-    """
-    found = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
-    found |= {"versions": versions(), "bars": bars(rows, benchmark)}
+def keep(folder: Path, name: str, rows: list[dict]) -> None:
+    """Write the rows to name.csv, and date, hardware and versions to name.json."""
+    about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": hardware()}
+    about["versions"] = versions()
     frame = pd.DataFrame(rows)
     frame = frame[[column for column in COLUMNS if column in frame]]
     text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_whole(folder / f"{name}.csv", text)
-    write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    return found
+    write_whole(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
 
-def kept(name: str) -> dict | None:
-    """The report in results/benchmarks of a checkout; None when there is none."""
-    path = Path(__file__).resolve().parents[2] / "results" / "benchmarks" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def kept(name: str) -> tuple[dict, list[dict]] | None:
+    """What `keep` wrote of a checkout's results: the JSON, the rows. None when there is nothing."""
+    folder = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return None
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return about, pd.read_csv(path).to_dict("records")
 
 
 # ---------------------------------------------------------------------------- for readers

@@ -69,7 +69,7 @@ def load_tokenizer(model: Model):
     find(model.model_copy(update={"engine": "transformers"}), weights=False)
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, model, padding_side="left")
+    tokenizer = from_pretrained(AutoTokenizer, model, padding_side="left")
     if tokenizer.chat_template is None:
         raise EngineError(f"{model.path} has no chat template; take an instruction-tuned model.")
     if tokenizer.pad_token_id is None:
@@ -130,7 +130,7 @@ def load_model(model: Model, device: str | int | None = "cpu"):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, options["dtype"]),
         )
-    loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
+    loaded = from_pretrained(AutoModelForCausalLM, model, **options)
     if model.quantisation == "nf4" and device == "cpu":
         _guard_nf4_on_cpu(loaded)
     if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
@@ -210,7 +210,8 @@ def out_of_memory(error: BaseException) -> bool:
     return named or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _from_pretrained(kind, model: Model, **options):
+def from_pretrained(kind, model: Model, **options):
+    """`kind.from_pretrained` of transformers. Raises EngineError: it says what to do."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a tensor floods a log

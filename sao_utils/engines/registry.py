@@ -37,12 +37,12 @@ _loaded: dict[tuple[str, str, str], Engine] = {}
 
 def _load(model: Model, adapter: Path | None) -> Engine:
     if model.engine == "vllm":
-        from sao_utils.engines.vllm import VllmEngine as Kind
+        from sao_utils.engines.vllm import VllmEngine as make
     elif model.engine == "api":
-        from sao_utils.engines.api import ApiEngine as Kind
+        from sao_utils.engines.api import ApiEngine as make
     else:
-        from sao_utils.engines.transformers import TransformersEngine as Kind
-    return Kind(model, adapter)
+        from sao_utils.engines.transformers import transformers_engine as make
+    return make(model, adapter)
 
 
 def _free() -> None:

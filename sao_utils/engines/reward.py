@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
-from sao_utils.engines.loading import load_tokenizer, model_folder, precision
+from sao_utils.engines.loading import from_pretrained, load_tokenizer, precision
 from sao_utils.recipe import Model
 
 
@@ -53,27 +53,19 @@ def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
 
 def _load(model: Model):
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Kind
 
     advice = (
         "A reward model is a sequence classifier with one output, in safetensors and without code of "
         "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
         "their own, which the kit does not run."
     )
+    options = {"dtype": precision(model)[0], "use_safetensors": True, "output_loading_info": True}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        classifier, about = AutoModelForSequenceClassification.from_pretrained(
-            model_folder(model.path),
-            revision=model.revision,
-            dtype=getattr(torch, precision(model)[0]),
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"The reward model {model.path} cannot be loaded: {error}. {advice}"
-        ) from error
+        classifier, about = from_pretrained(Kind, model, device_map=device, **options)
+    except EngineError as error:
+        raise EngineError(f"{error}\n{advice}") from None
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
     if classifier.config.pad_token_id is None:  # with it the last token before the padding is found

@@ -24,52 +24,46 @@ from sao_utils.recipe import Model
 FEW = 8  # rows of a batch that is too small to be worth thinning out
 
 
+def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngine:
+    """Load a model, with the adapter (or the whole trained model) of a folder."""
+    import torch
+
+    tokenizer = load_tokenizer(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, why = precision(model)
+    bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
+    say_once(f"{model.path}: {dtype}{bits} ({why})")
+    whole = adapter is not None and not (adapter / "adapter_config.json").exists()
+    weights = model.model_copy(update={"path": str(adapter), "revision": None})
+    loaded = load_model(weights if whole else model, device)
+    if adapter is not None and not whole:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        # In fewer bits, merging would round the adapter.
+        if dtype == "float32" and model.quantisation == "none":
+            loaded = loaded.merge_and_unload()
+    return TransformersEngine(loaded, tokenizer, model.batch_tokens, model.max_context)
+
+
 class TransformersEngine:
     """Runs a model with transformers: in left-padded batches of rows of like length."""
 
-    def __init__(self, model: Model, adapter: Path | None):
-        import torch
-
-        tokenizer = load_tokenizer(model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype, why = precision(model)
-        bits = "" if model.quantisation == "none" else f", weights in {model.quantisation}"
-        say_once(f"{model.path}: {dtype}{bits} ({why})")
-        whole = adapter is not None and not (adapter / "adapter_config.json").exists()
-        weights = model.model_copy(update={"path": str(adapter), "revision": None})
-        loaded = load_model(weights if whole else model, device)
-        if adapter is not None and not whole:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
-            # In fewer bits, merging would round the adapter.
-            if dtype == "float32" and model.quantisation == "none":
-                loaded = loaded.merge_and_unload()
-        self._hold(loaded, tokenizer, model.batch_tokens)
-        self.limit = min(self.limit, model.max_context or math.inf)
-
-    @classmethod
-    def of(cls, loaded, tokenizer, batch_tokens: int) -> TransformersEngine:
-        """An engine on a model that is loaded already, transformers' or peft's."""
-        engine = cls.__new__(cls)
-        engine._hold(loaded, tokenizer, batch_tokens)
-        return engine
-
-    def _hold(self, loaded, tokenizer, batch_tokens: int) -> None:
+    def __init__(self, loaded, tokenizer, batch_tokens: int, max_context: int | None = None):
+        """Args: loaded: a model of transformers', or peft's wrapping of one."""
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.batch_tokens = loaded.eval(), tokenizer, batch_tokens
         self.opened = opens_reasoning(tokenizer)
         self.device = loaded.device.type
-        self.limit = context_limit(loaded.config)  # tokens of prompt and reply
+        self.limit = min(context_limit(loaded.config), max_context or math.inf)
         # Some models bring a temperature or a repetition penalty along, which `generate` would
         # take up unasked. Only their stops are kept.
-        stops = self.model.generation_config.eos_token_id
+        stops = loaded.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
-        own = self.tokenizer.eos_token_id
-        self.stops = sorted({stop for stop in (*stops, own) if stop is not None})
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id
+        self.stops = sorted({*stops, tokenizer.eos_token_id}.difference([None]))
+        loaded.generation_config = GenerationConfig(
+            eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id
         )
 
     def generate(self, chats, sampling, seeds):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from sao_utils.disk import write_whole
+from sao_utils.disk import json_lines, write_whole
 from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.recipe import SFT, Model, Training
 from sao_utils.store import read_rows, row_id
@@ -152,8 +152,8 @@ def _checkpoint(folder: Path, fingerprint: str) -> Path | None:
         write_whole(mark, fingerprint)
         for name in ("log.jsonl", "probe.jsonl"):  # what came after the checkpoint comes again
             rows = read_rows(folder / name) if found else []
-            lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= _step(found)]
-            write_whole(folder / name, "".join(lines))
+            kept = [row for row in rows if row["step"] <= _step(found)]
+            write_whole(folder / name, json_lines(kept))
     wait_for_all()
     return found
 

@@ -44,7 +44,7 @@ def probe(model, tokenizer, chats: list[list[dict]]) -> list[dict]:
         of the answer's sentences that stood in it before, 0 to 1.
     """
     training, own = model.training, model.generation_config
-    engine = TransformersEngine.of(model, tokenizer, batch_tokens=16_384)
+    engine = TransformersEngine(model, tokenizer, batch_tokens=16_384)
     try:
         batches = list(engine.generate(chats, Sampling(0.0, TOKENS), [0] * len(chats)))
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from sao_utils.engines import loading
 from sao_utils.engines.base import context_limit
 from sao_utils.engines.registry import unload_engines
-from sao_utils.recipe import Model, Training
+from sao_utils.recipe import Model, RecipeError, Training
 from sao_utils.training import memory, packing, processes
 from sao_utils.training.encoding import token_rows
 from sao_utils.training.shapes import shape_of
@@ -39,11 +38,14 @@ def make_trainer(
     config = AutoConfig.from_pretrained(loading.model_folder(model.path), revision=model.revision)
     # Before the weights: faults show at once.
     rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
+    start = loading.own_adapter(model)
+    if start is not None:
+        _check_start(start, settings)
     free_gpu()
     policy = load_base(model, settings)
     set_seed(seed)
     if settings.method == "lora":
-        policy = add_adapter(policy, settings, loading.own_adapter(model))
+        policy = add_adapter(policy, settings, start)
     dtype = training_precision(model)[0]
     trainer = pair_trainer(
         policy,
@@ -71,8 +73,6 @@ def free_gpu() -> None:
 
     if torch.cuda.is_available():
         unload_engines()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def training_precision(model: Model) -> tuple[str, str]:
@@ -121,6 +121,24 @@ def add_adapter(base, settings: Training, start: Path | None = None):
     return get_peft_model(base, lora)
 
 
+def _check_start(adapter: Path, settings: Training) -> None:
+    """A training that goes on from an adapter has that adapter's shape.
+
+    Raises:
+        RecipeError: the recipe wants another one, which would silently have no effect.
+    """
+    from peft import PeftConfig
+
+    its = PeftConfig.from_pretrained(str(adapter))
+    for key, value in (("lora_rank", its.r), ("lora_alpha", its.lora_alpha)):
+        if getattr(settings, key) != value:
+            raise RecipeError(
+                f"training.{key} is {getattr(settings, key)}, but the adapter that the training goes on "
+                f"from has {value}, which cannot change ({adapter}). Set training.{key}={value}, or "
+                "train from the base (iterations.start=base)."
+            )
+
+
 def pair_trainer(
     policy,
     tokenizer,
@@ -146,22 +164,20 @@ def pair_trainer(
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
     arguments |= {"use_cpu": not cuda}
-    rate = settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate
     choice = _choose_memory(policy, rows, settings, cuda)
     if choice.twice:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    optimiser = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
-    all_arguments = dict(
+    all_arguments = TrainingArguments(
         output_dir=str(Path(folder) / "checkpoints"),
         seed=seed,
         data_seed=seed,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=1,  # one batch is a whole step: see PairTrainer
-        learning_rate=rate,
+        learning_rate=settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_ratio,  # a number below 1 is a share of the steps
         max_grad_norm=settings.max_grad_norm,
-        optim=optimiser[settings.optimiser],
+        optim="adamw_torch" if settings.optimiser == "adamw" else settings.optimiser,
         logging_steps=1,
         logging_nan_inf_filter=False,  # by default a NaN is hidden in a mean of earlier losses
         save_strategy="no",  # by time instead: see Watch
@@ -176,7 +192,7 @@ def pair_trainer(
         rows,
         settings.model_copy(update={"token_budget": choice.budget}),
         algorithm,
-        TrainingArguments(**all_arguments),
+        all_arguments,
         callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -209,9 +225,6 @@ def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> 
         shape_of(policy.config), settings, longest, max(0, free - coming), dtype, device
     )
     if "auto" in (settings.token_budget, settings.gradient_checkpointing) and processes.is_main():
-        twice = "on" if choice.twice else "off"
-        print(
-            f"Token budget {choice.budget:,}, gradient checkpointing {twice}: {choice.reason}",
-            flush=True,
-        )
+        words = f"Token budget {choice.budget:,}, gradient checkpointing "
+        print(f"{words}{'on' if choice.twice else 'off'}: {choice.reason}", flush=True)
     return choice

@@ -63,11 +63,6 @@ class Shape:
         return [(self.width, query), *2 * [(self.width, key)], (query, self.width), into, into, out]
 
     @property
-    def embeddings(self) -> int:
-        """Weights of the input embeddings and, where it is not the same matrix, the output head."""
-        return self.vocabulary * self.width * (1 if self.tied else 2)
-
-    @property
     def parameters(self) -> int:
         """All parameters of the model.
 
@@ -83,7 +78,8 @@ class Shape:
         if biased or self.biased:
             small += (self.heads + 2 * self.kv_heads) * self.head
             small += 0 if biased else self.width  # attention_bias: of the output, too
-        return self.embeddings + self.linear + self.layers * small + self.width
+        embeddings = self.vocabulary * self.width * (1 if self.tied else 2)  # and the output head
+        return embeddings + self.linear + self.layers * small + self.width
 
     def weight_bytes(self, dtype: str, quantisation: str = "none") -> float:
         """Bytes of the weights; embeddings, norms and output head are never quantised."""

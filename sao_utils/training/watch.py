@@ -5,7 +5,6 @@ Importing this module costs seconds: `fit` does so when it trains.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from sao_utils.disk import json_lines
 from sao_utils.recipe import Training
 from sao_utils.store import read_rows
 from sao_utils.training import TrainingFailed, processes
@@ -21,9 +21,8 @@ from sao_utils.training.probe import plan_probes, probe
 
 COUNTS = ("real_tokens", "padded_tokens", "head_rows", "completion_tokens", "microbatches")
 #: Means over the pairs of a step.
-MEASURES = (
-    *("rewards_chosen", "rewards_rejected", "margin", "accuracy"),
-    *("chosen_tokens", "rejected_tokens"),
+MEASURES = tuple(
+    "rewards_chosen rewards_rejected margin accuracy chosen_tokens rejected_tokens".split()
 )
 
 
@@ -122,4 +121,4 @@ def _duration(seconds: float) -> str:
 
 def _append(path: Path, rows: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(json_lines(rows))

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from small import all_of
+from small import all_of, save_random_adapter
 
 from sao_utils import templates
 from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
-from sao_utils.engines.transformers import TransformersEngine, _nucleus
+from sao_utils.engines.transformers import _nucleus, transformers_engine
 from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Model
 
@@ -30,7 +30,7 @@ def engine():
 @pytest.fixture
 def own_engine():
     """An engine that a test may spoil."""
-    return TransformersEngine(TINY, None)
+    return transformers_engine(TINY, None)
 
 
 def save_beside_the_tiny_tokenizer(model, folder):
@@ -83,14 +83,7 @@ def test_the_dtype_follows_the_machine_with_the_reason(
 
 
 def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapter = tmp_path / "adapter"
-    get_peft_model(loading.load_model(TINY), lora).save_pretrained(
-        str(adapter), save_embedding_layers=False
-    )
+    save_random_adapter(TINY, tmp_path)
     nf4 = TINY.model_copy(update={"quantisation": "nf4"})
 
     asked = world.held_out_questions("dev", 1, 0)[:8]
@@ -104,7 +97,7 @@ def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path)
     chats = [[{"role": "user", "content": text}] for text in ranked]
 
     def odds(model, folder=None):
-        made = TransformersEngine(model, folder)
+        made = transformers_engine(model, folder)
         found = all_of(made.choose(chats, "ranking:", VERDICTS))
         return torch.tensor([found[k] for k in range(8)]).exp(), made
 
@@ -112,7 +105,7 @@ def test_4_bit_weights_judge_nearly_alike_and_carry_an_adapter(engine, tmp_path)
     quantised, made = odds(nf4)
     assert sum(type(m).__name__ == "Linear4bit" for m in made.model.modules()) == 35
     assert 1e-4 < (whole - quantised).abs().mean() < 0.1
-    (whole_tuned, _), (tuned, made) = odds(TINY, adapter), odds(nf4, adapter)
+    (whole_tuned, _), (tuned, made) = odds(TINY, tmp_path), odds(nf4, tmp_path)
     moved = (whole - whole_tuned).abs().mean()
     assert moved > 0.1 and (tuned - whole_tuned).abs().mean() < moved / 2
     assert all_of(made.generate(CHATS[:2], Sampling(0.6, 8), [1, 2]))[0].tokens

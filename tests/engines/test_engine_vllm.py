@@ -17,12 +17,11 @@ import urllib.request
 
 import psutil
 import pytest
-import torch
-from small import CHATS, all_of
+from small import CHATS, all_of, save_random_adapter
 
 from sao_utils import store as rows
 from sao_utils.engines.base import NOTHING, EngineError, Sampling
-from sao_utils.engines.loading import load_model, model_folder
+from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine, unload_engines
 from sao_utils.methods import sao
 from sao_utils.notebooks.run import run_notebooks
@@ -242,13 +241,7 @@ def wait_for(address):
 
 @vllm_test
 def test_an_adapter_is_served_and_the_model_without_it_by_the_same_child(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(load_model(TINY), config).save_pretrained(
-        str(tmp_path), save_embedding_layers=False
-    )
+    save_random_adapter(TINY, tmp_path)
     tuned = [load_engine(with_adapter(model, tmp_path)) for model in (TINY, SERVED)]
     ours, theirs = (all_of(e.generate(CHATS, Sampling(0.0, 30), [0] * 4)) for e in tuned)
     assert ours == theirs

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from small import CHATS, all_of
+from small import CHATS, all_of, save_random_adapter
 
 from sao_utils.engines import base, loading
 from sao_utils.engines.base import EngineError, Sampling
@@ -26,21 +26,13 @@ def engine():
     return load_engine(TINY)
 
 
-def test_greedy_decoding_in_padded_batches_equals_decoding_one_by_one(engine):
-    sampling = Sampling(0.0, 40)
-    together = all_of(engine.generate(CHATS, sampling, [0] * 4))
-    for k, chat in enumerate(CHATS):
-        alone = all_of(engine.generate([chat], sampling, [0]))
-        assert together[k] == alone[0]
-
-
-def test_a_sampled_row_depends_on_its_seed_only_not_on_its_neighbours(engine):
-    sampling = Sampling(0.9, 40, top_p=0.95)
+@pytest.mark.parametrize("sampling", [Sampling(0.0, 40), Sampling(0.9, 40, top_p=0.95)])
+def test_a_row_depends_on_its_seed_only_not_on_its_neighbours(engine, sampling):
     together = all_of(engine.generate(CHATS, sampling, [11, 12, 13, 14]))
-    alone = all_of(engine.generate(CHATS[2:3], sampling, [13]))
+    for k, chat in enumerate(CHATS):
+        assert all_of(engine.generate([chat], sampling, [11 + k]))[0] == together[k]
     other = all_of(engine.generate(CHATS[2:3], sampling, [99]))
-    assert together[2] == alone[0]
-    assert other[0] != alone[0]
+    assert (other[0] == together[2]) == (sampling.temperature == 0)
 
 
 def test_sampling_draws_tokens_with_the_models_probabilities(engine):
@@ -161,22 +153,11 @@ def test_settings_that_a_model_brings_along_do_not_change_decoding(engine, tmp_p
 
 
 def test_an_adapter_trained_anew_in_the_same_folder_is_loaded_anew(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     said = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(loading.load_model(TINY), config).save_pretrained(
-            str(tmp_path), save_embedding_layers=False
-        )
-        said.append(
-            all_of(
-                load_engine(TINY.model_copy(update={"adapter": str(tmp_path)})).generate(
-                    CHATS, Sampling(0.0, 20), [0] * 4
-                )
-            )
-        )
+        save_random_adapter(TINY, tmp_path, seed)
+        tuned = load_engine(TINY.model_copy(update={"adapter": str(tmp_path)}))
+        said.append(all_of(tuned.generate(CHATS, Sampling(0.0, 20), [0] * 4)))
     assert said[0] != said[1]
 
 

@@ -117,7 +117,7 @@ def test_the_engines_peak_is_what_was_planned(family, verb):
     model = families.random_model(family, tokenizer, **sizes)
     if family == "gemma":
         model.set_attn_implementation("eager")
-    engine = TransformersEngine.of(model, tokenizer, 100_000)
+    engine = TransformersEngine(model, tokenizer, 100_000)
     engine.stops = []
     words, new, count = {"generate": (30, 60, 16), "judge": (150, 0, 8)}[verb]
     chats = [[{"role": "user", "content": "1 " * words}]] * count

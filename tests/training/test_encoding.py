@@ -1,4 +1,7 @@
-"""Token ids of pairs: the prompt as in generation, exactly one end token, the model's own template."""
+"""Token ids of pairs: the prompt as in generation, exactly one end token, the model's own template.
+
+The templates of the families that the recipes name: tests/engines/test_families.py.
+"""
 
 import pytest
 from training_cases import ANSWERS, pair, settings
@@ -8,23 +11,13 @@ from sao_utils.training.encoding import encode
 from sao_utils.training.fit import fit
 
 PLAIN = pretrain.CHAT_TEMPLATE
-CHATML_LIKE = PLAIN.replace("<|end|>{%", "<|end|>\n{%")
 NO_END = PLAIN.replace("<|end|>{%", "{%")
 
 
-@pytest.fixture
-def templated(tokenizer, monkeypatch):
-    def use(template):
-        monkeypatch.setattr(tokenizer, "chat_template", template)
-        return tokenizer
-
-    return use
-
-
-@pytest.mark.parametrize("template", [PLAIN, CHATML_LIKE, NO_END])
-def test_an_answer_ends_in_exactly_one_end_token(templated, pairs, template):
-    assert CHATML_LIKE != PLAIN != NO_END
-    tokenizer = templated(template)
+@pytest.mark.parametrize("template", [PLAIN, NO_END])
+def test_an_answer_ends_in_exactly_one_end_token(tokenizer, monkeypatch, pairs, template):
+    assert PLAIN != NO_END
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     ids, labels = encode(pairs[0], "chosen", tokenizer)
     end = tokenizer.eos_token_id
     assert ids.count(end) == 1 and ids[-1] == end
@@ -34,15 +27,6 @@ def test_an_answer_ends_in_exactly_one_end_token(templated, pairs, template):
         pairs[0]["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
     )
     assert ids[: -len(answer)] == prompt, "trained on another prompt than is generated from"
-
-
-def test_a_turn_that_closes_with_another_token_than_eos_ends_there(templated, pairs):
-    """As Gemma's <end_of_turn>: an eos after it could never be generated, but would be scored."""
-    tokenizer = templated(PLAIN.replace("<|end|>{%", "<|user|>\n{%"))
-    ids, labels = encode(pairs[0], "chosen", tokenizer)
-    answer = [token for token in labels if token != -100]
-    assert tokenizer.decode(answer) == ANSWERS[0][0] + "<|user|>"
-    assert tokenizer.eos_token_id not in ids
 
 
 def test_an_end_token_inside_an_answer_is_data(tokenizer):

@@ -9,6 +9,7 @@ from training_cases import ANSWERS, load, log_probabilities, settings
 
 from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
+from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
 from sao_utils.store import Run, read_rows
 from sao_utils.training import fit as fitting
@@ -78,6 +79,18 @@ def test_a_training_goes_on_from_the_model_that_another_one_has_trained(
     assert seen < read_rows(first / "log.jsonl")[0]["loss"]
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
     assert read_done(first)["fingerprint"] != read_done(second)["fingerprint"]
+
+
+@pytest.mark.parametrize("key, other", [("lora_rank", 8), ("lora_alpha", 16)])
+def test_a_training_that_goes_on_from_an_adapter_of_another_shape_is_refused(
+    base, pairs, tmp_path, key, other
+):
+    """As with iterations.start=previous: peft would keep the adapter's values, and say nothing."""
+    first = fit(base, pairs, settings(), "simpo", 0, tmp_path / "first")
+    start, before = base.model_copy(update={"adapter": str(first)}), getattr(settings(), key)
+    with pytest.raises(RecipeError, match=f"training.{key} is {other}.* has {before}.*start=base"):
+        fit(start, pairs, settings(**{key: other}), "simpo", 0, tmp_path / "second")
+    assert not (tmp_path / "second" / "done.json").exists()
 
 
 def test_the_adapter_is_safetensors_and_loads_with_plain_peft(base, tokenizer, pairs, tmp_path):
