@@ -31,8 +31,6 @@ from sao_utils.statistics.length_control import length_controlled_win_rate
 
 REFERENCE = "gpt4_1106_preview"  # who wrote the reference answers
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
-PROMPTS = 805
-MAX_TOKENS = None  # of an answer: each model's own
 CHOICES = ("m", "M")
 
 

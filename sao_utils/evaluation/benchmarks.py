@@ -37,7 +37,7 @@ from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import replies
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation.answers import Candidate
-from sao_utils.evaluation.benchmark_files import OFFICIAL
+from sao_utils.evaluation.benchmark_files import BENCHMARKS, OFFICIAL
 from sao_utils.evaluation.comparisons import doubts
 from sao_utils.evaluation.tiny_benchmarks import TINY, chat_of, choose_labels
 from sao_utils.recipe import Evaluation, Model, RecipeError
@@ -72,8 +72,8 @@ def load(settings: Evaluation, name: str) -> dict:
     Raises:
         RecipeError: its files are not there, or lack something.
     """
-    protocol, is_tiny = PROTOCOLS[name], name in TINY
-    benchmark = TINY[name]() if is_tiny else protocol.load(settings)
+    published = BENCHMARKS[name]
+    benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
     ids = [item["id"] for item in benchmark["items"]]
     if not ids or len(set(ids)) < len(ids):
         raise RecipeError(f"{name}: its files hold no question, or two of the same id.")
@@ -82,15 +82,15 @@ def load(settings: Evaluation, name: str) -> dict:
             who = benchmark["baseline_name"]
             raise RecipeError(f"{name}: there is no answer of {who} to question {identity}.")
     notes, limit, there = [*benchmark.get("notes", ())], settings.benchmark_limit, len(ids)
-    if not is_tiny and there != protocol.PROMPTS:
-        notes.append(f"{there} prompts, there {protocol.PROMPTS}")
+    if there != published["prompts"]:
+        notes.append(f"{there} prompts, there {published['prompts']}")
     if limit is not None and limit < there:
         notes.append(f"the first {limit} of {there} prompts")
-    if not is_tiny and protocol.MAX_TOKENS not in (None, settings.max_new_tokens):
-        most = settings.max_new_tokens
-        notes.append(f"answers of at most {most} tokens, there {protocol.MAX_TOKENS}")
+    most, theirs = settings.max_new_tokens, published.get("max_tokens")
+    if theirs not in (None, most):
+        notes.append(f"answers of at most {most} tokens, there {theirs}")
     benchmark["items"] = benchmark["items"][:limit]
-    benchmark["notes"] = tuple(notes if is_tiny else (DIFFERS + note for note in notes))
+    benchmark["notes"] = tuple(notes if name in TINY else (DIFFERS + note for note in notes))
     return benchmark
 
 
@@ -237,7 +237,7 @@ def write_answers(
                 {
                     "chat": chat_of(item["turns"][: turn + 1], mine[item["id"]]["turns"]),
                     "sampling": Sampling(
-                        _temperature(settings, name, item), settings.max_new_tokens, settings.top_p
+                        temperature(settings, name, item), settings.max_new_tokens, settings.top_p
                     ),
                     "of": {"benchmark": name, "model": label, "item": item["id"], "turn": turn + 1},
                 }
@@ -253,11 +253,10 @@ def write_answers(
     return given
 
 
-def _temperature(settings: Evaluation, name: str, item: dict) -> float:
-    """Arena-Hard's and MT-Bench's own; AlpacaEval leaves it to the model: the recipe's first."""
-    if name == "mt_bench":
-        return mt_bench.temperature(item)
-    return 0.0 if name in ("arena_hard", "tiny_arena", "tiny_mt") else settings.temperatures[0]
+def temperature(settings: Evaluation, name: str, item: dict) -> float:
+    """Of an item's answers: the benchmark's own, or where it leaves that open the recipe's first."""
+    own = BENCHMARKS[name].get("temperature", settings.temperatures[0])
+    return own.get(item["category"], 0.7) if isinstance(own, dict) else own
 
 
 def _sender(run: Run, judge: Model | None, merge: bool) -> Callable[[list[dict]], list[dict]]:

@@ -343,7 +343,11 @@ def test_mt_bench_shows_references_where_they_belong_and_grades_each_turn(tmp_pa
     assert found[3]["judge"] == ["judge", "single-math-v1-multi-turn"]
     figures = {key: (of.value, of.n) for key, of in mt_bench.figures(found, {}).items()}
     assert figures == {"score": (5, 4), "score.turn_1": (8, 2), "score.turn_2": (2, 2)}
-    assert [mt_bench.temperature(item) for item in benchmark["items"]] == [0.7, 0.0, 0.1]
+    assert [published.temperature(settings(), "mt_bench", item) for item in benchmark["items"]] == [
+        0.7,
+        0.0,
+        0.1,
+    ]
     files = mt_bench.files(benchmark, {"m": given}, {"m": found}, "judge")
     assert files["model_answer/m.jsonl"][0]["choices"] == [{"index": 0, "turns": ["x", "y"]}]
     keys = "question_id model judge user_prompt judgment score turn tstamp".split()
