@@ -98,15 +98,15 @@ def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
     for k, row in enumerate(official_rows(settings, benchmark, name)):
         try:
             if benchmark == "alpaca_eval":
-                identity, turns, category = k, [row["instruction"]], row.get("dataset")
-            elif benchmark == "arena_hard":
-                identity, turns = row["question_id"], [turn["content"] for turn in row["turns"]]
-                category = row.get("cluster")
+                identity, turns = k, [row["instruction"]]
             else:
-                identity, turns, category = row["question_id"], row["turns"], row.get("category")
+                identity, turns = row["question_id"], row["turns"]
+            if benchmark == "arena_hard":
+                turns = [turn["content"] for turn in turns]
         except (KeyError, TypeError):
             raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.") from None
-        found.append({**row, "id": identity, "turns": turns, "category": category or "all"})
+        category = row.get("dataset") or row.get("cluster") or row.get("category") or "all"
+        found.append({**row, "id": identity, "turns": turns, "category": category})
     return found
 
 

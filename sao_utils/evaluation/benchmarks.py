@@ -99,8 +99,7 @@ def run_benchmark(
     name: str,
     candidates: Sequence[Candidate],
     judges: dict[str, Model],
-    leave_out: Collection[str] = (),
-    keep_files: bool = True,
+    leave_out: Collection[str] | None = None,
 ) -> list[dict]:
     """Run a benchmark: every candidate answers, every judge judges.
 
@@ -110,8 +109,8 @@ def run_benchmark(
     Args:
         candidates: "base" must be one for tiny_arena.
         judges: by name; the oracle judges tiny_mt.
-        leave_out: first turns of items that shall not count.
-        keep_files: whether the benchmark's own files are written.
+        leave_out: first turns of items that shall not count; the benchmark's own files are then not
+            written.
 
     Returns:
         Rows {benchmark, model, judge, metric, interval, note: how the protocol differs from the
@@ -123,7 +122,8 @@ def run_benchmark(
         RecipeError: the benchmark's files are not there.
     """
     benchmark, protocol = load(run.recipe.evaluation, name), PROTOCOLS[name]
-    benchmark["items"] = [i for i in benchmark["items"] if i["turns"][0] not in leave_out]
+    out = leave_out or ()
+    benchmark["items"] = [item for item in benchmark["items"] if item["turns"][0] not in out]
     if not benchmark["items"]:
         return []
     answers = write_answers(run, name, benchmark, candidates)
@@ -140,7 +140,7 @@ def run_benchmark(
             notes += (f"{DIFFERS}the judge knows no system prompt: the user's text has it",)
         send = _sender(run, model, merge)
         judgments = judge_answers(send, protocol, benchmark, answers, judge)
-        if keep_files:
+        if leave_out is None:
             _write_files(run, name, protocol.files(benchmark, answers, judgments, judge))
         for label, rows in judgments.items():
             if rows:
