@@ -12,16 +12,8 @@ Here models answer and judges judge. How is said by a protocol: a module (`alpac
 - files(benchmark, answers, judgments, judge): what the program reads, as {path: rows}.
 
 A judge of the recipe is any model: figures are comparable with published ones only with the published
-judge and where a row has no note, and worth something where it has no remarks.
-
-The counterparts (all of them ours, to see the machinery at work; no evidence about large models):
-
-- tiny_alpaca: 110 held-out questions against the villagers' answers, judged with SAO's ranking
-  prompt by log-probability;
-- tiny_arena: 55 of them, two games against the base model's answers; the judge's log-odds become
-  the five labels;
-- tiny_mt: 40 conversations of two turns, graded by the oracle, since the tiny judge can compare but
-  not grade. The tiny model has seen one turn only in pre-training: second turns fall apart.
+judge and where a row has no note, and worth something where it has no remarks. The counterparts show
+the machinery at work; they are no evidence about large models.
 """
 
 from __future__ import annotations
