@@ -34,8 +34,7 @@ from sao_utils.recipe import Evaluation
 from sao_utils.statistics.intervals import Interval, win_rate
 
 BASELINE = "gpt-4-0314"
-PROMPTS = 500
-MAX_TOKENS = 4096  # of an answer and of a verdict, at temperature 0
+VERDICT_TOKENS = 4096
 #: label -> (outcome for A, how many games it counts as)
 LABELS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
 GO_ON = "Please go on, and end with your verdict as one of the labels."  # ours
@@ -64,7 +63,7 @@ def load(settings: Evaluation) -> dict:
 def _show(system: str, template: str, question: str, a: str, b: str) -> dict:
     text = templates.fill(template, question_1=question, answer_1=a, answer_2=b)
     chat = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return {"chat": chat, "sampling": Sampling(0.0, MAX_TOKENS)}
+    return {"chat": chat, "sampling": Sampling(0.0, VERDICT_TOKENS)}
 
 
 def read_label(text: str) -> str | None:

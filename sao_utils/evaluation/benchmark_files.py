@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
+
+import yaml
 
 from sao_utils.disk import write_whole
 from sao_utils.files import read_table
 from sao_utils.recipe import Evaluation, RecipeError
 
-#: benchmark -> its folder beside others, as its own program names it.
-OFFICIAL = {"alpaca_eval": "alpaca_eval", "arena_hard": "arena-hard-v0.1", "mt_bench": "mt_bench"}
-_GITHUB = "https://raw.githubusercontent.com"
-_ALPACA = (
-    "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/"
-    "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
+#: benchmark -> what it is (benchmarks.yaml)
+BENCHMARKS: dict[str, dict] = yaml.safe_load(
+    (files("sao_utils") / "evaluation" / "benchmarks.yaml").read_text(encoding="utf-8")
 )
-_ALPACA_PROGRAM = (
-    f"{_GITHUB}/tatsu-lab/alpaca_eval/cd543a149df89434d8a54582c0151c0b945c3d20/src/alpaca_eval"
-)
-_ARENA = f"{_GITHUB}/lmarena/arena-hard-auto/3071ef95d913bb5cd632641db336a3b6c7fe4bdd"
-_MT = f"{_GITHUB}/lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
-#: (benchmark, file) -> its address, at a fixed commit, and its SHA-256. All that a protocol takes.
-PINNED = {
-    ("alpaca_eval", "alpaca_eval_gpt4_baseline.json"): (
-        f"{_ALPACA}/alpaca_eval_gpt4_baseline.json",
-        "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
-    ),
-    ("alpaca_eval", "df_gamed.csv"): (
-        f"{_ALPACA}/df_gamed.csv",
-        "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
-    ),
-    ("alpaca_eval", "alpaca_eval_clf.txt"): (
-        f"{_ALPACA_PROGRAM}/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt",
-        "784227e6dc2832fc08c43d2c8ea3a308e7523780187a1aaad2f85e30bac85f62",
-    ),
-    ("arena_hard", "question.jsonl"): (
-        f"{_ARENA}/data/arena-hard-v0.1/question.jsonl",
-        "4daad38811161c3ba5c248f26b90c3cef89634f4c772002ed9138c1e13f63e9f",
-    ),
-    ("arena_hard", "model_answer/gpt-4-0314.jsonl"): (
-        f"{_ARENA}/data/arena-hard-v0.1/model_answer/gpt-4-0314.jsonl",
-        "245109b8fe7c3bef0304f1c559d29da377f97f61535ad1170b46a61a08eb9ac7",
-    ),
-    ("arena_hard", "judge_config.yaml"): (
-        f"{_ARENA}/config/judge_config.yaml",
-        "6e001736bacacdb1591ffca7eec953a7089f8f5604872d1ca4f9a6f9de1ee451",
-    ),
-    ("mt_bench", "question.jsonl"): (
-        f"{_MT}/mt_bench/question.jsonl",
-        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
-    ),
-    ("mt_bench", "reference_answer/gpt-4.jsonl"): (
-        f"{_MT}/mt_bench/reference_answer/gpt-4.jsonl",
-        "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
-    ),
-    ("mt_bench", "judge_prompts.jsonl"): (
-        f"{_MT}/judge_prompts.jsonl",
-        "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
-    ),
-}
+#: published benchmark -> its folder beside others
+OFFICIAL = {name: of["folder"] for name, of in BENCHMARKS.items() if "folder" in of}
+#: (benchmark, file) -> its address, at a fixed commit, and its SHA-256
+PINNED = {(name, file): pin for name in OFFICIAL for file, pin in BENCHMARKS[name]["files"].items()}
 
 
 def official_file(settings: Evaluation, benchmark: str, name: str) -> Path | None:
@@ -138,15 +98,15 @@ def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
     for k, row in enumerate(official_rows(settings, benchmark, name)):
         try:
             if benchmark == "alpaca_eval":
-                identity, turns, category = k, [row["instruction"]], row.get("dataset")
-            elif benchmark == "arena_hard":
-                identity, turns = row["question_id"], [turn["content"] for turn in row["turns"]]
-                category = row.get("cluster")
+                identity, turns = k, [row["instruction"]]
             else:
-                identity, turns, category = row["question_id"], row["turns"], row.get("category")
+                identity, turns = row["question_id"], row["turns"]
+            if benchmark == "arena_hard":
+                turns = [turn["content"] for turn in turns]
         except (KeyError, TypeError):
             raise RecipeError(f"{name} of {benchmark}, row {k + 1} is no question of it.") from None
-        found.append({**row, "id": identity, "turns": turns, "category": category or "all"})
+        category = row.get("dataset") or row.get("cluster") or row.get("category") or "all"
+        found.append({**row, "id": identity, "turns": turns, "category": category})
     return found
 
 

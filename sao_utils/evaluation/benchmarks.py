@@ -12,16 +12,8 @@ Here models answer and judges judge. How is said by a protocol: a module (`alpac
 - files(benchmark, answers, judgments, judge): what the program reads, as {path: rows}.
 
 A judge of the recipe is any model: figures are comparable with published ones only with the published
-judge and where a row has no note, and worth something where it has no remarks.
-
-The counterparts (all of them ours, to see the machinery at work; no evidence about large models):
-
-- tiny_alpaca: 110 held-out questions against the villagers' answers, judged with SAO's ranking
-  prompt by log-probability;
-- tiny_arena: 55 of them, two games against the base model's answers; the judge's log-odds become
-  the five labels;
-- tiny_mt: 40 conversations of two turns, graded by the oracle, since the tiny judge can compare but
-  not grade. The tiny model has seen one turn only in pre-training: second turns fall apart.
+judge and where a row has no note, and worth something where it has no remarks. The counterparts show
+the machinery at work; they are no evidence about large models.
 """
 
 from __future__ import annotations
@@ -37,7 +29,7 @@ from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import replies
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation.answers import Candidate
-from sao_utils.evaluation.benchmark_files import OFFICIAL
+from sao_utils.evaluation.benchmark_files import BENCHMARKS, OFFICIAL
 from sao_utils.evaluation.comparisons import doubts
 from sao_utils.evaluation.tiny_benchmarks import TINY, chat_of, choose_labels
 from sao_utils.recipe import Evaluation, Model, RecipeError
@@ -72,8 +64,8 @@ def load(settings: Evaluation, name: str) -> dict:
     Raises:
         RecipeError: its files are not there, or lack something.
     """
-    protocol, is_tiny = PROTOCOLS[name], name in TINY
-    benchmark = TINY[name]() if is_tiny else protocol.load(settings)
+    published = BENCHMARKS[name]
+    benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
     ids = [item["id"] for item in benchmark["items"]]
     if not ids or len(set(ids)) < len(ids):
         raise RecipeError(f"{name}: its files hold no question, or two of the same id.")
@@ -82,15 +74,15 @@ def load(settings: Evaluation, name: str) -> dict:
             who = benchmark["baseline_name"]
             raise RecipeError(f"{name}: there is no answer of {who} to question {identity}.")
     notes, limit, there = [*benchmark.get("notes", ())], settings.benchmark_limit, len(ids)
-    if not is_tiny and there != protocol.PROMPTS:
-        notes.append(f"{there} prompts, there {protocol.PROMPTS}")
+    if there != published["prompts"]:
+        notes.append(f"{there} prompts, there {published['prompts']}")
     if limit is not None and limit < there:
         notes.append(f"the first {limit} of {there} prompts")
-    if not is_tiny and protocol.MAX_TOKENS not in (None, settings.max_new_tokens):
-        most = settings.max_new_tokens
-        notes.append(f"answers of at most {most} tokens, there {protocol.MAX_TOKENS}")
+    most, theirs = settings.max_new_tokens, published.get("max_tokens")
+    if theirs not in (None, most):
+        notes.append(f"answers of at most {most} tokens, there {theirs}")
     benchmark["items"] = benchmark["items"][:limit]
-    benchmark["notes"] = tuple(notes if is_tiny else (DIFFERS + note for note in notes))
+    benchmark["notes"] = tuple(notes if name in TINY else (DIFFERS + note for note in notes))
     return benchmark
 
 
@@ -99,8 +91,7 @@ def run_benchmark(
     name: str,
     candidates: Sequence[Candidate],
     judges: dict[str, Model],
-    leave_out: Collection[str] = (),
-    keep_files: bool = True,
+    leave_out: Collection[str] | None = None,
 ) -> list[dict]:
     """Run a benchmark: every candidate answers, every judge judges.
 
@@ -110,8 +101,8 @@ def run_benchmark(
     Args:
         candidates: "base" must be one for tiny_arena.
         judges: by name; the oracle judges tiny_mt.
-        leave_out: first turns of items that shall not count.
-        keep_files: whether the benchmark's own files are written.
+        leave_out: first turns of items that shall not count; the benchmark's own files are then not
+            written.
 
     Returns:
         Rows {benchmark, model, judge, metric, interval, note: how the protocol differs from the
@@ -123,7 +114,8 @@ def run_benchmark(
         RecipeError: the benchmark's files are not there.
     """
     benchmark, protocol = load(run.recipe.evaluation, name), PROTOCOLS[name]
-    benchmark["items"] = [i for i in benchmark["items"] if i["turns"][0] not in leave_out]
+    out = leave_out or ()
+    benchmark["items"] = [item for item in benchmark["items"] if item["turns"][0] not in out]
     if not benchmark["items"]:
         return []
     answers = write_answers(run, name, benchmark, candidates)
@@ -140,7 +132,7 @@ def run_benchmark(
             notes += (f"{DIFFERS}the judge knows no system prompt: the user's text has it",)
         send = _sender(run, model, merge)
         judgments = judge_answers(send, protocol, benchmark, answers, judge)
-        if keep_files:
+        if leave_out is None:
             _write_files(run, name, protocol.files(benchmark, answers, judgments, judge))
         for label, rows in judgments.items():
             if rows:
@@ -237,7 +229,7 @@ def write_answers(
                 {
                     "chat": chat_of(item["turns"][: turn + 1], mine[item["id"]]["turns"]),
                     "sampling": Sampling(
-                        _temperature(settings, name, item), settings.max_new_tokens, settings.top_p
+                        temperature(settings, name, item), settings.max_new_tokens, settings.top_p
                     ),
                     "of": {"benchmark": name, "model": label, "item": item["id"], "turn": turn + 1},
                 }
@@ -253,11 +245,10 @@ def write_answers(
     return given
 
 
-def _temperature(settings: Evaluation, name: str, item: dict) -> float:
-    """Arena-Hard's and MT-Bench's own; AlpacaEval leaves it to the model: the recipe's first."""
-    if name == "mt_bench":
-        return mt_bench.temperature(item)
-    return 0.0 if name in ("arena_hard", "tiny_arena", "tiny_mt") else settings.temperatures[0]
+def temperature(settings: Evaluation, name: str, item: dict) -> float:
+    """Of an item's answers: the benchmark's own, or where it leaves that open the recipe's first."""
+    own = BENCHMARKS[name].get("temperature", settings.temperatures[0])
+    return own.get(item["category"], 0.7) if isinstance(own, dict) else own
 
 
 def _sender(run: Run, judge: Model | None, merge: bool) -> Callable[[list[dict]], list[dict]]:

@@ -188,7 +188,7 @@ def strengths(comparisons: list[list[dict]], resamples: int) -> dict[str, Streng
     rows = [row for of in comparisons for row in valid(of)]
     if not rows:
         return {}
-    games = [(row["model"], row["opponent"], row["win"], 1.0, row["combination"]) for row in rows]
+    games = [(row["model"], row["opponent"], row["win"], row["combination"]) for row in rows]
     return bradley_terry(games, "base", min(1000, resamples), runs=_column(rows, "seed"))
 
 

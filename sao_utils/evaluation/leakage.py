@@ -1,24 +1,20 @@
 """Leakage: which evaluation questions were, in part, already among the prompts trained on.
 
 A model that was trained on a question may know it by heart, and its score then says little. How much
-two texts must have in common is a choice, so four answers stand side by side (`OVERLAPS`), from the
-strictest to the widest. In a small world of few sentence forms the widest hits nearly everything.
+two texts must have in common is a choice, so a strict and a wide answer stand side by side (`OVERLAPS`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
 from sao_utils.evaluation.benchmarks import load
 from sao_utils.evaluation.questions import questions
-from sao_utils.stages.overlap import nearest, shared_ngrams, words
+from sao_utils.stages.overlap import shared_ngrams, words
 from sao_utils.store import Run
-
-NEAR = 0.7  # Jaccard similarity of a near-duplicate (ours), as in `stages.prompts`
 
 Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
 
@@ -32,26 +28,11 @@ def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
     return [(places[of], of) if of in places else None for of in worded]
 
 
-def _alike(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
-    """Texts with a near-duplicate; the longest words in a row that both have."""
-    found: list[Hit] = []
-    for text, (k, similarity) in zip(texts, nearest(texts, against)):
-        if similarity < NEAR:
-            found.append(None)
-            continue
-        mine = words(text)
-        match = SequenceMatcher(None, mine, words(against[k]), autojunk=False).find_longest_match()
-        found.append((k, " ".join(mine[match.a : match.a + match.size])))
-    return found
-
-
-#: name -> which texts overlap with another set, strictest first. 13 and 8 words in a row are the ends
-#: of GPT-3's range (Brown et al. 2020, appendix C); the other two are ours.
+#: name -> which texts overlap with another set, the strictest first. 13 words in a row are what GPT-3's
+#: authors took for long texts (Brown et al. 2020, appendix C); the same words are ours.
 OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
     "same words": _same,
-    "near-duplicate": _alike,
     "13 words in a row": partial(shared_ngrams, n=13),
-    "8 words in a row": partial(shared_ngrams, n=8),
 }
 
 

@@ -25,20 +25,7 @@ from sao_utils.evaluation.benchmark_files import answer_files, official_question
 from sao_utils.recipe import Evaluation
 from sao_utils.statistics.intervals import Interval, win_rate
 
-PROMPTS = 80
-MAX_TOKENS = 1024  # of an answer
 VERDICT_TOKENS = 2048
-#: category -> temperature of the answers; 0.7 for any other (FastChat, common.py).
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
 WITH_REFERENCE = ("math", "reasoning", "coding")
 LOWEST, HIGHEST = 1, 10  # grades
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -79,11 +66,6 @@ def _show(prompts: dict[str, dict], item: dict, answers: list[str]) -> dict:
         "sampling": Sampling(0.0, VERDICT_TOKENS),
         "prompt": prompt["name"],
     }
-
-
-def temperature(item: dict) -> float:
-    """The temperature at which a question is answered."""
-    return TEMPERATURES.get(item["category"], 0.7)
 
 
 def read_grade(text: str) -> float | None:

@@ -107,7 +107,7 @@ def _graded(item: dict, texts: list[str]) -> dict:
 
 
 def tiny_alpaca() -> dict:
-    """110 questions with the villagers' answers."""
+    """110 questions against the villagers' answers, judged with SAO's ranking prompt."""
     items = prompts(every=2)
     return {
         "items": items,
@@ -119,7 +119,10 @@ def tiny_alpaca() -> dict:
 
 
 def tiny_arena() -> dict:
-    """55 questions; `run_benchmark` adds the base model's answers, and `choose_labels` to ask."""
+    """55 questions, two games against the base model; `run_benchmark` adds its answers, and who asks.
+
+    The judge's log-odds become the five labels (`choose_labels`).
+    """
     return {
         "items": prompts(every=4),
         "baseline_name": "base",
@@ -132,7 +135,10 @@ def tiny_arena() -> dict:
 
 
 def tiny_mt() -> dict:
-    """40 conversations, graded by the oracle."""
+    """40 conversations of two turns, graded by the oracle, since the tiny judge can compare but not grade.
+
+    The tiny model has seen one turn only in pre-training: second turns fall apart.
+    """
     return {
         "items": conversations(),
         "show": _graded,

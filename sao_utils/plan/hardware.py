@@ -32,10 +32,11 @@ class Gpu:
 
 def gpus() -> dict[str, Gpu]:
     """The GPUs that are known, by the name that `--gpu` takes."""
-    return {str(name): Gpu(str(name), **values) for name, values in _data("gpus").items()}
+    return {str(name): Gpu(str(name), **values) for name, values in data("gpus").items()}
 
 
-def _data(name: str) -> dict:
+def data(name: str) -> dict:
+    """What a YAML file of this folder holds."""
     text = (files("sao_utils") / "plan" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
@@ -71,7 +72,7 @@ def architecture(model: Model) -> dict:
 
     from sao_utils.engines.loading import model_folder
 
-    known, config = _data("architectures"), Path(model_folder(model.path)) / "config.json"
+    known, config = data("architectures"), Path(model_folder(model.path)) / "config.json"
     if not config.is_file():
         if model.path in known:
             return known[model.path]

@@ -13,14 +13,15 @@ from sao_utils.plan.workload import (
     Lengths,
     Rates,
     Work,
-    questions_of,
+    answer_work,
     rates_of,
     round_work,
     tokens,
+    trainings,
     verdicts_work,
     workload,
 )
-from sao_utils.recipe import SFT, Recipe
+from sao_utils.recipe import Recipe
 
 #: Shares that no run has measured for SynPO: of the seeds whose gold answer is better, of pairs kept.
 BETTER, KEPT = 0.6, 0.5
@@ -48,8 +49,8 @@ def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
         pairs = pairs + new if recipe.iterations.grow else new
         works += [replace(work, part=f"round {number + 1}") for work in made]
         read = rates.pair * recipe.training.epochs
-        works += _trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
-    return [*works, *_evaluation(recipe, rates)]
+        works += trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
+    return [*works, *answer_work(recipe, rates)]
 
 
 def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
@@ -88,37 +89,17 @@ def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work],
         )
     examples = round(settings.seed_count * BETTER)
     name = f"improver-round{number + 1}"
-    length = rewritten + rates.response
-    works += _helper(recipe, name, examples, length, settings.improver)
+    read = (rewritten + rates.response) * settings.improver.epochs
+    works += trainings(recipe, name, examples, read)
     pairs = round(recipe.prompts.count * rates.prompts_kept * KEPT)
     return works, min(pairs, settings.max_pairs or pairs)
 
 
 def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    read = tokens(templates.source("keywords")) + KEYWORDS + rates.prompt + rates.response
-    settings = recipe.synpo
-    yield from _helper(recipe, "generator", settings.seed_count, read, settings.generator)
-    read = rates.prompt + rates.response
-    yield from _helper(recipe, "sft_seeds", settings.seed_count, read, settings.improver)
-
-
-def _helper(recipe: Recipe, name: str, rows: int, read: float, how: SFT) -> Iterator[Work]:
-    return _trainings(recipe, name, rows, read * how.epochs)
-
-
-def _trainings(recipe: Recipe, name: str, rows: int, read: float) -> Iterator[Work]:
-    for seed in recipe.seeds:
-        lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
-        yield Work(f"training {name}-{seed}", "model", recipe.model, rows, lengths)
-
-
-def _evaluation(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """Answers of the base and of every round's model, and each round's comparison with the base."""
-    settings, (count, question) = recipe.evaluation, questions_of(recipe)
-    tuned = (recipe.rounds + (recipe.method == "synpo")) * len(recipe.seeds)
-    limit = settings.max_new_tokens
-    lengths = Lengths(question, min(rates.response, limit), question, limit)
-    rows = count * len(settings.temperatures) * (1 + tuned)
-    yield Work("answers", "model", recipe.model, rows, lengths)
-    most = 2 * count * tuned
-    yield verdicts_work(recipe, rates, "comparisons", most * rates.differing, most, limit=limit)
+    """The trainings on the seeds alone, once."""
+    settings, answered = recipe.synpo, rates.prompt + rates.response
+    read = tokens(templates.source("keywords")) + KEYWORDS + answered
+    yield from trainings(recipe, "generator", settings.seed_count, read * settings.generator.epochs)
+    yield from trainings(
+        recipe, "sft_seeds", settings.seed_count, answered * settings.improver.epochs
+    )

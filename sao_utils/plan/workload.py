@@ -1,25 +1,24 @@
 """What a run asks of which model, before it asks: requests, their tokens, and what servers get for them.
 
 The counts follow the notebooks 01 to 06. Lengths and what filters keep are assumed (`Rates`); those of
-benchmarks and tasks are in sizes.yaml. A price has two numbers: what such lengths cost, and the most
-that can be bought, with every reply as long as it may be.
+benchmarks are in evaluation/benchmarks.yaml, those of tasks in sizes.yaml. A price has two numbers: what
+such lengths cost, and the most that can be bought, with every reply as long as it may be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from statistics import fmean
 from typing import NamedTuple
-
-import yaml
 
 from sao_utils import templates
 from sao_utils.engines.api import VERDICT_TOKENS
 from sao_utils.engines.requests import BYTES, dollars
+from sao_utils.evaluation.benchmark_files import BENCHMARKS
 from sao_utils.evaluation.questions import SETS
 from sao_utils.files import read_column, read_table
+from sao_utils.plan.hardware import data
 from sao_utils.recipe import Model, Recipe
 from sao_utils.stages.responses import PER_PROMPT
 
@@ -142,7 +141,7 @@ def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
 def rates_of(recipe: Recipe) -> Rates:
     """Those of the reference run for the tiny model (sizes.yaml), for others assumed."""
     if recipe.model.path == "tiny":
-        return Rates("of the reference run", **_sizes()["tiny"])
+        return Rates("of the reference run", **data("sizes")["tiny"])
     response = min(Rates.response, recipe.responses.max_new_tokens)
     kept = Rates.pairs_kept if recipe.pairs.require_consistent else 0.9
     return Rates(response=response, pairs_kept=kept)
@@ -151,10 +150,6 @@ def rates_of(recipe: Recipe) -> Rates:
 def tokens(text: str) -> float:
     """Of a text, about."""
     return len(text.encode(errors="replace")) / BYTES
-
-
-def _sizes() -> dict[str, dict]:
-    return yaml.safe_load((files("sao_utils") / "plan" / "sizes.yaml").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------- a round, and beside it
@@ -201,10 +196,14 @@ def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
     for arm in recipe.arms:
         share = 0.5 if arm == "sft_random" else 1.0  # one answer of each pair
-        read = rates.pair * share * recipe.training.epochs
-        for seed in recipe.seeds:
-            lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
-            yield Work(f"training {arm}-{seed}", "model", recipe.model, pairs, lengths)
+        yield from trainings(recipe, arm, pairs, rates.pair * share * recipe.training.epochs)
+
+
+def trainings(recipe: Recipe, name: str, rows: int, read: float) -> Iterator[Work]:
+    """A training of each seed, which reads so many tokens of each row, in all epochs."""
+    for seed in recipe.seeds:
+        lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
+        yield Work(f"training {name}-{seed}", "model", recipe.model, rows, lengths)
 
 
 def verdicts_work(
@@ -248,6 +247,9 @@ def _short_verdict(model: Model) -> tuple[int, int]:
 
 def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, int]]:
     """(key of the recipe, model, how many): base and tuned models, and each of `others`."""
+    if recipe.iterated:  # the base and every round's model; SynPO trains on the seeds alone, too
+        rounds = recipe.rounds + (recipe.method == "synpo")
+        return [("model", recipe.model, 1 + rounds * len(recipe.seeds))]
     arms = len(recipe.arms) if controls or "self" not in recipe.arms else 1
     others = [(f"others.{name}", model, 1) for name, model in recipe.others.items()]
     return [("model", recipe.model, 1 + arms * len(recipe.seeds)), *others]
@@ -257,26 +259,28 @@ def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """Answers to the run's own questions, and the comparisons that the notebooks make of them."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
     count, question = questions_of(recipe)
-    for who, model, models in _compared(recipe, controls=True):
+    compared = _compared(recipe, controls=True)
+    for who, model, models in compared:
         rows = count * len(settings.temperatures) * models
         lengths = Lengths(question, min(rates.response, limit), question, limit)
         yield Work("answers", who, model, rows, lengths)
-    comparisons = [("", len(recipe.arms), "")]
-    if "self" in recipe.arms:
-        comparisons += [(f"judges.{name}", 1, "") for name in recipe.judges]
+    seeds, tuned = len(recipe.seeds), compared[0][2] - 1
+    comparisons = [("", tuned, "")]
+    if "self" in recipe.arms and not recipe.iterated:
+        comparisons += [(f"judges.{name}", seeds, "") for name in recipe.judges]
         if not recipe.judges:
-            comparisons.append(("model", 1, "judged by the tuned model"))
-    for who, arms, part in comparisons:
-        most = 2 * count * arms * len(recipe.seeds)
+            comparisons.append(("model", seeds, "judged by the tuned model"))
+    for who, models, part in comparisons:
+        most = 2 * count * models
         rows = most * rates.differing
         yield verdicts_work(recipe, rates, "comparisons", rows, most, who, part, limit)
 
 
 def questions_of(recipe: Recipe) -> tuple[int, float]:
     """How many questions the evaluation has, and their tokens in the mean."""
-    source, published = recipe.evaluation.questions, _sizes()["benchmarks"]
-    if source in published:
-        return published[source]["prompts"], published[source]["question"]
+    source = recipe.evaluation.questions
+    if source in BENCHMARKS:
+        return BENCHMARKS[source]["prompts"], BENCHMARKS[source]["question"]
     if source in SETS:
         texts = SETS[source](recipe.evaluation)
     else:
@@ -289,7 +293,7 @@ def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
     A task whose size is not known has no requests.
     """
-    known, limit = _sizes()["tasks"], recipe.evaluation.task_limit
+    known, limit = data("sizes")["tasks"], recipe.evaluation.task_limit
     in_16_bit = {"engine": "transformers", "quantisation": "none"}
     for name in recipe.evaluation.tasks:
         chosen = {task: size for task, size in known.items() if name in (task, size["group"])}
@@ -310,7 +314,7 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     usual, models = min(rates.response, limit), sum(n for _, _, n in _compared(recipe))
     judges = [_own_judge(recipe), *(f"judges.{name}" for name in recipe.judges)]
     for name in settings.benchmarks:
-        size = _sizes()["benchmarks"][name]
+        size = BENCHMARKS[name]
         prompts, turns = size["prompts"], size["turns"]
         prompts = min(prompts, settings.benchmark_limit or prompts)
         asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # with earlier turns

@@ -67,7 +67,7 @@ def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator
     """What the tuned model is judged by, on a benchmark's or task's questions that are not left out."""
     both = sao.candidates(run, ["base", "self"])
     if name in run.recipe.evaluation.benchmarks:
-        for row in run_benchmark(run, name, both, evaluate.judges(run), left_out, False):
+        for row in run_benchmark(run, name, both, evaluate.judges(run), left_out):
             if row["metric"] in WITHOUT and row["model"] in ("self", f"self-{run.recipe.seeds[0]}"):
                 yield of_benchmark(run, row, "leakage")
         return

@@ -129,35 +129,3 @@ def shared_ngrams(
         return None
 
     return [match(text) for text in texts]
-
-
-def nearest(texts: Sequence[str], against: Sequence[str]) -> list[tuple[int, float]]:
-    """The most similar text of another set, for each text: (index in `against`, similarity).
-
-    Similarity is that of `near_duplicates` (Jaccard of `pieces`), here of every two texts exactly;
-    the first of equally near ones counts. Nothing to compare with: (0, 0.0).
-    """
-    import numpy as np
-    from scipy.sparse import csr_matrix
-
-    if not texts or not against:
-        return [(0, 0.0)] * len(texts)
-    column: dict[tuple[str, ...], int] = {}
-    matrices = []
-    for group in (texts, against):
-        found = [[column.setdefault(p, len(column)) for p in pieces(text)] for text in group]
-        starts = np.cumsum([0, *map(len, found)])
-        where = [k for one in found for k in one]
-        matrices.append((np.ones(len(where)), where, starts))
-    mine, others = (
-        csr_matrix(parts, shape=(len(parts[2]) - 1, max(1, len(column)))) for parts in matrices
-    )
-    sizes, turned, result = others.sum(1).A1, others.T.tocsr(), []
-    for start in range(0, len(texts), 64):  # a block of rows at a time: 64 times `against`
-        block = mine[start : start + 64]
-        shared = (block @ turned).toarray()
-        union = block.sum(1).A1[:, None] + sizes - shared
-        alike = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-        best = alike.argmax(1)
-        result += [(int(k), float(alike[row, k])) for row, k in enumerate(best)]
-    return result

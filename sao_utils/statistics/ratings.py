@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from sao_utils.statistics.errors import cluster_codes, widened
 from sao_utils.statistics.intervals import (
@@ -95,7 +96,7 @@ class Strength:
 
 
 def bradley_terry(
-    games: Iterable[tuple[str, str, float, float, Hashable]],
+    games: Iterable[tuple[str, str, float, Hashable]],
     baseline: str,
     resamples: int = 1000,
     runs: Sequence | None = None,
@@ -103,16 +104,14 @@ def bradley_terry(
     r"""The strengths of models from games of two, with a bootstrap over prompts.
 
     P(a wins) = s_a / (s_a + s_b), fitted by maximum likelihood (Bradley and Terry, 1952, Biometrika
-    39), a tie being half a win of each. Elo points are 1000 + 400 log10(s / s_baseline), as
-    Arena-Hard has it (Li and others, 2024, arXiv 2406.11939): its two games of a prompt are two
-    games here, with a weight of 3 for A>>B and B>>A. Unlike there, whole prompts are resampled, so
-    that all games on a prompt count as one piece of evidence.
+    39), a tie being half a win of each. Elo points are 1000 + 400 log10(s / s_baseline). Whole prompts
+    are resampled, so that all games on a prompt count as one piece of evidence.
 
     Args:
-        games: (model a, model b, outcome, weight, prompt): outcome 1 if a won, 0 if b did, 0.5 for
-            a tie, or between; drop and count what is invalid before the call.
+        games: (model a, model b, outcome, prompt): outcome 1 if a won, 0 if b did, 0.5 for a tie, or
+            between; drop and count what is invalid before the call.
         baseline: the model that has 1000 points.
-        resamples: how many resamples (Arena-Hard takes 100).
+        resamples: how many resamples.
         runs: the training (seed) of the models in each game, None where none of both was trained.
             With several, the intervals also hold what other trainings would have changed
             (`errors.widened`, on the log-odds). None for all: of one training.
@@ -132,15 +131,15 @@ def bradley_terry(
         raise ValueError(f"the baseline {baseline!r} has no games; models with games: {names}")
     number = {name: i for i, name in enumerate(names)}
     first, second = (np.array([number[row[side]] for row in rows]) for side in (0, 1))
-    outcome, weight = (np.array([row[k] for row in rows], dtype=float) for k in (2, 3))
+    outcome = np.array([row[2] for row in rows], dtype=float)
     if not ((outcome >= 0) & (outcome <= 1)).all():
         raise ValueError("outcomes must lie in 0..1: drop games that are not valid, and count them")
-    codes = cluster_codes([row[4] for row in rows], len(rows), "games")
+    codes = cluster_codes([row[3] for row in rows], len(rows), "games")
     m, k, zero = len(names), int(codes.max()) + 1, number[baseline]
     played = (np.bincount(first, minlength=m) + np.bincount(second, minlength=m)).tolist()
     by_prompt = np.zeros((k, m, m))  # [i, a, b]: a's wins over b on prompt i
-    np.add.at(by_prompt, (codes, first, second), outcome * weight)
-    np.add.at(by_prompt, (codes, second, first), (1 - outcome) * weight)
+    np.add.at(by_prompt, (codes, first, second), outcome)
+    np.add.at(by_prompt, (codes, second, first), 1 - outcome)
     wins = by_prompt.sum(0)
     points = _log_strengths(wins, zero)
     note, low, high = "", np.full(m, math.nan), np.full(m, math.nan)
@@ -154,14 +153,14 @@ def bradley_terry(
         if runs is not None:
             trained = np.array([run is not None for run in runs])
             of_run = np.where(trained, cluster_codes(runs, len(rows), "games"), -1)
-            residuals = weight * (outcome - _sigmoid(points[first] - points[second]))
+            residuals = outcome - expit(points[first] - points[second])
             moves = _moves(residuals, first, second, wins, points, zero)
             for i in range(m):
                 low[i], high[i] = widened(points[i], low[i], high[i], moves[:, i], codes, of_run)
     found = {}
     for i in np.argsort(-points, kind="stable").tolist():
         logs = np.array([points[i], low[i], high[i]])
-        both = (1000 + ELO * logs, _sigmoid(logs))
+        both = (1000 + ELO * logs, expit(logs))
         found[names[i]] = Strength(*(Interval(*of.tolist(), played[i], note) for of in both))
     return found
 
@@ -225,7 +224,7 @@ def _moves(
 ) -> np.ndarray:
     """[n, m] by how much each of n games moves each model's log-strength."""
     m = len(points)
-    p = _sigmoid(points[:, None] - points[None, :])
+    p = expit(points[:, None] - points[None, :])
     between = (wins + wins.T) * p * p.T
     others = np.arange(m) != zero
     information = (np.diag(between.sum(1)) - between)[np.ix_(others, others)]
@@ -233,7 +232,3 @@ def _moves(
     moves[:, others] = moves[:, others] @ np.linalg.inv(information)
     moves[:, zero] = 0.0
     return moves
-
-
-def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-log_odds))

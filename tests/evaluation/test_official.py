@@ -23,7 +23,7 @@ import pytest
 from sao_utils import store as rows
 from sao_utils.evaluation import alpaca_eval, arena_hard, mt_bench
 from sao_utils.evaluation import benchmarks as published
-from sao_utils.evaluation.benchmark_files import OFFICIAL, PINNED
+from sao_utils.evaluation.benchmark_files import BENCHMARKS, OFFICIAL, PINNED
 from sao_utils.methods import evaluate, sao
 from sao_utils.recipes import load_recipe
 
@@ -102,13 +102,13 @@ def test_the_real_file_is_the_pinned_one(benchmark, name):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_the_real_benchmark_is_loaded_whole(name, data):
-    protocol = published.PROTOCOLS[name]
-    loaded = published.load(settings(data, max_new_tokens=protocol.MAX_TOKENS or 1), name)
-    assert len(loaded["items"]) == protocol.PROMPTS and not loaded["notes"]
+    protocol, of = published.PROTOCOLS[name], BENCHMARKS[name]
+    loaded = published.load(settings(data, max_new_tokens=of.get("max_tokens", 1)), name)
+    assert len(loaded["items"]) == of["prompts"] and not loaded["notes"]
     if protocol is mt_bench:
         assert {len(item["turns"]) for item in loaded["items"]} == {2}
         categories = Counter(item["category"] for item in loaded["items"])
-        assert categories == dict.fromkeys(mt_bench.TEMPERATURES, 10)
+        assert categories == dict.fromkeys(of["temperature"], 10)
         for item in loaded["items"]:
             wanted = 2 if item["category"] in mt_bench.WITH_REFERENCE else None
             assert (item["reference"] and len(item["reference"])) == wanted
@@ -152,7 +152,7 @@ def test_arena_hards_program_shows_its_judge_what_we_show_and_reads_the_same_lab
 
     def get_answer(_, conv, temperature, max_tokens, __):
         seen.append([dict(turn) for turn in conv])
-        assert (temperature, max_tokens) == (0, arena_hard.MAX_TOKENS)
+        assert (temperature, max_tokens) == (0, arena_hard.VERDICT_TOKENS)
         return said[(len(seen) - 1) % len(said)]
 
     monkeypatch.setattr(gen, "get_answer", get_answer)
@@ -214,7 +214,10 @@ def test_fastchats_program_shows_its_judge_what_we_show_and_reads_the_same_grade
     monkeypatch.setattr(common, "chat_completion_openai", complete)
     loaded = mt_bench.load(settings(data))
     for item in loaded["items"]:
-        assert mt_bench.temperature(item) == common.temperature_config[item["category"]]
+        assert (
+            published.temperature(settings(data), "mt_bench", item)
+            == common.temperature_config[item["category"]]
+        )
         with_reference = item["category"] in common.NEED_REF_CATS
         answer = {"choices": [{"turns": [ODD, f"More: {ODD}"]}]}
         for turn in (1, 2):
@@ -284,7 +287,10 @@ def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard
     for model, annotations, theirs in real_annotations():
         # The reference is one half there by definition; where rows are missing, prompts are
         # taken by their place among those that are left.
-        if model != alpaca_eval.REFERENCE and len(annotations) == alpaca_eval.PROMPTS:
+        if (
+            model != alpaca_eval.REFERENCE
+            and len(annotations) == BENCHMARKS["alpaca_eval"]["prompts"]
+        ):
             ours = 100 * alpaca_eval.published_fit(annotations, gamed)
             official = float(theirs["length_controlled_winrate"])
             assert ours == pytest.approx(official, abs=0.1), model

@@ -32,11 +32,6 @@ def test_synpo_trains_its_generator_once_and_an_improver_each_round():
     assert sum(stage.startswith("training improver") for stage in stages) == 3
 
 
-def test_one_round_of_sao_is_planned_as_before():
-    recipe = load_recipe("tiny")
-    assert not recipe.iterated and rows(recipe, "verdicts")
-
-
 def test_a_ranking_of_four_answers_compares_every_two_of_them():
     sao, ranked = (
         load_recipe("tiny", {"method": method, "rounds": 2, "prompts.count": 100})

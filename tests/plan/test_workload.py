@@ -62,7 +62,7 @@ def test_the_benchmarks_have_their_published_sizes():
     two = 2  # base and tuned model
     assert [work.rows / two for work in answers.values()] == [805, 500, 160]
     assert [work.rows / two for work in verdicts.values()] == [805, 1000, 160]
-    limits = [0, arena_hard.MAX_TOKENS, mt_bench.VERDICT_TOKENS]
+    limits = [0, arena_hard.VERDICT_TOKENS, mt_bench.VERDICT_TOKENS]
     assert [work.lengths.most_written for work in verdicts.values()] == limits
     limited = published(benchmarks=["mt_bench"], benchmark_limit=10)
     assert parts(limited, "benchmark_answers")["mt_bench"].rows == two * 20

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sao_utils.stages import overlap
 from sao_utils.stages.overlap import (
     near_duplicates,
-    nearest,
     pieces,
     shared_ngrams,
     similarity_of,
@@ -134,23 +133,6 @@ def test_memory_grows_with_the_number_of_texts_and_not_with_its_square():
         return found
 
     assert peak(1_200) < 5 * peak(300)
-
-
-# ---------------------------------------------------------------------- the nearest text
-
-
-@settings(deadline=None)  # the first call imports
-@given(st.lists(FEW_WORDS.filter(words), max_size=6), st.lists(FEW_WORDS, max_size=6))
-def test_the_nearest_text_is_that_of_brute_force(texts, against):
-    for text, (k, similarity) in zip(texts, nearest(texts, against), strict=True):
-        every = [similarity_of(pieces(text), pieces(other)) for other in against] or [0.0]
-        assert similarity == pytest.approx(max(every)) and k == every.index(max(every))
-
-
-def test_the_nearest_texts_of_more_than_a_block_keep_their_order():
-    texts = prompts(150, random.Random(2), length=12, vocabulary=400)
-    assert nearest(texts, texts[::-1]) == [(149 - k, 1.0) for k in range(150)]
-    assert nearest(["", "?!"], texts) == [(0, 0.0)] * 2
 
 
 # ---------------------------------------------------------------------- shared word sequences

@@ -73,14 +73,14 @@ def test_raters_that_always_agree_or_never_have_no_interval_and_one_label_has_no
 
 
 def test_strengths_of_one_prompt_have_no_interval_and_those_that_no_game_bounds_no_number():
-    games = [("a", "b", k % 3 > 0, 1, "one prompt") for k in range(30)]
+    games = [("a", "b", k % 3 > 0, "one prompt") for k in range(30)]
     found = bradley_terry(games, "b", 50)["a"]
     assert found.elo.value > 1000 and math.isnan(found.elo.low) and found.win_rate.note
-    won_all = [("best", "base", 1, 1, i) for i in range(9)] + [
-        ("a", "base", i > 3, 1, i) for i in range(9)
+    won_all = [("best", "base", 1, i) for i in range(9)] + [
+        ("a", "base", i > 3, i) for i in range(9)
     ]
-    never_met = [("a", "base", i > 3, 1, i) for i in range(9)] + [
-        ("c", "d", i > 3, 1, i) for i in range(9)
+    never_met = [("a", "base", i > 3, i) for i in range(9)] + [
+        ("c", "d", i > 3, i) for i in range(9)
     ]
     for games in (won_all, never_met, won_all[:1]):
         for strength in bradley_terry(games, "base", 50).values():

@@ -260,7 +260,7 @@ def test_95_of_100_intervals_of_three_trainings_hold_the_truth_over_1000_evaluat
     truth = weights @ special.expit(0.4 + math.hypot(scatter, prompts) * at) / weights.sum()
     for _ in range(1000):
         wins, names, runs = trained(rng, scatter, prompts)
-        games = [("new", "base", won, 1, name) for won, name in zip(wins, names)]
+        games = [("new", "base", won, name) for won, name in zip(wins, names)]
         found = (
             win_rate(wins, names, runs),
             clustered_mean(wins, names, 300, runs),

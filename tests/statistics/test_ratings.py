@@ -47,7 +47,7 @@ def test_kappa_counts_clusters_not_items():
 
 def test_two_models_by_hand():
     # 30 wins of 40 are odds of 3 to 1: 400 log10(3) = 190.85 points.
-    games = [("new", "old", i < 30, 1, i) for i in range(40)]
+    games = [("new", "old", i < 30, i) for i in range(40)]
     found = bradley_terry(games, "old")
     assert list(found) == ["new", "old"]
     assert found["new"].elo.value == pytest.approx(1190.8485, abs=1e-3)
@@ -67,13 +67,12 @@ def test_strengths_against_a_fit_by_scipy():
         for a, b in itertools.permutations(names, 2):
             chance = special.expit(names[a] - names[b])
             outcome = rng.choice([rng.random() < chance, 0.5], p=[0.8, 0.2])
-            games.append((a, b, outcome, rng.choice([1, 3]), prompt))
+            games.append((a, b, outcome, prompt))
 
     def loss(theta):
         of = dict(zip(names, theta))
         return sum(
-            w * (np.logaddexp(0, of[b] - of[a]) + (1 - y) * (of[a] - of[b]))
-            for a, b, y, w, _ in games
+            np.logaddexp(0, of[b] - of[a]) + (1 - y) * (of[a] - of[b]) for a, b, y, _ in games
         )
 
     theirs = optimize.minimize(loss, np.zeros(4), tol=1e-10).x
@@ -90,11 +89,11 @@ def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
     def tournament(chances):
         """Three trainings of "new", each with a share of won games, beside an old model."""
         rows = [
-            ("new", "base", float(k % 10 < 10 * chance), 1, k)
+            ("new", "base", float(k % 10 < 10 * chance), k)
             for chance in chances
             for k in range(100)
         ]
-        rows += [("old", "base", float(k % 10 < 3), 1, k) for k in range(100)]
+        rows += [("old", "base", float(k % 10 < 3), k) for k in range(100)]
         return rows, [0] * 100 + [1] * 100 + [2] * 100 + [None] * 100
 
     def width(strength):
@@ -110,13 +109,13 @@ def test_trainings_that_differ_widen_a_strength_and_equal_ones_do_not():
 
 
 def test_resamples_in_which_a_model_wins_all_stay_finite():
-    games = [("new", "old", i > 0, 1, i) for i in range(30)]  # one loss of 30: often not drawn
+    games = [("new", "old", i > 0, i) for i in range(30)]  # one loss of 30: often not drawn
     elo = bradley_terry(games, "old")["new"].elo
     assert within(elo) and math.isfinite(elo.high)
 
 
 def test_games_that_give_no_strengths():
     with pytest.raises(ValueError, match="baseline 'base' has no games"):
-        bradley_terry([("a", "b", 1, 1, 0)], "base")
+        bradley_terry([("a", "b", 1, 0)], "base")
     with pytest.raises(ValueError, match="outcomes must"):
-        bradley_terry([("base", "b", None, 1, 0)], "base")
+        bradley_terry([("base", "b", None, 0)], "base")
