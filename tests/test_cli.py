@@ -1,5 +1,7 @@
 """The command `sao`, through typer's test runner; the notebooks it runs are real."""
 
+# ruff: noqa: F401, F811 - `folder` is a fixture of another file
+
 import csv
 import io
 import json
@@ -11,11 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_run_notebooks import folder, seen, write  # noqa: F401 (folder is a fixture)
+from test_run_notebooks import folder, seen, write
 from typer.testing import CliRunner
 
 from sao_utils.cli import app
-from sao_utils.notebooks import run as running
 from sao_utils.report import publish as publishing
 from sao_utils.store import open_run
 
@@ -44,14 +45,7 @@ def sao(*words, code=0):
 
 
 @pytest.fixture
-def notebooks(folder, monkeypatch):  # noqa: F811
-    """An empty folder from which `sao run` takes the notebooks."""
-    monkeypatch.setattr(running, "FOLDER", folder)
-    return folder
-
-
-@pytest.fixture
-def run(folder):  # noqa: F811
+def run(folder):
     """A run with results."""
     opened = open_run("tiny", "mine", {"training.beta": 2.5})
     (opened.folder / "tables").mkdir()
@@ -112,24 +106,24 @@ def test_show_of_a_run_without_results_says_what_makes_them(run):
         (["--recipe", "tiny", "--only", "09"], "Notebooks: 01"),
     ],
 )
-def test_run_refuses_what_there_is_not(notebooks, words, message):
-    write(notebooks, "01_first")
+def test_run_refuses_what_there_is_not(folder, words, message):
+    write(folder, "01_first")
     assert message in sao("run", *words, code=2)
 
 
-def test_run_executes_and_shows_and_a_failure_is_reported_in_plain_words(notebooks):
-    results = notebooks.parent / "results" / "mine"
+def test_run_executes_and_shows_and_a_failure_is_reported_in_plain_words(folder):
+    results = folder.parent / "results" / "mine"
     tables = (
         "import shutil\nmine = Path(os.environ['SAO_RESULTS'], run)\n(mine / 'tables').mkdir()\n"
         "shutil.copy(mine / 'recipe.yaml', mine / 'tables')\n"
         f"(mine / 'tables' / 'results.json').write_text({json.dumps(RESULTS)!r})"
     )
-    write(notebooks, "01_first", tables)
+    write(folder, "01_first", tables)
     words = ["run", "--recipe", "tiny", "--run", "mine", "--set", "prompts.count=5"]
     shown = sao(*words)
     assert shown.startswith("[1/1] 01_first ... ") and "45.1 [41.2, 49.0] %" in shown
 
-    write(notebooks, "02_second", "raise RuntimeError('no pairs are left')")
+    write(folder, "02_second", "raise RuntimeError('no pairs are left')")
     shown = sao(*words, code=1)
     assert "[1/2] 01_first: finished before, skipped" in shown
     assert "RuntimeError: no pairs are left" in shown
@@ -157,11 +151,11 @@ cli.main()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_command_alone_ends_all_of_it_with_one_line(notebooks, number, code):
-    write(notebooks, "01_first", WAIT)
-    begun = notebooks.parent / "results" / "begun"
+def test_a_signal_to_the_command_alone_ends_all_of_it_with_one_line(folder, number, code):
+    write(folder, "01_first", WAIT)
+    begun = folder.parent / "results" / "begun"
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, notebooks, "run", "--recipe", "tiny", "--run", "mine"],
+        [sys.executable, "-c", COMMAND, folder, "run", "--recipe", "tiny", "--run", "mine"],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -199,21 +193,21 @@ def test_plan_prints_what_a_recipe_or_a_run_takes(run):
 # ---------------------------------------------------------------------- a server that is paid
 
 
-def paid_run(folder, *words, answer=None, url="http://127.0.0.1:9/v1"):  # noqa: F811
+def paid_run(folder, *words, answer=None, url="http://127.0.0.1:9/v1"):
     write(folder, "01_one")
     judge = f"{{path: gpt, engine: api, url: '{url}', price_in: 10, price_out: 30}}"
     command = ["run", "--run", "paid", "--recipe", "tiny", "--set", f"judges={{gpt: {judge}}}"]
     return CliRunner().invoke(app, [*command, *words], input=answer)
 
 
-def test_a_run_that_pays_a_server_names_the_price_and_asks_once(notebooks, server):
+def test_a_run_that_pays_a_server_names_the_price_and_asks_once(folder, server):
     for answer in (None, "n\n"):  # no terminal; no
-        assert paid_run(notebooks, answer=answer).exit_code == 1 and seen(notebooks) == []
-    done = paid_run(notebooks, "--set", "evaluation.max_cost=3", answer="y\n", url=server.url)
+        assert paid_run(folder, answer=answer).exit_code == 1 and seen(folder) == []
+    done = paid_run(folder, "--set", "evaluation.max_cost=3", answer="y\n", url=server.url)
     assert done.exit_code == 0, done.output
     assert done.output.count("Go on?") == 1 and "judges.gpt" in done.output
-    assert "may spend US$ 3" in done.output and seen(notebooks) == ["01"]
-    done = paid_run(notebooks, "--yes", url=server.url)
+    assert "may spend US$ 3" in done.output and seen(folder) == ["01"]
+    done = paid_run(folder, "--yes", url=server.url)
     assert done.exit_code == 0 and "no cap" in done.output and "Go on?" not in done.output
 
 
