@@ -208,7 +208,6 @@ def publish(
 
     opened = _opened(name)
     try:
-        publishing.check_repository(to)
         files = publishing.contents(opened, arm, seed)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
         for path in files:
@@ -216,7 +215,7 @@ def publish(
         if not yes:
             typer.confirm("Upload these files?", abort=True)
         url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
-    except (PublishError, ValueError) as error:
+    except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
 
