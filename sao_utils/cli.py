@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import psutil
 import typer
+
+from sao_utils.recipe import RecipeError
+from sao_utils.recipes import load_recipe, recipe_names
+from sao_utils.store import Run, open_run, results_folder
 
 # Options of more than one command.
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
@@ -66,6 +71,21 @@ def _fail(message: object, code: int) -> NoReturn:
 _log = partial(print, flush=True)
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Report what stops a run without a traceback: what was requested is not there, or a failure."""
+    from sao_utils.notebooks import RunError
+
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+        raise
+    except (RecipeError, RunError) as error:
+        _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a .yaml file.")],
@@ -77,21 +97,13 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run the notebooks 01 to 06 (of rounds: 08, of SynPO: 09); called again, go on where it stopped."""
-    from sao_utils.notebooks import RunError
-    from sao_utils.notebooks.kernels import NotebookFailed
     from sao_utils.notebooks.run import run_notebooks
-    from sao_utils.recipe import RecipeError
     from sao_utils.report.summary import summary
-    from sao_utils.store import open_run
 
-    try:
+    with _resumable():
         opened = open_run(recipe, run, _overrides(set_))
         _agree_to_pay(opened, yes)
         run_notebooks(opened, only=only, log=_log)
-    except (RecipeError, RunError) as error:
-        _fail(error, 2)
-    except (NotebookFailed, OSError) as error:
-        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
         typer.echo("\n" + summary(opened.folder))
@@ -104,22 +116,17 @@ def study(
 ) -> None:
     """Run a study, a few recipes that differ in one thing, or list the studies there are."""
     from sao_utils.methods.studies import load_study, open_study, study_names
-    from sao_utils.recipe import RecipeError
 
-    try:
-        if name is None:
-            for one in map(load_study, study_names()):
-                typer.echo(f"{one.name:<12} {one.minutes:>3} minutes  {one.about}")
-            return
-        from sao_utils.report.studies import study_table
+    if name is None:
+        for one in map(load_study, study_names()):
+            typer.echo(f"{one.name:<12} {one.minutes:>3} minutes  {one.about}")
+        return
+    from sao_utils.report.studies import study_table
 
+    with _resumable():
         found = load_study(name, _overrides(set_))
         home = open_study(found)
         study_table(found, home)
-    except RecipeError as error:
-        _fail(error, 2)
-    except (RuntimeError, OSError) as error:
-        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
     typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
 
 
@@ -143,7 +150,6 @@ def plan(
     Ends with exit code 1 if something does not fit, after naming keys to try.
     """
     from sao_utils.plan import hardware, planning, render
-    from sao_utils.recipes import load_recipe
 
     if (recipe is None) == (run is None):
         _fail("Give either --recipe or --run.", 2)
@@ -202,7 +208,6 @@ def publish(
 
     opened = _opened(name)
     try:
-        publishing.check_repository(to)
         files = publishing.contents(opened, arm, seed)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
         for path in files:
@@ -210,7 +215,7 @@ def publish(
         if not yes:
             typer.confirm("Upload these files?", abort=True)
         url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
-    except (PublishError, ValueError) as error:
+    except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
 
@@ -237,13 +242,11 @@ def merge(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from sao_utils.recipes import load_recipe, recipe_names
-
     for name in recipe_names():
         typer.echo(f"{name:<16}  {load_recipe(name).about}")
 
 
-def _agree_to_pay(run, yes: bool) -> None:
+def _agree_to_pay(run: Run, yes: bool) -> None:
     """Print what servers with a price may get for a run, and ask, unless `yes`."""
     if not any(model.priced for model in run.recipe.models.values()):
         return
@@ -273,8 +276,6 @@ def _overrides(settings: list[str] | None) -> dict[str, str]:
 
 def _folder(name: str) -> Path:
     """The folder of a run that there is; its name is looked up in the list, so no path tricks."""
-    from sao_utils.store import results_folder
-
     runs = {path.parent.name: path.parent for path in results_folder().glob("*/recipe.yaml")}
     if name not in runs:
         there = ", ".join(sorted(runs)) or "none yet; `sao run --recipe tiny` makes one"
@@ -282,12 +283,8 @@ def _folder(name: str) -> Path:
     return runs[name]
 
 
-def _opened(name: str):
+def _opened(name: str) -> Run:
     """A run as its folder describes it."""
-    from sao_utils.recipe import RecipeError
-    from sao_utils.recipes import load_recipe
-    from sao_utils.store import Run
-
     folder = _folder(name)
     try:
         return Run(load_recipe(str(folder / "recipe.yaml")), folder)

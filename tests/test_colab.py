@@ -92,6 +92,7 @@ def address(tmp_path):
     """The address of a repository with the kit, which needs few packages."""
     copy = tmp_path / "origin"
     shutil.copytree(ROOT / "sao_utils", copy / "sao_utils", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copytree(ROOT / "results" / "reported", copy / "results" / "reported")
     for name in ("README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, copy / name)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -129,7 +130,9 @@ def test_the_guard_cell_fetches_the_kit_and_leaves_torch_and_numpy_alone(
     assert "torchao==0.17.0" in there  # with the older one, peft stops at the first LoRA
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     assert {line for line in there if line.startswith("pydantic==")} <= {*pins}
-    assert (packages / "sao_utils" / "recipe.py").is_file(), "an editable install is not imported"
+    kit = packages / "sao_utils"
+    assert (kit / "recipe.py").is_file(), "an editable install is not imported"
+    assert (kit / "report" / "reported" / "sao.csv").is_file()  # without a checkout beside it
 
     shown = call(*ipython, cwd=content, env={**os.environ, **place, "PIP_NO_INDEX": "1"})
     assert "recipe tiny" in shown and "Installing" not in shown and "fatal" not in shown

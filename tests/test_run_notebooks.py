@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sao_utils.disk import turn
-from sao_utils.notebooks import RunError, kernels
+from sao_utils.notebooks import RunError, kernels, run
 from sao_utils.notebooks.kernels import NotebookFailed
 from sao_utils.notebooks.run import fingerprint, notebooks_of, run_notebooks
 from sao_utils.recipe import Method, RecipeError
@@ -35,16 +35,17 @@ with open(Path(os.environ["SAO_RESULTS"], "seen.jsonl"), "a") as file:
 #: Runs the notebooks of a folder in a process of its own.
 ALONE = (
     "import sys; from pathlib import Path; from sao_utils import store; "
-    "from sao_utils.notebooks.run import run_notebooks; "
-    "run_notebooks(store.open_run('tiny', 'mine'), folder=Path(sys.argv[1]))"
+    "from sao_utils.notebooks import run; run.FOLDER = Path(sys.argv[1]); "
+    "run.run_notebooks(store.open_run('tiny', 'mine'))"
 )
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder of notebooks; results go beside it."""
+    """An empty folder from which the notebooks are taken; results go beside it."""
     monkeypatch.setenv("SAO_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(kernels, "IMPORTS", "import colorsys")  # these notebooks need no more
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "notebooks")
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
 
@@ -65,14 +66,14 @@ def seen(folder, key="number"):
     return [json.loads(line)[key] for line in lines]
 
 
-def go(folder, overrides=None, only=None):
+def go(overrides=None, only=None):
     """Run the notebooks; returns the lines that it logs."""
     logged = []
 
     def log(text, end="\n", flush=False):
         logged.append(text + end)
 
-    run_notebooks(open_run("tiny", "mine", overrides), only=only, log=log, folder=folder)
+    run_notebooks(open_run("tiny", "mine", overrides), only=only, log=log)
     return "".join(logged).splitlines()
 
 
@@ -84,7 +85,7 @@ def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
         write(folder, name)
     monkeypatch.setenv("HF_TOKEN", "hf_this_is_secret")
     before = dict(os.environ)
-    first = go(folder, {"prompts.count": 3})
+    first = go({"prompts.count": 3})
 
     assert seen(folder) == ["01", "02"]
     (recipe,) = set(seen(folder, "recipe"))
@@ -101,7 +102,7 @@ def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
         assert "hf_this_is_secret" not in executed.read_text()
         assert str(folder.parent) not in executed.read_text()
 
-    again = go(folder, {"prompts.count": 3})
+    again = go({"prompts.count": 3})
     assert [line.endswith("finished before, skipped") for line in again] == [True, True]
     assert seen(folder) == ["01", "02"]
 
@@ -120,7 +121,7 @@ def test_notebooks_run_in_order_with_the_recipe_of_the_run(folder, monkeypatch):
 def test_a_file_or_model_that_is_not_there_stops_a_new_run(folder, key, value, error, message):
     write(folder, "01_first")
     with pytest.raises(error, match=message):
-        go(folder, {key: value})
+        go({key: value})
     assert seen(folder) == []
 
 
@@ -134,11 +135,11 @@ def test_a_server_that_is_gone_or_wants_a_key_stops_a_new_run(folder, server):
 
     server.status = 401
     with pytest.raises(RunError, match="this key is not known"):
-        go(folder, judges(server.url))
+        go(judges(server.url))
     with pytest.raises(RunError, match="Is the server running"):
-        go(folder, judges(gone))
+        go(judges(gone))
     assert seen(folder) == []
-    go(folder, judges(gone), only="01")  # a judge may come up later
+    go(judges(gone), only="01")  # a judge may come up later
     assert seen(folder) == ["01"]
 
 
@@ -148,9 +149,9 @@ def test_a_run_that_would_train_a_servers_model_is_refused(folder, server):
     model = {"model.path": "judge", "model.engine": "api", "model.url": server.url}
     for only in (None, "04"):
         with pytest.raises(RunError, match="training needs its weights.*model.path"):
-            go(folder, model, only)
+            go(model, only)
     assert seen(folder) == []
-    go(folder, model, "01")
+    go(model, "01")
     assert seen(folder) == ["01"]
 
 
@@ -163,7 +164,7 @@ def test_a_failing_cell_is_reported_in_plain_words_and_the_run_goes_on_from_ther
     write(folder, "02_second", f"raise ValueError('{message}')")
     write(folder, "03_third")
     with pytest.raises(NotebookFailed) as failure:
-        go(folder)
+        go()
     out = folder.parent / "results" / "mine" / "notebooks"
     text, failed = str(failure.value), out / "02_second.failed.ipynb"
     assert text.startswith("02_second.ipynb did not finish") and str(failed) in text
@@ -173,7 +174,7 @@ def test_a_failing_cell_is_reported_in_plain_words_and_the_run_goes_on_from_ther
     assert not psutil.Process().children(recursive=True), "a kernel that was started ahead"
 
     write(folder, "02_second")
-    again = go(folder)
+    again = go()
     assert seen(folder) == ["01", "02", "02", "03"]
     assert again[0] == "[1/3] 01_first: finished before, skipped"
     assert not list(out.glob("*.failed.ipynb")) and not list(out.glob(".*"))
@@ -182,7 +183,7 @@ def test_a_failing_cell_is_reported_in_plain_words_and_the_run_goes_on_from_ther
 def test_a_killed_kernel_is_reported_in_plain_words(folder):
     write(folder, "01_first", "os.kill(os.getpid(), 9)")
     with pytest.raises(NotebookFailed, match="ran out of memory(.|\n)*01_first.failed.ipynb"):
-        go(folder)
+        go()
     assert (folder.parent / "results/mine/notebooks/01_first.failed.ipynb").exists()
 
 
@@ -190,21 +191,21 @@ def test_only_runs_one_notebook_though_it_is_done_and_what_follows_counts_as_not
     write(folder, "01_first")
     write(folder, "02_second")
     for number in ("2", "02"):
-        assert go(folder, only=number)[0].startswith("[1/1] 02_second ... ")
-    go(folder)
-    go(folder, only="01")
+        assert go(only=number)[0].startswith("[1/1] 02_second ... ")
+    go()
+    go(only="01")
     assert seen(folder) == ["02", "02", "01", "02", "01"]
     done = json.loads((folder.parent / "results/mine/notebooks/done.json").read_text())
     assert list(done) == ["01_first.ipynb"]
     with pytest.raises(RunError, match="no notebook '09'. Notebooks: 01, 02"):
-        go(folder, only="09")
+        go(only="09")
 
 
 def test_a_second_process_of_a_run_is_refused(folder):
     write(folder, "01_first")
     lock = open_run("tiny", "mine").rows("notebooks").with_name(".notebooks.lock")
     with turn(lock), pytest.raises(RunError, match="Another process is making notebooks of this"):
-        go(folder)
+        go()
     assert seen(folder) == []
 
 
@@ -231,7 +232,7 @@ def test_a_run_that_was_killed_leaves_no_kernel_behind_and_goes_on(folder):
     _, alive = psutil.wait_procs(kernels, timeout=120)  # a kernel looks once it has imported
     assert not alive
     slow.unlink()
-    assert go(folder)[0].endswith("skipped")
+    assert go()[0].endswith("skipped")
     assert seen(folder) == ["01", "02", "02", "03"]
 
 

@@ -20,26 +20,8 @@ class NotebookFailed(RuntimeError):
     """A notebook did not reach its end; the message says why, and where it is as far as it got."""
 
 
-def environment_of(run: Run) -> dict[str, str]:
-    """Environment variables for the kernels, beside those that are there."""
-    package = str(Path(__file__).resolve().parents[2])
-    settings = {
-        "SAO_RESULTS": str(run.folder.resolve().parent),
-        "SAO_BATCH": "1",  # nobody watches: progress every 30 s instead of every second
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at kernel start
-        # The kernel shall import the very package that started it.
-        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-    }
-    if run.recipe.model.path == "tiny":
-        # More threads only wait for each other; awake, while another program has their core, for minutes.
-        settings |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    return settings
-
-
-def start_kernel(folder: Path, environment: dict[str, str], ahead: bool = False):
-    """A kernel of this very Python, in the folder of the notebooks.
+def start_kernel(run: Run, folder: Path, ahead: bool = False):
+    """A kernel of this very Python for a notebook of a run, in the folder of the notebooks.
 
     Args:
         ahead: the kernel waits for its notebook, and imports what all need in the meantime.
@@ -59,32 +41,53 @@ def start_kernel(folder: Path, environment: dict[str, str], ahead: bool = False)
         code = f"{IMPORTS}; import os; os.getppid() == {os.getpid()} or os._exit(1)"
         arguments += [f"--IPKernelApp.exec_lines=exec({code!r}, {{}})"]  # leaves no names
     run_sync(kernel.start_kernel)(
-        cwd=str(folder.resolve()), env={**os.environ, **environment}, extra_arguments=arguments
+        cwd=str(folder.resolve()), env={**os.environ, **_settings(run)}, extra_arguments=arguments
     )
     return kernel
 
 
-def stop_kernel(kernel, now: bool = False) -> None:
-    """End a kernel, if it is there and runs; `now` without waiting for what it does."""
+def _settings(run: Run) -> dict[str, str]:
+    """Environment variables for the kernels of a run, beside those that are there."""
+    package = str(Path(__file__).resolve().parents[2])
+    settings = {
+        "SAO_RESULTS": str(run.folder.resolve().parent),
+        "SAO_BATCH": "1",  # nobody watches: progress every 30 s instead of every second
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at kernel start
+        # The kernel shall import the very package that started it.
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
+    if run.recipe.model.path == "tiny":
+        # More threads only wait for each other; awake, while another program has their core, for minutes.
+        settings |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    return settings
+
+
+def stop_kernel(kernel) -> None:
+    """End a kernel, if it is there and runs."""
     from jupyter_core.utils import run_sync
 
     if kernel is not None and kernel.has_kernel:
-        run_sync(kernel.shutdown_kernel)(now=now)
+        run_sync(kernel.shutdown_kernel)()
 
 
 def execute(path: Path, out: Path, values: dict[str, Any], kernel) -> None:
-    """Run a notebook in a kernel, and keep it in the folder `out`; raises `NotebookFailed`."""
+    """Run a notebook in a kernel, and keep it in the folder `out`; raises `NotebookFailed`.
+
+    Args:
+        values: of the notebook's parameters.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    unfinished = out / f".{path.stem}.running.ipynb"
-    failed = out / f"{path.stem}.failed.ipynb"
-    unfinished.unlink(missing_ok=True)
+    failed = out / f"{path.stem}.failed.ipynb"  # it is called so until it has reached its end
+    failed.unlink(missing_ok=True)
     reason = None
     try:
         papermill.execute_notebook(
             path,
-            unfinished,
+            failed,
             parameters=values,
             kernel_name="python3",
             km=kernel,
@@ -102,14 +105,12 @@ def execute(path: Path, out: Path, values: dict[str, Any], kernel) -> None:
         )
     except (OSError, RuntimeError) as error:  # a full disk; a kernel that does not start
         reason = f"{type(error).__name__}: {error}"
-    if unfinished.exists():
-        final = failed if reason else out / path.name
-        notebook = json.loads(unfinished.read_text(encoding="utf-8"))
+    if failed.exists():
+        notebook = json.loads(failed.read_text(encoding="utf-8"))
         # The machine's paths are nobody's business.
-        notebook["metadata"]["papermill"].update(input_path=final.name, output_path=final.name)
-        write_whole(final, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-        unfinished.unlink()
+        notebook["metadata"]["papermill"].update(input_path=path.name, output_path=path.name)
+        write_whole(failed, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     if reason:
         kept = f"\nThe notebook as far as it got: {failed}" if failed.exists() else ""
         raise NotebookFailed(f"{path.name} did not finish: {reason}{kept}")
-    failed.unlink(missing_ok=True)
+    failed.replace(out / path.name)

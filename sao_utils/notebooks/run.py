@@ -20,7 +20,7 @@ from sao_utils.engines.loading import find, model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.questions import questions
 from sao_utils.notebooks import RunError
-from sao_utils.notebooks.kernels import environment_of, execute, start_kernel, stop_kernel
+from sao_utils.notebooks.kernels import execute, start_kernel, stop_kernel
 from sao_utils.recipe import Recipe
 from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.stages.labelled import labelled_pairs
@@ -33,30 +33,13 @@ NOTEBOOKS = {"one round": "0[1-6]_*.ipynb", "rounds": "08_*.ipynb", "synpo": "09
 TRAINING = "04"  # from here on the model's weights are needed
 
 
-def parameters(run: Run, folder: Path) -> dict[str, Any]:
-    """The parameters that make a notebook in `folder` open this run: `recipe`, `run`, `overrides`.
-
-    A shipped recipe goes by its name; another one, or one with overrides, by its copy in the run's
-    folder.
-    """
-    name = run.recipe.name
-    if name not in recipe_names() or load_recipe(name) != run.recipe:
-        name = os.path.relpath(run.folder.resolve() / "recipe.yaml", folder.resolve())
-    return {"recipe": name, "run": run.folder.name, "overrides": {}}
-
-
-def notebooks_of(recipe: Recipe, folder: Path = FOLDER) -> list[Path]:
+def notebooks_of(recipe: Recipe) -> list[Path]:
     """The notebooks that run a recipe, in order."""
     which = "rounds" if recipe.iterated else "one round"
-    return sorted(folder.glob(NOTEBOOKS["synpo" if recipe.method == "synpo" else which]))
+    return sorted(FOLDER.glob(NOTEBOOKS["synpo" if recipe.method == "synpo" else which]))
 
 
-def run_notebooks(
-    run: Run,
-    only: str | None = None,
-    log: Callable[..., None] = print,
-    folder: Path | None = None,
-) -> None:
+def run_notebooks(run: Run, only: str | None = None, log: Callable[..., None] = print) -> None:
     """Execute the notebooks in order into `<run>/notebooks/`, one line of progress each.
 
     A notebook that has finished before for the same source, recipe, model, input files and package
@@ -65,7 +48,6 @@ def run_notebooks(
     Args:
         only: run just the notebook of this number ("05"), even if it has finished before.
         log: where progress goes; called like `print`.
-        folder: where the notebooks are; by default beside the package.
 
     Raises:
         RunError: no such notebook, model or server, a server's model that is to be trained, or
@@ -73,10 +55,10 @@ def run_notebooks(
         RecipeError: a file of the user's that cannot be read; before any of them runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
-    every = notebooks_of(run.recipe, folder or FOLDER)
+    every = notebooks_of(run.recipe)
     if not every:
         raise RunError(
-            f"There are no notebooks in {folder or FOLDER}. The package brings none along: clone the "
+            f"There are no notebooks in {FOLDER}. The package brings none along: clone the "
             "repository and install it from there with `pip install -e .`"
         )
     chosen = every if only is None else [path for path in every if _number(path) == only.zfill(2)]
@@ -100,8 +82,6 @@ def _run_in_order(
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "done.json"
     done = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else {}
-    folder = chosen[0].parent
-    values, environment = parameters(run, folder), environment_of(run)
     kernel = following = None
     try:
         for place, path in enumerate(chosen, 1):
@@ -118,11 +98,11 @@ def _run_in_order(
             log(f"{label} ... ", end="", flush=True)
             start = time.monotonic()
             try:
-                kernel = following or start_kernel(folder, environment)
+                kernel = following or start_kernel(run, FOLDER)
                 following = None
                 if place < len(chosen):
-                    following = start_kernel(folder, environment, ahead=True)
-                execute(path, out, values, kernel)
+                    following = start_kernel(run, FOLDER, ahead=True)
+                execute(path, out, _parameters(run), kernel)
             except BaseException:
                 log(f"stopped after {time.monotonic() - start:.1f} s")
                 raise
@@ -132,7 +112,19 @@ def _run_in_order(
             log(f"{time.monotonic() - start:.1f} s")
     finally:
         stop_kernel(kernel)
-        stop_kernel(following, now=True)
+        stop_kernel(following)
+
+
+def _parameters(run: Run) -> dict[str, Any]:
+    """The parameters that make a notebook open this run: `recipe`, `run`, `overrides`.
+
+    A shipped recipe goes by its name; another one, or one with overrides, by its copy in the run's
+    folder.
+    """
+    name = run.recipe.name
+    if name not in recipe_names() or load_recipe(name) != run.recipe:
+        name = os.path.relpath(run.folder.resolve() / "recipe.yaml", FOLDER.resolve())
+    return {"recipe": name, "run": run.folder.name, "overrides": {}}
 
 
 def _number(path: Path) -> str:

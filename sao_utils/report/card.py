@@ -16,7 +16,7 @@ import yaml
 from sao_utils.machine import versions
 from sao_utils.recipe import Arm, Training
 from sao_utils.report.table import read_table, select
-from sao_utils.report.words import NOT_COMPARABLE, in_words, models, what
+from sao_utils.report.words import NOT_COMPARABLE, in_words, model_in_words, models, what
 from sao_utils.stages.personas import HUB_PERSONAS
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done, settings_used
@@ -24,12 +24,6 @@ from sao_utils.training.fit import read_done, settings_used
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.
 TINY = "sao_utils/tiny/model"
-ARMS = {
-    "self": "the pairs that the judge preferred",
-    "random": "a control: the same pairs with winners drawn at random",
-    "oracle": "for comparison: pairs labelled by the tiny world's exact oracle",
-    "sft_random": "a control: supervised fine-tuning on own answers drawn at random, without judging",
-}
 #: The sections of a recipe that make a model; the others say how it is looked at.
 MAKING = ("model", "judge", "prompts", "responses", "judging", "pairs", "training")
 
@@ -96,16 +90,16 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
         front,
         template_str=(files("sao_utils.report") / "card.jinja").read_text(encoding="utf-8"),
         arm=arm,
-        arm_words=ARMS[arm],
+        arm_words=model_in_words(arm),
         seed=seed,
         run=run.folder.name,
-        what="All weights" if full else "A LoRA adapter",
         full=full,
         kind=where,
         model=model,
         base={"tiny": TINY, "folder": "FOLDER OF THE BASE MODEL"}.get(where, model["path"]),
         own_judge=not recipe["judge"],
-        data=_data(recipe, arm),
+        prompts=recipe["prompts"],
+        persona_hub=HUB_PERSONAS,
         pairs=done["pairs"],
         settings={"algorithm": algorithm, **used, "steps": done["steps"]},
         versions=facts["versions"],
@@ -115,25 +109,6 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
     )
     card.save(folder / "README.md")
     return folder / "README.md"
-
-
-def _data(recipe: dict, arm: Arm) -> str:
-    """Whose the prompts, answers and labels are."""
-    prompts = recipe["prompts"]
-    labels = {"oracle": "The labels are the oracle's."}.get(arm, "The labels were drawn at random.")
-    if arm == "self":
-        labels = "The labels are another model's." if recipe["judge"] else "The labels are its own."
-    if prompts["source"] == "file":
-        made = "The prompts were given; the answers were made by the base model itself."
-        return f"{made} {labels}"
-    made = "Prompts and answers were made by the base model itself, by no human and no other model."
-    people = {
-        None: "",
-        "tiny": "The personas are invented by the tiny world's grammar.",
-        "hub": f"The personas are those of [{HUB_PERSONAS}](https://huggingface.co/datasets/"
-        f"{HUB_PERSONAS}), CC BY-NC-SA 4.0: see what that means for your use.",
-    }.get(prompts["personas"], "The personas are from a file of whoever made it.")
-    return f"{made} {labels} {people}"
 
 
 def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str]], list[int]]:

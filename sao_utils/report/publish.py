@@ -29,15 +29,8 @@ def contents(run: Run, arm: Arm, seed: int) -> list[Path]:
     """The files of a finished model that publishing uploads, its card first."""
     folder = finished(run, arm, seed)
     names = ADAPTER if (folder / "adapter_model.safetensors").is_file() else WHOLE
-    found = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    kept = [path for path in found if any(fnmatch(path.name, name) for name in names)]
-    return sorted(kept, key=lambda path: path.name != "README.md")
-
-
-def check_repository(repo: str) -> None:
-    """Raises ValueError unless this is how the hub names a repository: user/name."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise ValueError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [path for path in files if any(fnmatch(path.name, name) for name in names)]
 
 
 def publish(
@@ -62,14 +55,14 @@ def publish(
         The address of the repository.
 
     Raises:
-        ValueError: `repo` is no name of a repository.
-        PublishError: not trained, a base model that nobody else has, or the upload did not finish
-            (offline, not logged in, refused by the hub); the message says which.
+        PublishError: no name of a repository, not trained, a base model that nobody else has, or the
+            upload did not finish (offline, not logged in, refused by the hub); the message says which.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
-    check_repository(repo)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise PublishError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.")
     model = made_with(run, finished(run, arm, seed))["recipe"]["model"]
     if kind(model) == "folder":
         raise PublishError(

@@ -25,12 +25,6 @@ from sao_utils.report.words import (
 WIDTH = 100
 
 
-def _grid(lines: list[list[str]]) -> list[str]:
-    """Lines of cells in aligned columns; the last column is as wide as it likes."""
-    widths = [max(map(len, column)) for column in list(zip(*lines))[:-1]] + [0]
-    return ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths)).rstrip() for line in lines]
-
-
 def summary(folder: Path) -> str:
     """What was run, what became of the prompts, how good the judge is, the result, and its price.
 
@@ -65,7 +59,7 @@ def _rounds(table: pd.DataFrame) -> list[str]:
 
 
 def _by_round(rows: pd.DataFrame, title: str) -> list[str]:
-    """A grid with a line for each model and a column for each thing measured."""
+    """A line for each model and a column for each thing measured."""
     columns: dict[str, dict] = {}  # heading -> model -> row
     for row in rows.itertuples(index=False, name="Row"):
         if row.metric in ("answer length", "similarity of prompts") or is_difference(row):
@@ -74,11 +68,7 @@ def _by_round(rows: pd.DataFrame, title: str) -> list[str]:
         heading = row.questions if row.metric == "good answers" else heading
         name = f"round {row.round}" if row.round else model_in_words(row.model)
         columns.setdefault(heading, {})[name] = row
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
-    lines = [[title, *columns]]
-    lines.append(["", *(f"n = {sizes(cells.values())}" for cells in columns.values())])
-    lines += [[f"  {name}", *(_short(of.get(name)) for of in columns.values())] for name in names]
-    return _grid(lines) if columns else []
+    return _grid([*_headings(title, columns), *_lines(columns)]) if columns else []
 
 
 def _funnel(folder: Path) -> list[str]:
@@ -110,26 +100,34 @@ def _result(table: pd.DataFrame) -> list[str]:
     """Good answers at each temperature and win rates, of every model; then how far "self" is ahead."""
     metrics = ("good answers", "win rate", "difference in win rate")
     rows = select(table, section=("quality", "win rate"), metric=metrics, seed=None)
-    columns: dict[str, dict] = {}  # heading -> (whether it is a difference, model) -> row
+    values, ahead = {}, {}  # heading -> model -> row
     for row in rows.itertuples(index=False, name="Row"):
-        ahead = is_difference(row)
-        if not ahead or row.model == "self":
-            heading = what(row) if row.section == "quality" else "win rate over base"
-            key = ahead, model_in_words(row.against if ahead else row.model)
-            columns.setdefault(heading, {})[key] = row
-    if not columns:
+        heading = what(row) if row.section == "quality" else "win rate over base"
+        if not is_difference(row):
+            values.setdefault(heading, {})[model_in_words(row.model)] = row
+        elif row.model == "self":
+            ahead.setdefault(heading, {})[model_in_words(row.against)] = row
+    if not values:
         return []
-    every = dict.fromkeys(key for cells in columns.values() for key in cells)
-    keys, gains = ([key for key in every if key[0] == ahead] for ahead in (False, True))
-    lines = [["Result, on held-out questions", *columns]]
-    lines.append(["", *(f"n = {sizes(cells.values())}" for cells in columns.values())])
-    for title, group in (("", keys), ("Self-judged ahead, in points, of", gains)):
-        if title and group:
-            lines.append([title, *[""] * len(columns)])
-        for key in group:
-            cells = (_short(of.get(key)) for of in columns.values())
-            lines.append([f"  {key[1]}", *cells])
+    lines = [*_headings("Result, on held-out questions", values), *_lines(values)]
+    if ahead:
+        lines.append(["Self-judged ahead, in points, of", *[""] * len(values)])
+        lines += _lines({heading: ahead.get(heading, {}) for heading in values})
     return _grid(lines)
+
+
+def _headings(title: str, columns: dict[str, dict]) -> list[list[str]]:
+    """Two lines above a table: the name of each column, and how many values are behind it."""
+    sized = [f"n = {sizes(column.values())}" for column in columns.values()]
+    return [[title, *columns], ["", *sized]]
+
+
+def _lines(columns: dict[str, dict]) -> list[list[str]]:
+    """A line for each name that is in any of the columns: the name, and its value in each."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return [
+        [f"  {name}", *(_short(column.get(name)) for column in columns.values())] for name in names
+    ]
 
 
 def _short(row) -> str:
@@ -141,18 +139,24 @@ def _short(row) -> str:
 
 def _price(table: pd.DataFrame) -> list[str]:
     """What was paid: flaws that became more frequent, length, and what was forgotten."""
-    first = select(table, section=("flaws", "length", "task"), model=("base", "self"), seed=None)
-    more = {"repeated"}
+    rows = select(table, section=("flaws", "length", "task"), model=("base", "self"), seed=None)
+    shown = {"repeated"}
     for flaw in FLAWS:
-        base, tuned = (value_of(first, metric=flaw, model=name) for name in ("base", "self"))
+        base, tuned = (value_of(rows, metric=flaw, model=name) for name in ("base", "self"))
         if base and tuned and tuned.value > base.value:
-            more.add(flaw)
-    shown = compare(first[first["metric"].isin(more) | (first["section"] != "flaws")])
+            shown.add(flaw)
+    rows = rows[rows["metric"].isin(shown) | (rows["section"] != "flaws")]
     lines = [["Price paid", "base", "tuned", "difference", "n"]]
-    for line in shown.drop(columns="model").itertuples(index=False, name=None):
-        label, *cells = (text.removesuffix(" points") for text in line)
-        label = f"task {label.split(':')[0]}" if ":" in label else label
-        if cells[0].endswith(" tokens"):
+    for label, _, *cells in compare(rows).itertuples(index=False, name=None):
+        if ":" in label:
+            label = f"task {label.split(':')[0]}"
+        elif label == "answer length":
             label, cells = f"{label}, tokens", [text.removesuffix(" tokens") for text in cells]
-        lines.append([f"  {label}", *cells])
+        lines.append([f"  {label}", *(text.removesuffix(" points") for text in cells)])
     return _grid(lines) if len(lines) > 1 else []
+
+
+def _grid(lines: list[list[str]]) -> list[str]:
+    """Lines of cells in aligned columns; the last column is as wide as it likes."""
+    widths = [max(map(len, column)) for column in list(zip(*lines))[:-1]] + [0]
+    return ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths)).rstrip() for line in lines]

@@ -14,7 +14,7 @@ import pandas as pd
 from sao_utils.disk import write_whole
 from sao_utils.report.table import select
 from sao_utils.report.words import HEADING, NOT_COMPARABLE, markdown, show
-from sao_utils.store import Run, results_folder
+from sao_utils.store import Run
 
 DAGGER = "†"
 COLUMNS = ["whose", "what", "model", "judge", HEADING, "n", "remarks"]
@@ -54,12 +54,8 @@ METRICS = {"win_rate": "win rate", "lc_win_rate": "length-controlled win rate"}
 
 
 def reported(paper: str = "sao") -> pd.DataFrame:
-    """The numbers that a paper reports ("sao", "synpo").
-
-    Raises:
-        FileNotFoundError: the kit was installed without its results/reported folder.
-    """
-    folder = results_folder() / "reported"
+    """The numbers that a paper reports ("sao", "synpo")."""
+    folder = Path(__file__).parent / "reported"  # of an installed kit
     if not folder.is_dir():
         folder = Path(__file__).resolve().parents[2] / "results" / "reported"
     return pd.read_csv(folder / f"{paper}.csv", keep_default_na=False)

@@ -17,13 +17,12 @@ _SHOWN = "prompt responses lengths quality outcome margin margin_12 margin_21 ma
 _UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # the others json escapes
 
 
-def pair_viewer(rows: list[dict], limit: int = 40, unit: str = "tokens") -> str:
+def pair_viewer(rows: list[dict], limit: int = 40) -> str:
     """A viewer for pairs: side by side, with the verdict of both orders; filtered, sorted, paged.
 
     Args:
-        rows: rows of `stages.judging.judge_pairs`; lengths and quality are shown where they are there.
+        rows: rows of `stages.judging.judge_pairs`; lengths (tokens) and quality are shown if they are there.
         limit: the most pairs of each outcome, and of right and of wrong verdicts, to put into the page.
-        unit: what lengths are counted in.
 
     Returns:
         HTML for `IPython.display.HTML`, or to be put into a page.
@@ -37,7 +36,7 @@ def pair_viewer(rows: list[dict], limit: int = 40, unit: str = "tokens") -> str:
             picked.append({**values, "groups": names})
     shown = [(name, counts[name]) for name in _ORDER if name in counts]
     page = (files("sao_utils.report") / "viewer.html").read_text(encoding="utf-8")
-    data = json.dumps({"rows": picked, "counts": shown, "unit": unit}).translate(_UNSAFE)
+    data = json.dumps({"rows": picked, "counts": shown}).translate(_UNSAFE)
     # No same origin: nothing in the frame could reach the page around it, or a notebook's server.
     return (
         '<div><iframe title="Pairs" sandbox="allow-scripts" style="width:100%;height:560px;border:0" '

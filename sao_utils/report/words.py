@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import pandas as pd
-
-if TYPE_CHECKING:
-    from sao_utils.statistics.intervals import Interval
 
 NOT_COMPARABLE = (
     "Numbers of the recipe tiny are measured on a toy of 1.2 M parameters in a world of its own; "
@@ -42,26 +38,23 @@ HEADING = "value [95 % interval]"
 DIFFERENCE = "difference [95 % interval]"
 
 
-def interval_in_words(found: Interval, unit: str = "%") -> str:
+def in_words(found, unit: str | None = None) -> str:
     """`71.2 [68.0, 74.1] %`; the value alone where there is no interval, or why there is no value.
 
     Args:
-        found: anything with value, low, high and note, such as an `Interval` or a row of the table.
-        unit: of its numbers, as in the table.
+        found: anything with value, low, high and note: an `Interval`, or a row of the table (a named
+            tuple).
+        unit: of its numbers, as in the table; by default the row's own, of an `Interval` "%".
     """
     if math.isnan(found.value):
         return f"not estimated: {found.note}".removesuffix(": ")
+    unit = getattr(found, "unit", "%") if unit is None else unit
     factor = 100 if unit in ("%", "points") else 1
     decimals = 2 if unit in ("", "of 10") else 1  # kappa and grades
     ends = (factor * getattr(found, key) for key in ("value", "low", "high"))
     value, low, high = (f"{end:.{decimals}f}" for end in ends)
     interval = "(no interval)" if "nan" in (low, high) else f"[{low}, {high}]"
     return f"{value} {interval} {unit}".rstrip()
-
-
-def in_words(row) -> str:
-    """The value of a row of the table (a named tuple), with its interval and unit."""
-    return interval_in_words(row, row.unit)
 
 
 def sizes(found: Iterable) -> str:
@@ -72,21 +65,19 @@ def sizes(found: Iterable) -> str:
 
 def what(row) -> str:
     """What a row of the table measures, without the models: `good answers, greedy`."""
-    parts = [f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric]
-    if row.section == "judge":
-        parts.insert(0, "judge:" if row.questions == "training pairs" else f"{row.questions}:")
-    if row.section in ("rounds", "study") and row.questions not in ("all", "training pairs"):
-        parts.insert(0, f"{row.questions}:")
-    if row.section in ("benchmark", "task", "leakage"):
-        parts.insert(0, f"{row.questions}:")
+    text = f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric
+    if row.section == "judge" and row.questions == "training pairs":
+        text = f"judge: {text}"
+    elif row.section in ("judge", "benchmark", "task", "leakage"):
+        text = f"{row.questions}: {text}"
+    elif row.section in ("rounds", "study") and row.questions not in ("all", "training pairs"):
+        text = f"{row.questions}: {text}"
     of_quality = row.section in ("quality", "leakage") or row.metric == "good answers"
     if of_quality and row.temperature is not None:
-        parts[-1] += f", {decoding(row.temperature)}"
+        text += f", {decoding(row.temperature)}"
     if row.judge not in (None, "self", "oracle"):
-        parts[-1] += f", judged by {row.judge}"
-    if row.seed is not None:
-        parts[-1] += f", seed {row.seed}"
-    return " ".join(parts)
+        text += f", judged by {row.judge}"
+    return text if row.seed is None else f"{text}, seed {row.seed}"
 
 
 def decoding(temperature: float) -> str:
@@ -126,28 +117,25 @@ def show(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the table side by side: the base, another model, and their difference if it is there.
+    """Rows of the table side by side: the base, another model, and the difference if it is there.
 
     Returns:
         A line for each thing measured and each model beside the base: what, model, base, tuned,
-        difference [95 % interval], n (of the difference, else of the model). Then differences to
-        others than the base.
+        difference [95 % interval], n (of the difference, else of the model).
     """
     bases, lines = {}, {}
     for row in rows.itertuples(index=False, name="Row"):
+        measured, model = what(row), model_in_words(row.model)
         if row.model == "base":
-            bases[what(row)] = in_words(row)
-        elif row.against is None or is_difference(row):
-            apart = row.against not in (None, "base")
-            model = models(row) if apart else model_in_words(row.model)
-            line = lines.setdefault((apart, what(row), model), {"what": what(row), "model": model})
-            line |= {"tuned" if row.against is None else DIFFERENCE: in_words(row)}
+            bases[measured] = in_words(row)
+        elif row.against is None or row.against == "base" and is_difference(row):
+            line = lines.setdefault((measured, model), {"what": measured, "model": model})
+            line["tuned" if row.against is None else DIFFERENCE] = in_words(row)
             line["n"] = f"{row.n:,}"
-    for (apart, measured, _), line in lines.items():
-        line["base"] = "" if apart else bases.get(measured, "")
-    in_order = [lines[key] for key in sorted(lines, key=lambda key: key[0])]
     columns = ["what", "model", "base", "tuned", DIFFERENCE, "n"]
-    return pd.DataFrame(in_order, columns=columns, dtype=object).fillna("")
+    table = pd.DataFrame(lines.values(), columns=columns, dtype=object)
+    table["base"] = table["what"].map(bases)
+    return table.fillna("")
 
 
 def markdown(shown: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from sao_utils.evaluation.judge_quality import judge_quality
 from sao_utils.evaluation.questions import questions
 from sao_utils.report.results import results
 from sao_utils.report.table import value_of
-from sao_utils.report.words import interval_in_words
+from sao_utils.report.words import in_words
 from sao_utils.stages.judging import judge_pairs, response_pairs
 from sao_utils.stages.responses import write_responses
 from sao_utils.store import Run, open_run, row_id
@@ -62,7 +62,7 @@ def write_card() -> None:
     }
     judged = judge_quality(held_out_pairs(run))
     found |= {label: judged[metric] for label, metric in OF_THE_JUDGE.items()}
-    rows = [f"| {label} | {interval_in_words(one)} | {one.n} |" for label, one in found.items()]
+    rows = [f"| {label} | {in_words(one)} | {one.n} |" for label, one in found.items()]
     path = Path(model_folder("tiny")) / "README.md"
     before, after = path.read_text(encoding="utf-8").split("|---|---|---|\n")
     after = after[after.index("\n\n") :]

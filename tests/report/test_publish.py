@@ -274,6 +274,11 @@ def test_a_path_in_a_configuration_is_refused(run, folder, hub):
     assert hub.calls == []
 
 
+def test_a_repository_without_its_user_is_refused(run, hub):
+    refused(run, "--to takes user/name", repo="adapter")
+    assert hub.calls == []
+
+
 def test_a_public_repository_is_not_taken_for_a_private_one(run, hub):
     hub.private = False
     refused(run, "exists already and is public")

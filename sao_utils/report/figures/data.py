@@ -53,10 +53,8 @@ def lengths(groups: dict[str, list[int]]):
     groups = {name: values for name, values in groups.items() if values}
     if not groups:
         return style.nothing("no answers")
-    title = "How long the answers are (dashed: mean)"
-    figure, axes = style.new(title, "tokens", "share of answers (%)")
     every = np.concatenate(list(groups.values()))
     step = max(1, int(np.ceil(np.ptp(every) / 30)))
     bins = np.arange(every.min(), every.max() + step + 1, step) - 0.5
-    style.histograms(axes, groups, bins)
-    return figure
+    x, y = "tokens", "share of answers (%)"
+    return style.histograms(groups, bins, "How long the answers are", x, y)

@@ -55,8 +55,7 @@ def similarity(groups: dict[str, list[float]]):
     groups = {name: values for name, values in groups.items() if values}
     if not groups:
         return style.nothing("no prompts")
-    title = "How alike are the prompts? Further left: more varied (dashed: mean)"
-    figure, axes = style.new(title, "mean cosine similarity to the others", "share of prompts (%)")
     bins = np.linspace(0, max(map(max, groups.values())), 40)
-    style.histograms(axes, groups, bins, decimals=3)
-    return figure
+    title = "How alike are the prompts? Further left: more varied"
+    x, y = "mean cosine similarity to the others", "share of prompts (%)"
+    return style.histograms(groups, bins, title, x, y, decimals=3)

@@ -138,11 +138,15 @@ def intervals(series: dict[str, dict], title: str, x: str, why: str, at: float |
     return figure
 
 
-def histograms(axes, groups: dict[str, Sequence[float]], bins, decimals: int = 1) -> None:
+def histograms(
+    groups: dict[str, Sequence[float]], bins, title: str, x: str, y: str, decimals: int = 1
+):
     """Outlined histograms in percent, one for each name, with its mean as a dashed line."""
+    figure, axes = new(f"{title} (dashed: mean)", x, y)
     for k, (name, values) in enumerate(groups.items()):
         mean, share = np.mean(values), [100 / len(values)] * len(values)
         label = f"{name}: mean {mean:.{decimals}f}, n = {len(values)}"
         axes.hist(values, bins, weights=share, histtype="step", lw=2, color=colour(k), label=label)
         axes.axvline(mean, ls="--", lw=1, color=colour(k))
     axes.legend()
+    return figure

@@ -46,6 +46,7 @@ GUIDANCE = {
     "unfinished": ("as before training, or fewer.", "climbs: the end token gets lost."),
 }
 WINDOW = 5  # optimiser steps: a point of a curve is their mean
+PAUSE = 4.0  # seconds between two drawings of live curves, at the least
 
 
 @style.styled
@@ -158,14 +159,11 @@ def _panels(panels: dict, frames: dict[str, tuple[str, pd.DataFrame]], note: str
     return figure
 
 
-def live_curves(pause: float = 4.0) -> Callable[[list[dict]], None]:
+def live_curves() -> Callable[[list[dict]], None]:
     """A `watch` for `methods.sao.train` that redraws the curves in the cell's output as they grow.
 
     One picture for all trainings that it watches: the one that runs. Outside of a notebook, and in
     batch runs (SAO_BATCH), it does nothing.
-
-    Args:
-        pause: seconds between two drawings, at the least.
     """
     from IPython import get_ipython
     from IPython.display import display
@@ -183,6 +181,6 @@ def live_curves(pause: float = 4.0) -> Callable[[list[dict]], None]:
             handle = display(figure, display_id=True)
         else:
             handle.update(figure)
-        due = time.monotonic() + pause
+        due = time.monotonic() + PAUSE
 
     return watch
