@@ -27,11 +27,12 @@ from sao_utils.recipes import load_recipe
 
 #: section of a recipe -> its keys that may name a file or folder of the user's
 FILE_KEYS = {
-    "prompts": ("personas", "data"),
+    "prompts": ("personas", "data", "diversity_model"),
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
     "synpo": ("seeds", "check", "scorer"),
 }
+FOLDER_KEYS = ("data", "scorer", "diversity_model")
 # What is no file, whatever lies in the folder.
 NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle")
 
@@ -119,9 +120,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     for section, keys in FILE_KEYS.items():
         if (settings := getattr(recipe, section)) is None:
             continue
-        found = {
-            key: whole(getattr(settings, key), folders=key in ("data", "scorer")) for key in keys
-        }
+        found = {key: whole(getattr(settings, key), folders=key in FOLDER_KEYS) for key in keys}
         if section == "evaluation":
             found["tasks"] = tuple(whole(t) if is_task_file(t) else t for t in settings.tasks)
         changes[section] = settings.model_copy(update=found)

@@ -1,0 +1,79 @@
+"""Sentence embeddings: one vector for a text (the encoder of a sentence-embedding model)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sao_utils.engines.base import EngineError, context_limit
+from sao_utils.engines.loading import model_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BATCH = 32  # texts; the models are small
+
+
+def embeddings(path: str, texts: list[str]) -> np.ndarray:
+    """The mean of each text's last hidden states, of length 1. What is longer than the context is cut.
+
+    Args:
+        path: folder or hub name of a model in safetensors and without code of its own.
+
+    Returns:
+        [n, d] in the order of the texts.
+
+    Raises:
+        EngineError: the model is not there, or of another kind; the message says which can be taken.
+    """
+    import torch
+
+    encoder, tokenizer = _load(path)
+    limit = min(tokenizer.model_max_length, context_limit(encoder.config))
+    found = torch.empty(len(texts), encoder.config.hidden_size)
+    by_length = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # little is padded
+    for start in range(0, len(texts), BATCH):
+        batch = by_length[start : start + BATCH]
+        inputs = tokenizer(
+            [texts[k] for k in batch],
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        ).to(encoder.device)
+        with torch.inference_mode():
+            states = encoder(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][:, :, None]
+        found[batch] = ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu()
+    return torch.nn.functional.normalize(found).numpy()
+
+
+def _load(path: str):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    advice = (
+        "prompts.diversity_model is the folder or hub name of a small sentence-embedding model in "
+        "safetensors and without code of its own, such as sentence-transformers/all-MiniLM-L6-v2; "
+        "null takes TF-IDF vectors, which need no model."
+    )
+    folder = model_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        encoder, about = AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"The embedding model {path} cannot be loaded: {error}. {advice}"
+        ) from error
+    # What stands behind the last hidden states is not used; anything else would be random numbers.
+    if any(not key.startswith("pooler.") for key in about["missing_keys"]):
+        raise EngineError(f"{path} lacks weights of its own architecture. {advice}")
+    return encoder.eval(), tokenizer
