@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sao_utils.engines.base import EngineError, context_limit
-from sao_utils.engines.loading import model_folder
+from sao_utils.engines.loading import load_encoder, model_folder
+from sao_utils.recipe import Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,32 +49,15 @@ def embeddings(path: str, texts: list[str]) -> np.ndarray:
 
 
 def _load(path: str):
-    import torch
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     advice = (
         "prompts.diversity_model is the folder or hub name of a small sentence-embedding model in "
         "safetensors and without code of its own, such as sentence-transformers/all-MiniLM-L6-v2; "
         "null takes TF-IDF vectors, which need no model."
     )
-    folder = model_folder(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        encoder, about = AutoModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"The embedding model {path} cannot be loaded: {error}. {advice}"
-        ) from error
+    encoder, about = load_encoder(AutoModel, Model(path=path, dtype="float32"), advice)
     # What stands behind the last hidden states is not used; anything else would be random numbers.
     if any(not key.startswith("pooler.") for key in about["missing_keys"]):
         raise EngineError(f"{path} lacks weights of its own architecture. {advice}")
-    return encoder.eval(), tokenizer
+    return encoder, AutoTokenizer.from_pretrained(model_folder(path), trust_remote_code=False)

@@ -138,6 +138,35 @@ def load_model(model: Model, device: str | int | None = "cpu"):
     return loaded
 
 
+def load_encoder(kind, model: Model, advice: str) -> tuple:
+    """A model that writes nothing (rewards, embeddings), and transformers' report on its weights.
+
+    Args:
+        kind: the class of transformers that loads it.
+        advice: what to take instead; ends the message of an error.
+
+    Raises:
+        EngineError: it is not there, not in safetensors, or needs code of its own.
+    """
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a tensor floods a log
+    try:
+        loaded, about = kind.from_pretrained(
+            model_folder(model.path),
+            revision=model.revision,
+            dtype=getattr(torch, precision(model)[0]),
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{model.path} cannot be loaded: {error}. {advice}") from error
+    return loaded.eval(), about
+
+
 def _guard_nf4_on_cpu(base) -> None:
     """Keep bitsandbytes from repacking 4-bit weights under an adapter's feet.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
-from sao_utils.engines.loading import load_tokenizer, model_folder, precision
+from sao_utils.engines.loading import load_encoder, load_tokenizer
 from sao_utils.recipe import Model
 
 
@@ -52,7 +52,6 @@ def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
 
 
 def _load(model: Model):
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     advice = (
@@ -60,22 +59,9 @@ def _load(model: Model):
         "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
         "their own, which the kit does not run."
     )
-    try:
-        classifier, about = AutoModelForSequenceClassification.from_pretrained(
-            model_folder(model.path),
-            revision=model.revision,
-            dtype=getattr(torch, precision(model)[0]),
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"The reward model {model.path} cannot be loaded: {error}. {advice}"
-        ) from error
+    classifier, about = load_encoder(AutoModelForSequenceClassification, model, advice)
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
     if classifier.config.pad_token_id is None:  # with it the last token before the padding is found
         classifier.config.pad_token_id = load_tokenizer(model).pad_token_id or 0
-    return classifier.eval()
+    return classifier
