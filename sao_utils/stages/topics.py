@@ -1,7 +1,7 @@
 """What prompts are about and what they want, as the judge says (SynPO, arXiv 2410.06961).
 
-The paper shows the topics and intentions of its synthetic prompts in two sunburst figures. Ours: the
-template, the labels in the judge's own words, and shares with intervals in the place of the figures.
+The paper shows the topics and intentions of its synthetic prompts as a sunburst. Ours: the
+template, labels in the judge's own words, and shares with intervals in the place of the picture.
 """
 
 from __future__ import annotations
