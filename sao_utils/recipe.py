@@ -104,6 +104,9 @@ class Prompts(Section):
     min_usable: Share = 0.2  # stop if a smaller share of the prompts is usable
     # Drop prompts nearer than this to an earlier one (Jaccard).
     max_similarity: PositiveShare | None = None
+    # Whose vectors say how alike prompts are: folder or hub name of a small sentence-embedding model
+    # (safetensors); null: TF-IDF.
+    diversity_model: str | None = None
     # Drop prompts that share so many words in a row with an evaluation set.
     max_shared_words: PositiveInt | None = None
     temperature: NonNegativeFloat = 0.6

@@ -27,13 +27,13 @@ from sao_utils.recipes import load_recipe
 
 #: section of a recipe -> its keys that may name a file of the user's
 FILE_KEYS = {
-    "prompts": ("personas", "data"),
+    "prompts": ("personas", "data", "diversity_model"),
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
     "synpo": ("seeds", "check", "scorer"),
 }
 #: those that may name a folder, too
-FOLDER_KEYS = ("path", "adapter", "data", "scorer")
+FOLDER_KEYS = ("path", "adapter", "data", "scorer", "diversity_model")
 # What is no file, whatever lies in the folder.
 NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle")
 

@@ -1,7 +1,7 @@
 """The prompts that the model sees, kept as data in `prompts/*.jinja`, and reading its replies.
 
-Text that a model wrote is data: `render` never interprets it, and the markers by which the
-ranking prompt tells the two responses apart are escaped inside of it.
+Text that a model wrote is data: `render` never interprets it, and the markers by which a prompt tells
+it from its own words (the two responses to rank, the prompt to label) are escaped inside of it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,25 @@ VERDICTS = (" 1 > 2", " 2 > 1")
 # Blanks are bounded: without a bound, a text of many blanks takes quadratic time.
 _UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # soft hyphen, blanks of no width, and the like
 _BLANKS = rf"[\s{_UNSEEN}]{{0,9}}"
-_RESPONSE = rf"[{_UNSEEN}]{{0,9}}".join(f"[{c}{chr(ord(c) + 0xFEE0)}]" for c in "response")
-_MARKER = re.compile(  # also in full width, and with small brackets
-    rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}{_RESPONSE}[\s_{_UNSEEN}]{{0,9}}[\d>\uff1e\ufe65])",
-    re.IGNORECASE,
-)
+
+
+def _marker(word: str, after: str = "") -> re.Pattern:
+    """The bracket that opens `<word>` or `</word>`, also in full width, and if it is a small one."""
+    letters = rf"[{_UNSEEN}]{{0,9}}".join(f"[{c}{chr(ord(c) + 0xFEE0)}]" for c in word)
+    start = rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}"
+    return re.compile(rf"{start}{letters}{after})", re.IGNORECASE)
+
+
+_MARKER = _marker("response", rf"[\s_{_UNSEEN}]{{0,9}}[\d>\uff1e\ufe65]")
+_PROMPT_MARKER = _marker("prompt")
 _RANKING = re.compile(r"ranking[\s*]{0,9}:[\s*]{0,9}(\d(?:\s{0,9}>\s{0,9}\d+)+)", re.IGNORECASE)
 _SCORE = re.compile(r"score[\s*]{0,9}:[\s*]{0,9}(\d+)(?!\.?\d)", re.IGNORECASE)
 _QUESTION = re.compile(r"<question>(.*?)</question>", re.DOTALL)
+# A label is a few plain words: no markup, and no more than a table can show.
+_LABEL = re.compile(
+    r"^[\s*]{0,9}(topic|intention)[\s*]{0,9}:(.{0,99})$", re.IGNORECASE | re.MULTILINE
+)
+_PLAIN = re.compile(r"\w[\w &/+#.,'-]{0,39}")
 _USER_PROMPT = re.compile(r"([\"'*]{0,3})user prompt([\s*]{0,9}:\*{0,2})\s*", re.IGNORECASE)
 
 
@@ -88,6 +99,11 @@ def parse_points(text: str) -> int | None:
     return points if points in range(6) else None
 
 
+def topics_prompt(prompt: str) -> str:
+    """The prompt that asks a judge for the topic and the intention of another prompt."""
+    return render("topics", prompt=_PROMPT_MARKER.sub("(", prompt))
+
+
 def parse_ranking(text: str) -> int | None:
     """Which response a free-form verdict puts first: 1, 2, or None when it is malformed.
 
@@ -119,3 +135,17 @@ def parse_question(text: str) -> str | None:
     """The question in a reply to SynPO's generator template; None without one that is closed."""
     found = _QUESTION.search(text)
     return found and found[1].strip() or None
+
+
+def parse_topics(text: str) -> tuple[str, str] | None:
+    """The topic and the intention in a reply, in lower case; None when it is malformed.
+
+    Each must be named once, by at most 40 characters of plain text.
+    """
+    found = _LABEL.findall(text)
+    labels = {
+        what.lower(): " ".join(label.strip("\"'*. \t").lower().split()) for what, label in found
+    }
+    if len(found) != 2 or len(labels) != 2 or not all(map(_PLAIN.fullmatch, labels.values())):
+        return None
+    return labels["topic"], labels["intention"]

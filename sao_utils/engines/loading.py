@@ -69,7 +69,7 @@ def load_tokenizer(model: Model):
     find(model.model_copy(update={"engine": "transformers"}), weights=False)
     from transformers import AutoTokenizer
 
-    tokenizer = from_pretrained(AutoTokenizer, model, padding_side="left")
+    tokenizer = _from_pretrained(AutoTokenizer, model, padding_side="left")
     if tokenizer.chat_template is None:
         raise EngineError(f"{model.path} has no chat template; take an instruction-tuned model.")
     if tokenizer.pad_token_id is None:
@@ -130,12 +130,33 @@ def load_model(model: Model, device: str | int | None = "cpu"):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, options["dtype"]),
         )
-    loaded = from_pretrained(AutoModelForCausalLM, model, **options)
+    loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
     if model.quantisation == "nf4" and device == "cpu":
         _guard_nf4_on_cpu(loaded)
     if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
         loaded.set_attn_implementation("eager")  # torch's own attention has no softcap (Gemma-2)
     return loaded
+
+
+def load_encoder(kind, model: Model, advice: str) -> tuple:
+    """A model that writes nothing (rewards, embeddings), and transformers' report on its weights.
+
+    Args:
+        kind: the class of transformers that loads it.
+        advice: what to take instead; ends the message of an error.
+
+    Raises:
+        EngineError: it is not there, not in safetensors, or needs code of its own.
+    """
+    import torch
+
+    options = {"dtype": precision(model)[0], "use_safetensors": True, "output_loading_info": True}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded, about = _from_pretrained(kind, model, device_map=device, **options)
+    except EngineError as error:
+        raise EngineError(f"{error}\n{advice}") from None
+    return loaded.eval(), about
 
 
 def _guard_nf4_on_cpu(base) -> None:
@@ -210,7 +231,7 @@ def out_of_memory(error: BaseException) -> bool:
     return named or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def from_pretrained(kind, model: Model, **options):
+def _from_pretrained(kind, model: Model, **options):
     """`kind.from_pretrained` of transformers. Raises EngineError: it says what to do."""
     from transformers.utils import logging
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
-from sao_utils.engines.loading import from_pretrained, load_tokenizer, precision
+from sao_utils.engines.loading import load_encoder, load_tokenizer
 from sao_utils.recipe import Model
 
 
@@ -52,22 +52,16 @@ def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
 
 
 def _load(model: Model):
-    import torch
-    from transformers import AutoModelForSequenceClassification as Kind
+    from transformers import AutoModelForSequenceClassification
 
     advice = (
         "A reward model is a sequence classifier with one output, in safetensors and without code of "
         "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
         "their own, which the kit does not run."
     )
-    options = {"dtype": precision(model)[0], "use_safetensors": True, "output_loading_info": True}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        classifier, about = from_pretrained(Kind, model, device_map=device, **options)
-    except EngineError as error:
-        raise EngineError(f"{error}\n{advice}") from None
+    classifier, about = load_encoder(AutoModelForSequenceClassification, model, advice)
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
     if classifier.config.pad_token_id is None:  # with it the last token before the padding is found
         classifier.config.pad_token_id = load_tokenizer(model).pad_token_id or 0
-    return classifier.eval()
+    return classifier

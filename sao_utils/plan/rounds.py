@@ -22,10 +22,13 @@ from sao_utils.plan.workload import (
     workload,
 )
 from sao_utils.recipe import Recipe
+from sao_utils.stages.diversity import SAMPLE
+from sao_utils.stages.topics import TOKENS
 
 #: Shares that no run has measured for SynPO: of the seeds whose gold answer is better, of pairs kept.
 BETTER, KEPT = 0.6, 0.5
 KEYWORDS = 8  # tokens of three
+LABELS = 12  # tokens of a topic and an intention
 
 
 def work_of(recipe: Recipe) -> list[Work]:
@@ -50,7 +53,7 @@ def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
         works += [replace(work, part=f"round {number + 1}") for work in made]
         read = rates.pair * recipe.training.epochs
         works += trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
-    return [*works, *answer_work(recipe, rates)]
+    return [*works, *_topics(recipe, rates), *answer_work(recipe, rates)]
 
 
 def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
@@ -93,6 +96,19 @@ def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work],
     works += trainings(recipe, name, examples, read)
     pairs = round(recipe.prompts.count * rates.prompts_kept * KEPT)
     return works, min(pairs, settings.max_pairs or pairs)
+
+
+def _topics(recipe: Recipe, rates: Rates) -> Iterator[Work]:
+    """What notebook 09 asks the judge about a sample of the first round's prompts."""
+    judge = recipe.judging_model
+    if recipe.method != "synpo" or judge.path == "tiny":
+        return
+    around, limit = tokens(templates.source("topics")), max(TOKENS, recipe.judging.max_new_tokens)
+    longest = around + recipe.prompts.max_new_tokens
+    lengths = Lengths(around + rates.prompt, LABELS, longest, limit)
+    most = min(SAMPLE, recipe.prompts.count)
+    rows = min(SAMPLE, round(recipe.prompts.count * rates.prompts_kept))
+    yield Work("topics", "judge" if recipe.judge else "model", judge, rows, lengths, most_rows=most)
 
 
 def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:

@@ -16,7 +16,7 @@ from sao_utils.methods.iterate import IMITATING, Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
 from sao_utils.report.sections import mean_of, rate, task_rows
 from sao_utils.report.table import make_row, make_table
-from sao_utils.stages.diversity import mean_similarity
+from sao_utils.stages.diversity import mean_similarity, vectors_in_words
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, exact
 from sao_utils.store import Run
@@ -172,6 +172,7 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
 
 def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:
     """How alike the answered prompts of a round are (`stages.diversity`)."""
+    model = run.recipe.prompts.diversity_model
     for number in range(1, run.recipe.rounds + 1):
         texts = [
             row["prompt"][-1]["content"]
@@ -179,11 +180,12 @@ def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:
             if one.candidate.round == number
             for row in one.pairs
         ]
-        alike = mean_similarity(texts)
+        alike = mean_similarity(texts, model=model)
         names = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
         if alike:
             found = exact(mean(alike), len(alike))
-            yield make_row("rounds", "similarity of prompts", found, **names)
+            note = vectors_in_words(model)
+            yield make_row("rounds", "similarity of prompts", found, note=note, **names)
 
 
 def _forgotten(run: Run, made: list[Trained]) -> Iterator[dict]:

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import random
 
+from sao_utils.recipe import Model
+
 SAMPLE = 1000  # the paper's
 
 
-def mean_similarity(prompts: list[str], sample: int = SAMPLE, seed: int = 0) -> list[float]:
+def mean_similarity(
+    prompts: list[str], sample: int = SAMPLE, seed: int = 0, model: str | None = None
+) -> list[float]:
     """For each of a sample of prompts the mean cosine similarity to the others.
 
-    The paper takes sentence embeddings. Ours are TF-IDF vectors of words, which need no model: they
-    compare sources of prompts with each other, not with the paper.
+    Args:
+        model: the sentence-embedding model whose vectors are compared, as the paper does
+            (`engines.embedding`). None: TF-IDF vectors of words, which need no model; they compare
+            sources of prompts with each other, not with the paper.
 
     Returns:
-        [n] numbers from 0 to 1, n the number of prompts but at most `sample`; [] for fewer than two.
+        [n] numbers, n the number of prompts but at most `sample`; [] for fewer than two. From 0 to 1
+        with TF-IDF, from -1 to 1 with a model.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     if len(prompts) > sample:
         prompts = random.Random(seed).sample(prompts, sample)
     if len(prompts) < 2:
         return []
+    similar = _cosines(prompts, model)
+    return [float(total - 1) / (len(prompts) - 1) for total in similar.sum(axis=1)]
+
+
+def vectors_in_words(model: str | None) -> str:
+    """Which vectors a similarity is of; for a model the folders of this machine are left out."""
+    return f"embeddings of {Model(path=model).label}" if model else "TF-IDF vectors of words"
+
+
+def _cosines(prompts: list[str], model: str | None):
+    """[n, n] cosine similarities."""
+    if model:
+        from sao_utils.engines.embedding import embeddings
+
+        vectors = embeddings(model, prompts)
+        return vectors @ vectors.T
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectors = TfidfVectorizer(token_pattern=r"\w+").fit_transform(prompts)
-    totals = (vectors @ vectors.T).sum(axis=1)
-    return [float(total - 1) / (len(prompts) - 1) for total in totals.A1]
+    return (vectors @ vectors.T).toarray()

@@ -56,15 +56,17 @@ def answer_jobs(
     jobs: list[dict],
     chat_of: Callable[[dict], list[dict]],
     sampling: Sampling,
+    read: Callable[[dict], dict] = lambda row: {},
 ) -> list[dict]:
     """Let a model write a text for each job, and keep the rows that are missing.
 
     Args:
         jobs: dicts with an "id" and what the row is to say of itself.
         chat_of: what the model reads for a job.
+        read: what a row is to say of its text.
 
     Returns:
-        The jobs with {text, tokens, finished} added, kept in rows/<stage>.jsonl.
+        The jobs with {text, tokens, finished} and what `read` finds added, kept in rows/<stage>.jsonl.
     """
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
@@ -73,9 +75,10 @@ def answer_jobs(
             {"id": job["id"], "chat": chat_of(job), "sampling": sampling} for job in outstanding
         ]
         for batch in batches_of_replies(run, stage, model, requests):
-            yield [
+            rows = [
                 {**by_id[reply["id"]], **{k: reply[k] for k in ("text", *MADE) if k in reply}}
                 for reply in batch
             ]
+            yield [{**row, **read(row)} for row in rows]
 
     return make_rows(run, stage, jobs, work, model.max_context)

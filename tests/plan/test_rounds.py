@@ -32,6 +32,15 @@ def test_synpo_trains_its_generator_once_and_an_improver_each_round():
     assert sum(stage.startswith("training improver") for stage in stages) == 3
 
 
+def test_topics_are_asked_of_a_judge_that_is_a_real_model_and_of_no_more_than_a_sample():
+    server = {"path": "m", "engine": "api", "url": "http://localhost:1/v1", "price_out": 1.0}
+    priced = {f"judge.{key}": value for key, value in server.items()}
+    real = load_recipe("tiny-synpo", {**priced, "prompts.count": 5000})
+    [work] = [work for work in work_of(real) if work.stage == "topics"]
+    assert (work.who, work.rows) == ("judge", 1000) and work.dollars[1] > work.dollars[0] > 0
+    assert not rows(load_recipe("tiny-synpo"), "topics")
+
+
 def test_a_ranking_of_four_answers_compares_every_two_of_them():
     sao, ranked = (
         load_recipe("tiny", {"method": method, "rounds": 2, "prompts.count": 100})

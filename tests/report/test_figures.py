@@ -106,7 +106,11 @@ ROUNDS = make_table(
     )
 )
 DRAWN["rounds"] = ([ROUNDS], [NOTHING], ["greedy", "(n = 9)", "win rate (%)"])
-DRAWN["similarity"] = ([{"keywords": [0.1, 0.2]}], [{"keywords": []}], ["mean 0.150, n = 2"])
+DRAWN["similarity"] = (
+    [{"keywords": [0.1, 0.2], "seeds": [-0.1, -0.3]}, "embeddings of m"],
+    [{"keywords": []}, "embeddings of m"],
+    ["mean 0.150, n = 2", "others (embeddings of m)"],
+)
 GAINS = make_table(
     make_row(
         "study",

@@ -50,12 +50,17 @@ def rounds(table: pd.DataFrame):
 
 
 @style.styled
-def similarity(groups: dict[str, list[float]]):
-    """Histograms of `stages.diversity.mean_similarity`, one for each source of prompts."""
+def similarity(groups: dict[str, list[float]], vectors: str):
+    """Histograms of `stages.diversity.mean_similarity`, one for each source of prompts.
+
+    Args:
+        vectors: what they are of (`stages.diversity.vectors_in_words`).
+    """
     groups = {name: values for name, values in groups.items() if values}
     if not groups:
         return style.nothing("no prompts")
-    bins = np.linspace(0, max(map(max, groups.values())), 40)
+    least = min(0.0, *map(min, groups.values()))  # embeddings may point away from each other
+    bins = np.linspace(least, max(map(max, groups.values())), 40)
     title = "How alike are the prompts? Further left: more varied"
-    x, y = "mean cosine similarity to the others", "share of prompts (%)"
+    x, y = f"mean cosine similarity to the others ({vectors})", "share of prompts (%)"
     return style.histograms(groups, bins, title, x, y, decimals=3)

@@ -1,0 +1,94 @@
+"""What prompts are about and what they want, as the judge says (SynPO, arXiv 2410.06961).
+
+The paper shows the topics and intentions of its synthetic prompts as a sunburst. Ours: the
+template, labels in the judge's own words, and shares with intervals in the place of the picture.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from sao_utils import oracles, templates
+from sao_utils.engines.base import NO_REPLY, Sampling, unanswered
+from sao_utils.engines.loading import model_name
+from sao_utils.recipe import Model
+from sao_utils.stages.diversity import SAMPLE
+from sao_utils.stages.responses import answer_jobs
+from sao_utils.statistics.intervals import clustered_mean
+from sao_utils.store import Run, row_id
+
+TOKENS = 64  # of a reply; for a judge that thinks first, a larger judging.max_new_tokens counts
+
+
+def label_prompts(
+    run: Run, prompts: list[dict], judge: Model, sample: int = SAMPLE, seed: int = 0
+) -> list[dict]:
+    """Ask the judge for the topic and the intention of each of a sample of prompts.
+
+    Args:
+        prompts: rows of `select_prompts` or `seed_items`; those that are discarded are left out.
+
+    Returns:
+        Rows {id, prompt_id, seed, round, judge, prompt, text, tokens, finished, topic, intention,
+        discarded}, kept in rows/topics.jsonl. `discarded` is None, "malformed" (not the two labels that
+        the template asks for), "cut off", or `NO_REPLY`; topic and intention are None then.
+    """
+    prompts = [row for row in prompts if row["discarded"] is None]
+    if len(prompts) > sample:
+        prompts = random.Random(seed).sample(prompts, sample)
+    sampling = Sampling(0.0, max(TOKENS, run.recipe.judging.max_new_tokens))
+    made_with = ("topics", templates.fingerprint("topics"), vars(sampling), model_name(judge))
+    jobs = [
+        {
+            "id": row_id(*made_with, row["id"]),
+            "prompt_id": row["id"],
+            **{key: row[key] for key in ("seed", "round", "prompt")},
+            "judge": judge.label,
+        }
+        for row in prompts
+    ]
+
+    chat_of = lambda job: [{"role": "user", "content": templates.topics_prompt(job["prompt"])}]  # noqa: E731
+    return answer_jobs(run, "topics", judge, jobs, chat_of, sampling, _labels)
+
+
+def _labels(row: dict) -> dict:
+    """What a row says more once its reply is read."""
+    found = templates.parse_topics(row["text"])
+    if unanswered(row["tokens"], row["finished"]):
+        discarded = NO_REPLY
+    elif found is None:
+        discarded = "malformed"
+    else:
+        discarded = None if row["finished"] else "cut off"
+    topic, intention = (None, None) if discarded else found
+    return {"topic": topic, "intention": intention, "discarded": discarded}
+
+
+def frequencies(rows: list[dict], what: str, most: int = 10) -> list[dict]:
+    """The most frequent labels, the most frequent first.
+
+    Args:
+        rows: of `label_prompts`.
+        what: "topic" or "intention".
+
+    Returns:
+        {label, count, share: `Interval` among the prompts that have a label, n: how many these are,
+        discarded: how many have none}.
+    """
+    used = [row for row in rows if row["discarded"] is None]
+    clusters = [oracles.cluster(row["prompt"]) for row in used]
+    counts = sorted(
+        Counter(row[what] for row in used).items(), key=lambda item: (-item[1], item[0])
+    )
+    return [
+        {
+            "label": label,
+            "count": count,
+            "share": clustered_mean([row[what] == label for row in used], clusters),
+            "n": len(used),
+            "discarded": len(rows) - len(used),
+        }
+        for label, count in counts[:most]
+    ]
