@@ -46,6 +46,7 @@ class Study(Section):
     about: str
     paper: str = ""  # what the paper says of it, with its source
     minutes: PositiveInt  # of two idle cores
+    stopping: bool = False  # whether rules that stop the rounds are tried on its members
     recipe: str
     set: dict[str, Any] = {}  # of all members
     members: dict[str, Member]

@@ -15,6 +15,7 @@ from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import IMITATING, Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
 from sao_utils.report.sections import mean_of, rate, task_rows
+from sao_utils.report.stopping import as_pair
 from sao_utils.report.table import make_row, make_table
 from sao_utils.stages.diversity import mean_similarity, vectors_in_words
 from sao_utils.stages.judging import judge_pairs
@@ -48,13 +49,18 @@ def rounds(run: Run) -> Iterator[dict]:
 
 def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
     """Good answers of the base and of some rounds' models, as a table of results."""
-    return make_table(_quality(run, _answers(run, [one.candidate for one in made])))
+    return make_table(_quality(run, answers_of(run, made)))
 
 
 def quality_rows(run: Run, made: list[Trained]) -> list[dict]:
     """Good answers, lengths and wins of the base and of some rounds' models."""
-    answers = _answers(run, [one.candidate for one in made])
+    answers = answers_of(run, made)
     return [row for of in (_quality, _lengths, _win_rates) for row in of(run, answers)]
+
+
+def answers_of(run: Run, made: list[Trained]) -> list[dict]:
+    """The answers of the base and of some rounds' models (`evaluation.answers.answer_questions`)."""
+    return _answers(run, [one.candidate for one in made])
 
 
 def _answers(run: Run, candidates: list[Candidate]) -> list[dict]:
@@ -162,7 +168,7 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
             found["flip rate"] = _share(judged, flipped)
         base = run.recipe.model
         if used and any(one.judge not in (base, run.recipe.judge) for one in of_round):
-            again = judge_pairs(run, [_as_pair(row) for row in used], base, "base_verdicts")
+            again = judge_pairs(run, [as_pair(row) for row in used], base, "base_verdicts")
             agrees = [row["margin"] is not None and row["margin"] > 0 for row in again]
             found["base agrees"] = _share(used, agrees)
         for metric, one in found.items():
@@ -206,14 +212,8 @@ def _share(rows: list[dict], values: list[bool]) -> Interval:
     return clustered_mean(values, by, runs=[row["seed"] for row in rows])
 
 
-def _as_pair(row: dict) -> dict:
-    """A row of `build_pairs` in the form that judges take."""
-    texts = [row[side][-1]["content"] for side in ("chosen", "rejected")]
-    return {"id": row["id"], "prompt": row["prompt"][-1]["content"], "responses": texts}
-
-
 def _true_gap(row: dict) -> int | None:
     """By how many flaws the chosen answer is better; None if no oracle knows the prompt."""
-    pair = _as_pair(row)
+    pair = as_pair(row)
     quality = oracles.quality(pair["prompt"], *pair["responses"])
     return None if quality is None else quality[0] - quality[1]

@@ -10,7 +10,8 @@ import pandas as pd
 from sao_utils.disk import write_whole
 from sao_utils.methods.studies import Entry, Study, run_study
 from sao_utils.report import figures
-from sao_utils.report.rounds import pair_rows, quality_rows
+from sao_utils.report.rounds import answers_of, pair_rows, quality_rows
+from sao_utils.report.stopping import decisions, stopping_rows
 from sao_utils.report.table import as_csv, make_row, make_table, select
 from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
 from sao_utils.statistics.intervals import exact
@@ -26,11 +27,16 @@ def study_table(study: Study, home: Run) -> pd.DataFrame:
     Returns:
         The rows of the table of results, with section "study" and a member's label as `model`.
     """
-    entries, rows = [], []
+    entries, rows, decided = [], [], []
     for entry in run_study(study, home):
         entries.append(entry)
         rows += list(_rows(entry, with_base=len(entries) == 1))
-        table = make_table(rows)
+        if study.stopping:
+            first = entry.run.recipe.evaluation.temperatures[0]
+            answers = [r for r in answers_of(entry.run, entry.trained) if r["temperature"] == first]
+            made = decisions(entry.run, entry.trained, answers)
+            decided += [{**row, "member": entry.label} for row in made]
+        table = make_table([*rows, *stopping_rows(decided)])
         _write(study, home, entries, table)  # of what is there so far
     return table
 
@@ -68,6 +74,12 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     parts = [f"# {study.about}", markdown(members(entries, table).reset_index())]
     parts += [f"The paper: {study.paper}"] if study.paper else []
     parts += [searches(entries)] if any(entry.chosen for entry in entries) else []
+    if study.stopping:
+        parts += [
+            "Rules that need no oracle, and how often they were right:",
+            markdown(rules(table)),
+        ]
+        figures.save(home, "stopping", figures.stopping(table))
     parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
     write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
     figures.save(home, study.name, figures.study(table, study.about))
@@ -92,6 +104,13 @@ def members(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
             [row] = select(table, model=entry.label, metric=metric).itertuples(index=False)
             line[metric] = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
     return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")
+
+
+def rules(table: pd.DataFrame) -> pd.DataFrame:
+    """One line a stopping rule: how often it was right, and how often it stopped."""
+    found = select(table, metric="right to stop or go on").itertuples(index=False)
+    lines = [(row.model, in_words(row), row.n, row.note) for row in found]
+    return pd.DataFrame(lines, columns=["rule", "right", "decisions", "remark"])
 
 
 def searches(entries: list[Entry]) -> str:
