@@ -31,11 +31,13 @@ FILE_KEYS = {
     "judging": ("labelled",),
     "evaluation": ("questions", "data"),
     "synpo": ("seeds", "check", "scorer"),
+    "ranking": ("scorer",),
+    "self_rewarding": ("judged",),
 }
 #: those that may name a folder, too
 FOLDER_KEYS = ("path", "adapter", "data", "scorer", "diversity_model")
 # What is no file, whatever lies in the folder.
-NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle")
+NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle", "points")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from sao_utils.stages.topics import TOKENS
 #: Shares that no run has measured for SynPO: of the seeds whose gold answer is better, of pairs kept.
 BETTER, KEPT = 0.6, 0.5
 KEYWORDS = 8  # tokens of three
+JUSTIFIED = 100  # tokens of a judge's reply with points; the prompt asks for up to 100 words
 LABELS = 12  # tokens of a topic and an intention
 
 
@@ -60,14 +61,30 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
     """A round of SAO, or of a method that makes its pairs from the same prompts."""
     if recipe.method == "sft_seeds":  # which makes nothing
         return [], recipe.synpo.seed_count
+    if recipe.method == "self_rewarding" and not number:
+        return [], recipe.synpo.seed_count + recipe.self_rewarding.judged_count
     pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
     works, several = list(round_work(recipe, rates)), {}
-    if recipe.method == "sampling_ranking":  # every two of the responses are compared
+    if recipe.method in ("sampling_ranking", "self_rewarding"):
         n = recipe.ranking.samples
-        several = {"responses": n / 2, "verdicts": n * (n - 1) / 2}
-        if recipe.ranking.scorer != "self":
-            several["verdicts"] = 0
+        scorer = "points" if recipe.method == "self_rewarding" else recipe.ranking.scorer
+        pairs_of_n = n * (n - 1) / 2 if scorer == "self" else 0  # every two are compared
+        several = {"responses": n / 2, "verdicts": pairs_of_n}
+        if scorer == "points":
+            works.append(_points(recipe, rates, works[1].rows * n / 2))
     return [replace(w, rows=round(w.rows * several.get(w.stage, 1))) for w in works], pairs
+
+
+def _points(recipe: Recipe, rates: Rates, responses: float) -> Work:
+    """Replies of the judge with the points of single responses."""
+    settings, judge = recipe.points, recipe.judging_model
+    around = tokens(templates.source(settings.template))
+    limit = recipe.prompts.max_new_tokens + recipe.responses.max_new_tokens
+    written = min(JUSTIFIED, settings.max_new_tokens)
+    read = around + rates.prompt + rates.response
+    lengths = Lengths(read, written, around + limit, settings.max_new_tokens)
+    rows = round(settings.samples * responses)
+    return Work("ranks", "judge" if recipe.judge else "model", judge, rows, lengths)
 
 
 def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:

@@ -48,3 +48,22 @@ def test_a_ranking_of_four_answers_compares_every_two_of_them():
     )
     assert rows(ranked, "responses") == [2 * n for n in rows(sao, "responses")]
     assert rows(ranked, "verdicts") == [6 * n for n in rows(sao, "verdicts")]
+
+
+def test_self_rewarding_trains_first_and_then_asks_for_points_of_each_response():
+    recipe = load_recipe(
+        "tiny-synpo",
+        {
+            "method": "self_rewarding",
+            "rounds": 2,
+            "iterations.grow": False,
+            "prompts.source": "persona",
+            "prompts.data": None,
+            "self_rewarding.judged_count": 100,
+            "self_rewarding.first": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 8},
+        },
+    )
+    assert rows(recipe, "responses", "round 1") == [] == rows(recipe, "verdicts", "round 2")
+    [responses] = rows(recipe, "responses", "round 2")
+    assert rows(recipe, "ranks", "round 2") == [3 * responses]
+    assert rows(recipe, "training self_rewarding-round1-0") == [600 + 100]

@@ -130,6 +130,21 @@ DRAWN["study"] = (
     [NOTHING, "Who gains?"],
     ["Who gains? (greedy)", "SynPO", "other topics", "(n = 9)"],
 )
+STOPPING = make_table(
+    [
+        *(
+            make_row("study", metric, Interval(value, 0.1, 0.8, 9), unit, **names, round=number)
+            for number in (1, 2)
+            for metric, value, unit, names in (
+                ("good answers", 0.1, "points", {"model": "noisy", "questions": "all"}),
+                ("win rate", 0.6, "%", {"model": "noisy"}),
+            )
+            for names in [{**names, "against": "base", "temperature": 0.0}]
+        ),
+        make_row("study", "right to stop or go on", Interval(0.5, 0.1, 0.9, 6), model="flips"),
+    ]
+)
+DRAWN["stopping"] = ([STOPPING], [GAINS], ["noisy", "flips", "(n = 6 decisions)", "gain by the"])
 
 
 @pytest.fixture
