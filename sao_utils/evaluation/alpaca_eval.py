@@ -127,6 +127,12 @@ def verdicts(annotations: list[dict]) -> list[tuple]:
     return [(row["index"], row["preference"]) for row in asked]
 
 
+def _difficulties(gamed: pd.DataFrame, index: list[int]) -> np.ndarray:
+    """[n] of the prompts with these places among the 805."""
+    known = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
+    return known[index].to_numpy()
+
+
 def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
     """The figures of AlpacaEval's leaderboard from one model's annotations, with intervals.
 
@@ -141,11 +147,13 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
         return {}
     index, wins = [row["index"] for row, _ in valid], [y for _, y in valid]
     found = {"win_rate": win_rate(wins, index)}
-    if benchmark.get("gamed") is not None and find_spec("sklearn"):
-        fit = published_fit(annotations, benchmark["gamed"])
-        found["lc_win_rate_published"] = exact(fit, len(valid))
+    gamed, difficulty = benchmark.get("gamed"), None
+    if gamed is not None:
+        difficulty = _difficulties(gamed, index)
+        if find_spec("sklearn"):
+            found["lc_win_rate_published"] = exact(published_fit(annotations, gamed), len(valid))
     longer = [len(row["output_2"]) - len(row["output_1"]) for row, _ in valid]
-    found["lc_win_rate"] = length_controlled_win_rate(wins, longer, index)
+    found["lc_win_rate"] = length_controlled_win_rate(wins, longer, index, difficulty)
     firsts = [float((y > 0.5) == row["is_switched_outputs"]) for row, y in valid if y != 0.5]
     if firsts:
         found["first_rate"] = win_rate(firsts)
@@ -164,10 +172,10 @@ def _outcomes(annotations: list[dict]) -> list[float]:
 def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
     r"""The length-controlled win rate as alpaca_eval's program fits it: a share, without interval.
 
-    The model of `length_control.length_controlled_win_rate` with the difficulty of each prompt, fitted
-    together with annotations of two gamed baselines that have no intercept and a weight of 0.1 each,
-    with an L1 penalty; its strength is chosen among ten by five-fold cross-validation
-    (`length_controlled_v1`; Dubois and others, 2024, section 3.2).
+    The model of `length_control.length_controlled_win_rate` with difficulties, fitted together with
+    annotations of two gamed baselines that have no intercept and a weight of 0.1 each, with an L1
+    penalty; its strength is chosen among ten by five-fold cross-validation (`length_controlled_v1`;
+    Dubois and others, 2024, section 3.2).
 
     Args:
         annotations: of one model, `index` being the prompt's place among the 805.
@@ -176,8 +184,7 @@ def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
     n = len(annotations)
     longer = np.array([len(row["output_1"]) - len(row["output_2"]) for row in annotations], float)
     longer /= np.std(longer, ddof=1) if np.ptp(longer) > 0 else 1.0
-    known = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
-    difficulty = known[[row["index"] for row in annotations]]
+    difficulty = _difficulties(gamed, [row["index"] for row in annotations])
     own = np.column_stack([np.tanh(longer), difficulty, np.ones(n)])
     theirs = np.column_stack(
         [np.tanh(gamed["std_delta_len"]), gamed["instruction_difficulty"], np.zeros(len(gamed))]

@@ -17,15 +17,17 @@ def length_controlled_win_rate(
     wins: Sequence[float],
     length_difference: Sequence[float],
     clusters: Sequence,
+    difficulty: Sequence[float] | None = None,
     runs: Sequence | None = None,
 ) -> Interval:
     r"""The win rate that the tuned model would have if its answers were as long as the base's.
 
-    Fits P(win) = sigmoid(a + b tanh(d / std(d))), d being the difference in length, and reports
-    sigmoid(a), the prediction at d = 0. This is AlpacaEval's model of one pair of models (Dubois and
-    others, 2024, arXiv 2404.04475; `length_controlled_v1` in its program) without the difficulty of
-    each prompt. Its program also adds comparisons of two gamed baselines, takes an L1 penalty chosen
-    by cross-validation, and gives no interval: its published figures are not these.
+    Fits P(win) = sigmoid(a + b tanh(d / std(d)) + c g), d being the difference in length and g the
+    prompt's difficulty, and reports the mean over prompts of the prediction at d = 0; without g
+    that is sigmoid(a). This is AlpacaEval's model of one pair of models (Dubois and others, 2024,
+    arXiv 2404.04475; `length_controlled_v1` in its program). Its program differs in how it fits:
+    it adds comparisons of two gamed baselines, takes an L1 penalty chosen by cross-validation, and
+    gives no interval. Its published figures are therefore not these to the digit.
 
     The covariance is robust to clustering (Liang and Zeger, 1986), which also makes it right for
     ties and for judges' probabilities (Papke and Wooldridge, 1996, fractional logit). The interval
@@ -36,6 +38,8 @@ def length_controlled_win_rate(
         wins: [n] 1 the tuned model wins, 0 it loses, 0.5 a tie, or a judge's probability.
         length_difference: [n] length of the tuned answer minus that of the base's.
         clusters: [n] the cluster of each comparison.
+        difficulty: [n] the difficulty g of each prompt, known beforehand (AlpacaEval publishes
+            one for each of its 805 prompts); None: without.
         runs: [n] the training (seed) of each comparison; None: of one. With several, the variance
             between trainings is added (`errors.add_trainings`).
 
@@ -43,8 +47,8 @@ def length_controlled_win_rate(
         The length-controlled win rate and its interval. Where all answers are as long as the base's,
         the same fit without b; where all comparisons were won, or lost, or tied, `win_rate`. No
         number where the fit has no finite answer: all differences in length are alike, or length
-        alone parts wins from losses. Comparisons of one cluster, and none at all, have no interval
-        (`without_interval`).
+        (or difficulty) alone parts wins from losses. Comparisons of one cluster, and none at all,
+        have no interval (`without_interval`).
 
     Raises:
         ValueError: missing values, or lengths that differ.
@@ -58,21 +62,23 @@ def length_controlled_win_rate(
     if not codes.any():
         return without_interval(y.mean() if n else math.nan, n)
     design = np.ones((n, 1))
+    if difficulty is not None:
+        g = checked(difficulty, "difficulty")
+        if np.ptp(g) > 0:
+            design = np.column_stack([design, (g - g.mean()) / g.std()])
+    at_zero = design
     if d.any():
         x = _scaled(d)
         if x is None:
             return Interval(math.nan, math.nan, math.nan, n, "all differences in length are alike")
         design = np.column_stack([design, x])
+        at_zero = np.column_stack([at_zero, np.zeros(n)])
     if np.ptp(y) == 0:
         return win_rate(y, codes)
     fit = _fit(y, design)
     if fit is None:
         return Interval(math.nan, math.nan, math.nan, n, "length alone parts wins from losses")
-    moves = design @ fit.normalized_cov_params[0] * (y - fit.fittedvalues)
-    error, freedom = two_way_error(moves, codes, of_run)
-    half = students_t(freedom) * error * math.sqrt((n - 1) / (n - design.shape[1]))
-    low, value, high = expit(fit.params[0] + half * np.array([-1, 0, 1])).tolist()
-    return Interval(value, low, high, n)
+    return _at_equal_length(y, design, at_zero, fit, codes, of_run)
 
 
 def length_curve(
@@ -81,7 +87,7 @@ def length_curve(
     """The chance to win by difference in length: the curve of `length_controlled_win_rate`.
 
     Args:
-        wins, length_difference: [n] as there.
+        wins, length_difference: [n] as there, without difficulties.
         at: [m] differences.
 
     Returns:
@@ -110,7 +116,7 @@ def _scaled(d: np.ndarray) -> np.ndarray | None:
 
 
 def _fit(y: np.ndarray, design: np.ndarray):
-    """statsmodels' logistic fit of [n] outcomes on [n, m] columns: 1 and, if m = 2, length.
+    """statsmodels' logistic fit of [n] outcomes on [n, m] columns, the last being of length.
 
     None where it has no finite answer, or no comparison left over to tell its error by.
     """
@@ -126,3 +132,35 @@ def _fit(y: np.ndarray, design: np.ndarray):
         fit = sm.GLM(y, design, family=sm.families.Binomial()).fit(maxiter=200, tol=1e-12)
     # Beyond 30 a probability is 0 or 1 to the last digit: the fit ran away.
     return fit if fit.converged and np.abs(fit.params).max() < 30 else None
+
+
+def _at_equal_length(
+    y: np.ndarray,
+    design: np.ndarray,
+    at_zero: np.ndarray,
+    fit,
+    codes: np.ndarray,
+    of_run: np.ndarray,
+) -> Interval:
+    """The mean prediction of a fit at equal length, with its interval.
+
+    Each comparison moves the result by what it does to the coefficients and, where difficulties
+    differ, by its own prediction being one of those averaged. The first alone is Liang and
+    Zeger's covariance, robust to clustering.
+
+    Args:
+        design, at_zero: [n, m] the comparisons as they are, and with length set to equal.
+    """
+    n, parameters = design.shape
+    predicted = expit(at_zero @ fit.params)
+    mean = predicted.mean()
+    log_odds = math.log(mean / (1 - mean))
+    slopes = predicted * (1 - predicted) / (n * mean * (1 - mean))
+    residuals = y - expit(design @ fit.params)
+    moves = design @ (fit.normalized_cov_params @ (slopes @ at_zero)) * residuals
+    if np.ptp(at_zero, axis=0).any():
+        moves += (predicted / mean - 1) / (1 - mean) / n
+    error, freedom = two_way_error(moves, codes, of_run)
+    half = students_t(freedom) * error * math.sqrt((n - 1) / (n - parameters))
+    low, value, high = expit(log_odds + half * np.array([-1, 0, 1]))
+    return Interval(float(value), float(low), float(high), n)

@@ -124,8 +124,12 @@ def test_win_rates_are_those_of_alpaca_evals_program(annotated, official):
     assert ours["win_rate"].n == theirs["n_total"]
     half = (ours["win_rate"].high - ours["win_rate"].low) / 2
     assert half == pytest.approx(1.96 * theirs["standard_error"] / 100, rel=0.03)
-    published = official["length_controlled"]["published"]
-    assert ours["lc_win_rate"].low < published / 100 < ours["lc_win_rate"].high
+    # Length control is the program's without its penalty, within a twentieth of a point.
+    unpenalised = official["length_controlled"]["unpenalised"]
+    assert 100 * ours["lc_win_rate"].value == pytest.approx(unpenalised, abs=0.05)
+    minimal = alpaca_eval.figures(annotations, {})["lc_win_rate"]
+    assert minimal.low < ours["lc_win_rate"].value < minimal.high
+    assert minimal.value != ours["lc_win_rate"].value
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="needs scikit-learn")

@@ -34,6 +34,31 @@ def test_the_interval_is_that_of_statsmodels_with_a_clustered_covariance():
     assert (found.low, found.value, found.high) == pytest.approx(tuple(bounds), abs=1e-6)
 
 
+def test_alpaca_evals_model_with_difficulties_by_newtons_method():
+    rng = np.random.default_rng(30)
+    n = 805
+    difficulty, d = rng.normal(1, 2, n), rng.normal(150, 400, n)
+    x = np.column_stack([np.ones(n), np.tanh(d / d.std(ddof=1)), difficulty])
+    y = special.expit(x @ [-0.3, 0.8, 0.5] + rng.normal(0, 2, n))
+
+    def without(i):
+        """The rate at equal length without prompt i."""
+        keep, b = np.arange(n) != i, np.zeros(3)
+        for _ in range(8):
+            p = special.expit(x[keep] @ b)
+            slope = x[keep].T @ (y[keep] - p)
+            b = b + np.linalg.solve((x[keep].T * (p * (1 - p))) @ x[keep], slope)
+        return special.expit(b[0] + b[2] * difficulty[keep]).mean()
+
+    found = length_controlled_win_rate(y, d, range(n), difficulty)
+    assert found.value == pytest.approx(without(-1), abs=1e-10)
+    assert length_controlled_win_rate(y, d, range(n)).value != pytest.approx(found.value, abs=1e-4)
+    sample = special.logit([without(i) for i in range(n)])  # the jackknife
+    error = math.sqrt((n - 1) / n * ((sample - sample.mean()) ** 2).sum())
+    half = special.logit([found.low, found.high]) @ [-0.5, 0.5]
+    assert half == pytest.approx(stats.t.ppf(0.975, n - 1) * error, rel=0.01)
+
+
 def test_it_is_the_raw_win_rate_when_lengths_are_equal():
     rng = np.random.default_rng(12)
     wins, _, clusters = comparisons(rng, 0.6, 0.0)
