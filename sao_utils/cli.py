@@ -209,26 +209,21 @@ def publish(
     """Upload a trained model, or the data of a run, with its card to the Hugging Face hub."""
     from sao_utils.report import publish as publishing
     from sao_utils.report.card import PublishError
-    from sao_utils.report.data import write_data_set
 
     opened = _opened(name)
     try:
-        if data:
-            files = sorted(path for path in write_data_set(opened).rglob("*") if path.is_file())
-        else:
-            files = publishing.contents(opened, arm, seed)
+        files = publishing.contents(opened, arm, seed, data)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
         for path in files:  # a card is the first
             shown = path.relative_to(files[0].parent)
             typer.echo(f"  {shown}  {path.stat().st_size / 1e3:,.0f} kB")
-        if data:
-            typer.echo(f"They are in {files[0].parent}, to look at.")
         if not yes:
             typer.confirm("Upload these files?", abort=True)
+        how = {"private": not public, "log": _log}
         if data:
-            url = publishing.publish_data(opened, to, private=not public, log=_log)
+            url = publishing.publish_data(opened, to, **how)
         else:
-            url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
+            url = publishing.publish(opened, arm, seed, to, **how)
     except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
@@ -258,13 +253,13 @@ def export(
     arm = arm or data.main_arm(opened)
     chosen = chosen or arm == "sft_random"  # its other answers were not rejected by anyone
     try:
-        count = data.export(opened, form, to, arm, seed, chosen)
+        rows = data.export(opened, form, to, arm, seed, chosen)
     except PublishError as error:
         _fail(error, 1)
-    typer.echo(f"{count:,} {'answers' if chosen else 'pairs'} of '{arm}' are in {to}")
+    typer.echo(f"{len(rows):,} {'answers' if chosen else 'pairs'} of '{arm}' are in {to}")
     if form != "trl":
-        entry = json.dumps(data.dataset_info(to, form, chosen))
-        typer.echo(f"For LLaMA-Factory's dataset_info.json, beside the file:\n{entry}")
+        entry = json.dumps(data.dataset_info(to, form, rows))
+        typer.echo(f"For dataset_info.json of LLaMA-Factory, beside the file:\n{entry}")
 
 
 @app.command()

@@ -211,7 +211,10 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
         personas=personas,
         persona_hub=HUB_PERSONAS,
         counts=counts,
-        about={name: _about(name) for name in stages},
+        about={
+            name: STAGES.get(name, f"pairs: {model_in_words(name[6:] or 'self')}")
+            for name in stages
+        },
         funnels=_funnels(stages),
         quality=_judge_quality(run, stages[main]),
         versions=noted.get("versions", {}),
@@ -230,13 +233,6 @@ def without_paths(value):
         return [without_paths(one) for one in value]
     local = isinstance(value, str) and re.match(r"/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\", value)
     return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if local else value
-
-
-def _about(name: str) -> str:
-    """What a configuration holds."""
-    arm = name.removeprefix("pairs_")
-    of_arm = "what is trained on" if name == "pairs" else f"the pairs of {model_in_words(arm)}"
-    return STAGES.get(name, of_arm)
 
 
 def _funnels(stages: dict[str, list[dict]]) -> list[tuple[str, int, str]]:

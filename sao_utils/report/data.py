@@ -17,15 +17,22 @@ from sao_utils.stages.pairs import kept_pairs
 from sao_utils.store import Run, read_rows
 
 Format = Literal["trl", "alpaca", "sharegpt"]
-#: All columns that are published; of a stage those that its rows have. Bookkeeping of requests, servers and
-#: money is not among them.
+#: The columns that are published, of each stage those that it has: nothing of requests, servers and money.
 COLUMNS = (
     "id arm seed round source persona keywords pair_id prompt_id response_id response_ids order sample model "
     "judge method temperature prompt reply text chosen rejected reasoning logps reward outcome margin gap "
     "lengths tokens finished discarded"
 ).split()
-#: What tells rows apart that were made by different settings.
-WAY = ("seed", "round", "source", "model", "temperature")
+WAY = ("seed", "round", "source", "model", "temperature")  # in which rows were made
+#: column of a file -> what LLaMA-Factory calls it
+LLAMA_FACTORY = {
+    "instruction": "prompt",
+    "input": "query",
+    "output": "response",
+    "conversations": "messages",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
 
 
 def main_arm(run: Run) -> str:
@@ -33,72 +40,60 @@ def main_arm(run: Run) -> str:
     return "self" if run.recipe.method == "sao" else run.recipe.method
 
 
-def pairs_of(run: Run, arm: str) -> list[dict]:
-    """The pairs of an arm or method, discarded ones too. Raises PublishError where none is to train on."""
-    found = kept_pairs(run, arm)
-    if any(row["discarded"] is None for row in found):
-        return found
-    there = ", ".join(_arms(run)) or "none yet"
-    raise PublishError(f"The run '{run.folder.name}' has no pairs of '{arm}'. It has: {there}.")
+def all_pairs(run: Run, wanted: str) -> dict[str, list[dict]]:
+    """The pairs of every arm or method that has some, discarded ones too.
 
-
-def _arms(run: Run) -> list[str]:
-    files = sorted(path.stem for path in run.rows("").parent.glob("pairs*.jsonl"))
-    return ["self" if name == "pairs" else name.removeprefix("pairs_") for name in files]
+    Raises:
+        PublishError: `wanted` is not among them.
+    """
+    files = sorted(path for path in run.rows("").parent.glob("pairs*.jsonl") if path.stat().st_size)
+    arms = [path.stem.removeprefix("pairs").removeprefix("_") or "self" for path in files]
+    if wanted not in arms:
+        there = ", ".join(arms) or "none yet"
+        raise PublishError(
+            f"The run '{run.folder.name}' has no pairs of '{wanted}'. It has: {there}."
+        )
+    return {arm: kept_pairs(run, arm) for arm in arms}
 
 
 def stages(run: Run) -> dict[str, list[dict]]:
-    """The rows behind a run's pairs, by stage; rows that an earlier recipe of the run left are not taken.
+    """The rows behind a run's pairs, by stage; what an earlier recipe of the run left is not taken.
 
     Raises:
         PublishError: there are no pairs yet.
     """
-    pairs_of(run, main_arm(run))
-    pairs = {arm: kept_pairs(run, arm) for arm in _arms(run)}
+    pairs = all_pairs(run, main_arm(run))
     every = [row for rows in pairs.values() for row in rows]
     asked = {row["prompt_id"] for row in every}
-    used = {i for row in every for i in row["response_ids"]}
-    improved = _made_alike(_latest(run, "improved"), used)
-    drafts = _made_alike(_latest(run, "responses"), used | {row["response_id"] for row in improved})
+    used = {identity for row in every for identity in row["response_ids"]}
+    prompts, improved = _made_like(run, "prompts", asked), _made_like(run, "improved", used)
+    drafts = _made_like(run, "responses", used | {row["response_id"] for row in improved})
     found = {
-        "prompts": [
-            row
-            for row in _made_alike(_latest(run, "prompts"), asked)
-            if row["id"] in asked or row["discarded"]
-        ],
+        "prompts": [row for row in prompts if row["id"] in asked or row["discarded"]],
         "responses": [row for row in drafts if row["prompt_id"] in asked],
         "improved": [row for row in improved if row["prompt_id"] in asked],
     }
     texts = {row["id"] for row in found["responses"] + found["improved"]}
     for stage in ("verdicts", "scores", "ranks"):
-        found[stage] = [
-            row
-            for row in _latest(run, stage)
-            if texts.issuperset(row.get("response_ids") or [row.get("response_id")])
-        ]
+        rows = {row["id"]: row for row in read_rows(run.rows(stage))}.values()
+        about = [row.get("response_ids") or [row["response_id"]] for row in rows]
+        found[stage] = [row for row, ids in zip(rows, about) if texts.issuperset(ids)]
     found |= {"pairs" if arm == "self" else f"pairs_{arm}": rows for arm, rows in pairs.items()}
     return {stage: rows for stage, rows in found.items() if rows}
 
 
-def _latest(run: Run, stage: str) -> list[dict]:
-    return list({row["id"]: row for row in read_rows(run.rows(stage))}.values())
-
-
-def _made_alike(rows: list[dict], ids: set[str]) -> list[dict]:
-    """The rows that were made in the same way as those of some ids."""
-
-    def way(row: dict) -> tuple:
-        return tuple(row.get(key) for key in WAY)
-
-    ways = {way(row) for row in rows if row["id"] in ids}
-    return [row for row in rows if way(row) in ways]
+def _made_like(run: Run, stage: str, ids: set[str]) -> list[dict]:
+    """The rows of a stage that were made in the same way as those of some ids."""
+    rows = {row["id"]: row for row in read_rows(run.rows(stage))}.values()
+    ways = {tuple(map(row.get, WAY)) for row in rows if row["id"] in ids}
+    return [row for row in rows if tuple(map(row.get, WAY)) in ways]
 
 
 def write_data_set(run: Run) -> Path:
     """Write a run's data as a data set: parquet, a configuration a stage, and its card.
 
-    Discarded rows are a split of their own: whoever judges the method needs them, and whoever trains on
-    "train" does not get them by mistake.
+    Discarded rows are a split of their own: whoever looks into the method needs them, and whoever trains
+    on "train" does not get them by mistake.
 
     Returns:
         The folder, made anew: README.md and <configuration>/<split>.parquet.
@@ -112,11 +107,11 @@ def write_data_set(run: Run) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for stage, rows in found.items():
         columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+        # Of all rows at once: both splits must have the same types.
         data = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
-        for split, is_it in (("train", False), ("discarded", True)):
-            of = [k for k, row in enumerate(rows) if bool(row.get("discarded")) == is_it]
-            if of:
-                (folder / stage).mkdir(parents=True, exist_ok=True)
+        (folder / stage).mkdir(parents=True)
+        for split, out in (("train", False), ("discarded", True)):
+            if of := [k for k, row in enumerate(rows) if bool(row.get("discarded")) == out]:
                 data.select(of).to_parquet(folder / stage / f"{split}.parquet")
     write_data_card(run, folder, found, main_arm(run))
     return folder
@@ -124,7 +119,7 @@ def write_data_set(run: Run) -> Path:
 
 def export(
     run: Run, form: Format, path: Path, arm: str, seed: int | None = None, answers: bool = False
-) -> int:
+) -> list[dict]:
     """Write the pairs of an arm or method into a file that other trainers read.
 
     Args:
@@ -133,45 +128,40 @@ def export(
         answers: the chosen answers alone, for SFT.
 
     Returns:
-        How many were written.
+        What was written.
 
     Raises:
         PublishError: there are no such pairs.
     """
-    rows = [row for row in pairs_of(run, arm) if row["discarded"] is None]
-    rows = [record(row, form, answers) for row in rows if seed in (None, row["seed"])]
+    rows = [row for row in all_pairs(run, arm)[arm] if row["discarded"] is None]
+    rows = [_exported(row, form, answers) for row in rows if seed in (None, row["seed"])]
     if not rows:
         raise PublishError(f"There are no pairs of '{arm}' of seed {seed}.")
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_whole(path, json_lines(rows) if form == "trl" else text)
-    return len(rows)
+    return rows
 
 
-def record(pair: dict, form: Format, answers: bool) -> dict:
-    """A pair, or its chosen answer, in the form of a trainer."""
-    sides = ("chosen",) if answers else ("chosen", "rejected")
+def _exported(pair: dict, form: Format, answers: bool) -> dict:
+    sides = {side: pair[side] for side in ("chosen", "rejected")[: 1 if answers else 2]}
     if form == "trl":
-        made = {"prompt": pair["prompt"], **{side: pair[side] for side in sides}}
-        return {"prompt": made["prompt"], "completion": made["chosen"]} if answers else made
-    question, text = pair["prompt"][-1]["content"], {s: pair[s][-1]["content"] for s in sides}
+        return {"prompt": pair["prompt"], **({"completion": sides["chosen"]} if answers else sides)}
+    question = pair["prompt"][-1]["content"]
+    texts = {side: messages[-1]["content"] for side, messages in sides.items()}
     if form == "alpaca":
-        text = {"output": text["chosen"]} if answers else text
-        return {"instruction": question, "input": "", **text}
-    asked = {"from": "human", "value": question}
-    said = {side: {"from": "gpt", "value": value} for side, value in text.items()}
-    if answers:
-        return {"conversations": [asked, said["chosen"]]}
-    return {"conversations": [asked], **said}
+        texts = {"output": texts["chosen"]} if answers else texts
+        return {"instruction": question, "input": "", **texts}
+    turns = {side: {"from": "gpt", "value": text} for side, text in texts.items()}
+    asked = [{"from": "human", "value": question}]
+    return (
+        {"conversations": asked + [turns["chosen"]]}
+        if answers
+        else {"conversations": asked, **turns}
+    )
 
 
-def dataset_info(path: Path, form: Format, answers: bool) -> dict:
+def dataset_info(path: Path, form: Format, rows: list[dict]) -> dict:
     """The entry of an exported file in LLaMA-Factory's dataset_info.json."""
-    columns = {"prompt": "instruction", "query": "input"}
-    if form == "sharegpt":
-        columns = {"messages": "conversations"}
-    elif answers:
-        columns["response"] = "output"
-    if not answers:
-        columns |= {"chosen": "chosen", "rejected": "rejected"}
-    how = {"formatting": form, "ranking": not answers, "columns": columns}
+    columns = {LLAMA_FACTORY[key]: key for key in rows[0]}
+    how = {"formatting": form, "ranking": "rejected" in columns, "columns": columns}
     return {path.stem: {"file_name": path.name, **how}}

@@ -26,8 +26,10 @@ WHOLE = (
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 
 
-def contents(run: Run, arm: Arm, seed: int) -> list[Path]:
-    """The files of a finished model that publishing uploads, its card first."""
+def contents(run: Run, arm: Arm, seed: int, data: bool = False) -> list[Path]:
+    """The files of a finished model, or of the run's data, that publishing uploads, the card first."""
+    if data:
+        return sorted(path for path in write_data_set(run).rglob("*") if path.is_file())
     folder = finished(run, arm, seed)
     names = ADAPTER if (folder / "adapter_model.safetensors").is_file() else WHOLE
     files = sorted(path for path in folder.iterdir() if path.is_file())
