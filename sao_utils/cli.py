@@ -1,4 +1,4 @@
-"""The command `sao`: plan or run a recipe, show its results, publish or merge what was trained.
+"""The command `sao`: plan or run a recipe, show its results, publish, export or merge what was made.
 
 Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 what was requested is
 not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
@@ -6,6 +6,7 @@ not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import psutil
 import typer
@@ -197,27 +198,68 @@ def publish(
     to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository on the hub.")],
     arm: ArmName = "self",
     seed: Seed = 0,
+    data: Annotated[
+        bool, typer.Option("--data", help="The run's data, trained or not, instead of a model.")
+    ] = False,
     public: Annotated[
         bool, typer.Option("--public", help="For everyone; else only you see it.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Upload a trained model with its card to the Hugging Face hub."""
+    """Upload a trained model, or the data of a run, with its card to the Hugging Face hub."""
     from sao_utils.report import publish as publishing
     from sao_utils.report.card import PublishError
 
     opened = _opened(name)
     try:
-        files = publishing.contents(opened, arm, seed)
+        files = publishing.contents(opened, arm, seed, data)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
-        for path in files:
-            typer.echo(f"  {path.name}  {path.stat().st_size / 1e3:,.0f} kB")
+        for path in files:  # a card is the first
+            shown = path.relative_to(files[0].parent)
+            typer.echo(f"  {shown}  {path.stat().st_size / 1e3:,.0f} kB")
         if not yes:
             typer.confirm("Upload these files?", abort=True)
-        url = publishing.publish(opened, arm, seed, to, private=not public, log=_log)
+        how = {"private": not public, "log": _log}
+        if data:
+            url = publishing.publish_data(opened, to, **how)
+        else:
+            url = publishing.publish(opened, arm, seed, to, **how)
     except PublishError as error:
         _fail(error, 1)
     typer.echo(f"Published: {url}")
+
+
+@app.command()
+def export(
+    name: RunName,
+    form: Annotated[
+        Literal["trl", "alpaca", "sharegpt"],
+        typer.Option("--format", help="The two last as LLaMA-Factory reads them."),
+    ],
+    to: Annotated[Path, typer.Option(metavar="FILE", help="A new file, .jsonl for trl or .json.")],
+    arm: Annotated[
+        str | None, typer.Option(help="Whose pairs: self, random, ...; else the method's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of which seed; else of all.")] = None,
+    chosen: Annotated[bool, typer.Option("--chosen", help="The chosen answers alone.")] = False,
+) -> None:
+    """Write a run's pairs, or the chosen answers, into a file for other trainers."""
+    from sao_utils.report import data
+    from sao_utils.report.card import PublishError
+
+    opened = _opened(name)
+    if to.exists():
+        _fail(f"{to} exists. Take another name.", 2)
+    arm = arm or data.main_arm(opened)
+    chosen = chosen or arm == "sft_random"  # its other answers were not rejected by anyone
+    try:
+        rows = data.export(opened, form, to, arm, seed, chosen)
+    except PublishError as error:
+        _fail(error, 1)
+    typer.echo(f"{len(rows):,} {'answers' if chosen else 'pairs'} of '{arm}' are in {to}")
+    if form != "trl":
+        entry = json.dumps(data.dataset_info(to, form, rows))
+        typer.echo(f"For dataset_info.json of LLaMA-Factory, beside the file:\n{entry}")
 
 
 @app.command()

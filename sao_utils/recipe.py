@@ -176,6 +176,12 @@ class Training(Section):
     checkpoint_minutes: PositiveFloat = 1.0  # work that a kill may cost
     probe_steps: int = Field(0, ge=0)  # look for degeneration every so many steps
     probe_prompts: PositiveInt = 8
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()  # a name will do, too
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_a_list(cls, value):
+        return (value,) if isinstance(value, str) else value or ()
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -84,6 +85,13 @@ def open_run(
         raise RecipeError(f"A run's name has letters, digits, '.', '_' and '-' only; not '{name}'.")
     if name in ("reported", "benchmarks", "cache"):
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
+    for service in loaded.training.report_to:  # now, not after hours of other stages
+        if (
+            getattr(find_spec(service), "origin", None) is None
+        ):  # wandb also leaves a folder of its name
+            raise RecipeError(
+                f"training.report_to={service} needs a package that is not here: pip install {service}"
+            )
     folder = results_folder() / name
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     return _save(loaded, folder)

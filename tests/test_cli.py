@@ -58,7 +58,9 @@ def run(folder):
 def test_help_comes_at_once():
     loaded = "import sys, sao_utils.cli; print(*{'torch', 'papermill'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "\n"
-    assert {"run", "plan", "show", "publish", "merge", "recipes"} <= set(sao("--help").split())
+    assert {"run", "plan", "show", "publish", "export", "merge", "recipes"} <= set(
+        sao("--help").split()
+    )
     assert any(line.startswith("tiny ") and "CPU" in line for line in sao("recipes").splitlines())
 
 
@@ -251,6 +253,39 @@ def test_publish_lists_what_it_uploads_and_asks(run, adapter, published):
     assert done.exit_code == 0 and "Published: https://huggingface.co/anna/adapter" in done.output
     assert published == [(2.5, "self", 0, "anna/adapter", True)]
     assert "PUBLIC" in sao(*words, "--public", "--yes") and published[1][-1] is False
+
+
+@pytest.fixture
+def pair(run):
+    """A run with one pair, of which nothing is trained."""
+    of = {"id": "p", "seed": 0, "round": 0, "discarded": None, "source": "file"}
+    row = {**of, "prompt_id": "p", "response_ids": ["a", "b"], "outcome": "consistent", "margin": 3}
+    row |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row |= {"prompt": [{"role": "user", "content": "Why?"}]}
+    run.rows("prompts").write_text(json.dumps({**of, "prompt": "Why?"}) + "\n")
+    run.rows("pairs").write_text(json.dumps(row) + "\n")
+
+
+def test_the_data_of_a_run_that_is_not_trained_is_listed_and_published(pair, monkeypatch):
+    sent = []
+    to_hub = lambda run, repo, private, **_: sent.append((repo, private)) or "there"  # noqa: E731
+    monkeypatch.setattr(publishing, "publish_data", to_hub)
+    shown = sao("publish", "mine", "--data", "--to", "anna/data", "--yes")
+    assert "README.md" in shown and "pairs/train.parquet" in shown
+    assert "Published: there" in shown and sent == [("anna/data", True)]
+
+
+def test_export_writes_a_new_file_and_says_what_llama_factory_wants(pair, tmp_path):
+    to = tmp_path / "mine.json"
+    words = ("export", "mine", "--format", "alpaca", "--to", str(to))
+    shown = sao(*words)
+    assert "1 pairs of 'self'" in shown and '{"mine": {"file_name": "mine.json"' in shown
+    made = {"instruction": "Why?", "input": "", "chosen": "chosen", "rejected": "rejected"}
+    assert json.loads(to.read_text()) == [made]
+    assert "Take another name" in sao(*words, code=2)
+    to.unlink()
+    assert "no pairs of 'oracle'. It has: self" in sao(*words, "--arm", "oracle", code=1)
+    assert "1 answers of 'self'" in sao(*words, "--chosen")
 
 
 @pytest.mark.parametrize("command", ["publish", "merge"])

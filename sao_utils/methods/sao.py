@@ -172,7 +172,11 @@ def funnel(run: Run, arm: Arm = "self") -> list[tuple[str, int]]:
         (label, count) rows: "asked for", minus each reason, "prompts", minus each reason, "pairs".
         The counts of the reasons are negative, so that they add up: no row is lost without a reason.
     """
-    prompts, made = rows(run, "prompts"), pairs(run, arm)
+    return funnel_of(rows(run, "prompts"), pairs(run, arm))
+
+
+def funnel_of(prompts: list[dict], made: list[dict]) -> list[tuple[str, int]]:
+    """The same of rows that are there: prompts and pairs, discarded ones among them."""
     kept = [row for row in prompts if row["discarded"] is None]
     used = [row for row in made if row["discarded"] is None]
     return [

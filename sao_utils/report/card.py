@@ -1,4 +1,4 @@
-"""The card of a trained model: what it is, what made it, what was found about it, how to load it.
+"""The cards of a trained model and of a run's data: what it is, what made it, what was found, how to load it.
 
 Nothing here trains, evaluates or generates. What made a model is noted beside it when it is trained
 (made_with.json), because a recipe may change later.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from sao_utils.machine import versions
+from sao_utils.methods.sao import funnel_of
 from sao_utils.recipe import Arm, Training
+from sao_utils.report.rounds import pair_metrics
 from sao_utils.report.table import read_table, select
 from sao_utils.report.words import NOT_COMPARABLE, in_words, model_in_words, models, what
 from sao_utils.stages.personas import HUB_PERSONAS
@@ -24,12 +28,22 @@ from sao_utils.training.fit import read_done, settings_used
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.
 TINY = "sao_utils/tiny/model"
-#: The sections of a recipe that make a model; the others say how it is looked at.
-MAKING = ("model", "judge", "prompts", "responses", "judging", "pairs", "training")
+#: The sections of a recipe that make data, and a model; the others say how it is looked at.
+DATA = ("model", "judge", "prompts", "responses", "judging", "pairs")
+MAKING = (*DATA, "training")
+#: configuration of a data set -> what it holds
+STAGES = {
+    "prompts": "prompts, with the persona or keywords that they were written for",
+    "responses": "answers to the prompts",
+    "improved": "answers that the improver rewrote",
+    "verdicts": "the judge's verdict on two answers, a row an order",
+    "scores": "what the scorer said of two answers",
+    "ranks": "what the scorer said of every two answers to a prompt",
+}
 
 
 class PublishError(RuntimeError):
-    """A model has no card, or cannot be published; the message says why and what to do."""
+    """A model or data has no card, or cannot be published; the message says why and what to do."""
 
 
 def finished(run: Run, arm: Arm, seed: int) -> Path:
@@ -111,17 +125,22 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
     return folder / "README.md"
 
 
+def _recipe_of_results(run: Run, recipe: dict, keys: Iterable[str]) -> dict | None:
+    """The recipe that the run's results belong to; None without results, or if a key was another."""
+    then_file = run.folder / "tables" / "recipe.yaml"
+    if not (run.folder / "tables" / "results.json").is_file() or not then_file.is_file():
+        return None
+    then = yaml.safe_load(then_file.read_text(encoding="utf-8"))
+    return then if all(then.get(key) == recipe[key] for key in keys) else None
+
+
 def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str]], list[int]]:
     """The run's results about this model, in words, and the seeds that they are over.
 
     Both are empty unless all that makes a model was the same for them.
     """
-    then_file = run.folder / "tables" / "recipe.yaml"
-    if not (run.folder / "tables" / "results.json").is_file() or not then_file.is_file():
-        return [], []
-    then = yaml.safe_load(then_file.read_text(encoding="utf-8"))
-    same = all(then.get(key) == recipe[key] for key in MAKING)
-    if not (same and arm in then["arms"] and seed in then["seeds"]):
+    then = _recipe_of_results(run, recipe, MAKING)
+    if not (then and arm in then["arms"] and seed in then["seeds"]):
         return [], []
     judge = "the base model itself, both orders" if not recipe["judge"] else "the recipe's judge"
     judges = {"oracle": "the tiny world's exact oracle", "self": judge}
@@ -139,3 +158,106 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
         and row.value == row.value
     ]
     return rows, then["seeds"]
+
+
+def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: str) -> Path:
+    """Write the card of a run's data, README.md in its folder.
+
+    Args:
+        stages: the rows of each configuration (`data.stages`), discarded ones among them.
+        arm: whose pairs the run is about.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    keys = {"method", "rounds", "seeds", *DATA}
+    if run.recipe.iterated:
+        keys |= {"training", "iterations", "synpo", "ranking", "points", "self_rewarding"}
+    recipe = run.recipe.model_dump(mode="json", include=keys, exclude_none=True)
+    where = {name: kind(recipe[name]) for name in ("model", "judge") if name in recipe}
+    recipe = without_paths(recipe)
+    prompts, main = recipe["prompts"], "pairs" if arm == "self" else f"pairs_{arm}"
+    personas = None if prompts["source"] in ("file", "keywords") else prompts.get("personas")
+    ours = {*where.values(), personas or prompts.get("data", "tiny")} == {"tiny"}
+    counts = {
+        name: Counter("discarded" if row.get("discarded") else "train" for row in rows)
+        for name, rows in stages.items()
+    }
+    front = DatasetCardData(
+        license="cc-by-nc-sa-4.0" if personas == "hub" else "mit" if ours else "unknown",
+        task_categories=["text-generation"],
+        tags=["self-alignment", "preference", "self-generated-data", recipe["method"]],
+        configs=[
+            {
+                "config_name": name,
+                "data_files": [
+                    {"split": s, "path": f"{name}/{s}.parquet"} for s in sorted(of)[::-1]
+                ],
+                **({"default": True} if name == main else {}),
+            }
+            for name, of in counts.items()
+        ],
+    )
+    manifest = run.folder / "manifest.json"
+    noted = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    card = DatasetCard.from_template(
+        front,
+        template_str=(files("sao_utils.report") / "data_card.jinja").read_text(encoding="utf-8"),
+        run=run.folder.name,
+        method=model_in_words("sao" if arm == "self" else arm),
+        main=main,
+        where=where,
+        recipe=recipe,
+        recipe_text=yaml.safe_dump(recipe, sort_keys=False),
+        personas=personas,
+        persona_hub=HUB_PERSONAS,
+        counts=counts,
+        about={
+            name: STAGES.get(name, f"pairs: {model_in_words(name[6:] or 'self')}")
+            for name in stages
+        },
+        funnels=_funnels(stages),
+        quality=_judge_quality(run, stages[main]),
+        versions=noted.get("versions", {}),
+        not_comparable=NOT_COMPARABLE,
+    )
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def without_paths(value):
+    """A recipe's values as others may see them: files by their names; of servers no address and no key."""
+    if isinstance(value, dict):
+        shown = {key: one for key, one in value.items() if key not in ("url", "key_variable")}
+        return {key: without_paths(one) for key, one in shown.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    local = isinstance(value, str) and re.match(r"/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\", value)
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if local else value
+
+
+def _funnels(stages: dict[str, list[dict]]) -> list[tuple[str, int, str]]:
+    """(configuration, round, "40 asked for - 3 malformed = 37 prompts ...") of all pairs."""
+    found = []
+    for name in (name for name in stages if name.startswith("pairs")):
+        for number in sorted({row["round"] for row in stages[name]}):
+            of = [[r for r in stages[key] if r["round"] == number] for key in ("prompts", name)]
+            text = ""
+            for label, count in funnel_of(*of):
+                sign = " - " if count < 0 else " = "
+                text += f"{sign if text else ''}{abs(count):,} {label}"
+            found.append((name, number + 1, text))
+    return found
+
+
+def _judge_quality(run: Run, pairs: list[dict]) -> list[tuple[str, str, str]]:
+    """(what, value with its interval, n) of the run's pairs, and of its results about the judge."""
+    found, rounds = [], sorted({row["round"] for row in pairs})
+    for number in rounds:
+        for metric, one in pair_metrics([r for r in pairs if r["round"] == number]).items():
+            of_round = f", round {number + 1}" if len(rounds) > 1 else ""
+            if one.n:
+                found.append((metric + of_round, in_words(one), f"{one.n:,}"))
+    if _recipe_of_results(run, run.recipe.model_dump(mode="json"), ("seeds", *DATA)):
+        rows = select(read_table(run.folder), section="judge").itertuples(index=False)
+        found += [(what(row), in_words(row), f"{row.n:,}") for row in rows]
+    return found

@@ -1,4 +1,4 @@
-"""Uploading a trained model to the Hugging Face hub: one explicit call, and no file but those listed."""
+"""Uploading a model or a run's data to the Hugging Face hub: one explicit call, no file but those listed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sao_utils.recipe import Arm
 from sao_utils.report.card import TINY, PublishError, finished, kind, made_with, write_card
+from sao_utils.report.data import write_data_set
 from sao_utils.store import Run
 
 #: Files that may leave the machine, of an adapter and of a whole model. Logs, probes, rows and
@@ -25,8 +26,10 @@ WHOLE = (
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 
 
-def contents(run: Run, arm: Arm, seed: int) -> list[Path]:
-    """The files of a finished model that publishing uploads, its card first."""
+def contents(run: Run, arm: Arm, seed: int, data: bool = False) -> list[Path]:
+    """The files of a finished model, or of the run's data, that publishing uploads, the card first."""
+    if data:
+        return sorted(path for path in write_data_set(run).rglob("*") if path.is_file())
     folder = finished(run, arm, seed)
     names = ADAPTER if (folder / "adapter_model.safetensors").is_file() else WHOLE
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -58,11 +61,6 @@ def publish(
         PublishError: no name of a repository, not trained, a base model that nobody else has, or the
             upload did not finish (offline, not logged in, refused by the hub); the message says which.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HTTPError
-
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise PublishError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.")
     model = made_with(run, finished(run, arm, seed))["recipe"]["model"]
     if kind(model) == "folder":
         raise PublishError(
@@ -71,22 +69,45 @@ def publish(
             "the hub and train again, or publish the base model first."
         )
     write_card(run, arm, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in contents(run, arm, seed):
+            _copy(path, Path(folder) / path.name, model)
+        message = f"{arm}, seed {seed}, of the run {run.folder.name}"
+        return _upload(Path(folder), repo, "model", private, message, log)
+
+
+def publish_data(
+    run: Run, repo: str, private: bool = True, log: Callable[[str], None] = print
+) -> str:
+    """Upload a run's data and its card, written anew, as a data set (`data.write_data_set`).
+
+    Args, returns and raises as `publish`; no model needs to be trained.
+    """
+    message = f"Data of the run {run.folder.name}"
+    return _upload(write_data_set(run), repo, "dataset", private, message, log)
+
+
+def _upload(
+    folder: Path, repo: str, of: str, private: bool, message: str, log: Callable[[str], None]
+) -> str:
+    """Upload a folder to a repository of a type; returns its address. Raises PublishError."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise PublishError(f"--to takes user/name, such as anna/my-adapter; not '{repo}'.")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for path in contents(run, arm, seed):
-                _copy(path, Path(folder) / path.name, model)
-            api = huggingface_hub.HfApi()
-            user = api.whoami()["name"]
-            url = api.create_repo(repo, private=private, exist_ok=True)
-            if private and not api.model_info(repo).private:
-                raise PublishError(
-                    f"{repo} exists already and is public. Use --public if you mean it, or take "
-                    "another name. Nothing was uploaded."
-                )
-            log(f"Uploading to {repo} as {user} ...")
-            message = f"{arm}, seed {seed}, of the run {run.folder.name}"
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-            return str(url)
+        api = huggingface_hub.HfApi()
+        user = api.whoami()["name"]
+        url = api.create_repo(repo, repo_type=of, private=private, exist_ok=True)
+        if private and not api.repo_info(repo, repo_type=of).private:
+            raise PublishError(
+                f"{repo} exists already and is public. Use --public if you mean it, or take "
+                "another name. Nothing was uploaded."
+            )
+        log(f"Uploading to {repo} as {user} ...")
+        api.upload_folder(repo_id=repo, repo_type=of, folder_path=folder, commit_message=message)
+        return str(url)
     except (HTTPError, OSError, ValueError) as error:
         raise PublishError(
             f"The upload did not finish: {error}\nThe hub wants a token that may write: run "

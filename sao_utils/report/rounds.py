@@ -157,16 +157,7 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
             continue
         used = [row for row in rows if row["discarded"] is None]
         where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
-        gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # where one is better
-        found = {
-            "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
-            "chosen is better": _share([row for row, _ in gaps], [gap > 0 for _, gap in gaps]),
-        }
-        judged = [row for row in rows if row["outcome"] in ("consistent", "inconsistent")]
-        if judged:
-            flipped = [row["outcome"] == "inconsistent" for row in judged]
-            found["flip rate"] = _share(judged, flipped)
-        base = run.recipe.model
+        found, base = pair_metrics(rows), run.recipe.model
         if used and any(one.judge not in (base, run.recipe.judge) for one in of_round):
             again = judge_pairs(run, [as_pair(row) for row in used], base, "base_verdicts")
             agrees = [row["margin"] is not None and row["margin"] > 0 for row in again]
@@ -174,6 +165,21 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
         for metric, one in found.items():
             judge = "oracle" if metric == "chosen is better" else "self"
             yield make_row("rounds", metric, one, judge=judge, **where)
+
+
+def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
+    """What judged pairs are worth, discarded ones among them, by metric (see `pair_rows`)."""
+    used = [row for row in rows if row["discarded"] is None]
+    gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # where one is better
+    found = {
+        "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
+        "chosen is better": _share([row for row, _ in gaps], [gap > 0 for _, gap in gaps]),
+    }
+    judged = [row for row in rows if row["outcome"] in ("consistent", "inconsistent")]
+    if judged:
+        flipped = [row["outcome"] == "inconsistent" for row in judged]
+        found["flip rate"] = _share(judged, flipped)
+    return found
 
 
 def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from sao_utils.engines.base import NO_REPLY, escape_special_tokens, unanswered
 from sao_utils.engines.loading import load_tokenizer, model_name
@@ -108,18 +109,29 @@ def _row(verdict: dict, arm: str, first_wins: bool, discarded: str | None) -> di
 
 def _keep(run: Run, arm: str, rows: list[dict]) -> None:
     """Keep rows in the place of those of the same seed and round."""
-    suffix = "" if arm == "self" else f"_{arm}"
     seeds = list(run.recipe.seeds)
     anew = {(row["seed"], row["round"]) for row in rows}
     used, rest = [], []
     for row in rows:
         part = {key: value for key, value in row.items() if key != "discarded"}
         used.append(part) if row["discarded"] is None else rest.append(row)
-    for stage, part in ((f"pairs{suffix}", used), (f"discarded_pairs{suffix}", rest)):
-        kept = [row for row in read_rows(run.rows(stage)) if row["seed"] in seeds]
+    for path, part in zip(_files(run, arm), (used, rest)):
+        kept = [row for row in read_rows(path) if row["seed"] in seeds]
         kept = [row for row in kept if (row["seed"], row["round"]) not in anew] + part
         kept.sort(key=lambda row: (row["round"], seeds.index(row["seed"])))
-        replace_rows(run.rows(stage), kept)
+        replace_rows(path, kept)
+
+
+def _files(run: Run, arm: str) -> tuple[Path, Path]:
+    """Where pairs are kept: those that are trained on, and the others."""
+    suffix = "" if arm == "self" else f"_{arm}"
+    return run.rows(f"pairs{suffix}"), run.rows(f"discarded_pairs{suffix}")
+
+
+def kept_pairs(run: Run, arm: str) -> list[dict]:
+    """The pairs of an arm or method as they were kept, of all rounds: rows as of `build_pairs`."""
+    used, rest = map(read_rows, _files(run, arm))
+    return [{**row, "discarded": None} for row in used] + rest
 
 
 def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | None]:

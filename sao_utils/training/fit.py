@@ -35,6 +35,7 @@ NEUTRAL = {
     "gradient_checkpointing",
     "probe_prompts",
     "probe_steps",
+    "report_to",
     "share_prompt",
     "token_budget",
 }

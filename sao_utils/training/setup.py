@@ -38,6 +38,7 @@ def make_trainer(
     config = AutoConfig.from_pretrained(loading.model_folder(model.path), revision=model.revision)
     # Before the weights: faults show at once.
     rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
+    reports = reporters(settings.report_to, folder)
     start = loading.own_adapter(model)
     if start is not None:
         _check_start(start, settings)
@@ -55,7 +56,9 @@ def make_trainer(
         algorithm,
         seed,
         folder,
-        callbacks=[Watch(folder, settings, tokenizer, pairs, rows, watch)],
+        callbacks=[*reports, Watch(folder, settings, tokenizer, pairs, rows, watch)],
+        project="sao",
+        run_name=f"{folder.parent.parent.name}-{folder.name}",
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
     )
@@ -65,6 +68,26 @@ def make_trainer(
     if trainer.packing_reason:
         print(f"Padding instead of packing; {trainer.packing_reason}", flush=True)
     return trainer
+
+
+def reporters(names: Sequence[str], folder: Path) -> list:
+    """transformers' callbacks of the services that a training reports to, each a run of its own there.
+
+    Raises:
+        RuntimeError: a service's package is not installed (`open_run` says so earlier).
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    made = [of() for of in get_reporting_integration_callbacks(list(names))]
+    if "wandb" in names:
+        import wandb
+
+        os.environ.setdefault("WANDB_PROJECT", "sao")
+        wandb.finish()  # of the training before, which its callback leaves open
+    for callback in made:
+        if getattr(callback, "logging_dir", "") is None:  # else by checkpoints: cleared away
+            callback.logging_dir = str(folder / "tensorboard")
+    return made
 
 
 def free_gpu() -> None:

@@ -223,7 +223,8 @@ class PairTrainer(Trainer):
         measures = [*(summed[1:5] / total).tolist(), *(summed[5:] / pairs).tolist()]
         self.row = dict(zip(MEASURES, measures)) | dict(zip(COUNTS, map(int, counts)))
         if sft:
-            self.row |= {name: None for name in MEASURES if name != "chosen_tokens"}
+            for name in set(MEASURES) - {"chosen_tokens"}:
+                del self.row[name]
         return summed[0] / total
 
     def _loss(self, model, microbatch, group):

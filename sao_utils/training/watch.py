@@ -89,7 +89,7 @@ class Watch(TrainerCallback):
         if not processes.is_main():
             return
         row = {"step": state.global_step, "loss": logs["loss"]}
-        row |= {key: logs[key] for key in (*MEASURES, "learning_rate", *COUNTS)}
+        row |= {key: logs.get(key) for key in (*MEASURES, "learning_rate", *COUNTS)}
         row["grad_norm"] = gradient if finite else None  # Infinity is no JSON
         _append(self.folder / "log.jsonl", [{**row, "seconds": round(self.seconds, 4)}])
         self._probe(state, model)

@@ -167,17 +167,19 @@ class Hub:
             raise self.error
         return {"name": "anna"}
 
-    def create_repo(self, repo, private, exist_ok):
+    def create_repo(self, repo, repo_type, private, exist_ok):
         self.calls.append(("create_repo", repo, private, exist_ok))
+        self.type = repo_type
         return f"https://huggingface.co/{repo}"
 
-    def model_info(self, repo):
+    def repo_info(self, repo, repo_type):
+        assert repo_type == self.type
         return type("Info", (), {"private": self.private})
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
+    def upload_folder(self, repo_id, repo_type, folder_path, commit_message):
+        assert repo_type == self.type
         self.calls.append(("upload_folder", repo_id, commit_message))
-        for path in Path(folder_path).iterdir():
-            shutil.copy(path, self.place)
+        shutil.copytree(folder_path, self.place, dirs_exist_ok=True)
 
 
 @pytest.fixture
