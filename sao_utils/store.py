@@ -86,9 +86,8 @@ def open_run(
     if name in ("reported", "benchmarks", "cache"):
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
     for service in loaded.training.report_to:  # now, not after hours of other stages
-        if (
-            getattr(find_spec(service), "origin", None) is None
-        ):  # wandb also leaves a folder of its name
+        # Without an origin it is a mere folder, as wandb leaves one of its name.
+        if getattr(find_spec(service), "origin", None) is None:
             raise RecipeError(
                 f"training.report_to={service} needs a package that is not here: pip install {service}"
             )
