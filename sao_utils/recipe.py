@@ -94,8 +94,8 @@ class Prompts(Section):
     # file: your own prompts.
     source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
     personas: str | None = "tiny"  # "tiny", "hub" (Persona-Hub), or a file; null: none
-    # Of source=file: a file, or the name of a data set on the hub. Of source=keywords the corpus:
-    # "tiny", such a file or data set, or a .txt file of paragraphs.
+    # Of source=file: "tiny", a file, or the name of a data set on the hub. Of source=keywords the
+    # corpus: the same, or a .txt file of paragraphs.
     data: str | None = None
     config: str | None = None  # configuration of a data set on the hub
     split: str = "train"  # split of a data set on the hub

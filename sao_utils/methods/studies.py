@@ -3,8 +3,8 @@
 A study is data (studies/*.yaml): a recipe, what all members set, and the members with what each of them
 sets. Members lie in one folder, results/study-NAME; rows and trainings that are there are used again, so
 a study that was stopped goes on. With `share` members keep their rows (but for pairs) in one place: what
-several have in common is made once, and the first of them pays for it. A member may have a search: values of one key, tried with a seed of its
-own on the "dev" questions, of which the best one is taken.
+several have in common is made once, and the first of them pays for it. A member may have a search: values
+of one key, tried with a seed of its own on the "dev" questions, of which the best one is taken.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Study(Section):
     minutes: PositiveInt  # of two idle cores
     share: bool = False  # whether members share rows; then their prices cannot be compared
     stopping: bool = False  # whether rules that stop the rounds are tried on its members
-    break_even: bool = False  # whether gains are set against how often the members' judges are right
+    break_even: bool = (
+        False  # whether gains are set against how often the members' judges are right
+    )
     claims: list[Claim] = []
     recipe: str
     set: dict[str, Any] = {}  # of all members
@@ -81,9 +83,7 @@ def study_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in SHIPPED.iterdir() if f.name[-5:] == ".yaml")
 
 
-def load_study(
-    name: str, overrides: dict | str | None = None, recipe: str | None = None
-) -> Study:
+def load_study(name: str, overrides: dict | str | None = None, recipe: str | None = None) -> Study:
     """Read a study: one of `study_names()`, or a YAML file.
 
     Args:

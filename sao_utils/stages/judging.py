@@ -191,7 +191,9 @@ def weaken(verdicts: list[dict], settings: Judging) -> list[dict]:
             lots = random.Random(f"noise {row['id']}")
             turned = -1 if lots.random() < settings.label_noise else 1
             first, second = (
-                turned * row[f"margin_{order}"] * (-1 if lots.random() < settings.order_noise else 1)
+                turned
+                * row[f"margin_{order}"]
+                * (-1 if lots.random() < settings.order_noise else 1)
                 for order in ORDERS
             )
             bias = settings.position_bias

@@ -199,7 +199,9 @@ def test_noise_turns_the_wanted_share_of_verdicts_around_and_no_other():
 
 def test_noise_of_single_orders_and_a_bias_of_position_show_as_orders_that_disagree():
     verdicts = verdicts_of(2000)
-    counts = Counter(row["outcome"] for row in weakened(verdicts, order_noise=0.25) if row["margin"])
+    counts = Counter(
+        row["outcome"] for row in weakened(verdicts, order_noise=0.25) if row["margin"]
+    )
     assert 850 < counts["consistent"] < 1050  # of 1,600 that have a margin: .75^2 + .25^2 agree
     flipped = [row for row in weakened(verdicts, order_noise=0.25) if row["margin_12"] == -2.0]
     assert {tuple(row["first_wins"]) for row in flipped} == {(False, True), (False, False)}
