@@ -112,7 +112,7 @@ def rows_by_seed(run: Run, one: Trained, answers: list[dict]) -> Iterator[dict]:
     seed = one.candidate.seed
     of_seed = [row for row in answers if row["seed"] in (None, seed)]
     of_round = [row for row in of_seed if row["round"] in (0, one.candidate.round)]
-    gains = [row for row in _quality(run, of_round) if row["against"]]
+    gains = [row for row in _quality(run, of_round) if row.get("against")]
     right = [row for row in pair_rows(run, [one]) if row["metric"] == "judge is right"]
     yield from ({**row, "seed": seed} for row in [*gains, *right])
 

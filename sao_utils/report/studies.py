@@ -121,6 +121,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     write_whole(folder / "results.csv", as_csv(table))
     write_whole(folder / "results.json", as_json(table))
     parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
+    parts += [answer(table)]
     parts += [SHARED] if study.share else []
     parts += [f"The paper: {study.paper}"] if study.paper else []
     parts += [markdown(agreement(study, table))] if study.claims else []
@@ -142,7 +143,8 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
 def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """One line a member: good answers and gain over the base by topic, pairs, outside help, the price.
 
-    Of the last round; good answers at the first temperature, gains at all.
+    Of the last round; good answers and win rate (by the base as judge) at the first temperature, gains
+    at all.
     """
     lines: dict[str, dict] = {}
     first = table["temperature"].dropna().min()
@@ -153,18 +155,29 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
             what = f"{row.questions}: " + ("gain" if row.against else "good answers")
             what += "" if row.temperature == first else f", {decoding(row.temperature)}"
             line[what] = f"{in_words(row)} (n = {row.n:,})"  # later rounds overwrite earlier ones
-    signs = select(table, metric=("chosen is better", "repeated prompts"), seed=None)
+    signs = select(table, metric=("win rate", "chosen is better", "repeated prompts"))
     for row in signs.itertuples(index=False):
-        lines[row.model][row.metric] = in_words(row)
-    for label, member in study.members.items():
-        if label not in lines:  # not run yet
-            continue
+        lines.setdefault(row.model, {})[row.metric] = in_words(row)
+    there = [(label, of) for label, of in study.members.items() if label in lines]
+    for label, member in there:
         lines[label]["outside help"] = member.help or "none"
         for metric in ("tokens written", "tokens trained on", "minutes"):
             [row] = select(table, model=label, metric=metric).itertuples(index=False)
             text = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
             lines[label][metric] = text
     return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")
+
+
+def answer(table: pd.DataFrame) -> str:
+    """Which member gained most and which least, in a sentence for each temperature."""
+    gains = select(table, metric="good answers", against="base", questions="all", seed=None)
+    gains = gains.drop_duplicates(["model", "temperature"], keep="last")  # of the last round
+    found = []
+    for temperature in gains["temperature"].unique():
+        rows = select(gains, temperature=temperature).sort_values("value")
+        named = [f"{row.model} ({in_words(row)})" for row in rows.itertuples(index=False)]
+        found.append(f"{decoding(temperature)}: most by {named[-1]}, least by {named[0]}")
+    return "Gained over the base, " + "; ".join(found) + "." if found else "Nothing is known yet."
 
 
 def agreement(study: Study, table: pd.DataFrame) -> pd.DataFrame:

@@ -64,10 +64,10 @@ def break_even(table: pd.DataFrame):
         axes.plot(accuracy, gain, "osD^"[k % 4], mfc="none", **looks)
         at = value_of(table, metric="break-even accuracy", model=way)
         ends = np.array([accuracy.min(), accuracy.max()])
-        line = np.polyval(np.polyfit(accuracy, gain, 1), ends)
+        line = np.polyval(np.polyfit(accuracy, gain, 1), ends) if np.ptp(ends) else gain[:2]
         axes.plot(ends, line, ls=("-", "--")[k % 2], label=f"{way}: {in_words(at)}", **looks)
-        low, high = (min(max(100 * end, ends[0]), ends[1]) for end in (at.low, at.high))
-        axes.axvspan(low, high, alpha=0.12, lw=0, **looks)
+        if np.isfinite(at.value):
+            axes.axvspan(*np.clip([100 * at.low, 100 * at.high], *ends), alpha=0.12, lw=0, **looks)
     figure.legend(title="break-even", loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
