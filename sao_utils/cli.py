@@ -114,11 +114,14 @@ def run(
 def study(
     name: Annotated[str | None, typer.Argument(help="Name of a study, or a .yaml file.")] = None,
     set_: Settings = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the studies and their minutes on two idle cores.")
+    ] = False,
 ) -> None:
     """Run a study, a few recipes that differ in one thing, or list the studies there are."""
     from sao_utils.methods.studies import load_study, open_study, study_names
 
-    if name is None:
+    if name is None or list_:
         for one in map(load_study, study_names()):
             typer.echo(f"{one.name:<12} {one.minutes:>3} minutes  {one.about}")
         return

@@ -94,8 +94,8 @@ class Prompts(Section):
     # file: your own prompts.
     source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
     personas: str | None = "tiny"  # "tiny", "hub" (Persona-Hub), or a file; null: none
-    # Of source=file: a file, or the name of a data set on the hub. Of source=keywords the corpus:
-    # "tiny", such a file or data set, or a .txt file of paragraphs.
+    # Of source=file: "tiny", a file, or the name of a data set on the hub. Of source=keywords the
+    # corpus: the same, or a .txt file of paragraphs.
     data: str | None = None
     config: str | None = None  # configuration of a data set on the hub
     split: str = "train"  # split of a data set on the hub
@@ -138,9 +138,12 @@ class Judging(Section):
     max_new_tokens: PositiveInt = 16
     labelled: str | None = None  # a file of pairs with known labels, to judge the judge by
     min_mass: Share = 0.5  # probability on the two verdicts below which one is invalid
-    # Of the verdicts that pairs are made of, the share that is turned around, to see what a worse
-    # judge does.
+    # Three ways to make a worse judge of the verdicts that pairs are made of, to see what it does: the
+    # share of verdicts that is turned around, in both orders; the share of single orders, each by
+    # itself; and nats added for the answer that is shown first.
     label_noise: Share = 0.0
+    order_noise: Share = 0.0
+    position_bias: float = 0.0
 
 
 class Pairs(Section):

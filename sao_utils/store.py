@@ -47,10 +47,15 @@ class Run:
 
     recipe: Recipe
     folder: Path
+    shared: Path | None = None  # the folder whose rows it shares, of a study's member
 
     def rows(self, stage: str) -> Path:
-        """The file of a stage's rows."""
-        return self.folder / "rows" / f"{stage}.jsonl"
+        """The file of a stage's rows.
+
+        Pairs are no rows with ids that others may use: their files hold what one run trains on.
+        """
+        own = self.shared is None or "pairs" in stage
+        return (self.folder if own else self.shared) / "rows" / f"{stage}.jsonl"
 
 
 def results_folder() -> Path:
@@ -96,19 +101,24 @@ def open_run(
     return _save(loaded, folder)
 
 
-def variant(run: Run, name: str, overrides: dict) -> Run:
-    """A run beside a run, in a folder inside of its own: the same recipe but for `overrides`."""
+def variant(run: Run, name: str, overrides: dict, share: bool = False) -> Run:
+    """A run beside a run, in a folder inside of its own: the same recipe but for `overrides`.
+
+    Args:
+        share: keep rows in the folder of `run`, so that what several variants have in common is made
+            once. Its seconds and tokens are noted in the manifest of the variant that made it.
+    """
     folder = run.folder / "variants" / name
     _save(run.recipe, folder)
     changed = load_recipe(str(folder / "recipe.yaml"), overrides)
-    return _save(_with_whole_paths(changed), folder)
+    return _save(_with_whole_paths(changed), folder, run.folder if share else None)
 
 
-def _save(recipe: Recipe, folder: Path) -> Run:
+def _save(recipe: Recipe, folder: Path, shared: Path | None = None) -> Run:
     """The run of a recipe, which is written into its folder."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_whole(folder / "recipe.yaml", text)
-    return Run(recipe, folder)
+    return Run(recipe, folder, shared)
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:

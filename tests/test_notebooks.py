@@ -12,7 +12,9 @@ from scripted_server import reply, running, steps
 
 from sao_utils import oracles
 from sao_utils.methods import sao
+from sao_utils.methods.studies import load_study, open_study
 from sao_utils.oracles import tiny_world as world
+from sao_utils.report.studies import study_table
 from sao_utils.store import open_run, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +221,18 @@ def test_a_notebook_runs_alone_and_a_second_time_makes_no_new_rows(make_workplac
     assert {*stages, "small/adapters/self-0/adapter_model.safetensors"} <= set(made)
     alone.execute("04_simpo_training", cwd=ROOT, arms=["self"])
     assert alone.rows() == made
+
+
+@pytest.mark.slow
+def test_the_ablations_run_one_study_and_show_others_that_are_there(make_workplace):
+    place = make_workplace("ablations")
+    size = load_study("size", {**place.overrides, "seeds": [0]})
+    members = {label: size.members[label] for label in ("300 prompts", "600 prompts")}
+    study_table(size.model_copy(update={"members": members}), open_study(size))
+    text = place.execute("07_ablations", seeds=[0], **{"evaluation.temperatures": [0.0]})
+    assert "most by" in text and "Not run yet: sao study labels" in text
+    assert re.search(r"ok    |LOOK  ", text) and '"image/png"' in text
+    assert [path.stem for path in (place.run / "figures").glob("*.svg")] == ["break_even"]
 
 
 # ---------------------------------------------------------------------- where little can be estimated

@@ -18,7 +18,7 @@ from sao_utils.evaluation.questions import evaluated_prompts
 from sao_utils.machine import versions
 from sao_utils.methods.rounds import Round
 from sao_utils.recipe import Arm, Model, RecipeError
-from sao_utils.stages.judging import judge_pairs, response_pairs, turn_around
+from sao_utils.stages.judging import judge_pairs, response_pairs, weaken
 from sao_utils.stages.pairs import build_pairs
 from sao_utils.stages.personas import draw_personas
 from sao_utils.stages.prompts import select_prompts, write_prompts
@@ -52,7 +52,7 @@ def steps(
     responses = write_responses(run, prompts, policy)
     yield "responses", responses
     verdicts = judge_pairs(run, response_pairs(responses), judge)
-    verdicts = turn_around(verdicts, run.recipe.judging.label_noise)
+    verdicts = weaken(verdicts, run.recipe.judging)
     yield "verdicts", verdicts
     yield "pairs", build_pairs(run, verdicts, policy)
 

@@ -2,8 +2,9 @@
 
 A study is data (studies/*.yaml): a recipe, what all members set, and the members with what each of them
 sets. Members lie in one folder, results/study-NAME; rows and trainings that are there are used again, so
-a study that was stopped goes on. A member may have a search: values of one key, tried with a seed of its
-own on the "dev" questions, of which the best one is taken.
+a study that was stopped goes on. With `share` members keep their rows (but for pairs) in one place: what
+several have in common is made once, and the first of them pays for it. A member may have a search: values
+of one key, tried with a seed of its own on the "dev" questions, of which the best one is taken.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ class Member(Section):
     help: str = ""  # what it was given from outside, in words
 
 
+class Claim(Section):
+    """Two numbers of a paper whose order the study looks at; ours are measured in another way."""
+
+    model: str  # a member
+    against: str  # another one, or "base"
+    reported: tuple[float, float]  # of both, in percent
+    source: str
+
+
 class Study(Section):
     """What is compared, and on what question. `load_study` reads one from YAML."""
 
@@ -46,7 +56,12 @@ class Study(Section):
     about: str
     paper: str = ""  # what the paper says of it, with its source
     minutes: PositiveInt  # of two idle cores
+    share: bool = False  # whether members share rows; then their prices cannot be compared
     stopping: bool = False  # whether rules that stop the rounds are tried on its members
+    break_even: bool = (
+        False  # whether gains are set against how often the members' judges are right
+    )
+    claims: list[Claim] = []
     recipe: str
     set: dict[str, Any] = {}  # of all members
     members: dict[str, Member]
@@ -68,11 +83,12 @@ def study_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in SHIPPED.iterdir() if f.name[-5:] == ".yaml")
 
 
-def load_study(name: str, overrides: dict | str | None = None) -> Study:
+def load_study(name: str, overrides: dict | str | None = None, recipe: str | None = None) -> Study:
     """Read a study: one of `study_names()`, or a YAML file.
 
     Args:
         overrides: keys to set anew in all members, such as fewer prompts.
+        recipe: another one than the study's own.
 
     Raises:
         RecipeError: there is none of this name, or it does not fit.
@@ -89,7 +105,8 @@ def load_study(name: str, overrides: dict | str | None = None) -> Study:
         label: member.model_copy(update={"set": {**member.set, **changes}})
         for label, member in study.members.items()
     }
-    return study.model_copy(update={"set": {**study.set, **changes}, "members": members})
+    anew = {"set": {**study.set, **changes}, "members": members, "recipe": recipe or study.recipe}
+    return study.model_copy(update=anew)
 
 
 def open_study(study: Study) -> Run:
@@ -100,24 +117,28 @@ def open_study(study: Study) -> Run:
 def run_study(study: Study, home: Run) -> Iterator[Entry]:
     """Every member in turn, with its models as soon as they are trained."""
     for label, member in study.members.items():
-        chosen = _search(home, label, member)
-        run = variant(home, _slug(label), {**member.set, **chosen})
+        chosen = _search(study, home, label)
+        run = variant(home, _slug(label), {**member.set, **chosen}, study.share)
         print(f"{study.name}: {label}", *(f"{k}={v}" for k, v in chosen.items()), flush=True)
         yield Entry(label, member, run, all_rounds(run), chosen)
 
 
-def _search(home: Run, label: str, member: Member) -> dict[str, Any]:
+def _search(study: Study, home: Run, label: str) -> dict[str, Any]:
     """The values that did best on the questions of the search; {} for a member without a search."""
+    member = study.members[label]
     if not member.search:
         return {}
     [(key, values)] = member.search.items()
-    found = {value: _score(home, label, {**member.set, key: value}) for value in values}
+    found = {}
+    for value in values:
+        changes = {**member.set, key: value}
+        run = variant(home, f"{_slug(label)}-search", {**changes, **SEARCH}, study.share)
+        found[value] = _score(home, run, label, changes)
     return {key: max(found, key=found.get)}
 
 
-def _score(home: Run, label: str, changes: dict) -> float:
+def _score(home: Run, run: Run, label: str, changes: dict) -> float:
     """The share of good answers after the last round of a setting, greedy, on the search's questions."""
-    run = variant(home, f"{_slug(label)}-search", {**changes, **SEARCH})
     recipe = run.recipe.model_dump(mode="json", exclude={"name", "about"})
     job = {"id": row_id("search", recipe), "member": label, "set": changes}
 

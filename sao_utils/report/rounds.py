@@ -9,6 +9,7 @@ from statistics import mean
 import pandas as pd
 
 from sao_utils import oracles
+from sao_utils.engines.base import NO_REPLY
 from sao_utils.evaluation import comparisons
 from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
@@ -19,6 +20,7 @@ from sao_utils.report.stopping import as_pair
 from sao_utils.report.table import make_row, make_table
 from sao_utils.stages.diversity import mean_similarity, vectors_in_words
 from sao_utils.stages.judging import judge_pairs
+from sao_utils.stages.prompts import repetition_rate
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, exact
 from sao_utils.store import Run
 
@@ -52,9 +54,8 @@ def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
     return make_table(_quality(run, answers_of(run, made)))
 
 
-def quality_rows(run: Run, made: list[Trained]) -> list[dict]:
-    """Good answers, lengths and wins of the base and of some rounds' models."""
-    answers = answers_of(run, made)
+def quality_rows(run: Run, answers: list[dict]) -> list[dict]:
+    """Good answers, lengths and wins of the base and of some rounds' models, by `answers_of`."""
     return [row for of in (_quality, _lengths, _win_rates) for row in of(run, answers)]
 
 
@@ -106,6 +107,16 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
                     yield make_row("rounds", "good answers", gain, "points", **names)
 
 
+def rows_by_seed(run: Run, one: Trained, answers: list[dict]) -> Iterator[dict]:
+    """The gain of one round of one seed over the base, and how often its judge was right."""
+    seed = one.candidate.seed
+    of_seed = [row for row in answers if row["seed"] in (None, seed)]
+    of_round = [row for row in of_seed if row["round"] in (0, one.candidate.round)]
+    gains = [row for row in _quality(run, of_round) if row.get("against")]
+    right = [row for row in pair_rows(run, [one]) if row["metric"] == "judge is right"]
+    yield from ({**row, "seed": seed} for row in [*gains, *right])
+
+
 def _lengths(run: Run, answers: list[dict]) -> Iterator[dict]:
     first = run.recipe.evaluation.temperatures[0]
     rows = [row for row in answers if row["temperature"] == first]
@@ -145,8 +156,10 @@ def funnel(run: Run) -> list[tuple[int, int, str, int]]:
 def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
     """What the pairs of each round are worth; nothing of methods whose rows are only imitated.
 
-    How many answered prompts came to be pairs; how often the chosen answer is truly better; and the
-    signs that need no oracle: how often the judge's orders disagree, and how often the base agrees.
+    How many answered prompts came to be pairs; how often the chosen answer is truly better, and of all
+    that were judged the one that the judge prefers; how often a prompt repeats an earlier one of its
+    seed; and the signs that need no oracle: how often the judge's orders disagree, and how often the base
+    agrees.
     """
     if run.recipe.method in IMITATING:
         return
@@ -158,12 +171,16 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
         used = [row for row in rows if row["discarded"] is None]
         where = {"model": run.recipe.method, "round": number, "questions": "training pairs"}
         found, base = pair_metrics(rows), run.recipe.model
+        repeated = [
+            repetition_rate([p["prompt"][-1]["content"] for p in of.pairs]) for of in of_round
+        ]
+        found["repeated prompts"] = exact(mean(repeated), len(rows))
         if used and any(one.judge not in (base, run.recipe.judge) for one in of_round):
             again = judge_pairs(run, [as_pair(row) for row in used], base, "base_verdicts")
             agrees = [row["margin"] is not None and row["margin"] > 0 for row in again]
             found["base agrees"] = _share(used, agrees)
         for metric, one in found.items():
-            judge = "oracle" if metric == "chosen is better" else "self"
+            judge = "oracle" if metric in ("chosen is better", "judge is right") else "self"
             yield make_row("rounds", metric, one, judge=judge, **where)
 
 
@@ -179,6 +196,10 @@ def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
     if judged:
         flipped = [row["outcome"] == "inconsistent" for row in judged]
         found["flip rate"] = _share(judged, flipped)
+        decided = [row for row in judged if row["margin"] and row["discarded"] != NO_REPLY]
+        known = [(row, gap) for row in decided if (gap := _true_gap(row))]
+        right = _share([row for row, _ in known], [gap > 0 for _, gap in known])
+        found["judge is right"] = right
     return found
 
 

@@ -10,14 +10,24 @@ import pandas as pd
 from sao_utils.disk import write_whole
 from sao_utils.methods.studies import Entry, Study, run_study
 from sao_utils.report import figures
-from sao_utils.report.rounds import answers_of, pair_rows, quality_rows
+from sao_utils.report.break_even import break_even_rows
+from sao_utils.report.rounds import answers_of, pair_rows, quality_rows, rows_by_seed
 from sao_utils.report.stopping import decisions, stopping_rows
 from sao_utils.report.table import as_csv, as_json, make_row, make_table, select
-from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
-from sao_utils.statistics.intervals import exact
+from sao_utils.report.words import NOT_COMPARABLE, decoding, in_words, markdown, show
+from sao_utils.statistics.intervals import clustered_difference, exact
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done
 
+SHARED = (
+    "Members share rows: tokens written and minutes are counted for the member that made them first, so "
+    "that the first ones look dearer than they are."
+)
+BREAK_EVEN = (
+    "How often a judge must be right for a round to gain: where the least-squares line through gain over "
+    "accuracy, a point a member and seed, crosses zero. The interval is a bootstrap over the points; the "
+    "questions are held fixed."
+)
 EVALUATION = ("answers", "comparisons", "tasks")  # stages that are the same for all members
 
 
@@ -27,25 +37,36 @@ def study_table(study: Study, home: Run) -> pd.DataFrame:
     Returns:
         The rows of the table of results, with section "study" and a member's label as `model`.
     """
-    entries, rows, decided = [], [], []
+    entries, rows, decided, answered = [], [], [], {}
     for entry in run_study(study, home):
         entries.append(entry)
-        rows += list(_rows(entry, with_base=len(entries) == 1))
+        answers = answers_of(entry.run, entry.trained)
+        rows += list(_rows(study, entry, answers, with_base=len(entries) == 1))
+        if study.claims:
+            last = entry.run.recipe.rounds
+            answered[entry.label] = [row for row in answers if row["round"] == last]
+            rows += list(_differences(study, entry, answered))
         if study.stopping:
             first = entry.run.recipe.evaluation.temperatures[0]
-            answers = [r for r in answers_of(entry.run, entry.trained) if r["temperature"] == first]
-            made = decisions(entry.run, entry.trained, answers)
+            greedy = [row for row in answers if row["temperature"] == first]
+            made = decisions(entry.run, entry.trained, greedy)
             decided += [{**row, "member": entry.label} for row in made]
         table = make_table([*rows, *stopping_rows(decided)])
+        if study.break_even:
+            table = make_table([*table.to_dict("records"), *break_even_rows(table)])
         _write(study, home, entries, table)  # of what is there so far
     return table
 
 
-def _rows(entry: Entry, with_base: bool) -> Iterator[dict]:
+def _rows(study: Study, entry: Entry, answers: list[dict], with_base: bool) -> Iterator[dict]:
     """The rows of one member; the base's own only once, since it is the same for all."""
     run, name = entry.run, entry.run.recipe.method
-    found = quality_rows(run, entry.trained)
-    for row in [*found, *pair_rows(run, entry.trained)]:
+    found = [*quality_rows(run, answers), *pair_rows(run, entry.trained)]
+    if study.break_even:
+        how = "orders must agree" if run.recipe.pairs.require_consistent else "all pairs"
+        by_seed = (rows_by_seed(run, one, answers) for one in entry.trained)
+        found += [{**row, "note": how} for rows in by_seed for row in rows]
+    for row in found:
         if row["model"] == "base" and not with_base:
             continue
         label = entry.label if row["model"] == name else row["model"]
@@ -55,6 +76,33 @@ def _rows(entry: Entry, with_base: bool) -> Iterator[dict]:
     price = {"tokens written": written, "tokens trained on": read, "minutes": seconds / 60}
     for metric, value in price.items():
         yield make_row("study", metric, exact(value, 1), **names)
+
+
+def _differences(study: Study, entry: Entry, answered: dict[str, list]) -> Iterator[dict]:
+    """Between two members that a claim names, once the later one is there, seed by seed."""
+    pairs = [(of.model, of.against) for of in study.claims if entry.label in (of.model, of.against)]
+    settings = entry.run.recipe.evaluation
+    for model, against in dict.fromkeys(pairs):
+        if not answered.keys() >= {model, against}:
+            continue
+        for temperature in settings.temperatures:
+            of, other = (
+                {(r["seed"], r["question_id"]): r for r in answered[name] if r["good"] is not None}
+                for name in (model, against)
+            )
+            keys = [key for key in of if of[key]["temperature"] == temperature and key in other]
+            if not keys:
+                continue
+            found = clustered_difference(
+                [of[key]["good"] for key in keys],
+                [other[key]["good"] for key in keys],
+                [of[key]["combination"] for key in keys],
+                settings.bootstrap,
+                runs=[of[key]["seed"] for key in keys],
+            )
+            where = {"questions": "all", "temperature": temperature, "judge": "oracle"}
+            names = {"model": model, "against": against, "round": entry.run.recipe.rounds}
+            yield make_row("study", "good answers", found, "points", **names, **where)
 
 
 def _price(run: Run) -> tuple[int, int, float]:
@@ -72,8 +120,11 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     folder = home.folder / "tables"
     write_whole(folder / "results.csv", as_csv(table))
     write_whole(folder / "results.json", as_json(table))
-    parts = [f"# {study.about}", markdown(members(entries, table).reset_index())]
+    parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
+    parts += [answer(table)]
+    parts += [SHARED] if study.share else []
     parts += [f"The paper: {study.paper}"] if study.paper else []
+    parts += [markdown(agreement(study, table))] if study.claims else []
     parts += [searches(entries)] if any(entry.chosen for entry in entries) else []
     if study.stopping:
         parts += [
@@ -81,30 +132,78 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
             markdown(rules(table)),
         ]
         figures.save(home, "stopping", figures.stopping(table))
+    if study.break_even:
+        parts += [BREAK_EVEN, markdown(show(select(table, metric="break-even accuracy")))]
+        figures.save(home, "break-even", figures.break_even(table))
     parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
     write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
     figures.save(home, study.name, figures.study(table, study.about))
 
 
-def members(entries: list[Entry], table: pd.DataFrame) -> pd.DataFrame:
-    """One line a member: good answers and gain over the base by topic, outside help, tokens, minutes.
+def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """One line a member: good answers and gain over the base by topic, pairs, outside help, the price.
 
-    Of the last round, at the first temperature.
+    Of the last round; good answers and win rate (by the base as judge) at the first temperature, gains
+    at all.
     """
     lines: dict[str, dict] = {}
     first = table["temperature"].dropna().min()
-    quality = select(table, metric="good answers", temperature=first)
+    quality = select(table, metric="good answers", against=(None, "base"), seed=None)
     for row in quality.itertuples(index=False):
         line = lines.setdefault(row.model, {})
-        what = f"{row.questions}: " + ("gain" if row.against else "good answers")
-        line[what] = f"{in_words(row)} (n = {row.n:,})"  # later rounds overwrite earlier ones
-    for entry in entries:
-        line = lines[entry.label]
-        line["outside help"] = entry.member.help or "none"
+        if row.against or row.temperature == first:
+            what = f"{row.questions}: " + ("gain" if row.against else "good answers")
+            what += "" if row.temperature == first else f", {decoding(row.temperature)}"
+            line[what] = f"{in_words(row)} (n = {row.n:,})"  # later rounds overwrite earlier ones
+    signs = select(table, metric=("win rate", "chosen is better", "repeated prompts"))
+    for row in signs.itertuples(index=False):
+        lines.setdefault(row.model, {})[row.metric] = in_words(row)
+    there = [(label, of) for label, of in study.members.items() if label in lines]
+    for label, member in there:
+        lines[label]["outside help"] = member.help or "none"
         for metric in ("tokens written", "tokens trained on", "minutes"):
-            [row] = select(table, model=entry.label, metric=metric).itertuples(index=False)
-            line[metric] = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
+            [row] = select(table, model=label, metric=metric).itertuples(index=False)
+            text = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
+            lines[label][metric] = text
     return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")
+
+
+def answer(table: pd.DataFrame) -> str:
+    """Which member gained most and which least, in a sentence for each temperature."""
+    gains = select(table, metric="good answers", against="base", questions="all", seed=None)
+    gains = gains.drop_duplicates(["model", "temperature"], keep="last")  # of the last round
+    found = []
+    for temperature in gains["temperature"].unique():
+        rows = select(gains, temperature=temperature).sort_values("value")
+        named = [f"{row.model} ({in_words(row)})" for row in rows.itertuples(index=False)]
+        found.append(f"{decoding(temperature)}: most by {named[-1]}, least by {named[0]}")
+    return "Gained over the base, " + "; ".join(found) + "." if found else "Nothing is known yet."
+
+
+def agreement(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """One line a claim: the difference here, the paper's two numbers, whether both point the same way.
+
+    "open": our interval holds 0, at the temperature that it is of.
+    """
+    lines = []
+    for claim in study.claims:
+        names = {"model": claim.model, "against": claim.against, "questions": "all", "seed": None}
+        found = select(table, metric="good answers", **names)
+        theirs = claim.reported[0] - claim.reported[1]
+        for row in found.itertuples(index=False):
+            same = "yes" if row.value * theirs > 0 else "no"
+            open_ = not (row.low > 0 or row.high < 0)
+            lines.append(
+                {
+                    "what": f"{claim.model} - {claim.against}",
+                    "decoding": decoding(row.temperature),
+                    "here": in_words(row),
+                    "paper": f"{claim.reported[0]:g} - {claim.reported[1]:g} ({claim.source})",
+                    "same direction": "open" if open_ else same,
+                }
+            )
+    columns = ["what", "decoding", "here", "paper", "same direction"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def rules(table: pd.DataFrame) -> pd.DataFrame:

@@ -158,33 +158,46 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
     odds = (odds_12, odds_21)
     if not all(o is not None and math.isfinite(o) for o in odds) or mass < settings.min_mass:
         return {"outcome": "invalid", "mass": mass, **nothing}
-    margin_12, margin_21 = odds_12, -odds_21
+    return {"mass": mass, **_verdict(odds_12, -odds_21)}
+
+
+def _verdict(margin_12: float, margin_21: float) -> dict:
+    """What the margins of both orders come to."""
     if margin_12 * margin_21 > 0:
         outcome = "consistent"
     else:
         outcome = "inconsistent" if margin_12 * margin_21 < 0 else "tie"
     return {
         "outcome": outcome,
-        "mass": mass,
         "margin": (margin_12 + margin_21) / 2,
         "margin_12": margin_12,
         "margin_21": margin_21,
-        "first_wins": [odds_12 > 0, odds_21 > 0],
+        "first_wins": [margin_12 > 0, margin_21 < 0],
     }
 
 
-def turn_around(verdicts: list[dict], share: float) -> list[dict]:
-    """Turn a share of verdicts around, drawn by a seed of their own: a worse judge, for studies (ours).
+def weaken(verdicts: list[dict], settings: Judging) -> list[dict]:
+    """Verdicts as a worse judge would give them, for studies (ours), by noise and bias of `judging`.
+
+    Which verdicts and orders are turned around is drawn by a seed of each pair's own: a larger share
+    turns the same ones and more.
 
     Args:
         verdicts: rows of `judge_pairs`, which stay as they are; so do the kept rows.
     """
     found = []
     for row in verdicts:
-        drawn = random.Random(f"noise {row['id']}").random() < share
-        if drawn and row["margin"] is not None:
-            turned = {key: -row[key] for key in ("margin", "margin_12", "margin_21")}
-            row = {**row, **turned, "first_wins": [not wins for wins in row["first_wins"]]}
+        if row["margin"] is not None:
+            lots = random.Random(f"noise {row['id']}")
+            turned = -1 if lots.random() < settings.label_noise else 1
+            first, second = (
+                turned
+                * row[f"margin_{order}"]
+                * (-1 if lots.random() < settings.order_noise else 1)
+                for order in ORDERS
+            )
+            bias = settings.position_bias
+            row = {**row, **_verdict(first + bias, second - bias)}
         found.append(row)
     return found
 

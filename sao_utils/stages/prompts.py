@@ -110,13 +110,14 @@ def _row(job: dict, reply: dict, template: str | None) -> dict:
 
 
 def _own_prompts(run: Run, round: int) -> list[dict]:
-    """Prompts of a file, or of a data set on the hub: for each seed `prompts.count`, at random."""
+    """Prompts that are there: for each seed `prompts.count` of `prompts.data`, at random."""
     settings = run.recipe.prompts
-    every = (
-        read_column(settings.data, settings.column)
-        if is_table(settings.data)
-        else hub_column(settings)
-    )
+    if settings.data == "tiny":
+        every = list(oracles.tiny_paragraphs())
+    elif is_table(settings.data):
+        every = read_column(settings.data, settings.column)
+    else:
+        every = hub_column(settings)
     if len(every) < settings.count:
         print(f"{settings.data} has {len(every)} prompts, fewer than prompts.count: all are taken.")
     rows = []

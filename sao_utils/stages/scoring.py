@@ -18,7 +18,7 @@ from sao_utils import templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
 from sao_utils.recipe import Model
-from sao_utils.stages.judging import judge_pairs, side_by_side, turn_around
+from sao_utils.stages.judging import judge_pairs, side_by_side, weaken
 from sao_utils.stages.responses import answer_jobs
 from sao_utils.store import Run, make_rows, row_id
 
@@ -43,8 +43,7 @@ def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores
         None}.
     """
     if scorer.kind == "judge":
-        noise = run.recipe.judging.label_noise
-        judged = turn_around(judge_pairs(run, pairs, scorer.model, stage), noise)
+        judged = weaken(judge_pairs(run, pairs, scorer.model, stage), run.recipe.judging)
         same = [row["outcome"] == "identical" for row in judged]
         return [{**row, "gap": 0.0 if alike else row["margin"]} for row, alike in zip(judged, same)]
     if scorer.kind == "oracle":

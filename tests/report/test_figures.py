@@ -7,9 +7,10 @@ import pytest
 
 from sao_utils.recipes import load_recipe
 from sao_utils.report import figures
+from sao_utils.report.break_even import break_even_rows
 from sao_utils.report.figures import training
-from sao_utils.report.table import make_row, make_table
-from sao_utils.statistics.intervals import Interval
+from sao_utils.report.table import make_row, make_table, value_of
+from sao_utils.statistics.intervals import Interval, exact
 from sao_utils.store import Run
 
 
@@ -145,6 +146,29 @@ STOPPING = make_table(
     ]
 )
 DRAWN["stopping"] = ([STOPPING], [GAINS], ["noisy", "flips", "(n = 6 decisions)", "gain by the"])
+JUDGED = [  # twelve trainings on two lines, which cross zero at 60 and at 70 %
+    make_row(
+        "study", metric, exact(value, 9), unit, note=way, seed=seed, model=f"{way} {k}", **names
+    )
+    for way, zero in (("orders must agree", 0.6), ("all pairs", 0.7))
+    for k, right in enumerate((0.5, 0.75, 1.0))
+    for seed in (0, 1)
+    for metric, value, unit, names in (
+        ("judge is right", right, "%", {}),
+        (
+            "good answers",
+            right - zero,
+            "points",
+            {"questions": "all", "against": "base", "temperature": 0.0},
+        ),
+    )
+]
+CROSSED = make_table([*JUDGED, *break_even_rows(make_table(JUDGED))])
+DRAWN["break_even"] = (
+    [CROSSED],
+    [NOTHING],
+    ["n = 12 trainings", "orders must agree: 60.0 [60.0, 60.0] %", "all pairs: 70.0 "],
+)
 
 
 @pytest.fixture
@@ -193,6 +217,12 @@ def test_a_figure_draws_into_the_same_sound_svg_or_says_that_there_is_nothing(ru
         ET.fromstring(svg(run, empty))
     assert pyplot.get_fignums() == []  # else a notebook would show each of them a second time
     assert dict(rcParams) == before
+
+
+def test_the_break_even_is_where_the_line_crosses_and_the_filter_moves_it_by_ten_points():
+    moved = value_of(CROSSED, metric="break-even accuracy", against="all pairs")
+    assert (moved.model, moved.unit) == ("orders must agree", "points")
+    assert [moved.value, moved.low, moved.high] == pytest.approx([-0.1] * 3)
 
 
 def test_what_is_not_finite_is_left_out_and_no_error(run):

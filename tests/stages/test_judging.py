@@ -13,6 +13,7 @@ from sao_utils.engines import requests
 from sao_utils.engines.base import Completion
 from sao_utils.methods import sao
 from sao_utils.oracles import tiny_world as world
+from sao_utils.recipe import Judging
 from sao_utils.recipes import load_recipe
 from sao_utils.stages import judging
 from sao_utils.stages.judging import judge_pairs
@@ -169,18 +170,44 @@ def test_a_real_judge_at_a_wild_temperature_talks_nonsense_and_every_pair_is_cou
     assert all(row["margin"] is None for row in judged if row["outcome"] == "invalid")
 
 
-def test_noise_turns_the_wanted_share_of_verdicts_around_and_no_other():
+def verdicts_of(count):
+    """Verdicts that prefer the first answer by 2 nats in both orders; every fifth is invalid."""
+
     def row(k):
         return {"id": f"{k}", "outcome": "consistent", "first_wins": [True, False]} | dict.fromkeys(
             ("margin", "margin_12", "margin_21"), 2.0 if k % 5 else None
         )
 
-    verdicts = [row(k) for k in range(1000)]
-    assert judging.turn_around(verdicts, 0.0) == verdicts
-    found = judging.turn_around(verdicts, 0.25)
-    assert found == judging.turn_around(verdicts, 0.25)
+    return [row(k) for k in range(count)]
+
+
+def weakened(verdicts, **settings):
+    return judging.weaken(verdicts, Judging(**settings))
+
+
+def test_noise_turns_the_wanted_share_of_verdicts_around_and_no_other():
+    verdicts = verdicts_of(1000)
+    assert weakened(verdicts) == verdicts
+    found = weakened(verdicts, label_noise=0.25)
+    assert found == weakened(verdicts, label_noise=0.25)
     turned = [new for old, new in zip(verdicts, found) if old != new]
     assert 150 < len(turned) < 250  # of the 800 that have a margin
     assert all(new["margin"] == new["margin_12"] == -2.0 for new in turned)
     assert all(new["first_wins"] == [False, True] for new in turned)
     assert all(row["margin"] == 2.0 for row in verdicts if row["margin"] is not None)
+
+
+def test_noise_of_single_orders_and_a_bias_of_position_show_as_orders_that_disagree():
+    verdicts = verdicts_of(2000)
+    counts = Counter(
+        row["outcome"] for row in weakened(verdicts, order_noise=0.25) if row["margin"]
+    )
+    assert 850 < counts["consistent"] < 1050  # of 1,600 that have a margin: .75^2 + .25^2 agree
+    flipped = [row for row in weakened(verdicts, order_noise=0.25) if row["margin_12"] == -2.0]
+    assert {tuple(row["first_wins"]) for row in flipped} == {(False, True), (False, False)}
+
+    mild, strong = (weakened(verdicts, position_bias=nats)[1] for nats in (1.0, 3.0))
+    assert (mild["margin_12"], mild["margin_21"], mild["outcome"]) == (3.0, 1.0, "consistent")
+    assert (strong["margin_12"], strong["margin_21"]) == (5.0, -1.0)
+    assert strong["outcome"] == "inconsistent" and strong["first_wins"] == [True, True]
+    assert mild["margin"] == strong["margin"] == 2.0  # both orders together cancel it

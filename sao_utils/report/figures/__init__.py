@@ -10,7 +10,7 @@ from sao_utils.report.figures.data import distinct_prompts, funnel, lengths
 from sao_utils.report.figures.judge import margins, orders
 from sao_utils.report.figures.results import differences, good_answers, length_control, win_rates
 from sao_utils.report.figures.rounds import rounds, similarity
-from sao_utils.report.figures.studies import stopping, study
+from sao_utils.report.figures.studies import break_even, stopping, study
 from sao_utils.report.figures.style import as_svg, save
 from sao_utils.report.figures.training import (
     live_curves,

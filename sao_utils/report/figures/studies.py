@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
+from sao_utils.report.break_even import points
 from sao_utils.report.figures import style
-from sao_utils.report.table import select
-from sao_utils.report.words import decoding
+from sao_utils.report.table import select, value_of
+from sao_utils.report.words import decoding, in_words
 
 
 @style.styled
 def study(table: pd.DataFrame, title: str):
-    """The gain of every member over the base, with its interval: a dot for each set of questions.
+    """The gain of every member over the base, with its interval, of its last round.
 
-    Of the last round of each member, at the first temperature.
+    A dot for each set of questions at the first temperature; with one set, a dot for each temperature.
 
     Args:
         table: rows of `report.studies.study_table`.
     """
-    rows = select(table, metric="good answers", against="base")
+    rows = select(table, metric="good answers", against="base", seed=None)
     if rows.empty:
         return style.nothing("no member has been run")
-    first = rows["temperature"].min()
-    rows = select(rows, temperature=first)
+    first, by = rows["temperature"].min(), "temperature"
+    if rows["questions"].nunique() > 1:
+        rows, by = select(rows, temperature=first), "questions"
+        title = f"{title} ({decoding(first)})"
     return style.intervals(
         {
-            topic: {row.model: row for row in select(rows, questions=topic).itertuples(index=False)}
-            for topic in rows["questions"].unique()
+            decoding(way) if by == "temperature" else way: {
+                row.model: row for row in select(rows, **{by: way}).itertuples(index=False)
+            }
+            for way in rows[by].unique()
         },
-        f"{title} ({decoding(first)})",
+        title,
         "gain over the base, in points, of answers without a flaw",
         "no member has been run",
         at=0,
     )
+
+
+@style.styled
+def break_even(table: pd.DataFrame):
+    """What a round gains over how often its judge is right: a point a member and seed, and where it pays.
+
+    Lines: least squares; bands: the 95 % interval of where they cross zero.
+
+    Args:
+        table: rows of `report.studies.study_table` of a study with `break_even`.
+    """
+    of = points(table)
+    if not of:
+        return style.nothing("no study of judges has been run")
+    size = sum(len(accuracy) for accuracy, _ in of.values())
+    x = f"judged pairs on which the judge is right (%; n = {size} trainings)"
+    y = "gain over the base (points)"
+    figure, axes = style.new("How often must a judge be right?", x, y, 4.2)
+    axes.axhline(0, color="black", lw=0.8)
+    for k, (way, found) in enumerate(of.items()):
+        accuracy, gain = (100 * np.array(values) for values in found)
+        looks = dict(color=style.colour(k))
+        axes.plot(accuracy, gain, "osD^"[k % 4], mfc="none", **looks)
+        at = value_of(table, metric="break-even accuracy", model=way)
+        ends = np.array([accuracy.min(), accuracy.max()])
+        line = np.polyval(np.polyfit(accuracy, gain, 1), ends) if np.ptp(ends) else gain[:2]
+        axes.plot(ends, line, ls=("-", "--")[k % 2], label=f"{way}: {in_words(at)}", **looks)
+        if np.isfinite(at.value):
+            axes.axvspan(*np.clip([100 * at.low, 100 * at.high], *ends), alpha=0.12, lw=0, **looks)
+    figure.legend(title="break-even", loc="outside lower center", ncols=2, fontsize=9)
+    return figure
 
 
 @style.styled
@@ -47,7 +84,7 @@ def stopping(table: pd.DataFrame):
         table: rows of `report.studies.study_table` of a study with `stopping`.
     """
     found = select(table, metric="right to stop or go on")
-    gains = select(table, metric="good answers", against="base", questions="all")
+    gains = select(table, metric="good answers", against="base", questions="all", seed=None)
     if found.empty or gains.empty:
         return style.nothing("no run had two rounds that an oracle knows")
     gains = select(gains, temperature=gains["temperature"].min())

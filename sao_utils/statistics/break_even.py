@@ -1,0 +1,69 @@
+"""Where a gain begins: the zero of a straight line through points, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sao_utils.statistics.intervals import Interval
+
+Points = tuple[Sequence[float], Sequence[float]]  # x and y of each
+
+
+def zero_crossing(points: Points, resamples: int = 10_000) -> Interval:
+    """The x at which the least-squares line through points crosses y = 0 on its way up.
+
+    All points weigh the same. The interval is a percentile bootstrap over points. What all points have
+    in common, such as the questions, is held fixed. A resample whose line does not rise crosses
+    nowhere, and counts as infinite.
+
+    Returns:
+        The crossing, which may lie outside of the points: a note says so. NaN with a note if the line
+        does not rise.
+    """
+    x, y = (np.asarray(values, dtype=float) for values in points)
+    value = _crossings(x[None], y[None])[0]
+    if not np.isfinite(value):
+        return Interval(np.nan, np.nan, np.nan, len(x), "the line does not rise")
+    drawn = _drawn(len(x), resamples)
+    note = "" if x.min() <= value <= x.max() else "outside of what was measured"
+    return _interval(value, _crossings(x[drawn], y[drawn]), len(x), note)
+
+
+def crossing_shift(before: Points, after: Points, resamples: int = 10_000) -> Interval:
+    """By how much the crossing moves from some points to others, paired: both resampled alike.
+
+    Args:
+        before, after: of as many points, of which the k-th belong together.
+    """
+    first, second = zero_crossing(before, 1), zero_crossing(after, 1)
+    if np.isnan(first.value) or np.isnan(second.value):
+        return Interval(np.nan, np.nan, np.nan, first.n, "a line does not rise")
+    drawn = _drawn(first.n, resamples)
+    ends = [_crossings(*(np.asarray(v, dtype=float)[drawn] for v in of)) for of in (before, after)]
+    with np.errstate(invalid="ignore"):  # where neither crosses, there is no difference
+        moved = ends[1] - ends[0]
+    return _interval(second.value - first.value, moved, first.n)
+
+
+def _crossings(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of sets of points, [k, n] each; infinite where the line does not rise, NaN where x is all alike."""
+    across = x - x.mean(1, keepdims=True)
+    spread, rise = (across**2).sum(1), (across * y).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossing = x.mean(1) - y.mean(1) * spread / rise
+    crossing = np.where(rise > 0, crossing, np.inf)
+    return np.where(np.ptp(x, axis=1) > 0, crossing, np.nan)
+
+
+def _drawn(n: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(n, size=(resamples, n))
+
+
+def _interval(value: float, found: np.ndarray, n: int, note: str = "") -> Interval:
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return Interval(float(value), np.nan, np.nan, n, note)
+    ends = np.quantile(found, (0.025, 0.975), method="nearest")  # which takes infinite ones
+    return Interval(float(value), *map(float, ends), n, note)
