@@ -12,7 +12,7 @@ from sao_utils.methods.studies import Entry, Study, run_study
 from sao_utils.report import figures
 from sao_utils.report.rounds import answers_of, pair_rows, quality_rows
 from sao_utils.report.stopping import decisions, stopping_rows
-from sao_utils.report.table import as_csv, make_row, make_table, select
+from sao_utils.report.table import as_csv, as_json, make_row, make_table, select
 from sao_utils.report.words import NOT_COMPARABLE, in_words, markdown
 from sao_utils.statistics.intervals import exact
 from sao_utils.store import Run
@@ -71,6 +71,7 @@ def _price(run: Run) -> tuple[int, int, float]:
 def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -> None:
     folder = home.folder / "tables"
     write_whole(folder / "results.csv", as_csv(table))
+    write_whole(folder / "results.json", as_json(table))
     parts = [f"# {study.about}", markdown(members(entries, table).reset_index())]
     parts += [f"The paper: {study.paper}"] if study.paper else []
     parts += [searches(entries)] if any(entry.chosen for entry in entries) else []

@@ -1,0 +1,198 @@
+"""The report of a run or a study: one HTML page that opens from disk, for somebody with five minutes.
+
+Nothing is computed here and no model is loaded: the page holds what the run's folder has by now (tables,
+figures, judged pairs, manifest), and says what it has not. It fetches nothing, and can be read without
+scripts; only the viewer of pairs has one, in a frame of its own. What a model wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+
+from sao_utils.disk import write_whole
+from sao_utils.recipes import load_recipe
+from sao_utils.report.summary import blocks, cautions, sentence
+from sao_utils.report.table import read_table
+from sao_utils.report.tables import HOW, TABLES, paper_table, synpo_table
+from sao_utils.report.viewer import pair_viewer
+from sao_utils.report.words import model_in_words
+from sao_utils.store import Run, read_rows
+
+#: section of the page -> the figures that it shows, by the names of their files; others come last
+FIGURES = {
+    "result": ("good_answers", "rounds", "differences", "win_rates", "length_control"),
+    "data": ("funnel", "distinct_prompts", "response_lengths", "lengths", "similarity"),
+    "judge": ("margins", "orders"),
+    "training": ("training_curves", "probe", "sums_and_means", "simpo_loss"),
+}
+FIGURES_SIZE = 3_000_000  # bytes of the page for all figures, and for the pairs
+VIEWER_SIZE = 1_200_000
+LONGEST = 3000  # characters of a text that is shown without the viewer
+
+
+def write_page(folder: Path) -> Path:
+    """Write report.html into the folder of a run or of a study, from what it has.
+
+    Returns:
+        The path of the page, of less than 5 MB.
+
+    Raises:
+        FileNotFoundError: the folder has no results yet.
+        ValueError: its results are damaged, or of an older version of the kit.
+    """
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    folder, table = Path(folder), read_table(folder)
+    kept = folder / "tables" / "recipe.yaml"  # the one that the results are of
+    run = Run(load_recipe(str(kept if kept.is_file() else folder / "recipe.yaml")), folder)
+    figures, left_out = _figures(folder)
+    pairs = read_rows(run.rows("verdicts"))
+    viewer = _viewer(pairs)
+    manifest = _json(folder / "manifest.json")
+    study = [] if kept.is_file() else _study(folder)
+    shown = {name: _html(_frame(lines)) for name, lines in blocks(table).items()}
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (files("sao_utils.report") / "page.jinja").read_text(encoding="utf-8")
+    )
+    text = page.render(
+        run=run,
+        recipe=run.recipe,
+        study=study,
+        sentence=sentence(table, run.recipe),
+        blocks=shown,
+        paper=[] if study else _paper(run, table),
+        funnel=_funnel(folder),
+        figures=figures,
+        left_out=left_out,
+        pairs=_examples(pairs),
+        viewer=Markup(viewer),
+        viewer_missing=bool(pairs) and not viewer,
+        cautions=cautions(table, run.recipe),
+        manifest=manifest,
+        stages=_stages(manifest),
+        recipe_text=(kept if kept.is_file() else folder / "recipe.yaml").read_text("utf-8"),
+        how=HOW,
+    )
+    write_whole(folder / "report.html", text)
+    return folder / "report.html"
+
+
+def _frame(lines: list[list[str]]) -> pd.DataFrame:
+    """Lines of cells, headings first, whose first cells name the rows."""
+    (corner, *columns), *rest = lines
+    frame = pd.DataFrame(
+        [cells for _, *cells in rest], [name.strip() for name, *_ in rest], columns
+    )
+    return frame.rename_axis(corner, axis=1)
+
+
+def _html(frame: pd.DataFrame):
+    """A table of texts as HTML, escaped."""
+    from markupsafe import Markup
+
+    return Markup(f'<div class="wide">{frame.to_html(border=0, justify="left")}</div>')
+
+
+def _paper(run: Run, table: pd.DataFrame) -> list[dict]:
+    """The tables of the method's paper, reported and ours."""
+    made = {name: paper_table(run, table, name) for name in TABLES}
+    if run.recipe.iterated:
+        made = {"Table 2": synpo_table()} if run.recipe.method == "synpo" else {}
+    return [
+        {
+            "name": f"{name}: {of.about}",
+            "reported": _html(of.reported),
+            "ours": "" if of.ours.empty else _html(of.ours),
+            "notes": of.notes,
+        }
+        for name, of in made.items()
+    ]
+
+
+def _study(folder: Path) -> list:
+    """The parts of a study's results.md: (kind, text), kind "h2", "p" or "table"."""
+    parts = []
+    for part in (folder / "tables" / "results.md").read_text("utf-8").strip().split("\n\n"):
+        if part.startswith("|"):
+            lines = [
+                [c.strip() for c in line.strip("| ").split(" | ")] for line in part.split("\n")
+            ]
+            parts.append(("table", _html(_frame([lines[0], *lines[2:]]))))
+        else:
+            parts.append(("h2", part[2:]) if part.startswith("# ") else ("p", part))
+    return parts
+
+
+def _funnel(folder: Path) -> str:
+    """What became of the prompts: a line a step, a column an arm or a round and seed."""
+    path = folder / "tables" / "funnel.csv"
+    if not path.is_file():
+        return ""
+    steps = pd.read_csv(path)
+    if "arm" in steps:
+        steps["arm"] = steps["arm"].map(model_in_words)
+    names = [column for column in steps if column not in ("step", "count")]
+    wide = steps.pivot_table("count", "step", names, sort=False, aggfunc="sum")
+    wide = wide.loc[sorted(wide.index, key="pairs".__eq__)].rename_axis(None)
+    return _html(wide.map(lambda count: "" if count != count else f"{count:,.0f}"))
+
+
+def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
+    """{section: [(name, data URI)]} of the figures that there are, and names of those left out."""
+    there = {path.stem: path for path in sorted((folder / "figures").glob("*.svg"))}
+    named = [name for names in FIGURES.values() for name in names]
+    places = {**FIGURES, "other": [name for name in there if name not in named]}
+    found, left_out, size = {}, [], 0
+    for section, names in places.items():
+        for name in names:
+            if name not in there:
+                continue
+            # As images of their own, so that the ids in two figures cannot clash.
+            data = base64.b64encode(there[name].read_bytes()).decode()
+            if size + len(data) > FIGURES_SIZE:
+                left_out.append(name)
+                continue
+            size += len(data)
+            uri = f"data:image/svg+xml;base64,{data}"
+            found.setdefault(section, []).append((name.replace("_", " "), uri))
+    return found, left_out
+
+
+def _viewer(pairs: list[dict]) -> str:
+    """The viewer of as many pairs as the page has room for."""
+    for limit in (40, 10, 3) if pairs else ():
+        if len(made := pair_viewer(pairs, limit)) < VIEWER_SIZE:
+            return made
+    return ""
+
+
+def _examples(pairs: list[dict]) -> list[dict]:
+    """The first pair of each outcome, with texts of a bearable length."""
+    firsts = {row["outcome"]: row for row in reversed(pairs)}
+    return [
+        {"outcome": outcome, "margin": row["margin"], "prompt": row["prompt"][:LONGEST]}
+        | {"answers": [text[:LONGEST] for text in row["responses"]]}
+        for outcome, row in firsts.items()
+    ]
+
+
+def _stages(manifest: dict) -> str:
+    """What each stage made and took, from the manifest."""
+    stages = pd.DataFrame.from_dict(manifest.get("stages", {}), orient="index")
+    return "" if stages.empty else _html(stages.map(_plain))
+
+
+def _plain(value) -> str:
+    return (
+        "" if value != value else f"{value:,g}" if isinstance(value, (int, float)) else str(value)
+    )
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
