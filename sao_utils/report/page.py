@@ -79,7 +79,8 @@ def write_page(folder: Path) -> Path:
         recipe_text=(kept if kept.is_file() else folder / "recipe.yaml").read_text("utf-8"),
         how=HOW,
     )
-    write_whole(folder / "report.html", text)
+    # A lone surrogate, which a row may hold, is no text that a file could.
+    write_whole(folder / "report.html", text.encode("utf-8", "replace").decode())
     return folder / "report.html"
 
 

@@ -74,6 +74,12 @@ class PaperTable(NamedTuple):
     ours: pd.DataFrame
     notes: list[str]  # of ours, each with its mark
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows, and benchmarks.md."""
+        parts = ["As the paper reports it:", _markdown(self.reported)]
+        parts += [HOW] if self.ours.empty else ["This run:", _markdown(self.ours)]
+        return "\n\n".join([*parts, *self.notes])
+
 
 def reported(paper: str = "sao") -> pd.DataFrame:
     """The numbers that a paper reports ("sao", "synpo")."""
@@ -195,9 +201,7 @@ def write(run: Run, table: pd.DataFrame) -> None:
     ]
     for name in TABLES:
         of = paper_table(run, table, name)
-        parts += [f"## {name}: {of.about}", "As the paper reports it:", _markdown(of.reported)]
-        parts += [HOW] if of.ours.empty else ["This run:", _markdown(of.ours)]
-        parts += of.notes
+        parts += [f"## {name}: {of.about}", of._repr_markdown_()]
     if run.recipe.model.path == "tiny":
         parts.append(NOT_COMPARABLE)
     write_whole(run.folder / "tables" / "benchmarks.md", "\n\n".join(parts) + "\n")
