@@ -21,6 +21,7 @@ from sao_utils.report.table import read_table
 from sao_utils.report.tables import HOW, TABLES, paper_table, synpo_table
 from sao_utils.report.viewer import pair_viewer
 from sao_utils.report.words import model_in_words
+from sao_utils.stages.judging import judged_pairs
 from sao_utils.store import Run, read_rows
 
 #: section of the page -> the figures that it shows, by the names of their files; others come last
@@ -49,35 +50,34 @@ def write_page(folder: Path) -> Path:
     from markupsafe import Markup
 
     folder, table = Path(folder), read_table(folder)
-    kept = folder / "tables" / "recipe.yaml"  # the one that the results are of
-    run = Run(load_recipe(str(kept if kept.is_file() else folder / "recipe.yaml")), folder)
-    figures, left_out = _figures(folder)
-    pairs = read_rows(run.rows("verdicts"))
-    viewer = _viewer(pairs)
-    manifest = _json(folder / "manifest.json")
+    kept = folder / "tables" / "recipe.yaml"  # the one that the results are of; a study has none
     study = [] if kept.is_file() else _study(folder)
-    shown = {name: _html(_frame(lines)) for name, lines in blocks(table).items()}
+    used = folder / "recipe.yaml" if study else kept
+    run = Run(load_recipe(str(used)), folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    figures, left_out = _figures(folder)
+    pairs = judged_pairs(run) or _scored_pairs(run)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         (files("sao_utils.report") / "page.jinja").read_text(encoding="utf-8")
     )
     text = page.render(
         run=run,
         recipe=run.recipe,
+        recipe_text=used.read_text(encoding="utf-8"),
         study=study,
         sentence=sentence(table, run.recipe),
-        blocks=shown,
+        blocks={name: _html(_frame(lines)) for name, lines in blocks(table).items()},
         paper=[] if study else _paper(run, table),
+        how=HOW,
         funnel=_funnel(folder),
         figures=figures,
         left_out=left_out,
         pairs=_examples(pairs),
-        viewer=Markup(viewer),
-        viewer_missing=bool(pairs) and not viewer,
+        viewer=Markup(_viewer(pairs)),
         cautions=cautions(table, run.recipe),
         manifest=manifest,
         stages=_stages(manifest),
-        recipe_text=(kept if kept.is_file() else folder / "recipe.yaml").read_text("utf-8"),
-        how=HOW,
     )
     # A lone surrogate, which a row may hold, is no text that a file could.
     write_whole(folder / "report.html", text.encode("utf-8", "replace").decode())
@@ -121,9 +121,7 @@ def _study(folder: Path) -> list:
     parts = []
     for part in (folder / "tables" / "results.md").read_text("utf-8").strip().split("\n\n"):
         if part.startswith("|"):
-            lines = [
-                [c.strip() for c in line.strip("| ").split(" | ")] for line in part.split("\n")
-            ]
+            lines = [line[2:-2].split(" | ") for line in part.split("\n")]
             parts.append(("table", _html(_frame([lines[0], *lines[2:]]))))
         else:
             parts.append(("h2", part[2:]) if part.startswith("# ") else ("p", part))
@@ -141,7 +139,7 @@ def _funnel(folder: Path) -> str:
     names = [column for column in steps if column not in ("step", "count")]
     wide = steps.pivot_table("count", "step", names, sort=False, aggfunc="sum")
     wide = wide.loc[sorted(wide.index, key="pairs".__eq__)].rename_axis(None)
-    return _html(wide.map(lambda count: "" if count != count else f"{count:,.0f}"))
+    return _html(wide.map(_plain))
 
 
 def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
@@ -165,6 +163,18 @@ def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
     return found, left_out
 
 
+def _scored_pairs(run: Run) -> list[dict]:
+    """The pairs of a method that scores responses, kept or discarded, as the viewer takes them."""
+    files = sorted((run.folder / "rows").glob("*pairs*.jsonl"))
+    rows = [row for path in files for row in read_rows(path) if "rejected" in row]
+    return [
+        {"prompt": row["prompt"][-1]["content"], "lengths": row["lengths"], "margin": None}
+        | {"responses": [row[side][-1]["content"] for side in ("chosen", "rejected")]}
+        | {"outcome": "by score, answer a is the chosen one"}
+        for row in rows
+    ]
+
+
 def _viewer(pairs: list[dict]) -> str:
     """The viewer of as many pairs as the page has room for."""
     for limit in (40, 10, 3) if pairs else ():
@@ -174,13 +184,13 @@ def _viewer(pairs: list[dict]) -> str:
 
 
 def _examples(pairs: list[dict]) -> list[dict]:
-    """The first pair of each outcome, with texts of a bearable length."""
-    firsts = {row["outcome"]: row for row in reversed(pairs)}
-    return [
-        {"outcome": outcome, "margin": row["margin"], "prompt": row["prompt"][:LONGEST]}
-        | {"answers": [text[:LONGEST] for text in row["responses"]]}
-        for outcome, row in firsts.items()
-    ]
+    """The first two pairs of each outcome, with texts of a bearable length."""
+    shown: dict[str, list[dict]] = {}
+    for row in pairs:
+        if len(of := shown.setdefault(row["outcome"], [])) < 2:
+            texts = [text[:LONGEST] for text in (row["prompt"], *row["responses"])]
+            of.append({**row, "prompt": texts[0], "responses": texts[1:]})
+    return [row for of in shown.values() for row in of]
 
 
 def _stages(manifest: dict) -> str:
@@ -190,10 +200,4 @@ def _stages(manifest: dict) -> str:
 
 
 def _plain(value) -> str:
-    return (
-        "" if value != value else f"{value:,g}" if isinstance(value, (int, float)) else str(value)
-    )
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return value if isinstance(value, str) else "" if value != value else f"{value:,.10g}"

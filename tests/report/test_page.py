@@ -29,6 +29,24 @@ def row(section, metric, value, unit="%", reach=0.05, **names):
     return make_row(section, metric, found, unit, **names)
 
 
+def judged(folder, text):
+    """Two responses and the verdicts on them, as a run keeps them."""
+    names = {"prompt_id": "p", "seed": 0, "round": 0, "tokens": 3, "finished": True}
+    rows = {
+        "responses": [{"id": i, "prompt": text, "text": text, **names} for i in "ab"],
+        "verdicts": [
+            {"id": order, "pair_id": "ab", "order": order, "response_ids": ids, "logps": logps}
+            for order, ids, logps in (
+                ("12", ["a", "b"], [-0.1, -3]),
+                ("21", ["b", "a"], [-3, -0.1]),
+            )
+        ],
+    }
+    for stage, of in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in of)
+        (folder / "rows" / f"{stage}.jsonl").write_text(text)
+
+
 def write(folder, text="plain", rows=(), **recipe):
     """The folder of a run in which `text` is wherever a model or a user can put any."""
     (folder / "tables").mkdir(parents=True)
@@ -52,9 +70,7 @@ def write(folder, text="plain", rows=(), **recipe):
     for name in ("good_answers", "funnel", "mine"):
         (folder / "figures" / f"{name}.svg").write_text(SVG)
     said = text + " \ud800"  # as JSON may hold it, and no file
-    verdict = {"prompt": said, "responses": [said, said], "outcome": "consistent", "mass": 1.0}
-    verdict |= {"margin": 1.5, "margin_12": 1.0, "margin_21": 2.0, "quality": [0, -1]}
-    (folder / "rows" / "verdicts.jsonl").write_text(json.dumps(verdict) + "\n")
+    judged(folder, said)
     manifest = {"versions": {"torch": text}, "hardware": {"gpu": text}, "inputs": {text: "abc"}}
     manifest["stages"] = {text: {"finished": text, "seconds": 1.0}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -103,12 +119,23 @@ def test_the_page_fetches_nothing_and_has_no_script_of_its_own(tmp_path):
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
+def test_pairs_that_were_scored_are_shown_too(tmp_path):
+    folder = write(tmp_path / "run")
+    for stage in ("responses", "verdicts"):
+        (folder / "rows" / f"{stage}.jsonl").unlink()
+    sides = ("prompt", "chosen", "rejected")
+    row = {side: [{"role": "user", "content": f"the {side} one"}] for side in sides}
+    row["lengths"] = [3, 3]
+    (folder / "rows" / "pairs_synpo.jsonl").write_text(json.dumps(row) + "\n")
+    text = Parsed(write_page(folder).read_text("utf-8")).text
+    assert "answer a is the chosen one" in text
+    assert text.index("the chosen one", text.index("the prompt")) < text.index("the rejected")
+
+
 def test_large_figures_and_long_pairs_leave_a_page_of_less_than_5_mb_that_says_so(tmp_path):
     folder = write(tmp_path / "run")
     (folder / "figures" / "orders.svg").write_text(SVG + " " * 6_000_000)
-    verdict = json.loads((folder / "rows" / "verdicts.jsonl").read_text())
-    verdict["responses"] = 2 * ["word " * 200_000]
-    (folder / "rows" / "verdicts.jsonl").write_text(json.dumps(verdict) + "\n")
+    judged(folder, "word " * 200_000)
     path = write_page(folder)
     parsed = Parsed(path.read_text("utf-8"))
     assert path.stat().st_size < 100_000 and "too large for this page" in parsed.text
