@@ -18,7 +18,7 @@ from sao_utils.disk import write_whole
 from sao_utils.recipes import load_recipe
 from sao_utils.report.summary import blocks, cautions, sentence
 from sao_utils.report.table import read_table
-from sao_utils.report.tables import HOW, TABLES, paper_table, synpo_table
+from sao_utils.report.tables import HOW, TABLES, PaperTable, paper_table, synpo_table
 from sao_utils.report.viewer import pair_viewer
 from sao_utils.report.words import model_in_words
 from sao_utils.stages.judging import judged_pairs
@@ -31,8 +31,7 @@ FIGURES = {
     "judge": ("margins", "orders"),
     "training": ("training_curves", "probe", "sums_and_means", "simpo_loss"),
 }
-FIGURES_SIZE = 3_000_000  # bytes of the page for all figures, and for the pairs
-VIEWER_SIZE = 1_200_000
+FIGURES_SIZE, VIEWER_SIZE = 3_000_000, 1_200_000  # the most characters of the page for them
 LONGEST = 3000  # characters of a text that is shown without the viewer
 
 
@@ -58,7 +57,9 @@ def write_page(folder: Path) -> Path:
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     figures, left_out = _figures(folder)
     pairs = judged_pairs(run) or _scored_pairs(run)
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["table"] = _html
+    page = environment.from_string(
         (files("sao_utils.report") / "page.jinja").read_text(encoding="utf-8")
     )
     text = page.render(
@@ -100,20 +101,11 @@ def _html(frame: pd.DataFrame):
     return Markup(f'<div class="wide">{frame.to_html(border=0, justify="left")}</div>')
 
 
-def _paper(run: Run, table: pd.DataFrame) -> list[dict]:
+def _paper(run: Run, table: pd.DataFrame) -> dict[str, PaperTable]:
     """The tables of the method's paper, reported and ours."""
-    made = {name: paper_table(run, table, name) for name in TABLES}
-    if run.recipe.iterated:
-        made = {"Table 2": synpo_table()} if run.recipe.method == "synpo" else {}
-    return [
-        {
-            "name": f"{name}: {of.about}",
-            "reported": _html(of.reported),
-            "ours": "" if of.ours.empty else _html(of.ours),
-            "notes": of.notes,
-        }
-        for name, of in made.items()
-    ]
+    if run.recipe.method == "synpo":
+        return {"Table 2": synpo_table()}
+    return {} if run.recipe.iterated else {name: paper_table(run, table, name) for name in TABLES}
 
 
 def _study(folder: Path) -> list:
