@@ -18,7 +18,7 @@ other in a circle (tests/test_house.py):
     training     losses, packing, trainer, merging
     evaluation   answers, comparisons, published benchmarks, tasks, leakage
     methods      stages put together: SAO, SynPO, others, controls; iterations and studies of them
-    report       one table of results; tables, figures, model cards, publishing
+    report       one table of results; tables, figures, the page, model cards, publishing
     plan         what a recipe takes before it runs: rows, tokens, hours, memory, money
     tiny, bench  the tiny model and where it is from; measurements of speed and memory
     notebooks    the numbered notebooks in order, by papermill

@@ -1,4 +1,4 @@
-"""The command `sao`: plan or run a recipe, show its results, publish, export or merge what was made.
+"""The command `sao`: plan or run a recipe, show, report, publish or export what was made.
 
 Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 what was requested is
 not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
@@ -99,6 +99,7 @@ def run(
 ) -> None:
     """Run the notebooks 01 to 06 (of rounds: 08, of SynPO: 09); called again, go on where it stopped."""
     from sao_utils.notebooks.run import run_notebooks
+    from sao_utils.report.page import write_page
     from sao_utils.report.summary import summary
 
     with _resumable():
@@ -107,7 +108,7 @@ def run(
         run_notebooks(opened, only=only, log=_log)
     typer.echo(f"The executed notebooks are in {opened.folder / 'notebooks'}")
     if _table(opened.folder).is_file():
-        typer.echo("\n" + summary(opened.folder))
+        typer.echo(f"The report is {write_page(opened.folder)}\n\n{summary(opened.folder)}")
 
 
 @app.command()
@@ -125,6 +126,7 @@ def study(
         for one in map(load_study, study_names()):
             typer.echo(f"{one.name:<12} {one.minutes:>3} minutes  {one.about}")
         return
+    from sao_utils.report.page import write_page
     from sao_utils.report.studies import study_table
 
     with _resumable():
@@ -132,6 +134,7 @@ def study(
         home = open_study(found)
         study_table(found, home)
     typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
+    typer.echo(f"The report is {write_page(home.folder)}")
 
 
 @app.command()
@@ -178,10 +181,7 @@ def show(
     """Print the results of a run: one screen, or every number."""
     from sao_utils.report import summary, table, words
 
-    folder = _folder(name)
-    if not _table(folder).is_file():
-        _fail(f"The run '{name}' has no results yet. Make them with\n  {_command(folder)}", 1)
-    try:
+    with _results(name) as folder:
         rows = table.read_table(folder)
         if as_json:
             text = table.as_json(rows)
@@ -189,10 +189,16 @@ def show(
             text = table.as_csv(rows)
         else:
             text = words.markdown(words.show(rows)) if every else summary.summary(folder)
-    except ValueError:  # torn, or of an earlier version
-        again = f"{_command(folder)} --only 06"
-        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {again}", 1)
     typer.echo(text.rstrip("\n"))
+
+
+@app.command()
+def report(name: RunName) -> None:
+    """Write the report of a run or a study anew: one HTML page that opens from disk."""
+    from sao_utils.report.page import write_page
+
+    with _results(name) as folder:
+        typer.echo(f"The report is {write_page(folder)}")
 
 
 @app.command()
@@ -335,6 +341,19 @@ def _opened(name: str) -> Run:
         return Run(load_recipe(str(folder / "recipe.yaml")), folder)
     except RecipeError as error:
         _fail(error, 2)
+
+
+@contextmanager
+def _results(name: str) -> Iterator[Path]:
+    """The folder of a run with results; without them, or where they are damaged: what makes them."""
+    folder = _folder(name)
+    if not _table(folder).is_file():
+        _fail(f"The run '{name}' has no results yet. Make them with\n  {_command(folder)}", 1)
+    try:
+        yield folder
+    except ValueError:  # torn, or of an earlier version
+        again = f"{_command(folder)} --only 06"
+        _fail(f"{_table(folder)} cannot be read. Make it again with\n  {again}", 1)
 
 
 def _table(folder: Path) -> Path:

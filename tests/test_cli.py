@@ -86,6 +86,13 @@ def test_show_of_an_unknown_run_lists_the_runs(run):
         assert "no run" in (shown := sao("show", name, code=2)) and "Runs: mine, other." in shown
 
 
+def test_report_writes_a_page_and_says_where(run):
+    page = run.folder / "report.html"
+    assert str(page) in sao("report", "mine") and "45.1 [41.2, 49.0] %" in page.read_text("utf-8")
+    (run.folder / "tables" / "results.json").unlink()
+    assert "no results yet" in sao("report", "mine", code=1)
+
+
 def test_show_of_a_run_without_results_says_what_makes_them(run):
     command = f"sao run --recipe {run.folder / 'recipe.yaml'} --run mine"
     for damaged in ('{"torn', '{"a.key": {"value": 1}}'):  # the other is of an earlier version
@@ -127,6 +134,7 @@ def test_run_executes_and_shows_and_a_failure_is_reported_in_plain_words(folder)
     words = ["run", "--recipe", "tiny", "--run", "mine", "--set", "prompts.count=5"]
     shown = sao(*words)
     assert shown.startswith("[1/1] 01_first ... ") and "45.1 [41.2, 49.0] %" in shown
+    assert f"The report is {results / 'report.html'}" in shown
 
     write(folder, "02_second", "raise RuntimeError('no pairs are left')")
     shown = sao(*words, code=1)

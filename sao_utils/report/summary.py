@@ -1,4 +1,4 @@
-"""A run's results on one screen, as `sao show` prints them. Reads the run's tables; needs no torch."""
+"""A run's results in a sentence and on one screen (`sao show`). Reads the run's tables; needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from sao_utils.recipe import Recipe
 from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import (
     FLAWS,
@@ -28,47 +29,126 @@ WIDTH = 100
 def summary(folder: Path) -> str:
     """What was run, what became of the prompts, how good the judge is, the result, and its price.
 
-    Errors as of `table.read_table`.
+    Of a study, its tables. Errors as of `table.read_table`.
     """
-    folder, table = Path(folder), read_table(folder)
-    recipe = yaml.safe_load((folder / "tables" / "recipe.yaml").read_text(encoding="utf-8"))
+    folder = Path(folder)
+    path = folder / "tables" / "recipe.yaml"
+    if not path.is_file():  # a study has a recipe for each member
+        return (folder / "tables" / "results.md").read_text(encoding="utf-8")
+    table, recipe = read_table(folder), yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = [
         f"{folder.name}: recipe {recipe['name']}, model {recipe['model']['path']}, "
         f"seeds {recipe['seeds']}, {recipe['prompts']['count']:,} prompts a seed, "
         f"{recipe['training']['algorithm']}"
     ]
-    if "rounds" in set(table["section"]):
-        lines += _rounds(table)
-    else:
-        lines += [*_funnel(folder), *_judge(table), *_result(table), *_price(table)]
+    if "rounds" not in set(table["section"]):
+        lines += _funnel(folder)
+    lines += [line for block in blocks(table).values() for line in _grid(block)]
     if recipe["model"]["path"] == "tiny":
         lines += textwrap.wrap(NOT_COMPARABLE, WIDTH)
     return "\n".join(lines)
 
 
-def _rounds(table: pd.DataFrame) -> list[str]:
-    """A line for each model, in the order of the rounds: good answers by topic, wins; then its pairs."""
+def sentence(table: pd.DataFrame, recipe: Recipe) -> str:
+    """The result in a sentence, with its interval: of a run, or of a study's last rounds."""
+    good = select(table, metric="good answers", seed=None, section=("quality", "rounds", "study"))
+    good = good[good["temperature"] == good["temperature"].min()]
+    good = good[~good["questions"].isin(("seed topics", "other topics"))]
+    gains = {row.model: row for row in select(good, against="base").itertuples(index=False)}
+    if gains and (good["section"] == "study").all():
+        least, *_, most = sorted(2 * list(gains.values()), key=lambda row: row.value)
+        return (
+            f"Of {len(gains)} members, {most.model} gained most over the base model, {in_words(most)} of "
+            f"answers without a flaw (n = {most.n:,}); {least.model} least, {in_words(least)}."
+        )
+    model = recipe.method if recipe.iterated else "self"
+    if gain := gains.get(model):
+        name = f"round {gain.round} of {model_in_words(model)}" if gain.round else "training"
+        after, before = (
+            in_words(value_of(good, model=one, round=number))
+            for one, number in ((model, gain.round), ("base", 0))
+        )
+        zero = " (no change is in the interval)" if gain.low <= 0 <= gain.high else ""
+        return (
+            f"After {name}, {after} of the answers are without a flaw; before, {before} are. The difference "
+            f"is {in_words(gain)}{zero}; {decoding(gain.temperature)}, n = {gain.n:,}, judged by the "
+            f"{gain.judge}."
+        )
+    if rate := value_of(table, metric="win rate", model=model, against="base"):
+        return (
+            f"The judge prefers the tuned model's answer to the base model's in {in_words(rate)} of "
+            f"comparisons (50 is no preference), n = {rate.n:,}."
+        )
+    return "The tuned model has not been compared with its base yet."
+
+
+def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
+    """What a reader should know before they believe the numbers."""
+    found = [NOT_COMPARABLE] if recipe.model.path == "tiny" else []
+    if len(recipe.seeds) == 1:
+        found.append(
+            "One seed: the intervals are over questions only; another training may differ."
+        )
+    if (table["metric"] == "win rate").any():
+        judge = recipe.judge.label if recipe.judge else "the base model itself"
+        found.append(
+            f"The judge 'self' of the comparisons is {judge}. A model that was trained on a judge's verdicts "
+            "pleases that judge: believe such a win rate only beside another judge or the oracle."
+        )
+    overlaps = table[table["metric"].str.startswith("overlap") & (table["value"] > 0)]
+    for metric, rows in overlaps.groupby("metric", sort=False):
+        shares = [f"{r.questions} {100 * r.value:.1f} % (n = {r.n:,})" for r in rows.itertuples()]
+        found.append(
+            f"Questions that have an {metric} with a training prompt: {', '.join(shares)}."
+        )
+    notes = [note for text in table["note"] for note in (text or "").split("; ")]
+    found += dict.fromkeys(note for note in notes if note.startswith("doubtful"))
+    if lost := [row for row in table.itertuples(index=False) if math.isnan(row.value)]:
+        found.append(f"{len(lost)} numbers could not be estimated, such as {what(lost[0])}.")
+    return found
+
+
+def blocks(table: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """The small tables of a summary, those that there are, as lines of cells; headings first.
+
+    Returns:
+        "judge", "result" and "price" of a run of SAO; of one of rounds "pairs" instead of "judge".
+    """
+    if "rounds" in set(table["section"]):
+        found = _rounds(table)
+    else:
+        found = {"judge": _judge(table), "result": _result(table), "price": _price(table)}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _rounds(table: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """A line for each model, in the order of the rounds: good answers by topic, wins; pairs; price."""
     first = table["temperature"].min()
-    greedy = table["temperature"].isna() | (table["temperature"] == first)
-    rows = table[greedy & (table["section"] == "rounds")]
-    of_pairs = rows["questions"] == "training pairs"
-    return [
-        *_by_round(rows[~of_pairs], f"Good answers, {decoding(first)}"),
-        *_by_round(rows[of_pairs], "Training pairs"),
-    ]
+    greedy = table[table["temperature"].isna() | (table["temperature"] == first)]
+    lengths, tasks = greedy["metric"] == "answer length", greedy["section"] == "task"
+    of_pairs = greedy["questions"] == "training pairs"
+    return {
+        "result": _by_round(
+            greedy[~(lengths | tasks | of_pairs)], f"Good answers, {decoding(first)}"
+        ),
+        "pairs": _by_round(greedy[of_pairs], "Training pairs"),
+        "price": _by_round(greedy[lengths | tasks], "Price paid"),
+    }
 
 
-def _by_round(rows: pd.DataFrame, title: str) -> list[str]:
+def _by_round(rows: pd.DataFrame, title: str) -> list[list[str]]:
     """A line for each model and a column for each thing measured."""
     columns: dict[str, dict] = {}  # heading -> model -> row
     for row in rows.itertuples(index=False, name="Row"):
-        if row.metric in ("answer length", "similarity of prompts") or is_difference(row):
+        if row.metric == "similarity of prompts" or is_difference(row):
             continue
         heading = "win rate over base" if row.metric == "win rate" else row.metric
-        heading = row.questions if row.metric == "good answers" else heading
+        by_questions = row.metric == "good answers" or row.section == "task"
+        heading = row.questions if by_questions else heading
+        heading += ", tokens" if row.unit == "tokens" else ""
         name = f"round {row.round}" if row.round else model_in_words(row.model)
         columns.setdefault(heading, {})[name] = row
-    return _grid([*_headings(title, columns), *_lines(columns)]) if columns else []
+    return [*_headings(title, columns), *_lines(columns)] if columns else []
 
 
 def _funnel(folder: Path) -> list[str]:
@@ -84,7 +164,7 @@ def _funnel(folder: Path) -> list[str]:
     return textwrap.wrap("Data: " + " ".join(parts), WIDTH, subsequent_indent="      ")
 
 
-def _judge(table: pd.DataFrame) -> list[str]:
+def _judge(table: pd.DataFrame) -> list[list[str]]:
     wanted = {
         "accuracy": "where one of the two answers is better, it prefers that one",
         "flip rate": "it prefers another answer when the order is reversed",
@@ -93,10 +173,10 @@ def _judge(table: pd.DataFrame) -> list[str]:
     own = {"section": "judge", "judge": "self", "questions": "training pairs"}
     rows = {words: value_of(table, metric=metric, **own) for metric, words in wanted.items()}
     lines = [[f"  {w}", in_words(row), f"n = {row.n:,}"] for w, row in rows.items() if row]
-    return ["The judge", *_grid(lines)] if lines else []
+    return [["The judge", "", ""], *lines] if lines else []
 
 
-def _result(table: pd.DataFrame) -> list[str]:
+def _result(table: pd.DataFrame) -> list[list[str]]:
     """Good answers at each temperature and win rates, of every model; then how far "self" is ahead."""
     metrics = ("good answers", "win rate", "difference in win rate")
     rows = select(table, section=("quality", "win rate"), metric=metrics, seed=None)
@@ -113,7 +193,7 @@ def _result(table: pd.DataFrame) -> list[str]:
     if ahead:
         lines.append(["Self-judged ahead, in points, of", *[""] * len(values)])
         lines += _lines({heading: ahead.get(heading, {}) for heading in values})
-    return _grid(lines)
+    return lines
 
 
 def _headings(title: str, columns: dict[str, dict]) -> list[list[str]]:
@@ -134,10 +214,14 @@ def _short(row) -> str:
     """A value in a narrow column: why there is none stands in results.md."""
     if row is None:
         return ""
-    return "not estimated" if math.isnan(row.value) else in_words(row).removesuffix(" points")
+    return (
+        "not estimated"
+        if math.isnan(row.value)
+        else in_words(row).removesuffix(" points").removesuffix(" tokens")
+    )
 
 
-def _price(table: pd.DataFrame) -> list[str]:
+def _price(table: pd.DataFrame) -> list[list[str]]:
     """What was paid: flaws that became more frequent, length, and what was forgotten."""
     rows = select(table, section=("flaws", "length", "task"), model=("base", "self"), seed=None)
     shown = {"repeated"}
@@ -153,7 +237,7 @@ def _price(table: pd.DataFrame) -> list[str]:
         elif label == "answer length":
             label, cells = f"{label}, tokens", [text.removesuffix(" tokens") for text in cells]
         lines.append([f"  {label}", *(text.removesuffix(" points") for text in cells)])
-    return _grid(lines) if len(lines) > 1 else []
+    return lines if len(lines) > 1 else []
 
 
 def _grid(lines: list[list[str]]) -> list[str]:

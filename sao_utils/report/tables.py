@@ -1,23 +1,32 @@
-"""The paper's tables with this run's rows beneath: what was reported, what is measured, what is not.
+"""The paper's tables in the paper's shape, with this run's numbers in the same: a row a model.
 
-A dagger (†) marks a number of ours that was measured in another way than the paper's, or is doubtful;
-the column "remarks" says how. The tiny world's counterparts stand under the table that they mirror, to
-show that the machinery works: their numbers say nothing about the paper's models.
+Each thing measured has its columns side by side: the base, the tuned model, and the difference where
+there is one. Reported and own numbers are tables of their own. How ours were measured in another way than the
+paper's, or are doubtful, stands in footnotes. The tiny world's counterparts stand under the table that
+they mirror, to show that the machinery works: their numbers say nothing about the paper's models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
 from sao_utils.report.table import select
-from sao_utils.report.words import HEADING, NOT_COMPARABLE, markdown, show
+from sao_utils.report.words import (
+    NOT_COMPARABLE,
+    in_words,
+    is_difference,
+    markdown,
+    model_in_words,
+    models,
+    sizes,
+)
 from sao_utils.store import Run
 
-DAGGER = "†"
-COLUMNS = ["whose", "what", "model", "judge", HEADING, "n", "remarks"]
 #: table of the paper -> (what it shows, columns that select the run's rows)
 TABLES = {
     "Table 1": (
@@ -29,7 +38,7 @@ TABLES = {
         {"section": "benchmark", "questions": ("arena_hard", "mt_bench", "tiny_arena", "tiny_mt")},
     ),
     "Table 2": (
-        "Open LLM Leaderboard, first version: what was not forgotten",
+        "Open LLM Leaderboard, first version, accuracy: what was not forgotten",
         {"section": "task"},
     ),
     "Figure 3f judge": (
@@ -42,6 +51,8 @@ TABLES = {
         },
     ),
 }
+#: what is measured beside what the paper's tables show; it stays in results.csv
+BESIDE = ("first position", "valid verdicts", "score, turn 1", "score, turn 2")
 #: benchmark -> parts of the names of the judges that the paper had
 JUDGES = {
     "alpaca_eval": ("gpt-4-1106", "qwen2-72b"),
@@ -51,6 +62,23 @@ JUDGES = {
 MODELS = ("Gemma-2-9B-it", "Llama-3-8B-Instruct")  # those that the paper trains
 #: a metric of the paper -> what it is called here
 METRICS = {"win_rate": "win rate", "lc_win_rate": "length-controlled win rate"}
+MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+HOW = "Not measured in this run (how to: docs/evaluation.md)."
+
+
+class PaperTable(NamedTuple):
+    """A table of the paper, as reported and as this run has it (empty: not measured)."""
+
+    about: str
+    reported: pd.DataFrame
+    ours: pd.DataFrame
+    notes: list[str]  # of ours, each with its mark
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows, and benchmarks.md."""
+        parts = ["As the paper reports it:", _markdown(self.reported)]
+        parts += [HOW] if self.ours.empty else ["This run:", _markdown(self.ours)]
+        return "\n\n".join([*parts, *self.notes])
 
 
 def reported(paper: str = "sao") -> pd.DataFrame:
@@ -61,48 +89,98 @@ def reported(paper: str = "sao") -> pd.DataFrame:
     return pd.read_csv(folder / f"{paper}.csv", keep_default_na=False)
 
 
-def frame(run: Run, table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """One table of the paper with this run's rows beneath, in words.
+def paper_table(run: Run, table: pd.DataFrame, name: str) -> PaperTable:
+    """One table of the paper, reported and ours.
 
     Args:
         table: as `results.results` returns it.
         name: of `TABLES`.
-
-    Returns:
-        `COLUMNS`: `whose` is "paper" or "run"; `remarks` says how ours is another measurement than the
-        paper's, or doubtful, or how to measure it.
     """
+    about, columns = TABLES[name]
     paper = reported("sao").query("table == @name")
     if name != "Figure 3f judge":  # of the large tables the paper's own models, before and after
         paper = paper[paper["model"].isin(MODELS) & paper["method"].isin(["base", "SAO"])]
-    rows = select(table, **TABLES[name][1])
-    rows = rows.assign(note=[_remarks(run, row) for row in rows.itertuples(index=False)])
-    ours = show(rows).assign(whose="run", judge=rows["judge"].tolist())
-    marks = [f" {DAGGER}" if note else "" for note in rows["note"]]
-    ours[HEADING] = [value + mark for value, mark in zip(ours[HEADING], marks)]
-    lines = [_of_paper(row) for row in paper.to_dict("records")]
-    lines += ours.to_dict("records")
-    if rows.empty:
-        how = "how to measure it: docs/evaluation.md"
-        lines.append({"whose": "run", HEADING: "not measured", "remarks": how})
-    return pd.DataFrame(lines, columns=COLUMNS, dtype=object).fillna("")
+    rows = select(table, **columns)
+    ours, notes = _ours(run, rows[~rows["metric"].isin(BESIDE)])
+    return PaperTable(about, _pivot(map(_of_paper, paper.to_dict("records"))), ours, notes)
 
 
-def _of_paper(row: dict) -> dict:
-    benchmark = row["benchmark"].removeprefix("Open LLM Leaderboard: ")
-    return {
-        "whose": "paper",
-        "what": f"{benchmark}: {METRICS.get(row['metric'], row['metric'])}",
-        "model": " ".join(filter(None, (row["model"], row["method"], row["setting"]))),
-        "judge": row["judge"],
-        HEADING: f"{row['value']:g} {'of 10' if row['metric'] == 'score' else '%'}",
-        "remarks": "as reported",
-    }
+def synpo_table() -> PaperTable:
+    """SynPO's Table 2, of the method itself. Runs of rounds measure none of its benchmarks."""
+    paper = reported("synpo").query("table == 'Table 2'")
+    paper = paper[paper["method"].str.match("SFT|SynPO")]
+    cells = map(_of_paper, paper.to_dict("records"))
+    return PaperTable("AlpacaEval 2.0 and Arena-Hard, by round", _pivot(cells), pd.DataFrame(), [])
 
 
-def _remarks(run: Run, row) -> str:
+def _pivot(cells: Iterable[tuple[str, str, str, str]]) -> pd.DataFrame:
+    """A row a model, from (model, what is measured, "base" or another, text)."""
+    groups: dict[str, dict[str, None]] = {}
+    lines: dict[str, dict[tuple, str]] = {}
+    for model, what, which, text in cells:
+        groups.setdefault(what, {})[which] = None
+        lines.setdefault(model, {})[what, which] = text
+    columns = [
+        (what, which)
+        for what, of in groups.items()
+        for which in sorted(of, key=lambda which: which != "base")
+    ]
+    texts = [[line.get(column, "") for column in columns] for line in lines.values()]
+    names = pd.MultiIndex.from_tuples(columns) if columns else None
+    return pd.DataFrame(texts, list(lines), names)
+
+
+def _of_paper(row: dict) -> tuple[str, str, str, str]:
+    what = row["benchmark"].removeprefix("Open LLM Leaderboard: ")
+    if row["metric"] != "accuracy":
+        what += f": {METRICS.get(row['metric'], row['metric'])}"
+    what += f", by {row['judge']}" if row["judge"] else ""
+    what += " (of 10)" if row["metric"] == "score" else " (%)"
+    model, which = row["model"], " ".join(filter(None, (row["method"], row["setting"])))
+    if row["method"] not in ("base", "SAO"):
+        model, which = f"{model}, {row['method']}", row["setting"]
+    return model, what, which, f"{row['value']:g}"
+
+
+def _ours(run: Run, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The run's rows in the paper's shape, and the footnotes: what is remarked of them."""
+    groups: dict[str, list] = {}
+    for row in rows.itertuples(index=False, name="Row"):
+        what = f"{row.questions}: {row.metric}" + (f", by {row.judge}" if row.judge else "")
+        groups.setdefault(what, []).append(row)
+    cells, notes = [], {}
+    for what, of in groups.items():
+        remarks: dict[str, list[str]] = {}
+        for row in of:
+            for remark in _remarks(run, row):
+                remarks.setdefault(remark, []).append(_name(row, models(row)))
+        texts = [
+            remark if len(names) == len(of) else f"{remark} ({', '.join(names)})"
+            for remark, names in remarks.items()
+        ]
+        numbers = [notes.setdefault(text, len(notes) + 1) for text in texts]
+        unit = next((row.unit for row in of if not is_difference(row)), "points")
+        heading = f"{what} ({unit}, n = {sizes(of)})"
+        heading += "".join(f"\u00a0{number}" for number in numbers).translate(MARKS)
+        names = {_name(r): None for r in of if r.model != "base"} or {"untrained": None}
+        for row in of:
+            which = "difference" if is_difference(row) else "tuned"
+            for name in names if row.model == "base" else [_name(row)]:
+                which = "base" if row.model == "base" else which
+                text = in_words(row).removesuffix(f" {row.unit}")  # it stands in the heading
+                cells.append((f"{run.recipe.model.label}, {name}", heading, which, text))
+    return _pivot(cells), [f"{str(n).translate(MARKS)} {text}" for text, n in notes.items()]
+
+
+def _name(row, model: str | None = None) -> str:
+    """`self-judged pairs, seed 3`."""
+    name = model or model_in_words(row.model)
+    return name if row.seed is None else f"{name}, seed {row.seed}"
+
+
+def _remarks(run: Run, row) -> list[str]:
     """How a row of the run was measured in another way than the paper's, or is doubtful."""
-    remarks = [row.note]
+    remarks = row.note.split("; ") if row.note else []
     judge = run.recipe.judges.get(row.judge, run.recipe.judging_model)
     theirs = JUDGES.get(row.questions, ())
     if theirs and not any(part in judge.path.lower() for part in theirs):
@@ -111,19 +189,28 @@ def _remarks(run: Run, row) -> str:
         remarks.append("a task of the tiny world")
     if row.section == "win rate":
         remarks.append("against its own base model (50 is no change), both orders")
-    return "; ".join(filter(None, remarks))
+    return remarks
 
 
 def write(run: Run, table: pd.DataFrame) -> None:
     """Write all of the paper's tables with ours, benchmarks.md, into the run's tables."""
     parts = [
-        "# The paper's tables, and this run\n",
-        f"{DAGGER}: measured in another way than the paper's figures, or doubtful; see the column "
-        "remarks. The paper reports no intervals and no numbers of seeds. All of its figures: "
-        "results/reported/sao.csv.\n",
+        "# The paper's tables, and this run",
+        "The paper reports no intervals and no numbers of seeds. All of its figures: "
+        "results/reported/sao.csv; all of ours: results.csv beside this file.",
     ]
-    for name, (about, _) in TABLES.items():
-        parts += [f"## {name}: {about}\n", markdown(frame(run, table, name)) + "\n"]
+    for name in TABLES:
+        of = paper_table(run, table, name)
+        parts += [f"## {name}: {of.about}", of._repr_markdown_()]
     if run.recipe.model.path == "tiny":
-        parts.append(NOT_COMPARABLE + "\n")
-    write_whole(run.folder / "tables" / "benchmarks.md", "\n".join(parts))
+        parts.append(NOT_COMPARABLE)
+    write_whole(run.folder / "tables" / "benchmarks.md", "\n\n".join(parts) + "\n")
+
+
+def _markdown(shown: pd.DataFrame) -> str:
+    """A pivoted table as Markdown: what a group of columns is about stands over its first one."""
+    seen, headings = None, []
+    for what, which in shown.columns:
+        headings.append(which if what == seen else f"{what}: {which}")
+        seen = what
+    return markdown(shown.set_axis(headings, axis=1).rename_axis("model").reset_index())

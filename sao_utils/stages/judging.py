@@ -23,7 +23,7 @@ from sao_utils import oracles, templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.requests import replies
 from sao_utils.recipe import Judging, Model
-from sao_utils.store import Run, row_id
+from sao_utils.store import Run, row_id, standing
 
 ORDERS = ("12", "21")
 
@@ -100,8 +100,27 @@ def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdict
     requests = [_request(pairs[k], order, judge, settings) for k, order in shown]
     by_pair: dict[int, list[dict]] = {}
     for (k, _), reply in zip(shown, replies(run, stage, judge, requests)):
-        by_pair.setdefault(k, []).append(_forced(reply) if "logps" in reply else _sampled(reply))
+        by_pair.setdefault(k, []).append(_verdict(reply))
     return [{**pair, **_combine(by_pair.get(k), settings)} for k, pair in enumerate(pairs)]
+
+
+def judged_pairs(run: Run) -> list[dict]:
+    """The pairs whose verdicts on their responses the run keeps, as `judge_pairs` returned them.
+
+    Nothing is judged; identical responses, which never were, are not among them.
+    """
+    responses = standing(run.rows("responses"))
+    orders: dict[str, dict[str, dict]] = {}
+    for row in standing(run.rows("verdicts")).values():
+        orders.setdefault(row["pair_id"], {})[row["order"]] = row
+    found = []
+    for both in orders.values():
+        ids = both["12"]["response_ids"] if len(both) == 2 else None
+        if ids and all(one in responses for one in ids):
+            [pair] = side_by_side([[responses[one] for one in ids]])
+            verdicts = [_verdict(both[order]) for order in ORDERS]
+            found.append({**pair, **_combine(verdicts, run.recipe.judging)})
+    return found
 
 
 def _request(pair: dict, order: str, judge: Model, settings: Judging) -> dict:
@@ -125,6 +144,10 @@ def _request(pair: dict, order: str, judge: Model, settings: Judging) -> dict:
         sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
         return {**request, "sampling": sampling}
     return {**request, "prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
+
+
+def _verdict(reply: dict) -> dict:
+    return _forced(reply) if "logps" in reply else _sampled(reply)
 
 
 def _forced(reply: dict) -> dict:

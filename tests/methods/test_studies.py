@@ -8,6 +8,7 @@ from sao_utils.cli import app
 from sao_utils.methods import studies
 from sao_utils.methods.studies import Study, load_study, open_study, study_names
 from sao_utils.recipe import RecipeError
+from sao_utils.report.page import write_page
 from sao_utils.report.studies import agreement, answer, study_table
 from sao_utils.report.table import as_json, make_row, make_table, read_table, select
 from sao_utils.report.tables import reported
@@ -57,6 +58,9 @@ def test_a_study_compares_its_members_with_the_base_and_does_nothing_twice(resul
     text = (home.folder / "tables" / "results.md").read_text()
     assert "24 gold answers" in text and f"training.sft_learning_rate = {best:g}" in text
     assert (home.folder / "figures" / "two.svg").is_file()
+    page = write_page(home.folder).read_text("utf-8")
+    assert "Of 2 members, " in page and "<td>24 gold answers</td>" in page
+    assert page.count("data:image/svg+xml") == 1
 
     monkeypatch.setattr("sao_utils.training.setup.make_trainer", None)  # would raise
     monkeypatch.setattr("sao_utils.engines.requests.load_engine", None)

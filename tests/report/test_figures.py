@@ -170,6 +170,21 @@ DRAWN["break_even"] = (
     ["n = 12 trainings", "orders must agree: 60.0 [60.0, 60.0] %", "all pairs: 70.0 "],
 )
 
+DRAWN["stopping"] = (
+    [
+        make_table(
+            make_row("study", metric, Interval(0.6, 0.5, 0.7, 9), unit, questions="all", **names)
+            for metric, unit, names in (
+                ("good answers", "points", {"model": "SAO", "against": "base", "temperature": 0.0}),
+                ("win rate", "%", {"model": "SAO", "against": "base"}),
+                ("right to stop or go on", "%", {"model": "flip rate rises"}),
+            )
+        )
+    ],
+    [NOTHING],
+    ["flip rate rises", "(n = 9 decisions)", "SAO"],
+)
+
 
 @pytest.fixture
 def run(tmp_path):

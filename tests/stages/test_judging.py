@@ -41,6 +41,12 @@ def test_margins_have_the_sign_of_the_preference_in_both_orders(small_run, tmp_p
     assert ahead["margin"] == pytest.approx((ahead["margin_12"] + ahead["margin_21"]) / 2)
 
 
+def test_what_was_judged_is_read_again_from_the_rows_alone(small_run):
+    made = [row for row in sao.rows(small_run, "verdicts") if row["outcome"] != "identical"]
+    key = {"key": lambda row: row["id"]}
+    assert sorted(judging.judged_pairs(small_run), **key) == sorted(made, **key)
+
+
 def test_identical_answers_are_counted_and_not_judged(small_run, tmp_path):
     row = verdicts_on(small_run, perfect(), perfect(), tmp_path)
     assert row["outcome"] == "identical" and row["margin"] is None

@@ -42,7 +42,8 @@ def rounds(table: pd.DataFrame):
     value, reach = style.percent(list(wins.itertuples(index=False)))
     right.errorbar(wins["round"], value, reach, fmt="o-", color=style.BLUE, capsize=3)
     right.axhline(50, color="black", lw=0.8)
-    right.set(title="The judge prefers it to the base", xlabel="round", ylabel="win rate (%)")
+    sized = f"win rate (%), 95 % interval (n = {sizes(wins.itertuples())})"
+    right.set(title="The judge prefers it to the base", xlabel="round", ylabel=sized)
     for axes in (left, right):
         axes.set_xticks(range(int(rows["round"].max()) + 1))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
