@@ -107,7 +107,10 @@ class Asked(NamedTuple):
     def flaws(self, answer: str) -> dict[str, int]:
         """Whether the instruction is not followed, and whether nothing is said."""
         follows = KINDS[self.kind].follows(answer)
-        return {f"not followed: {self.kind}": int(not follows), "too short": int(_words(answer) < LEAST_WORDS)}
+        return {
+            f"not followed: {self.kind}": int(not follows),
+            "too short": int(_words(answer) < LEAST_WORDS),
+        }
 
 
 def parse(prompt: str) -> Asked | None:
