@@ -17,7 +17,7 @@ from sao_utils.recipe import Model, RecipeError
 from sao_utils.store import fetched, open_run
 
 WIDTH, INNER = 64, 96
-WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ"]
+WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 
 

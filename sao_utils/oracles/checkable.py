@@ -38,6 +38,11 @@ def _list_items(text: str) -> int:
     return _times(r"^\s*\*[^\*].*$", text) + _times(r"^\s*-.*$", text)
 
 
+def _highlights(text: str) -> int:
+    marked = re.findall(r"\*[^\n\*]*\*", text) + re.findall(r"\*\*[^\n\*]*\*\*", text)
+    return sum(bool(part.strip("*").strip()) for part in marked)
+
+
 #: Most were chosen because SmolLM2-135M-Instruct does what they say in 10 to 80 % of its answers, so that a
 #: pair often has a good and a bad one. Evaluation asks the kinds of training, too, on other topics.
 KINDS = {
@@ -55,7 +60,7 @@ KINDS = {
     ),
     "highlights": Kind(
         "Highlight at least two words with asterisks, like *this*.",
-        lambda t: _times(r"\*[^\n\*]*[^\s\*][^\n\*]*\*", t) >= 2,
+        lambda t: _highlights(t) >= 2,
     ),
     "five items": Kind(
         "Answer with a numbered list of exactly five items.",
@@ -105,12 +110,14 @@ class Asked(NamedTuple):
         return f"{self.topic} ({self.kind})"
 
     def flaws(self, answer: str) -> dict[str, int]:
-        """Whether the instruction is not followed, and whether nothing is said."""
-        follows = KINDS[self.kind].follows(answer)
-        return {
-            f"not followed: {self.kind}": int(not follows),
-            "too short": int(_words(answer) < LEAST_WORDS),
-        }
+        """Whether the instruction is not followed, and whether nothing is said.
+
+        An answer gains nothing by repeating the instruction, with its words in it.
+        """
+        kind = KINDS[self.kind]
+        own = answer.replace(kind.sentence, "")
+        fails, short = not kind.follows(own), _words(own) < LEAST_WORDS
+        return {f"not followed: {self.kind}": int(fails), "too short": int(short)}
 
 
 def parse(prompt: str) -> Asked | None:

@@ -14,7 +14,7 @@ from sao_utils.oracles.checkable import KINDS
 ANSWERS = {
     "25 words": ("word " * 25, "word " * 26),
     "no commas": ("Sun and rain.", "Sun, and rain."),
-    "three bullets": ("* one\n* two\n* three", "* one\n* two"),
+    "three bullets": ("* one\n* two\n* three", "* one\n* two or three"),
     "however": ("It rains. However, it is warm.", "It rains but it is warm."),
     "without and": ("Sand is a band of grains.", "Salt AND pepper."),
     "question": ("It is warm. Is it not? ", "Is it warm? It is."),
@@ -57,6 +57,12 @@ def test_an_answer_that_says_nothing_is_not_good():
     assert oracles.quality("Why? Do not use any commas.", "", "No.", "It is so.") == [-1, -1, 0]
 
 
+def test_repeating_the_instruction_is_not_following_it():
+    told = KINDS["however"].sentence
+    prompt = f"Tell me more. {told}"
+    assert oracles.quality(prompt, f"It is so. {told}", f"However, it is so. {told}") == [-1, 0]
+
+
 @pytest.fixture(scope="module")
 def ifeval():
     """lm-eval's checkers; of what they import, language detection and a tokenizer's data are not here."""
@@ -77,7 +83,7 @@ def test_checks_agree_with_those_of_lm_eval(kind, ifeval):
     theirs.build_description(**told)
     lot, texts = random.Random(kind), [text for pair in ANSWERS.values() for text in pair]
     parts = ["*", "**", "- ", "\n", " ", " ", ", ", "a", "and", "you", "However", "P.S.", "p. s."]
-    parts += ["important", "word " * 12, "word " * 40, "* item\n"]
+    parts += ["important", "word " * 12, "word " * 40, "\n* item", "\n* item", "**so** ", "*so* "]
     texts += ["".join(lot.choices(parts, k=lot.randrange(1, 12))) for _ in range(3000)]
     ours = [KINDS[kind].follows(text) for text in texts]
     assert ours == [bool(theirs.check_following(text)) for text in texts]
