@@ -14,10 +14,10 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # What a first import compiles is kept, also where this is set to 1: else every import costs 20 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help reproduce reference test test-vllm lab clean-venv
+.PHONY: help reproduce reference test test-vllm test-smollm2 lab clean-venv
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 reproduce: $(STAMP)  ## run the whole loop with the tiny model (CPU, offline)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny
@@ -30,6 +30,9 @@ test: $(STAMP)  ## run the tests
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (4 minutes)
 	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/engines
+
+test-smollm2: $(STAMP)  ## run the tests that need SmolLM2-135M-Instruct, which they download once (93 MB)
+	HF_HUB_OFFLINE=0 SAO_SMOLLM2=1 $(VENV)/bin/python -m pytest -q -m smollm2 -rs tests/test_smollm2.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb

@@ -9,6 +9,7 @@ other in a circle (tests/test_house.py):
     disk         files that are written whole, and locks between processes
     recipes      the recipes that come along, and how one is loaded
     store        a run's folder: rows that are only added to, resume, manifest
+    fetch        a real model, brought onto this machine once
     files        a user's tables: JSON lines, JSON, CSV, TSV, Parquet
     statistics   intervals, length control, ratings
     oracles      judges that know what is right, such as the grammar of the tiny world

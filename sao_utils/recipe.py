@@ -93,7 +93,8 @@ class Prompts(Section):
     # turn by itself, with the persona in the system turn; keywords: SynPO's self-prompt generator;
     # file: your own prompts.
     source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
-    personas: str | None = "tiny"  # "tiny", "hub" (Persona-Hub), or a file; null: none
+    # "tiny", "everyday" (the kit's), "hub" (Persona-Hub), or a file; null: none.
+    personas: str | None = "tiny"
     # Of source=file: "tiny", a file, or the name of a data set on the hub. Of source=keywords the
     # corpus: the same, or a .txt file of paragraphs.
     data: str | None = None
@@ -101,6 +102,9 @@ class Prompts(Section):
     split: str = "train"  # split of a data set on the hub
     column: str = "prompt"  # column of source=file that holds the prompts
     count: PositiveInt  # prompts asked for, a seed
+    # Share of the prompts that a model writes to which an instruction is added that an oracle can check
+    # (`oracles.checkable`); ours.
+    instructions: Share = 0.0
     min_usable: Share = 0.2  # stop if a smaller share of the prompts is usable
     # Drop prompts nearer than this to an earlier one (Jaccard).
     max_similarity: PositiveShare | None = None
@@ -120,7 +124,7 @@ class Prompts(Section):
                 "source=file or keywords and data belong together: set both, or neither"
             )
         if self.source in ("persona", "no_persona") and self.personas is None:
-            raise ValueError(f"source={self.source} needs personas (tiny, hub or a file)")
+            raise ValueError(f"source={self.source} needs personas (tiny, everyday, hub or a file)")
         return self
 
 
@@ -268,9 +272,12 @@ class Iterations(Section):
 
 class Evaluation(Section):
     top_p: PositiveShare = 1.0
-    # "test" or "dev" of the tiny world, "everyday" (40 plain prompts), or a file (column prompt).
+    # "test" or "dev" of the tiny world, "everyday" (40 plain prompts), "checkable" or "checkable_dev"
+    # (with instructions that can be checked), or a file (column prompt).
     questions: str = "test"
-    per_combination: PositiveInt = 4  # wordings of each held-out combination
+    per_combination: PositiveInt = (
+        4  # wordings of each held-out combination; of "checkable" at most 3
+    )
     temperatures: tuple[NonNegativeFloat, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: PositiveInt
     bootstrap: int = Field(10_000, ge=100)  # resamples of an interval

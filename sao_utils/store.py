@@ -38,7 +38,9 @@ FILE_KEYS = {
 #: those that may name a folder, too
 FOLDER_KEYS = ("path", "adapter", "data", "scorer", "diversity_model")
 # What is no file, whatever lies in the folder.
-NAMES = ("tiny", "hub", "test", "dev", "everyday", "self", "oracle", "points")
+NAMES = "tiny hub test dev everyday checkable checkable_dev self points oracle".split()
+#: name of a model in a recipe -> its folder once `sao fetch` has brought it: the hub's, or one of 4 bit
+FETCHED = {"smollm2": ("smollm2-135m-instruct", "smollm2-135m-instruct-q4_1")}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ def results_folder() -> Path:
         return colab.DRIVE / colab.RESULTS
     checkout = Path(__file__).resolve().parents[1]
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def models_folder() -> Path:
+    """Where `sao fetch` keeps models."""
+    return results_folder() / "cache" / "models"
+
+
+def fetched(name: str) -> Path | None:
+    """The folder of a model that `sao fetch` has brought; None if it has not."""
+    folders = (models_folder() / folder for folder in FETCHED.get(name, ()))
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def open_run(
@@ -127,7 +140,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     def whole(key: str, value: str | None) -> str | None:
         if not value or value in NAMES:
             return value
-        path = Path(value)
+        path = (key == "path" and fetched(value)) or Path(value)
         there = path.is_file() or key in FOLDER_KEYS and path.is_dir()
         return str(path.resolve()) if there else value
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from sao_utils.engines.base import EngineError
 from sao_utils.recipe import Model
+from sao_utils.store import FETCHED, fetched
 
 
 def model_folder(path: str) -> str:
-    """The folder of the embedded model for "tiny", else the path as it is, absolute if local."""
+    """The folder of "tiny", which is embedded, or of a fetched model; else the path, absolute if local."""
     if path == "tiny":
         return str(files("sao_utils") / "tiny" / "model")
+    if folder := fetched(path):
+        return str(folder)
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
@@ -191,6 +194,10 @@ def find(model: Model, weights: bool = True) -> None:
                 ".pt) can run code when they are loaded, so they are refused: load the model where "
                 "you trust it and save it anew with `model.save_pretrained(folder)`."
             )
+    elif path in FETCHED:
+        raise EngineError(
+            f"The model is not on this machine yet. Bring it with\n  sao fetch {path}"
+        )
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise EngineError(
             f"There is no model folder '{model.path}'. Set model.path to a folder with the "

@@ -20,6 +20,10 @@ def _held_out(split: str, settings: Evaluation) -> list[str]:
     return oracles.held_out_questions(split, settings.per_combination, QUESTION_SEED[split])
 
 
+def _checkable(split: str, settings: Evaluation) -> list[str]:
+    return oracles.checkable_questions(split, settings.per_combination)
+
+
 def _first_turns(benchmark: str, settings: Evaluation) -> list[str]:
     return [item["turns"][0] for item in official_questions(settings, benchmark)]
 
@@ -34,6 +38,8 @@ def _everyday(_: Evaluation) -> list[str]:
 SETS: dict[str, Callable[[Evaluation], list[str]]] = {
     **{split: partial(_held_out, split) for split in QUESTION_SEED},
     "everyday": _everyday,
+    "checkable": partial(_checkable, "test"),
+    "checkable_dev": partial(_checkable, "dev"),
     **{name: partial(_first_turns, name) for name in OFFICIAL},
 }
 
@@ -43,7 +49,7 @@ def questions(settings: Evaluation, source: str | None = None) -> list[dict]:
 
     `source`, by default `evaluation.questions` of the recipe, is the name of one of `SETS`, or a
     file with a column "prompt". `combination` is what intervals are clustered by: of
-    the tiny world the hobby and the asked things, of others the question itself.
+    the tiny world the hobby and the asked things, of others see `oracles.cluster`.
 
     Raises:
         RecipeError: neither a set nor a file that `read_column` can read.

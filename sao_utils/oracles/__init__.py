@@ -1,50 +1,78 @@
 """Oracles: who knows for certain how good an answer is. The stages do not know which one answers.
 
-Today there is one, for the questions of the tiny world (`tiny_world`). A prompt that no oracle knows has
-no quality, and what needs an oracle is then left out.
+There are two: of the questions of the tiny world (`tiny_world`), and of prompts in any words that end in an
+instruction that a program can check (`checkable`). A prompt that no oracle knows has no quality, and what
+needs an oracle is then left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from sao_utils.oracles import tiny_world
+from sao_utils.oracles import checkable, tiny_world
 from sao_utils.oracles.tiny_oracle import answer_pair, inspect_answer
+
+
+class Known(NamedTuple):
+    """What an oracle says of a prompt that it knows; the functions below tell what."""
+
+    flaws: Callable[[str], dict[str, int]]
+    cluster: str
+    held_out: bool
+
+
+def _known(prompt: str) -> Known | None:
+    if question := tiny_world.parse_question(prompt):
+        cluster = " ".join((question.hobby, *question.combination[1]))
+        held_out = tiny_world.SPLIT[question.combination] != "train"
+        return Known(lambda answer: inspect_answer(question, answer).flaws, cluster, held_out)
+    if asked := checkable.parse(prompt):
+        return Known(asked.flaws, asked.cluster, asked.held_out)
+    return None
 
 
 def quality(prompt: str, *answers: str) -> list[int] | None:
     """Minus the number of flaws of each answer, 0 for a good one; None if no oracle knows the prompt."""
-    question = tiny_world.parse_question(prompt)
-    if question is None:
-        return None
-    return [inspect_answer(question, answer).quality for answer in answers]
+    known = _known(prompt)
+    return known and [-sum(known.flaws(answer).values()) for answer in answers]
 
 
 def flaws(prompt: str, answer: str) -> dict[str, int] | None:
-    """How often an answer has each kind of flaw; None if no oracle knows the prompt."""
-    question = tiny_world.parse_question(prompt)
-    return None if question is None else inspect_answer(question, answer).flaws
+    """How often an answer has each kind of flaw that it can have; None if no oracle knows the prompt."""
+    known = _known(prompt)
+    return known and known.flaws(answer)
 
 
 def cluster(prompt: str) -> str:
     """What intervals are clustered by: prompts that ask for the same, in other words, are one.
 
-    In the tiny world the hobby and the things asked about it; elsewhere the prompt itself.
+    In the tiny world the hobby and the things asked about it; of checkable prompts topic and instruction;
+    elsewhere the prompt itself.
     """
-    question = tiny_world.parse_question(prompt)
-    return " ".join((question.hobby, *question.combination[1])) if question else prompt
+    known = _known(prompt)
+    return known.cluster if known else prompt
 
 
 def is_held_out(prompt: str) -> bool:
     """Whether a prompt asks for what is kept for evaluation, so that training on it would leak."""
-    question = tiny_world.parse_question(prompt)
-    return question is not None and tiny_world.SPLIT[question.combination] != "train"
+    known = _known(prompt)
+    return known is not None and known.held_out
+
+
+def instructed(prompt: str, share: float, lot: random.Random) -> str:
+    """A prompt, in this share of the cases with an instruction at its end that an oracle can check."""
+    return checkable.instruct(prompt, lot) if lot.random() < share else prompt
+
+
+def checkable_questions(split: str, wordings: int) -> list[str]:
+    """Prompts with checkable instructions that are kept for evaluation ("dev" or "test")."""
+    return checkable.questions(split, wordings)
 
 
 def tiny_personas(count: int, seed: int) -> list[str]:
     """Villagers of the tiny world whom its model has not met."""
-    import random
-
     rng = random.Random(seed)
     return [tiny_world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
 
@@ -56,8 +84,6 @@ def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]
 
 def tiny_seeds(count: int, seed: int) -> list[tuple[str, str]]:
     """Prompts about half of the hobbies, each with an answer without a flaw: what a teacher gives."""
-    import random
-
     rng, items = random.Random(f"seeds {seed}"), []
     for _ in range(count):
         question = tiny_world.draw_question(rng, hobby=rng.choice(tiny_world.SEED_HOBBIES))
@@ -71,8 +97,6 @@ def tiny_pairs(count: int, seed: int, split: str = "train") -> list[tuple[str, s
 
     Answers are the villagers', and damaged copies of them: what the tiny model's pre-training ranks.
     """
-    import random
-
     rng, pairs = random.Random(f"pairs {split} {seed}"), []
     for _ in range(count):
         question = tiny_world.draw_question(rng, split)
@@ -88,8 +112,6 @@ def tiny_judged(count: int, seed: int) -> list[tuple[str, str, str]]:
 
     The reply counts the flaws of each kind; five points are an answer without any.
     """
-    import random
-
     rng, items = random.Random(f"judged {seed}"), []
     for _ in range(count):
         question = tiny_world.draw_question(rng)
@@ -109,8 +131,6 @@ def is_seed_topic(prompt: str) -> bool | None:
 
 def tiny_paragraphs(count: int = 5_000) -> Iterator[str]:
     """What people of the tiny world ask, about any hobby: the corpus that keywords come from."""
-    import random
-
     rng = random.Random("paragraphs")
     for _ in range(count):
         yield tiny_world.word_question(

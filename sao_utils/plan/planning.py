@@ -16,6 +16,7 @@ from sao_utils.plan.memory import room_gib, training_memory, work_memory
 from sao_utils.plan.rounds import work_of
 from sao_utils.plan.workload import Rates, Work, rates_of
 from sao_utils.recipe import Recipe
+from sao_utils.store import FETCHED, fetched
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -78,8 +79,10 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
     else:
         source = "a trial on this machine" if measure else "the reference run on two CPU cores"
         speed = f"Hours: by {source}."
+    lacking = {m.path for m in recipe.models.values() if m.path in FETCHED and not fetched(m.path)}
+    fetch = [f"{path} is not on this machine yet: `sao fetch {path}`." for path in sorted(lacking)]
     machine = "CPU" if gpu is None else f"{processes} x {gpu.name}" if processes > 1 else gpu.name
-    notes = [_assumptions(rates_of(recipe)), speed]
+    notes = [*fetch, _assumptions(rates_of(recipe)), speed]
     return Plan(recipe, machine, stages, _disk(recipe, works), problems, notes)
 
 

@@ -139,9 +139,10 @@ def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
 
 
 def rates_of(recipe: Recipe) -> Rates:
-    """Those of the reference run for the tiny model (sizes.yaml), for others assumed."""
-    if recipe.model.path == "tiny":
-        return Rates("of the reference run", **data("sizes")["tiny"])
+    """Those of models that have been measured (sizes.yaml), for others assumed."""
+    measured = data("sizes")["rates"]
+    if recipe.model.path in measured:
+        return Rates(**measured[recipe.model.path])
     response = min(Rates.response, recipe.responses.max_new_tokens)
     kept = Rates.pairs_kept if recipe.pairs.require_consistent else 0.9
     return Rates(response=response, pairs_kept=kept)

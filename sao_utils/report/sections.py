@@ -158,8 +158,9 @@ def flaws(run: Run) -> Iterator[dict]:
             (row, oracles.flaws(row["question"], row["text"])) for row in answers.get(model, ())
         ]
         rows = [(row, found) for row, found in rows if found is not None]
-        for flaw in sorted(rows[0][1]) if rows else ():
-            share = mean_of(run, [row for row, _ in rows], [found[flaw] > 0 for _, found in rows])
+        for flaw in sorted({kind for _, found in rows for kind in found}):
+            of = [(row, found[flaw] > 0) for row, found in rows if flaw in found]
+            share = mean_of(run, *map(list, zip(*of)))
             yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
 
 

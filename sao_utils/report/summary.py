@@ -12,7 +12,6 @@ import yaml
 from sao_utils.recipe import Recipe
 from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import (
-    FLAWS,
     NOT_COMPARABLE,
     compare,
     decoding,
@@ -225,7 +224,7 @@ def _price(table: pd.DataFrame) -> list[list[str]]:
     """What was paid: flaws that became more frequent, length, and what was forgotten."""
     rows = select(table, section=("flaws", "length", "task"), model=("base", "self"), seed=None)
     shown = {"repeated"}
-    for flaw in FLAWS:
+    for flaw in rows[rows["section"] == "flaws"]["metric"].unique():
         base, tuned = (value_of(rows, metric=flaw, model=name) for name in ("base", "self"))
         if base and tuned and tuned.value > base.value:
             shown.add(flaw)

@@ -6,7 +6,11 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
+from importlib.resources import files
+from itertools import product
 from pathlib import Path
+
+import yaml
 
 from sao_utils import oracles
 from sao_utils.files import read_column
@@ -37,6 +41,8 @@ def draw_personas(run: Run, round: int = 0) -> list[dict]:
     elif source == "tiny":
         drawn = {seed: oracles.tiny_personas(count * (round + 1), seed) for seed in seeds}
         texts = {seed: drawn[seed][count * round :] for seed in seeds}
+    elif source == "everyday":
+        texts = {seed: _pick(_everyday_personas(), count, seed, source, round) for seed in seeds}
     elif source == "hub":
         texts = {seed: _hub_personas(run, seed, round) for seed in seeds}
     else:
@@ -66,6 +72,18 @@ def _pick(different: list[str], count: int, seed: int, source: str, round: int =
     # Not `sample`, which draws others for another count: a run whose count is raised goes on.
     random.Random(seed).shuffle(different)
     return different[count * round : count * (round + 1)]
+
+
+def _everyday_personas() -> list[str]:
+    """Every combination of who somebody is, what they like, and what is on their mind."""
+    text = (files("sao_utils") / "prompts" / "everyday_personas.yaml").read_text(encoding="utf-8")
+    parts = yaml.safe_load(text)
+    combinations = product(parts["who"], parts["interest"], parts["situation"])
+    return [f"{_article(who)} {who} who {likes} and {has}." for who, likes, has in combinations]
+
+
+def _article(noun: str) -> str:
+    return "An" if noun[0] in "aeiou" else "A"
 
 
 def _hub_personas(run: Run, seed: int, round: int) -> list[str]:

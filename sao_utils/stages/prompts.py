@@ -5,7 +5,8 @@ paper's ablation. `pre_query` lets the model write the user's turn after an empt
 persona in the system turn: Magpie's way (Xu et al. 2024, arXiv 2406.08464), which small models can go.
 `file` takes prompts that there are already. `keywords` is SynPO's way (arXiv 2410.06961): a model that
 was trained for it, the self-prompt generator, writes a prompt and its solution around three keywords. All
-give the same rows, and count what they discard.
+give the same rows, and count what they discard. To a share of what a model wrote (`prompts.instructions`)
+an instruction is added that an oracle can check.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) ->
     fingerprint = template and templates.fingerprint(template)
     made_with = ("prompt", fingerprint, vars(sampling), model_name(policy))
     of_round = (round,) if round else ()
+    share = settings.instructions
+    made_with += (share,) if share else ()
     facts = {
         "round": round,
         "source": settings.source,
@@ -72,7 +75,7 @@ def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) ->
             for job in outstanding
         ]
         for batch in batches_of_replies(run, "prompts", policy, requests):
-            yield [_row(by_id[reply["id"]], reply, template) for reply in batch]
+            yield [_row(by_id[reply["id"]], reply, template, share) for reply in batch]
 
     return make_rows(run, "prompts", jobs, work, policy.max_context)
 
@@ -94,9 +97,11 @@ def generator_chat(keywords: list[str]) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def _row(job: dict, reply: dict, template: str | None) -> dict:
+def _row(job: dict, reply: dict, template: str | None, share: float) -> dict:
     text = reply["text"]
     prompt = PARSERS.get(template, templates.parse_user_prompt)(text)
+    if prompt is not None:
+        prompt = oracles.instructed(prompt, share, random.Random(job["id"]))
     if unanswered(reply["tokens"], reply["finished"]):
         discarded = NO_REPLY
     elif prompt is None:

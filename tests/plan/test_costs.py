@@ -33,6 +33,7 @@ QWEN, QWEN_3B = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct"
         (LLAMA, 8_030_261_248, 128),
         (QWEN, 1_543_714_304, 28),
         (QWEN_3B, 3_085_938_688, 36),
+        ("smollm2", 134_515_008, 22.5),
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 56),
     ],
 )

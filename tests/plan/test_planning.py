@@ -15,7 +15,7 @@ from sao_utils.plan.memory import training_memory
 from sao_utils.plan.planning import plan
 from sao_utils.plan.render import render
 from sao_utils.recipe import Model
-from sao_utils.recipes import load_recipe
+from sao_utils.recipes import load_recipe, recipe_names
 
 GEMMA, LLAMA = "google/gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct"
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -65,6 +65,17 @@ def test_what_does_not_fit_is_named_with_what_is_lacking_and_keys_to_try(
     made = plan(load_recipe(name, changes), find_gpu(gpu))
     assert message in "\n".join(made.problems)
     assert message in render(made)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_recipe_that_comes_along_can_be_planned(name):
+    assert plan(load_recipe(name), find_gpu("H100")).stages
+
+
+def test_a_laptop_has_room_for_its_recipe_and_is_told_what_to_fetch(results):
+    made = plan(load_recipe("laptop"))
+    assert max(sum(stage.memory.values()) for stage in made.stages) < 8
+    assert "not on this machine yet: `sao fetch smollm2`" in render(made)
 
 
 def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():

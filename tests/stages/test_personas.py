@@ -23,6 +23,13 @@ def test_personas_are_people_that_pre_training_never_saw(small_run):
     assert not seen & {p["persona"] for p in people}
 
 
+def test_the_kits_own_personas_are_thousands_and_each_is_drawn_once(results):
+    run = open_run("tiny", "own", {"prompts.personas": "everyday", "prompts.count": 4000})
+    texts = [p["persona"] for p in personas.draw_personas(run)]
+    assert len(set(texts)) == 4000
+    assert all(text.startswith(("A ", "An ")) and text.count(" who ") == 1 for text in texts)
+
+
 def test_personas_come_from_a_users_file_without_repetition(results, tmp_path):
     path = tmp_path / "people.csv"
     path.write_text("persona,age\n" + "".join(f'"A baker, number {k}",{k}\n' for k in range(30)))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sao_utils import oracles
 from sao_utils.engines.base import Completion
 from sao_utils.methods import sao
 from sao_utils.oracles import tiny_world as world
@@ -194,6 +195,18 @@ def test_before_a_query_the_model_writes_the_users_turn(results):
         assert row["persona"] is None and row["source"] == "pre_query"
         assert (row["discarded"] is None) <= bool(row["prompt"])
         assert row["prompt"] is None or row["prompt"] == row["reply"].strip()
+
+
+def test_a_share_of_the_prompts_gets_an_instruction_that_an_oracle_can_check(results):
+    changes = {**SOURCE, "prompts.source": "pre_query", "prompts.personas": "null"}
+    for share in (0.5, 1.0):
+        made = prompts(open_run("tiny", "told", {**changes, "prompts.instructions": share}))
+        known = [row["prompt"] != row["reply"].strip() for row in made if row["prompt"]]
+        assert any(known) and all(known) == (share == 1)
+        for row in made:
+            if row["prompt"] and row["prompt"] != row["reply"].strip():
+                assert row["prompt"].startswith(row["reply"].strip())
+                assert oracles.quality(row["prompt"], "yes") is not None
 
 
 @pytest.mark.parametrize(
