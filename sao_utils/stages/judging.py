@@ -100,7 +100,7 @@ def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdict
     requests = [_request(pairs[k], order, judge, settings) for k, order in shown]
     by_pair: dict[int, list[dict]] = {}
     for (k, _), reply in zip(shown, replies(run, stage, judge, requests)):
-        by_pair.setdefault(k, []).append(_verdict(reply))
+        by_pair.setdefault(k, []).append(_log_odds(reply))
     return [{**pair, **_combine(by_pair.get(k), settings)} for k, pair in enumerate(pairs)]
 
 
@@ -118,7 +118,7 @@ def judged_pairs(run: Run) -> list[dict]:
         ids = both["12"]["response_ids"] if len(both) == 2 else None
         if ids and all(one in responses for one in ids):
             [pair] = side_by_side([[responses[one] for one in ids]])
-            verdicts = [_verdict(both[order]) for order in ORDERS]
+            verdicts = [_log_odds(both[order]) for order in ORDERS]
             found.append({**pair, **_combine(verdicts, run.recipe.judging)})
     return found
 
@@ -146,7 +146,7 @@ def _request(pair: dict, order: str, judge: Model, settings: Judging) -> dict:
     return {**request, "prefix": templates.VERDICT_PREFIX, "choices": templates.VERDICTS}
 
 
-def _verdict(reply: dict) -> dict:
+def _log_odds(reply: dict) -> dict:
     return _forced(reply) if "logps" in reply else _sampled(reply)
 
 
