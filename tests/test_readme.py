@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sao_utils.methods.studies import load_study
 from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 from sao_utils.report.summary import summary
-from sao_utils.report.table import read_table, value_of
+from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,3 +101,20 @@ def test_the_readmes_table_of_synpo_is_that_of_its_reference_run_and_its_claims_
     assert gain.value >= 0.10 and gain.low > 0
     control, last = (good(m, k, "other topics") for m, k in (("sft_seeds", 0), ("synpo", 4)))
     assert control.value > last.value
+
+
+def test_the_readmes_race_is_that_of_its_study():
+    table = read_table(ROOT / "results/study-race")
+    gains = select(table, metric="good answers", against="base", temperature=0.0)
+    members = load_study("race").members
+    assert set(members) == set(gains["model"])
+    for name, member in members.items():
+        last = {"model": name, "round": max(select(gains, model=name)["round"]), "seed": None}
+        cells = [
+            in_words(value_of(gains, against="base", questions=topic, **last)).removesuffix(
+                " points"
+            )
+            for topic in ("seed topics", "other topics")
+        ]
+        help_ = member.help or "none"
+        assert f"| {name} | {help_} | {' | '.join(cells)} |" in README

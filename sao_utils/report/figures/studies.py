@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 
@@ -26,7 +28,7 @@ def study(table: pd.DataFrame, title: str):
     first, by = rows["temperature"].min(), "temperature"
     if rows["questions"].nunique() > 1:
         rows, by = select(rows, temperature=first), "questions"
-        title = f"{title} ({decoding(first)})"
+        title = textwrap.fill(f"{title} ({decoding(first)})", 55)
     return style.intervals(
         {
             decoding(way) if by == "temperature" else way: {
