@@ -118,3 +118,15 @@ def test_the_readmes_race_is_that_of_its_study():
         ]
         help_ = member.help or "none"
         assert f"| {name} | {help_} | {' | '.join(cells)} |" in README
+
+
+def test_what_the_readme_says_of_judges_and_rules_is_that_of_their_study():
+    table = read_table(ROOT / "results/study-judges")
+    gains = select(table, metric="good answers", against="base", round=3)
+    text = " ".join(README.split())
+    for member in ("the judge as it is", "two fifths turned around"):
+        gain = in_words(value_of(gains, against="base", model=member)).removesuffix(" points")
+        assert gain in text
+    rules = select(table, metric="right to stop or go on").set_index("model")["value"]
+    never = in_words(value_of(table, metric="right to stop or go on", model="never stop"))
+    assert rules.idxmax() == "never stop" and never in text
