@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -52,9 +53,12 @@ GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 
 
 
 def of_questions(run: Run) -> dict:
-    """Where the run's own comparisons are made: its questions, at its first temperature."""
+    """Where the run's own comparisons are made: its questions, at its first temperature.
+
+    A file of questions by its name: no folders of this machine.
+    """
     settings = run.recipe.evaluation
-    return {"questions": settings.questions, "temperature": settings.temperatures[0]}
+    return {"questions": Path(settings.questions).name, "temperature": settings.temperatures[0]}
 
 
 def _seeds(run: Run) -> tuple:
