@@ -130,3 +130,11 @@ def test_what_the_readme_says_of_judges_and_rules_is_that_of_their_study():
     rules = select(table, metric="right to stop or go on").set_index("model")["value"]
     never = in_words(value_of(table, metric="right to stop or go on", model="never stop"))
     assert rules.idxmax() == "never stop" and never in text
+
+
+def test_the_readmes_break_even_is_that_of_its_study():
+    table = read_table(ROOT / "results/study-break-even")
+    found = value_of(table, metric="break-even accuracy", model="all pairs")
+    assert in_words(found) in " ".join(README.split())
+    filtered = value_of(table, metric="break-even accuracy", model="orders must agree")
+    assert "outside of what was measured" in filtered.note and filtered.high < found.low

@@ -134,7 +134,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
         figures.save(home, "stopping", figures.stopping(table))
     if study.break_even:
         parts += [BREAK_EVEN, markdown(show(select(table, metric="break-even accuracy")))]
-        figures.save(home, "break-even", figures.break_even(table))
+        figures.save(home, "break_even", figures.break_even(table))
     parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
     write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
     figures.save(home, study.name, figures.study(table, study.about))
