@@ -20,11 +20,20 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens: temperature 0 is greedy decoding."""
+    """How to draw tokens: temperature 0 is greedy decoding.
+
+    A reply ends behind the text `stop`, if one is given: what would follow is read by nobody. Engines that
+    see no text while they write (vLLM's child, a server) go on; then the reply is only longer.
+    """
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
+    stop: str = ""
+
+    def named(self) -> dict:
+        """What ids of rows are made of: all but `stop`, which changes nothing of what is read."""
+        return {key: value for key, value in vars(self).items() if key != "stop"}
 
 
 @dataclass(frozen=True)

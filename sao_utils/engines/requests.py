@@ -143,7 +143,7 @@ def _verb(request: dict) -> tuple:
     if ("sampling" in request) == ("choices" in request):
         raise ValueError("a request has either 'sampling', or 'prefix' and 'choices'")
     if "sampling" in request:
-        return ("generate", tuple(sorted(vars(request["sampling"]).items())))
+        return ("generate", tuple(sorted(request["sampling"].named().items())))
     return ("choose", request["prefix"], tuple(request["choices"]))
 
 

@@ -124,6 +124,9 @@ class TransformersEngine:
                 return_dict_in_generate=True,
             )
             draw = _SeededDraw([seeds[i] for i in going], sampling, start)
+            draws = [draw]
+            if sampling.stop and self.stops:
+                draws.append(self._end_after(sampling.stop, start))
             halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
             with torch.inference_mode():
                 out = self.model.generate(
@@ -131,7 +134,7 @@ class TransformersEngine:
                     attention_mask=mask,
                     past_key_values=cache,
                     generation_config=config,
-                    logits_processor=LogitsProcessorList([draw]),
+                    logits_processor=LogitsProcessorList(draws),
                     stopping_criteria=StoppingCriteriaList(halt),
                 )
             replies = out.sequences[:, start:].tolist()
@@ -216,6 +219,23 @@ class TransformersEngine:
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         return ids.to(self.device), mask.to(self.device)
+
+    def _end_after(self, text: str, start: int):
+        """A logits processor: a row that has said `text` behind its prompt of `start` tokens ends."""
+        import torch
+
+        tokens = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        last = [i for i, token in enumerate(tokens) if text[-1] in token]
+        last = torch.tensor(last, device=self.device)
+
+        def end(ids, scores):
+            for row in torch.isin(ids[:, -1], last).nonzero()[:, 0].tolist():
+                if text in self.tokenizer.decode(ids[row, start:]):
+                    scores[row] = -torch.inf
+                    scores[row, self.stops[0]] = 0.0
+            return scores
+
+        return end
 
     def _completion(self, reply: list[int]) -> Completion:
         end = next((k for k, token in enumerate(reply) if token in self.stops), None)

@@ -33,7 +33,7 @@ def improve(
     made_with = (
         "improved",
         templates.fingerprint("improver"),
-        vars(sampling),
+        sampling.named(),
         model_name(improver),
     )
     jobs = [

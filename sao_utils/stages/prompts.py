@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from sao_utils import oracles, templates
 from sao_utils.engines.base import NO_REPLY, Sampling, unanswered
@@ -28,6 +29,8 @@ IN_EVALUATION = "in an evaluation set"
 NEAR_DUPLICATE = "near-duplicate"
 #: template -> how its reply is read; of the others as "User prompt: ..."
 PARSERS = {None: lambda text: text.strip() or None, "keywords": templates.parse_question}
+#: template -> where its reply ends for us: the solution that SynPO's generator goes on with, nobody reads
+STOPS = {"keywords": "</question>"}
 FEW = 20  # prompts below which no share of them is judged (ours)
 
 
@@ -56,7 +59,7 @@ def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) ->
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
     template = None if settings.source == "pre_query" else settings.source
     fingerprint = template and templates.fingerprint(template)
-    made_with = ("prompt", fingerprint, vars(sampling), model_name(policy))
+    made_with = ("prompt", fingerprint, sampling.named(), model_name(policy))
     of_round = (round,) if round else ()
     share = settings.instructions
     made_with += (share,) if share else ()
@@ -70,8 +73,9 @@ def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) ->
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:
         by_id = {job["id"]: job for job in outstanding}
+        asked = replace(sampling, stop=STOPS.get(template, ""))
         requests = [
-            {"id": job["id"], "chat": _chat(template, job), "sampling": sampling}
+            {"id": job["id"], "chat": _chat(template, job), "sampling": asked}
             for job in outstanding
         ]
         for batch in batches_of_replies(run, "prompts", policy, requests):

@@ -28,7 +28,7 @@ def write_responses(
     """
     settings = run.recipe.responses
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
-    made_with = ("response", vars(sampling), model_name(policy))
+    made_with = ("response", sampling.named(), model_name(policy))
     jobs = [
         {
             "id": row_id(*made_with, row["id"], sample),

@@ -104,7 +104,7 @@ def _points(run: Run, pairs: list[dict], judge: Model, stage: str) -> list[list[
     made_with = (
         "points",
         templates.fingerprint(settings.template),
-        vars(sampling),
+        sampling.named(),
         model_name(judge),
     )
     asked = {

@@ -38,7 +38,7 @@ def label_prompts(
     if len(prompts) > sample:
         prompts = random.Random(seed).sample(prompts, sample)
     sampling = Sampling(0.0, max(TOKENS, run.recipe.judging.max_new_tokens))
-    made_with = ("topics", templates.fingerprint("topics"), vars(sampling), model_name(judge))
+    made_with = ("topics", templates.fingerprint("topics"), sampling.named(), model_name(judge))
     jobs = [
         {
             "id": row_id(*made_with, row["id"]),

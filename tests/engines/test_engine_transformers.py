@@ -144,6 +144,20 @@ def test_a_batch_is_thinned_out_as_rows_end_and_no_reply_changes(engine, monkeyp
     assert all_of(engine.generate(asked, sampling, seeds)) == together
 
 
+def test_a_reply_ends_behind_the_text_that_stops_it_and_is_the_same_before(engine):
+    seeds = list(range(len(CHATS)))
+    whole, cut = (
+        all_of(engine.generate(CHATS, Sampling(0.6, 60, stop=stop), seeds)) for stop in ("", "ing")
+    )
+    ends = 0
+    for k in seeds:
+        before, there, after = whole[k].text.partition("ing")
+        assert cut[k].text == before + there
+        assert cut[k].finished if there else cut[k] == whole[k]
+        ends += bool(after)
+    assert 0 < ends < len(CHATS)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_thinning_out_keeps_a_sliding_window_and_does_without_a_known_cache(
     tmp_path, monkeypatch, known
