@@ -1,4 +1,4 @@
-"""What the README says is what the repository holds."""
+"""What the README and docs/ say is what the repository holds."""
 
 import re
 import shlex
@@ -14,6 +14,7 @@ from sao_utils.report.words import in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -85,7 +86,7 @@ def test_a_reference_run_is_of_the_recipe_that_is_shipped(name, folder):
     assert {**kept, "seeds": shipped["seeds"]} == shipped
 
 
-def test_the_readmes_table_of_synpo_is_that_of_its_reference_run_and_its_claims_hold():
+def test_the_table_of_synpo_is_that_of_its_reference_run_and_its_claims_hold():
     table = read_table(ROOT / "results/reference-synpo")
 
     def good(model, number, topic, against=None, temperature=0.0):
@@ -96,14 +97,14 @@ def test_the_readmes_table_of_synpo_is_that_of_its_reference_run_and_its_claims_
     names |= {("synpo", k): f"SynPO, round {k}" for k in range(1, 5)}
     for (model, number), name in names.items():
         cells = [in_words(good(model, number, topic)) for topic in ("seed topics", "other topics")]
-        assert f"| {name} | {' | '.join(cells)} |" in README
+        assert f"| {name} | {' | '.join(cells)} |" in FINDINGS
     gain = good("synpo", 4, "other topics", "base")
     assert gain.value >= 0.10 and gain.low > 0
     control, last = (good(m, k, "other topics") for m, k in (("sft_seeds", 0), ("synpo", 4)))
     assert control.value > last.value
 
 
-def test_the_readmes_race_is_that_of_its_study():
+def test_the_table_of_the_race_is_that_of_its_study():
     table = read_table(ROOT / "results/study-race")
     gains = select(table, metric="good answers", against="base", temperature=0.0)
     members = load_study("race").members
@@ -117,13 +118,13 @@ def test_the_readmes_race_is_that_of_its_study():
             for topic in ("seed topics", "other topics")
         ]
         help_ = member.help or "none"
-        assert f"| {name} | {help_} | {' | '.join(cells)} |" in README
+        assert f"| {name} | {help_} | {' | '.join(cells)} |" in FINDINGS
 
 
-def test_what_the_readme_says_of_judges_and_rules_is_that_of_their_study():
+def test_what_is_said_of_judges_and_rules_is_that_of_their_study():
     table = read_table(ROOT / "results/study-judges")
     gains = select(table, metric="good answers", against="base", round=3)
-    text = " ".join(README.split())
+    text = " ".join(FINDINGS.split())
     for member in ("the judge as it is", "two fifths turned around"):
         gain = in_words(value_of(gains, against="base", model=member)).removesuffix(" points")
         assert gain in text
@@ -132,9 +133,9 @@ def test_what_the_readme_says_of_judges_and_rules_is_that_of_their_study():
     assert rules.idxmax() == "never stop" and never in text
 
 
-def test_the_readmes_break_even_is_that_of_its_study():
+def test_the_break_even_accuracy_is_that_of_its_study():
     table = read_table(ROOT / "results/study-break-even")
     found = value_of(table, metric="break-even accuracy", model="all pairs")
-    assert in_words(found) in " ".join(README.split())
+    assert in_words(found) in " ".join(FINDINGS.split())
     filtered = value_of(table, metric="break-even accuracy", model="orders must agree")
     assert "outside of what was measured" in filtered.note and filtered.high < found.low
