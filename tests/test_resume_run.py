@@ -1,5 +1,6 @@
 """A run of real stages that is killed at random moments ends in the same rows as an unbroken one."""
 
+import multiprocessing
 import os
 import random
 import subprocess
@@ -8,8 +9,10 @@ import time
 
 import pytest
 
+from sao_utils import oracles
 from sao_utils.engines.base import NO_REPLY
-from sao_utils.methods import sao
+from sao_utils.methods import sao, synpo
+from sao_utils.methods.iterate import first_round
 from sao_utils.store import open_run, read_rows, standing
 
 OVERRIDES = {"prompts.count": 100, "model.batch_tokens": 1000}
@@ -86,3 +89,80 @@ def test_what_a_small_context_ended_is_made_again_under_a_larger_one_and_nothing
         assert standing(small.rows(stage)) == wanted
     outcomes = {row["id"]: row["outcome"] for row in verdicts}
     assert {row["id"]: row["outcome"] for row in run_with("small", None)[1]} == outcomes
+
+
+SYNPO = {
+    "prompts.count": 24,
+    "prompts.min_usable": 0,
+    "synpo.seed_count": 24,
+    "synpo.generator": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 8},
+    "synpo.improver": {"learning_rate": 1e-8, "epochs": 1, "batch_size": 8},
+    "synpo.threshold": 0,
+    "synpo.check": None,
+    "model.batch_tokens": 1500,
+}
+SYNPO_FILES = (
+    "adapters/generator-0/log.jsonl",
+    "rows/prompts.jsonl",
+    "rows/responses.jsonl",
+    "rows/seed_scores.jsonl",
+    "adapters/improver-round1-0/log.jsonl",
+    "rows/checked.jsonl",
+    "rows/check_scores.jsonl",
+    "rows/improved.jsonl",
+    "rows/scores.jsonl",
+)
+
+
+def synpo_loop(folder, name):
+    """One round of SynPO, whose models have seen 24 seeds: what they write is no question, and improves
+    nothing. So questions stand in for the prompts once they are written, and the check's word is not asked.
+    """
+    os.environ["SAO_RESULTS"] = folder
+    questions = list(oracles.tiny_paragraphs(24))
+    synpo.select_prompts = lambda run, prompts, avoid: [
+        {**row, "prompt": text, "discarded": None} for row, text in zip(prompts, questions)
+    ]
+    synpo.refuse_if_harmful = lambda *_: None
+    run = open_run("tiny-synpo", name, SYNPO)
+    synpo.synpo_round(run, first_round(run, 0))
+
+
+def test_a_round_of_synpo_killed_in_each_stage_ends_in_the_same_rows(results):
+    processes = multiprocessing.get_context("forkserver")  # forks have no imports to wait for
+    processes.set_forkserver_preload(["torch", "sao_utils.methods.iterate", "trl", "peft"])
+
+    def start(name):
+        process = processes.Process(target=synpo_loop, args=(str(results), name))
+        process.start()
+        return process
+
+    whole = start("whole")
+    whole.join()
+    assert whole.exitcode == 0
+    files = [file for file in SYNPO_FILES if (results / "whole" / file).exists()]
+    assert len(files) >= 7
+    rng = random.Random(2)
+    for file in files:
+        process = start("killed")
+        while process.is_alive() and not (results / "killed" / file).exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, f"it had ended before it was killed in {file}"
+    last = start("killed")
+    last.join()
+    assert last.exitcode == 0
+    for file in (*files, "rows/discarded_pairs_synpo.jsonl"):
+        got, wanted = (made_of(results / name / file) for name in ("killed", "whole"))
+        assert got == wanted, file
+
+
+def made_of(path):
+    """What a stage's file says, by id (of a training's log, by step), but for last digits of scores."""
+    rows = read_rows(path)
+    return {row.get("id", row.get("step")): {k: row[k] for k in row if k in SAID} for row in rows}
+
+
+SAID = ("text", "reply", "prompt", "chosen", "rejected", "loss", "discarded")
