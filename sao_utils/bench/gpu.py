@@ -2,7 +2,7 @@
 
 Each part runs in a process of its own with its own time limit, and its rows are kept as they come: a part
 that dies or runs over is a row that says so, and the others go on. There need be no network, and beside
-torch, transformers, accelerate, pandas and pydantic only trl (with datasets), peft and bitsandbytes.
+torch, transformers, accelerate and pandas only pydantic, trl (with datasets), peft and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def in_process(name: str, part: Callable, seconds: float, *arguments) -> Iterato
             yield here.recv()
         yield {"measurement": name, "status": f"failed: not done within {seconds:g} s"}
     except EOFError:
-        process.join()
+        process.join(10)
         if process.exitcode:
             yield {"measurement": name, "status": f"failed: exit code {process.exitcode}"}
     finally:
@@ -74,8 +74,9 @@ def loop(device: str, small: bool) -> Iterator[dict]:
 
     # Instructions would be checked by lm-eval, which need not be there.
     changes = {"prompts.instructions": 0.0, "training.probe_steps": 0, "training.batch_size": 8}
-    large = {"model.dtype": "bfloat16", "model.batch_tokens": 262_144, "prompts.count": 256}
-    changes |= {"prompts.count": 40} if small else large
+    large = {"model.dtype": "bfloat16", "model.batch_tokens": 65_536, "prompts.count": 320}
+    # Not "auto": the peak of a budget that a step does not fill would say nothing of the estimate.
+    changes |= {"prompts.count": 40} if small else {**large, "training.token_budget": 2048}
     recipe = load_recipe("tiny" if small else "laptop", changes)
     card = None
     if device == "cuda":
@@ -89,6 +90,7 @@ def loop(device: str, small: bool) -> Iterator[dict]:
     engine = load_engine(recipe.model)
     list(engine.generate([[{"role": "user", "content": "Hi"}]], Sampling(0.0, 4), [0]))  # warms up
     tokenizer = engine.tokenizer
+    del engine  # training frees what nobody holds
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, Path(folder))
         run.rows("prompts").parent.mkdir()
@@ -109,7 +111,7 @@ def loop(device: str, small: bool) -> Iterator[dict]:
             return {"rows": recipe.training.batch_size * len(steps)}
 
         steps: list[dict] = []
-        jobs = {"prompts": write, "responses": write, "verdicts": judge, "training self": train}
+        jobs = {"prompts": write, "responses": write, "verdicts": judge, "training self-0": train}
         for stage, work in jobs.items():
             row = measure(partial(work, stage), device, whole=True)
             if work is train and steps:  # without the time that loading takes

@@ -1,8 +1,6 @@
 """The measurements for a GPU: each part's own code at small shapes on a CPU, and what a part's end leaves."""
 
-import os
-import time
-
+import parts
 import pytest
 import torch
 
@@ -13,27 +11,12 @@ from sao_utils.bench.contenders import CPO, FUSED, PACKED, SHARED
 # ---------------------------------------------------------------------- processes
 
 
-def dies():
-    yield {"measurement": "first", "status": "ok"}
-    os._exit(9)
-
-
-def takes_too_long():
-    yield {"measurement": "first", "status": "ok"}
-    time.sleep(600)
-
-
-def breaks():
-    yield {"measurement": "first", "status": "ok"}
-    raise MemoryError
-
-
 @pytest.mark.parametrize(
     "part, seconds, status",
     [
-        (dies, 100, "failed: exit code 9"),
-        (takes_too_long, 20, "failed: not done within 20 s"),
-        (breaks, 100, "out of memory"),
+        (parts.dies, 100, "failed: exit code 9"),
+        (parts.takes_too_long, 10, "failed: not done within 10 s"),
+        (parts.breaks, 100, "out of memory"),
     ],
 )
 def test_a_part_that_does_not_end_well_leaves_its_rows_and_the_reason(part, seconds, status):
@@ -58,7 +41,7 @@ def test_without_a_gpu_one_line_says_so_and_nothing_is_written(results, monkeypa
 
 def test_the_loop_is_measured_stage_by_stage_beside_its_estimates():
     rows = {row["contender"]: row for row in gpu.loop("cpu", small=True)}
-    assert list(rows) == ["prompts", "responses", "verdicts", "training self"]
+    assert list(rows) == ["prompts", "responses", "verdicts", "training self-0"]
     for row in rows.values():
         assert row["status"] == "ok", row
         assert row["tokens_per_second"] > 0 and row["planned_bytes"] > 0
