@@ -60,6 +60,8 @@ def _send_rows(to, name: str, part: Callable, *arguments) -> None:
 
 # ---------------------------------------------------------------------------- the parts
 
+TRAINING = "training self-0"  # as `sao plan` calls the stage; its rows are steps
+
 
 def loop(device: str, small: bool) -> Iterator[dict]:
     """A round of SAO on real text in bfloat16: speed of its stages, peaks beside those of `sao plan`."""
@@ -72,8 +74,7 @@ def loop(device: str, small: bool) -> Iterator[dict]:
     from sao_utils.store import Run, read_rows
     from sao_utils.templates import ranking_prompt
 
-    # Instructions would be checked by lm-eval, which need not be there.
-    changes = {"prompts.instructions": 0.0, "training.probe_steps": 0, "training.batch_size": 8}
+    changes = {"training.probe_steps": 0, "training.batch_size": 8}
     large = {"model.dtype": "bfloat16", "model.batch_tokens": 65_536, "prompts.count": 320}
     # Not "auto": the peak of a budget that a step does not fill would say nothing of the estimate.
     changes |= {"prompts.count": 40} if small else {**large, "training.token_budget": 2048}
@@ -95,31 +96,26 @@ def loop(device: str, small: bool) -> Iterator[dict]:
         run = Run(recipe, Path(folder))
         run.rows("prompts").parent.mkdir()
 
-        def write(stage: str) -> dict:
-            made = sao.rows(run, stage)
-            return {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
+        def make(stage: str) -> dict:
+            if stage == TRAINING:  # the first step is slow
+                return {"made": read_rows(sao.train(run, "self", 0) / "log.jsonl")[1:]}
+            return {"made": sao.rows(run, stage)}
 
-        def judge(stage: str) -> dict:
-            made = sao.rows(run, stage)
-            texts = [ranking_prompt(row["prompt"], *row["responses"]) for row in made]
-            read = encode([[{"role": "user", "content": text}] for text in texts], tokenizer)
-            return {"rows": 2 * len(made), "tokens": 2 * sum(map(len, read))}  # both orders
-
-        def train(_: str) -> dict:
-            log = read_rows(sao.train(run, "self", 0) / "log.jsonl")
-            steps.extend(log[1:])  # the first step is slow
-            return {"rows": recipe.training.batch_size * len(steps)}
-
-        steps: list[dict] = []
-        jobs = {"prompts": write, "responses": write, "verdicts": judge, "training self-0": train}
-        for stage, work in jobs.items():
-            row = measure(partial(work, stage), device, whole=True)
-            if work is train and steps:  # without the time that loading takes
-                row["tokens"] = sum(step["real_tokens"] for step in steps)
-                row["seconds"] = sum(step["seconds"] for step in steps)
+        for stage in ("prompts", "responses", "verdicts", TRAINING):
+            row = measure(partial(make, stage), device, whole=True)
+            made = row.pop("made", [])
+            if stage == TRAINING:  # by its own clock: without the time that loading takes
+                row["seconds"] = sum(step["seconds"] for step in made)
+                count, tokens = len(made), sum(step["real_tokens"] for step in made)
+            elif stage == "verdicts":  # what is read, in both orders
+                texts = [ranking_prompt(one["prompt"], *one["responses"]) for one in made]
+                chats = [[{"role": "user", "content": text}] for text in texts]
+                count, tokens = 2 * len(made), 2 * sum(map(len, encode(chats, tokenizer)))
+            else:
+                count, tokens = len(made), sum(one["tokens"] for one in made)
             base = {"measurement": "loop", "contender": stage, "shapes": recipe.model.path}
             base |= {"weights": recipe.model.dtype, "planned_bytes": estimates[stage]}
-            yield engines.with_speed(base | row)
+            yield engines.with_speed({**base, "rows": count, "tokens": tokens, **row})
 
 
 def nf4(device: str, small: bool) -> Iterator[dict]:
