@@ -281,7 +281,7 @@ class Evaluation(Section):
     temperatures: tuple[NonNegativeFloat, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: PositiveInt
     bootstrap: int = Field(10_000, ge=100)  # resamples of an interval
-    # Tasks of lm-eval: "leaderboard", "tiny", a name, or a local .yaml file.
+    # Tasks of lm-eval: "leaderboard", "tiny", "bigbench", a name, or a local .yaml file.
     tasks: tuple[str, ...] = ()
     task_limit: PositiveInt | None = None  # items of a task, for a quick look; null: all
     benchmarks: tuple[Benchmark, ...] = ()  # published ones, and the tiny world's counterparts

@@ -1,6 +1,7 @@
 """Measure speed and memory on this machine's GPU, or without one its CPU, beside a named peer.
 
-training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py).
+training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py);
+gpu: what matters most of both, SmolLM2's loop and NF4, in twelve minutes of a GPU (gpu.py).
 Results go to results/benchmarks/: rows as .csv, versions and hardware as .json, a picture.
 """
 
@@ -8,28 +9,37 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import suppress
 
-from sao_utils.bench import engines, results, training
+from sao_utils.bench import engines, gpu, results, training
 from sao_utils.bench.models import SHAPES
 from sao_utils.disk import write_whole
-from sao_utils.report.figures import style
 from sao_utils.store import results_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     ask = argparse.ArgumentParser(prog="python -m sao_utils.bench", description=__doc__)
-    ask.add_argument("benchmark", choices=("training", "engines"))
+    ask.add_argument("benchmark", choices=("training", "engines", "gpu"))
     ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="of a GPU's memory")
     ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
     ask.add_argument("--repeats", type=int, default=3)
+    ask.add_argument(
+        "--small", action="store_true", help="of gpu: a trial in a minute, also on a CPU"
+    )
     options = ask.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = options.shapes
-    if options.benchmark == "engines":
+    if options.benchmark == "gpu":
+        if device == "cpu" and not options.small:
+            sys.exit("There is no GPU here: nothing was measured.")
+        name, promises = device + ("-small" if options.small else ""), "training-cuda"
+        measured = gpu.measurements(device, options.small)
+    elif options.benchmark == "engines":
         name, promises = f"engines-{device}", "engines"
         shapes = shapes or (engines.ON_GPU if device == "cuda" else ())
         measured = engines.measurements(shapes, device, options.repeats)
@@ -47,8 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         results.keep(folder, name, rows)  # at once: a kill leaves what there is
     bars = results.bars(rows, promises)
     print(results.table(rows).to_string(index=False), results.bar_lines(bars), sep="\n")
-    if options.benchmark == "training":
-        write_whole(folder / f"{name}.svg", style.as_svg(results.picture(rows)))
+    if options.benchmark != "engines":
+        with suppress(ModuleNotFoundError):  # of matplotlib, which a borrowed GPU may lack
+            from sao_utils.report.figures import style
+
+            write_whole(folder / f"{name}.svg", style.as_svg(results.picture(rows)))
 
 
 if __name__ == "__main__":

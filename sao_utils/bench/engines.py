@@ -78,7 +78,7 @@ def overhead(personas: int, repeats: int) -> list[dict]:
             ours[ratio] = raw[clock] / ours[clock]
     base = {"measurement": "overhead", "shapes": "tiny"}
     base |= {"rows": len(made), "tokens": sum(row["tokens"] for row in made)}
-    return [_with_speed({**base, "contender": name, **one}) for name, one in found.items()]
+    return [with_speed({**base, "contender": name, **one}) for name, one in found.items()]
 
 
 def by_batch(
@@ -135,12 +135,12 @@ def by_batch(
             batched = model.model_copy(update={"batch_tokens": batch * sum(sizes)})
             planned = GIB * sum(memory(network.config, batched, *sizes).values())
             base = {"measurement": name, "shapes": shape, "weights": weights, "batch": batch}
-            yield _with_speed({**base, "planned_bytes": planned, **row})
+            yield with_speed({**base, "planned_bytes": planned, **row})
             if row["status"] != "ok":
                 break
 
 
-def _with_speed(row: dict) -> dict:
+def with_speed(row: dict) -> dict:
     """A row with tokens and rows a second, where it was measured."""
     if row.get("seconds"):
         row["rows_per_second"] = row["rows"] / row["seconds"]

@@ -13,12 +13,12 @@ from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED
 from sao_utils.bench.measuring import GIB
 from sao_utils.disk import write_whole
 from sao_utils.machine import hardware, versions
-from sao_utils.report.figures import style
 
 COLUMNS = (
     "measurement shapes vocabulary weights cap_gib contender batch rows tokens peak_bytes "
     "planned_bytes peak_ratio seconds cpu_seconds tokens_per_second rows_per_second speed_ratio "
-    "ratio cpu_ratio loss loss_difference padded_ratio head_ratio microbatches repeats status"
+    "ratio cpu_ratio loss loss_difference gradient_difference padded_ratio head_ratio microbatches "
+    "repeats status"
 ).split()
 #: column -> what the table for readers calls it
 FACTS = {
@@ -30,16 +30,10 @@ FACTS = {
     "tokens_per_second": "tokens/s",
     "peak_bytes": "peak GiB",
     "planned_bytes": "planned GiB",
+    "gradient_difference": "gradient off by",
     "padded_ratio": "padded/real",
     "head_ratio": "head/answer",
     "microbatches": "microbatches",
-}
-COLOURS = {
-    PACKED: style.BLUE,
-    SHARED: style.SKY,
-    CPO: style.RED,
-    FUSED: style.ORANGE,
-    LIGER: style.PURPLE,
 }
 
 
@@ -130,6 +124,11 @@ def picture(rows: list[dict]):
     from matplotlib import pyplot
     from matplotlib import style as styles
 
+    from sao_utils.report.figures import style
+
+    contenders = (PACKED, SHARED, CPO, FUSED, LIGER)
+    named = (style.BLUE, style.SKY, style.RED, style.ORANGE, style.PURPLE)
+    colour_of = dict(zip(contenders, named))
     ran = pd.DataFrame(rows, columns=COLUMNS).query("status == 'ok'")
     ran["peak_gib"] = ran["peak_bytes"] / GIB
     pair = ran.query("measurement == 'loss stage' and tokens == 2048")
@@ -146,7 +145,7 @@ def picture(rows: list[dict]):
             of_each = some.groupby(["vocabulary", "contender"], sort=False)
             values = of_each[key].max().dropna()
             names = [f"V = {size / 1000:.0f}k: {contender}" for size, contender in values.index]
-            colours = [COLOURS[contender] for _, contender in values.index]
+            colours = [colour_of[contender] for _, contender in values.index]
             drawn = place.barh(names, values, color=colours)
             place.bar_label(drawn, [f" {value:.2f}" for value in values], fontsize=8)
             place.set(title=title, xlabel=label)

@@ -1,4 +1,4 @@
-"""Known answers: the Open LLM Leaderboard's six tasks, and the tiny world's, through lm-eval.
+"""Known answers: the Open LLM Leaderboard's six tasks, and ones that come along, through lm-eval.
 
 Alignment can unlearn what a model knew. lm-eval (EleutherAI's harness) asks base and tuned models the
 same questions, and the differences are taken question by question: that is far sharper than two
@@ -67,10 +67,12 @@ LEADERBOARD = (
     Task("winogrande", 5, "acc"),
     Task("gsm8k", 5, "exact_match,strict-match"),
 )
+#: name of a group of tasks that come along -> its folder: the tiny world's, and three of BIG-bench
+LOCAL = {"tiny": "tiny/tasks", "bigbench": "evaluation/bigbench"}
 
 
 def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks behind names: "leaderboard" (six), "tiny" (the tiny world's), a task, a YAML file.
+    """The tasks behind names: "leaderboard" (six), one of LOCAL, a task, a YAML file.
 
     Raises:
         RecipeError: a file that is not there or is no task.
@@ -79,8 +81,8 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     for name in names:
         if name == "leaderboard":
             found += LEADERBOARD
-        elif name == "tiny":
-            folder = Path(str(files("sao_utils") / "tiny" / "tasks"))
+        elif name in LOCAL:
+            folder = Path(str(files("sao_utils") / LOCAL[name]))
             found += [_local(file) for file in sorted(folder.glob("*.yaml"))]
         elif is_task_file(name):
             found.append(_local(Path(name)))

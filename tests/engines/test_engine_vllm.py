@@ -9,15 +9,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import psutil
 import pytest
 from small import CHATS, all_of, save_random_adapter
+from vllm_server import CPU_BUILD, needs_vllm, serving, wait_for
 
 from sao_utils import store as rows
 from sao_utils.engines.base import NOTHING, EngineError, Sampling
@@ -29,13 +28,6 @@ from sao_utils.recipe import Model
 from sao_utils.stages.judging import judge_pairs
 
 TINY = Model(path="tiny", dtype="float32")
-#: What vLLM's build for CPUs needs: one thread, nothing compiled, the engine inside of its process.
-CPU_BUILD = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 SERVED = Model(path="tiny", dtype="float32", engine="vllm")
 CHOICES = (" 1 > 2", " 2 > 1")
 
@@ -79,11 +71,6 @@ def test_a_child_that_dies_while_loading_shows_the_end_of_its_log(
 
 # ---- vLLM itself
 
-needs_vllm = pytest.mark.skipif(
-    not os.environ.get("SAO_VLLM_PYTHON"),
-    reason="SAO_VLLM_PYTHON names no Python with vLLM (make test-vllm)",
-)
-
 
 def vllm_test(test):
     return pytest.mark.vllm(needs_vllm(pytest.mark.usefixtures("address")(test)))
@@ -92,7 +79,7 @@ def vllm_test(test):
 @pytest.fixture(scope="module")
 def cpu_build():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**CPU_BUILD, "VLLM_NO_USAGE_STATS": "1"}.items():
+        for name, value in CPU_BUILD.items():
             patch.setenv(name, value)
         yield
     unload_engines()
@@ -111,21 +98,8 @@ def address(cpu_build, tmp_path_factory):
     own = json.loads(kept.read_text())
     shows = {"repetition_penalty": 2.0, "top_k": 2, "temperature": 1.5, "min_p": 0.3}
     kept.write_text(json.dumps(own | shows))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = open(folder.with_name("log"), "wb")
-    server = subprocess.Popen(
-        [os.environ["SAO_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
-        + ["--model", str(folder), "--served-model-name", "served-tiny"]
-        + ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)],
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    yield f"http://127.0.0.1:{port}/v1"
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    with serving(folder, "served-tiny", folder.with_name("log")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -226,17 +200,6 @@ def test_the_stages_can_judge_and_write_through_vllms_own_server(address, result
     for a, b in judged:
         assert b["margin_12"] == pytest.approx(a["margin_12"], abs=1e-3)
         assert b["margin_21"] == pytest.approx(a["margin_21"], abs=1e-3)
-
-
-def wait_for(address):
-    until = time.monotonic() + 150
-    while time.monotonic() < until:
-        try:
-            urllib.request.urlopen(f"{address.removesuffix('/v1')}/health", timeout=5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("vLLM's server did not start")
 
 
 @vllm_test

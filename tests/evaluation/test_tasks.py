@@ -26,6 +26,7 @@ from sao_utils.evaluation.tasks import Task
 from sao_utils.methods import sao
 from sao_utils.oracles import tiny_world as world
 from sao_utils.oracles.tiny_oracle import inspect_answer
+from sao_utils.plan.hardware import data
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.statistics.power import outside_the_noise
 
@@ -138,6 +139,24 @@ def test_a_local_task_is_found_from_wherever_a_notebook_runs(results, tmp_path, 
     monkeypatch.chdir(tmp_path)
     own = rows.open_run("tiny", "own", {"evaluation.tasks": ["own.yaml", "mmlu"]})
     assert own.recipe.evaluation.tasks == (str(tmp_path / "own.yaml"), "mmlu")
+
+
+def test_the_tasks_of_bigbench_come_along_whole_with_their_licence_and_canary(run):
+    folder = TASKS.parents[1] / "evaluation" / "bigbench"
+    sizes = {name: size for name, size in data("sizes")["tasks"].items() if "bigbench_" in name}
+    for name, size in sizes.items():
+        lines = (folder / f"{name.removeprefix('bigbench_')}.jsonl").read_text("utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        assert (len(found), sum(len(i["choices"]) for i in found)) == (
+            size["items"],
+            size["passes"],
+        )
+        assert all(len(set(i["choices"])) > i["answer"] >= 0 for i in found)
+        assert all(len(i["canary"]) == 36 for i in found)  # so that nobody trains on it unawares
+    assert "Apache License" in (folder / "LICENSE").read_text()
+    some = with_settings(run, tasks=("bigbench",))
+    done = harness.score_tasks(some, sao.candidates(some, ["base"]))
+    assert {(r["task"], r["n"], r["metric"]) for r in done} == {(t, LIMIT, "acc") for t in sizes}
 
 
 # ---------------------------------------------------------------------- scoring
