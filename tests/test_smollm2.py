@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -109,7 +108,5 @@ def test_every_number_has_its_n_and_interval_and_the_weights_are_named(killed_an
     good = select(known, section="quality", against=None, seed=None)
     assert set(good["model"]) == {"base", "self", "random", "sft_random", "oracle"}
     assert (good["high"] - good["low"] > 0.2).all()
-    source = json.loads(
-        (Path(load_recipe(str(folder / "recipe.yaml")).model.path) / "source.json").read_text()
-    )
-    assert source["weights"] in ("bfloat16", "4 bit (Q4_1), unpacked")
+    weights = json.loads((folder / "manifest.json").read_text())["weights"]["weights"]
+    assert weights in ("bfloat16", "4 bit (Q4_1), unpacked")

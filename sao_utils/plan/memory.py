@@ -1,7 +1,7 @@
 """Memory that a model takes: generating, judging, lm-eval's tasks, training. Sizes are GiB.
 
 Arithmetic on the shape of the model; needs no weights, and torch only to ask what a CPU has. The peaks of
-the transformers engine are checked on a CPU. Training has the formula of the trainer itself (`training.memory`).
+the transformers engine are checked on a CPU. Training has the formula of its trainer (`training.memory`).
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
-from sao_utils.engines.loading import model_name
+from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.methods import sao
 from sao_utils.report import leakage, rounds, sections, tables
 from sao_utils.report.card import write_card
@@ -51,7 +52,9 @@ def write_tables(run: Run) -> pd.DataFrame:
     (`tables.write`), and the results into the trained models' cards.
     """
     table, folder = results(run), run.folder / "tables"
-    note(run, model=model_name(run.recipe.model))
+    source = Path(model_folder(run.recipe.model.path)) / "source.json"  # of a fetched model
+    weights = {"weights": json.loads(source.read_text("utf-8"))} if source.is_file() else {}
+    note(run, model=model_name(run.recipe.model), **weights)
     write_whole(folder / "recipe.yaml", (run.folder / "recipe.yaml").read_text(encoding="utf-8"))
     write_whole(folder / "results.json", as_json(table))
     write_whole(folder / "results.csv", as_csv(table))
