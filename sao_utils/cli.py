@@ -119,7 +119,7 @@ def examine_judge(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Let a model write, answer and judge 60 prompts, and print how right it judges; trains nothing."""
-    from sao_utils.report.results import results
+    from sao_utils.report.results import write_judge
     from sao_utils.report.summary import advice_on_judge
     from sao_utils.report.words import markdown, show
 
@@ -127,7 +127,7 @@ def examine_judge(
         few = {"prompts.count": 60, **_overrides(set_)}
         opened = open_run(recipe, run or f"{load_recipe(recipe).name}-judge", few)
         _agree_to_pay(opened, yes)
-        found = results(opened, "judge")
+        found = write_judge(opened)
     typer.echo(f"{markdown(show(found))}\n\n{advice_on_judge(found)}")
 
 
