@@ -112,6 +112,26 @@ def run(
 
 
 @app.command()
+def examine_judge(
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a .yaml file.")],
+    run: Annotated[str | None, typer.Option(help="Name of the run; else <recipe>-judge.")] = None,
+    set_: Settings = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
+) -> None:
+    """Let a model write, answer and judge 60 prompts, and print how right it judges; trains nothing."""
+    from sao_utils.report.results import write_judge
+    from sao_utils.report.summary import advice_on_judge
+    from sao_utils.report.words import markdown, show
+
+    with _resumable():
+        few = {"prompts.count": 60, **_overrides(set_)}
+        opened = open_run(recipe, run or f"{load_recipe(recipe).name}-judge", few)
+        _agree_to_pay(opened, yes)
+        found = write_judge(opened)
+    typer.echo(f"{markdown(show(found))}\n\n{advice_on_judge(found)}")
+
+
+@app.command()
 def study(
     name: Annotated[str | None, typer.Argument(help="Name of a study, or a .yaml file.")] = None,
     set_: Settings = None,

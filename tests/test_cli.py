@@ -64,6 +64,17 @@ def test_help_comes_at_once():
     assert any(line.startswith("tiny ") and "CPU" in line for line in sao("recipes").splitlines())
 
 
+def test_a_judge_is_examined_without_a_training_and_goes_on_where_it_was(folder):
+    words = ("examine-judge", "--recipe", "tiny", "--set", "prompts.count=16")
+    out = sao(*words)
+    assert "| accuracy |" in out and "is right more often than chance" in out.splitlines()[-1]
+    (made,) = (folder.parent / "results").glob("*")
+    assert made.name == "tiny-judge" and not (made / "adapters").exists()
+    before = (made / "rows" / "verdicts.jsonl").read_bytes()
+    assert sao(*words).splitlines()[-1] == out.splitlines()[-1]
+    assert (made / "rows" / "verdicts.jsonl").read_bytes() == before
+
+
 # ---------------------------------------------------------------------- show
 
 

@@ -20,6 +20,7 @@ a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 REFERENCE = ROOT / "results/reference"
+JUDGE = ROOT / "results/reference-laptop-judge"
 
 
 def test_the_readmes_table_is_that_of_the_reference_run():
@@ -78,11 +79,19 @@ def test_the_claim_holds_in_the_reference_run():
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("tiny", "reference"), ("tiny-synpo", "reference-synpo")]
+    ("name", "folder"),
+    [
+        ("tiny", "reference"),
+        ("tiny-synpo", "reference-synpo"),
+        ("laptop", "reference-laptop-judge"),
+    ],
 )
 def test_a_reference_run_is_of_the_recipe_that_is_shipped(name, folder):
     shipped = load_recipe(name).model_dump(mode="json")
     kept = load_recipe(str(ROOT / "results" / folder / "recipe.yaml")).model_dump(mode="json")
+    if name == "laptop":  # its model's folder says which weights they were
+        assert Path(kept["model"]["path"]).name == "smollm2-135m-instruct-q4_1"
+        kept["model"]["path"] = shipped["model"]["path"]
     assert {**kept, "seeds": shipped["seeds"]} == shipped
 
 
@@ -139,3 +148,21 @@ def test_the_break_even_accuracy_is_that_of_its_study():
     assert in_words(found) in " ".join(FINDINGS.split())
     filtered = value_of(table, metric="break-even accuracy", model="orders must agree")
     assert "outside of what was measured" in filtered.note and filtered.high < found.low
+
+
+def test_what_is_said_of_the_real_models_judge_is_what_its_kept_run_found():
+    found = read_table(JUDGE)
+    pages = [" ".join(page.read_text("utf-8").split()) for page in PAGES if page.stem != "README"]
+    for metric in ("accuracy", "flip rate", "first position"):
+        row = value_of(found, metric=metric, questions="training pairs")
+        assert f"{in_words(row)} | {row.n} |" in README, metric
+    for metric in ("accuracy, better answer longer", "accuracy, better answer shorter"):
+        assert any(in_words(value_of(found, metric=metric)) in page for page in pages), metric
+    assert value_of(found, metric="accuracy").low < 0.5 < value_of(found, metric="accuracy").high
+
+
+def test_a_committed_run_names_no_folder_of_a_machine():
+    kept = [*JUDGE.glob("*.*"), *JUDGE.glob("tables/*.*"), *JUDGE.glob("figures/*.svg")]
+    assert len(kept) >= 8
+    for path in kept:
+        assert not re.search(r"/(?:home|root|work|tmp)/", path.read_text("utf-8")), path.name

@@ -93,6 +93,8 @@ def precision(model: Model) -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
+        if model.dtype == "auto" and cpu_has_bfloat16():
+            return "bfloat16", "there is no GPU, but the CPU computes in bfloat16 by itself (AMX)"
         if model.dtype in ("auto", "float32"):
             return "float32", "there is no GPU"
         return model.dtype, "model.dtype says so; without a GPU, float32 is more exact"
@@ -104,6 +106,18 @@ def precision(model: Model) -> tuple[str, str]:
     if (major, minor) >= (8, 0):
         return "bfloat16", words
     return "float16", f"{words}, bfloat16 needs 8.0"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has Intel's AMX for bfloat16: with it a small model is about twice as fast.
+
+    Others compute in bfloat16, too, but how fast has not been measured.
+    """
+    import torch
+
+    # torch 2.6, which the kit still takes, cannot be asked.
+    ask = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(ask().get("amx_bf16"))
 
 
 @cache

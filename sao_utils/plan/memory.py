@@ -1,13 +1,14 @@
 """Memory that a model takes: generating, judging, lm-eval's tasks, training. Sizes are GiB.
 
-Arithmetic on the shape of the model; needs neither torch nor weights. The peaks of the transformers
-engine are checked on a CPU. Training has the formula of the trainer itself (`training.memory`).
+Arithmetic on the shape of the model; needs no weights, and torch only to ask what a CPU has. The peaks of
+the transformers engine are checked on a CPU. Training has the formula of its trainer (`training.memory`).
 """
 
 from __future__ import annotations
 
 import math
 
+from sao_utils.engines.loading import cpu_has_bfloat16
 from sao_utils.plan.hardware import GIB, Gpu, architecture, model_shape
 from sao_utils.plan.workload import Work
 from sao_utils.recipe import Model, Training
@@ -24,6 +25,11 @@ VLLM_ROWS, VLLM_TOKENS = 256, 8192
 def dtype_of(model: Model) -> str:
     """What a model computes in, as far as its cost depends on it: float32, or any 16 bit."""
     return "float32" if model.dtype == "float32" else "bfloat16"
+
+
+def _on_cpu(model: Model) -> str:
+    """What a model is trained in without a GPU, and with dtype=auto asked in (`engines.loading`)."""
+    return "bfloat16" if model.dtype == "auto" and cpu_has_bfloat16() else "float32"
 
 
 def _pass_bytes(
@@ -135,7 +141,7 @@ def training_memory(
         The parts, and how a step is cut into forward passes by what is free.
     """
     shape, device = model_shape(model), "cpu" if gpu is None else "cuda"
-    dtype = "float32" if gpu is None else dtype_of(model)
+    dtype = _on_cpu(model) if gpu is None else dtype_of(model)
     options = {"longest": longest, "dtype": dtype, "device": device, "processes": processes}
     fixed = training_memory_bytes(shape, settings, 1, False, **options)
     free = room_gib(gpu) * GIB - fixed["weights"] - fixed["trained"]
@@ -150,7 +156,7 @@ def work_memory(work: Work, gpu: Gpu | None) -> dict[str, float]:
     """GiB by part that a model takes for requests, the larger of usual and of long prompts."""
     model, config, total = work.model, architecture(work.model), gpu and gpu.memory
     if gpu is None and model.dtype == "auto":
-        model = model.model_copy(update={"dtype": "float32"})
+        model = model.model_copy(update={"dtype": _on_cpu(model)})
     context = min(model_shape(model).context or math.inf, model.max_context or math.inf)
     new, found = min(work.lengths.most_written, context), []
     for prompt in (work.lengths.read, min(work.lengths.most_read, context)):

@@ -143,7 +143,9 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
     if not (then and arm in then["arms"] and seed in then["seeds"]):
         return [], []
     judge = "the base model itself, both orders" if not recipe["judge"] else "the recipe's judge"
-    judges = {"oracle": "the tiny world's exact oracle", "self": judge}
+    tiny = recipe["model"]["path"] == "tiny"
+    oracle = "the tiny world's exact oracle" if tiny else "a program that checks the instruction"
+    judges = {"oracle": oracle, "self": judge}
     found = select(
         read_table(run.folder),
         section=("quality", "flaws", "win rate", "length"),

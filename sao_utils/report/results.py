@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
-from sao_utils.engines.loading import model_name
+from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.methods import sao
 from sao_utils.report import leakage, rounds, sections, tables
 from sao_utils.report.card import write_card
@@ -51,12 +52,7 @@ def write_tables(run: Run) -> pd.DataFrame:
     (`tables.write`), and the results into the trained models' cards.
     """
     table, folder = results(run), run.folder / "tables"
-    note(run, model=model_name(run.recipe.model))
-    write_whole(folder / "recipe.yaml", (run.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    write_whole(folder / "results.json", as_json(table))
-    write_whole(folder / "results.csv", as_csv(table))
-    remark = f"\n{NOT_COMPARABLE}\n" if run.recipe.model.path == "tiny" else ""
-    write_whole(folder / "results.md", f"{markdown(show(table))}\n{remark}")
+    _write(run, table)
     if run.recipe.iterated:
         columns = ["round", "seed", "step", "count"]
         _write_csv(folder / "funnel.csv", rounds.funnel(run), columns)
@@ -74,6 +70,26 @@ def write_tables(run: Run) -> pd.DataFrame:
     for candidate in sao.candidates(run, run.recipe.arms):
         write_card(run, candidate.name, candidate.seed)
     return table
+
+
+def write_judge(run: Run) -> pd.DataFrame:
+    """Write the results on the judge alone, which need no training, as `write_tables` writes all."""
+    table = results(run, "judge")
+    _write(run, table)
+    return table
+
+
+def _write(run: Run, table: pd.DataFrame) -> None:
+    """A table in three forms, its recipe beside it, and its model in the manifest."""
+    source = Path(model_folder(run.recipe.model.path)) / "source.json"  # of a fetched model
+    weights = {"weights": json.loads(source.read_text("utf-8"))} if source.is_file() else {}
+    note(run, model=model_name(run.recipe.model), **weights)
+    folder = run.folder / "tables"
+    write_whole(folder / "recipe.yaml", (run.folder / "recipe.yaml").read_text(encoding="utf-8"))
+    write_whole(folder / "results.json", as_json(table))
+    write_whole(folder / "results.csv", as_csv(table))
+    remark = f"\n{NOT_COMPARABLE}\n" if run.recipe.model.path == "tiny" else ""
+    write_whole(folder / "results.md", f"{markdown(show(table))}\n{remark}")
 
 
 def _write_csv(path: Path, rows: list, columns: list[str]) -> None:

@@ -25,6 +25,7 @@ from sao_utils.report.table import make_row
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.stages.prompts import near_duplicate_rate, repetition_rate
+from sao_utils.stages.scoring import repetition
 from sao_utils.statistics.intervals import (
     Interval,
     clustered_difference,
@@ -49,6 +50,9 @@ BENCHMARKED = {
     "valid_rate": "valid verdicts",
     "first_rate": "first position",
 }
+REPETITIVE = (
+    0.2  # share of repeated runs of three words above which an answer repeats itself (ours)
+)
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
 
 
@@ -151,21 +155,26 @@ def _first_answers(run: Run) -> dict[str, list[dict]]:
 
 
 def flaws(run: Run) -> Iterator[dict]:
-    """What is wrong with the answers of base and tuned model, at the first temperature.
+    """What is wrong with the answers of every model, at the first temperature.
 
     A gain in one kind of flaw may hide a loss in another, and a win rate "at equal length" forgives an
     answer that repeats itself.
     """
-    answers = _first_answers(run)
-    for model in ("base", "self"):
-        rows = [
-            (row, oracles.flaws(row["question"], row["text"])) for row in answers.get(model, ())
-        ]
-        rows = [(row, found) for row, found in rows if found is not None]
+    for model, answers in _first_answers(run).items():
+        rows = [(row, _flaws(row)) for row in answers if row["good"] is not None]
         for flaw in sorted({kind for _, found in rows for kind in found}):
             of = [(row, found[flaw] > 0) for row, found in rows if flaw in found]
             share = mean_of(run, *map(list, zip(*of)))
             yield make_row("flaws", flaw, share, model=model, judge="oracle", **of_questions(run))
+
+
+def _flaws(answer: dict) -> dict[str, int]:
+    """The oracle's flaws. One that does not look for them leaves repetition and a missing end to us."""
+    found = oracles.flaws(answer["question"], answer["text"])
+    if "repeated" not in found:
+        found["repeated"] = int(repetition(answer["text"]) > REPETITIVE)
+        found["unfinished"] = int(not answer["finished"])
+    return found
 
 
 def lengths(run: Run) -> Iterator[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from sao_utils.recipe import Recipe
+from sao_utils.recipe import Model, Recipe
 from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import (
     NOT_COMPARABLE,
@@ -36,7 +36,7 @@ def summary(folder: Path) -> str:
         return (folder / "tables" / "results.md").read_text(encoding="utf-8")
     table, recipe = read_table(folder), yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = [
-        f"{folder.name}: recipe {recipe['name']}, model {recipe['model']['path']}, "
+        f"{folder.name}: recipe {recipe['name']}, model {Model(**recipe['model']).label}, "
         f"seeds {recipe['seeds']}, {recipe['prompts']['count']:,} prompts a seed, "
         f"{recipe['training']['algorithm']}"
     ]
@@ -173,6 +173,23 @@ def _judge(table: pd.DataFrame) -> list[list[str]]:
     rows = {words: value_of(table, metric=metric, **own) for metric, words in wanted.items()}
     lines = [[f"  {w}", in_words(row), f"n = {row.n:,}"] for w, row in rows.items() if row]
     return [["The judge", "", ""], *lines] if lines else []
+
+
+def advice_on_judge(table: pd.DataFrame) -> str:
+    """Whether SAO can work with a judge: is it right more often than chance, by its interval?"""
+    accuracy = value_of(table, metric="accuracy", questions="training pairs")
+    if accuracy is None:
+        return (
+            "How right it is, nobody knows: there is no pair whose better answer an oracle knows. Set "
+            "prompts.instructions=0.8, or give pairs with known labels (judging.labelled)."
+        )
+    words = f"{in_words(accuracy)} (n = {accuracy.n:,})"
+    if accuracy.low > 0.5:
+        return f"It is right more often than chance, {words}: its verdicts can teach something."
+    return (
+        f"That it is right more often than chance does not show, {words}: SAO cannot be expected to work "
+        "with it. Take a larger model, another judge (judge.path), or more prompts (prompts.count)."
+    )
 
 
 def _result(table: pd.DataFrame) -> list[list[str]]:

@@ -99,10 +99,13 @@ def free_gpu() -> None:
 
 
 def training_precision(model: Model) -> tuple[str, str]:
-    """The dtype to train in on this machine, and why: the engines', but float32 without a GPU."""
+    """The dtype to train in on this machine, and why: the engines'.
+
+    Without a GPU float32, unless model.dtype=auto: what a recipe says of a GPU is not meant for a CPU.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and model.dtype != "auto":
         return "float32", "there is no GPU"
     return loading.precision(model)
 

@@ -66,13 +66,16 @@ def small_gemma_2(folder, **settings):
         ("auto", (8, 0), "bfloat16", "compute capability 8.0"),
         ("float32", (8, 6), "float32", "model.dtype says so"),
         ("auto", None, "float32", "there is no GPU"),
+        ("auto", "AMX", "bfloat16", "the CPU computes in bfloat16"),
+        ("float32", "AMX", "float32", "there is no GPU"),
         ("bfloat16", None, "bfloat16", "without a GPU"),
     ],
 )
 def test_the_dtype_follows_the_machine_with_the_reason(
     monkeypatch, asked, capability, expected, why
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: capability == "AMX")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: isinstance(capability, tuple))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     dtype, reason = loading.precision(Model(path="tiny", dtype=asked))

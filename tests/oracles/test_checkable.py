@@ -1,7 +1,9 @@
 """Instructions that a program can check: they read back, and their checks agree with lm-eval's."""
 
+import json
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -112,3 +114,13 @@ def test_training_asks_neither_the_kinds_nor_the_topics_of_evaluation():
     assert oracles.quality("How do I bake a cake?", "So.") is None
     topics = [topic for of in checkable.TOPICS.values() for topic in of]
     assert len(set(topics)) == len(topics)
+
+
+def test_the_kept_samples_of_the_real_model_have_the_flaws_that_the_oracle_finds_today():
+    kept = Path(__file__).parents[2] / "results/reference-laptop-judge/samples.jsonl"
+    rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
+    assert len(rows) == 50 and all(row["weights"].startswith("smollm2-135m") for row in rows)
+    for row in rows:
+        found = [oracles.flaws(row["prompt"], text) for text in row["responses"]]
+        assert row["flaws"] == [flaws and [k for k, n in flaws.items() if n] for flaws in found]
+    assert {len(flaws) for row in rows for flaws in row["flaws"] if flaws is not None} >= {0, 1}

@@ -165,3 +165,13 @@ def test_a_run_is_shown_without_loading_torch(folder):
     code += "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("low", "says"), [(0.52, "can teach"), (0.45, "cannot be expected"), (None, "nobody knows")]
+)
+def test_advice_on_a_judge_follows_the_interval_of_its_accuracy(low, says):
+    known = [] if low is None else [Interval(0.56, low, 0.6, 300)]
+    rows = [make_row("judge", "accuracy", one, **OF_JUDGE) for one in known]
+    rows.append(row("judge", "flip rate", 0.9, **OF_JUDGE))
+    assert says in summary.advice_on_judge(make_table(rows))

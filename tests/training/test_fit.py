@@ -178,6 +178,22 @@ def test_the_savings_of_qlora_leave_a_float32_adapter_that_learns(base, pairs, t
     assert margins[-1] > margins[0]
 
 
+def test_a_training_in_bfloat16_follows_float32_and_its_adapter_is_float32(
+    base, pairs, tmp_path, monkeypatch
+):
+    """As on a CPU with AMX; others compute the same in bfloat16, slowly."""
+    monkeypatch.setattr(setup.loading, "cpu_has_bfloat16", lambda: True)
+    logs = []
+    for dtype in ("float32", "auto"):
+        model = base.model_copy(update={"dtype": dtype})
+        folder = fit(model, pairs, settings(epochs=4), "simpo", 0, tmp_path / dtype)
+        weights = load_file(folder / "adapter_model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {torch.float32}
+        logs.append([row["loss"] for row in read_rows(folder / "log.jsonl")])
+    assert logs[0] != logs[1] and logs[1][-1] < logs[1][0] / 2
+    assert logs[1] == pytest.approx(logs[0], rel=0.05, abs=0.05)
+
+
 @pytest.mark.parametrize("changes", [{}, {"engine": "vllm", "quantisation": "fp8"}])
 def test_pairs_are_scored_by_the_weights_whatever_engine_generates(
     base, tokenizer, pairs, tmp_path, changes
