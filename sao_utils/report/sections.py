@@ -50,9 +50,8 @@ BENCHMARKED = {
     "valid_rate": "valid verdicts",
     "first_rate": "first position",
 }
-REPETITIVE = (
-    0.2  # share of repeated runs of three words above which an answer repeats itself (ours)
-)
+#: share of repeated runs of three words above which an answer repeats itself (ours)
+REPETITIVE = 0.2
 GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 10
 
 
