@@ -13,15 +13,11 @@ from sao_utils.engines.base import EngineError
 from sao_utils.recipe import Model
 from sao_utils.store import FETCHED, fetched
 
-#: name of a model that is part of the package -> its folder in sao_utils/tiny. "tiny-early" is the same
-#: model early in its pre-training: a judge that is often wrong.
-EMBEDDED = {"tiny": "model", "tiny-early": "early"}
-
 
 def model_folder(path: str) -> str:
-    """The folder of an embedded or a fetched model; else the path, absolute if local."""
-    if path in EMBEDDED:
-        return str(files("sao_utils") / "tiny" / EMBEDDED[path])
+    """The folder of "tiny", which is embedded, or of a fetched model; else the path, absolute if local."""
+    if path == "tiny":
+        return str(files("sao_utils") / "tiny" / "model")
     if folder := fetched(path):
         return str(folder)
     return str(Path(path).resolve()) if Path(path).is_dir() else path
