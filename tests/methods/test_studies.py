@@ -73,6 +73,7 @@ def test_members_that_share_rows_make_them_once_and_train_on_the_same_pairs_as_a
     claims = [{"model": "noisy", **names}, {"model": "noisy", **names, "against": "clean"}]
     members = {"clean": {"set": SAO}, "noisy": {"set": {**SAO, "judging.label_noise": 0.5}}}
     plain = STUDY.model_dump() | {"members": members, "claims": claims, "break_even": True}
+    plain["set"] = {**STUDY.set, "evaluation.temperatures": [0.0, 0.6]}
     table, texts = {}, {}
     for name, share in (("alone", False), ("together", True)):
         study = Study.model_validate({**plain, "name": name, "share": share})
@@ -95,7 +96,8 @@ def test_members_that_share_rows_make_them_once_and_train_on_the_same_pairs_as_a
     text = (home.folder / "tables" / "results.md").read_text()
     assert "Members share rows" in text and "| noisy - clean | greedy |" in text
     found = agreement(study, table["together"])
-    assert list(found["what"]) == ["noisy - base", "noisy - clean"]
+    assert list(found["what"]) == ["noisy - base"] * 2 + ["noisy - clean"] * 2
+    assert list(found["decoding"]) == ["greedy", "T = 0.6"] * 2
     assert as_json(read_table(home.folder)) == as_json(table["together"])
 
 
