@@ -20,15 +20,12 @@ from sao_utils.statistics.intervals import clustered_difference, exact
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done
 
-SHARED = (
-    "Members share rows: tokens written are counted for the member that made them first, so that the "
-    "first ones look dearer than they are."
-)
 BREAK_EVEN = (
     "How often a judge must be right for a round to gain: where the least-squares line through gain over "
     "accuracy, a point a member and seed, crosses zero. The interval is a bootstrap over the points; the "
     "questions are held fixed."
 )
+PRICE = ("tokens written", "tokens trained on", "minutes")
 EVALUATION = ("answers", "comparisons", "tasks")  # stages that are the same for all members
 
 
@@ -74,8 +71,9 @@ def _rows(study: Study, entry: Entry, answers: list[dict], with_base: bool) -> I
         yield {**row, "section": "study", "model": label}
     written, read, seconds = _price(run)
     names = {"model": entry.label, "round": run.recipe.rounds}
-    price = {"tokens written": written, "tokens trained on": read, "minutes": seconds / 60}
-    for metric, value in price.items():
+    for metric, value in zip(PRICE, (written, read, seconds / 60)):
+        if study.share and metric != "tokens trained on":
+            continue  # the member that made the rows first would pay for all
         yield make_row("study", metric, exact(value, 1), **names)
 
 
@@ -144,7 +142,6 @@ def in_text(study: Study, table: pd.DataFrame, entries: Sequence[Entry] = ()) ->
     """
     parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
     parts += [answer(table)]
-    parts += [SHARED] if study.share else []
     parts += [f"The paper: {study.paper}"] if study.paper else []
     parts += [markdown(agreement(study, table))] if study.claims else []
     parts += [searches(entries)] if any(entry.chosen for entry in entries) else []
@@ -189,11 +186,8 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     there = [(label, of) for label, of in study.members.items() if label in lines]
     for label, member in there:
         lines[label]["outside help"] = member.help or "none"
-        for metric in (
-            "tokens written",
-            "tokens trained on",
-            *([] if study.share else ["minutes"]),
-        ):
+        price = ("tokens trained on",) if study.share else PRICE
+        for metric in price:
             [row] = select(table, model=label, metric=metric).itertuples(index=False)
             text = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
             lines[label][metric] = text
