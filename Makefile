@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # What a first import compiles is kept, also where this is set to 1: else every import costs 20 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help reproduce reference test test-vllm test-smollm2 lab clean-venv
+.PHONY: help reproduce reference studies test test-vllm test-smollm2 lab clean-venv
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,11 @@ reproduce: $(STAMP)  ## run the whole loop with the tiny model (CPU, offline)
 
 reference: $(STAMP)  ## the committed reference run again: the same with five seeds
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny --run reference --set 'seeds=[0, 1, 2, 3, 4]'
+
+# Two at a time, of one thread each: they share no file, and two threads of one model wait for each other.
+studies: $(STAMP)  ## all studies of notebook 07 again, two at a time (an hour on two idle cores)
+	printf '%s\n' labels sensitivity lengths size algorithms prompts responses break-even | \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 xargs -n 1 -P 2 $(VENV)/bin/sao study
 
 test: $(STAMP)  ## run the tests
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -136,7 +136,7 @@ def study(
     name: Annotated[str | None, typer.Argument(help="Name of a study, or a .yaml file.")] = None,
     set_: Settings = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="List the studies and their minutes on two idle cores.")
+        bool, typer.Option("--list", help="List the studies and their minutes on one core.")
     ] = False,
 ) -> None:
     """Run a study, a few recipes that differ in one thing, or list the studies there are."""

@@ -1,5 +1,6 @@
 """What the README and docs/ say is what the repository holds."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from sao_utils.methods.studies import load_study
 from sao_utils.recipes import load_recipe, recipe_names, valid_keys
+from sao_utils.report.studies import agreement
 from sao_utils.report.summary import summary
 from sao_utils.report.table import read_table, select, value_of
 from sao_utils.report.words import in_words
@@ -140,6 +142,44 @@ def test_what_is_said_of_judges_and_rules_is_that_of_their_study():
     rules = select(table, metric="right to stop or go on").set_index("model")["value"]
     never = in_words(value_of(table, metric="right to stop or go on", model="never stop"))
     assert rules.idxmax() == "never stop" and never in text
+
+
+def gains(name):
+    """The gains of a committed study's members over the base."""
+    table = read_table(ROOT / f"results/study-{name}")
+    where = {"metric": "good answers", "questions": "all", "against": "base", "seed": None}
+    return table, select(table, **where)
+
+
+ABLATIONS = re.findall(
+    r"^\| \[.+\]\(\.\./results/study-(.+)/tables/results.md\) \|", FINDINGS, re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_line_on_a_study_is_that_of_its_table(name):
+    table, found = gains(name)
+    line = rf"^\| \[.+\]\(\.\./results/study-{name}/tables/results.md\) \| (.+) \| (.+) \|$"
+    [(cells, same)] = re.findall(line, FINDINGS, re.MULTILINE)
+    for cell in cells.split("; "):
+        member, _, words = cell.rpartition(": ")
+        assert in_words(value_of(found, model=member, temperature=0.0)) == f"{words} points", cell
+    claims = agreement(load_study(name), table).query("decoding == 'greedy'")
+    counts = claims["same direction"].value_counts()
+    kinds = [f"{counts[kind]} {kind}" for kind in ("yes", "no", "open") if kind in counts]
+    assert same == (", ".join(kinds) or "no number of the paper")
+    assert load_study(name).members.keys() == set(found["model"]), "the study is not complete"
+
+
+def test_each_interval_in_the_text_of_notebook_07_is_of_a_committed_study():
+    notebook = json.loads((ROOT / "notebooks/07_ablations.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    text = " ".join("".join(cell["source"]) for cell in cells)
+    named = re.findall(r"-?\d+\.\d \[[^]]+\]", " ".join(text.split()))
+    tables = [read_table(ROOT / f"results/study-{name}") for name in ("break-even", *ABLATIONS)]
+    rows = [row for table in tables for row in table[table["seed"].isna()].itertuples()]
+    known = {in_words(row).removesuffix(" points").removesuffix(" %") for row in rows}
+    assert len(named) > 12 and set(named) <= known, set(named) - known
 
 
 def test_the_break_even_accuracy_is_that_of_its_study():

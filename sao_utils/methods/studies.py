@@ -46,6 +46,7 @@ class Claim(Section):
     model: str  # a member
     against: str  # another one, or "base"
     reported: tuple[float, float]  # of both, in percent
+    theirs: tuple[str, str] | None = None  # what the paper calls both, if not the same
     source: str
 
 
@@ -55,7 +56,7 @@ class Study(Section):
     name: str
     about: str
     paper: str = ""  # what the paper says of it, with its source
-    minutes: PositiveInt  # of two idle cores
+    minutes: PositiveInt  # of one core that does nothing else
     share: bool = False  # whether members share rows; then their prices cannot be compared
     stopping: bool = False  # whether rules that stop the rounds are tried on its members
     break_even: bool = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
 from sao_utils.methods.studies import Entry, Study, run_study
+from sao_utils.recipes import load_recipe
 from sao_utils.report import figures
 from sao_utils.report.break_even import break_even_rows
 from sao_utils.report.rounds import answers_of, pair_rows, quality_rows, rows_by_seed
@@ -19,20 +20,17 @@ from sao_utils.statistics.intervals import clustered_difference, exact
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done
 
-SHARED = (
-    "Members share rows: tokens written and minutes are counted for the member that made them first, so "
-    "that the first ones look dearer than they are."
-)
 BREAK_EVEN = (
     "How often a judge must be right for a round to gain: where the least-squares line through gain over "
     "accuracy, a point a member and seed, crosses zero. The interval is a bootstrap over the points; the "
     "questions are held fixed."
 )
+PRICE = ("tokens written", "tokens trained on", "minutes")
 EVALUATION = ("answers", "comparisons", "tasks")  # stages that are the same for all members
 
 
 def study_table(study: Study, home: Run) -> pd.DataFrame:
-    """Run what is missing of a study, and write its tables and figure into home's `tables`, `figures`.
+    """Run what is missing of a study, and write its tables and figures into home's folders.
 
     Returns:
         The rows of the table of results, with section "study" and a member's label as `model`.
@@ -73,8 +71,9 @@ def _rows(study: Study, entry: Entry, answers: list[dict], with_base: bool) -> I
         yield {**row, "section": "study", "model": label}
     written, read, seconds = _price(run)
     names = {"model": entry.label, "round": run.recipe.rounds}
-    price = {"tokens written": written, "tokens trained on": read, "minutes": seconds / 60}
-    for metric, value in price.items():
+    for metric, value in zip(PRICE, (written, read, seconds / 60)):
+        if study.share and metric != "tokens trained on":
+            continue  # the member that made the rows first would pay for all
         yield make_row("study", metric, exact(value, 1), **names)
 
 
@@ -87,10 +86,14 @@ def _differences(study: Study, entry: Entry, answered: dict[str, list]) -> Itera
             continue
         for temperature in settings.temperatures:
             of, other = (
-                {(r["seed"], r["question_id"]): r for r in answered[name] if r["good"] is not None}
+                {
+                    (row["seed"], row["question_id"]): row
+                    for row in answered[name]
+                    if row["good"] is not None and row["temperature"] == temperature
+                }
                 for name in (model, against)
             )
-            keys = [key for key in of if of[key]["temperature"] == temperature and key in other]
+            keys = [key for key in of if key in other]
             if not keys:
                 continue
             found = clustered_difference(
@@ -120,9 +123,25 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     folder = home.folder / "tables"
     write_whole(folder / "results.csv", as_csv(table))
     write_whole(folder / "results.json", as_json(table))
+    write_whole(folder / "results.md", in_text(study, table, entries))
+    drawn = {study.name: figures.study(table, study.about, reported(study))}
+    if study.stopping:
+        drawn["stopping"] = figures.stopping(table)
+    if study.break_even:
+        drawn["break_even"] = figures.break_even(table)
+    for name, figure in drawn.items():
+        figures.save(home, name, figure)
+
+
+def in_text(study: Study, table: pd.DataFrame, entries: Sequence[Entry] = ()) -> str:
+    """What a study came to, in Markdown.
+
+    Args:
+        table: rows of `study_table`.
+        entries: the members that have been run, for what was searched.
+    """
     parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
     parts += [answer(table)]
-    parts += [SHARED] if study.share else []
     parts += [f"The paper: {study.paper}"] if study.paper else []
     parts += [markdown(agreement(study, table))] if study.claims else []
     parts += [searches(entries)] if any(entry.chosen for entry in entries) else []
@@ -131,13 +150,19 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
             "Rules that need no oracle, and how often they were right:",
             markdown(rules(table)),
         ]
-        figures.save(home, "stopping", figures.stopping(table))
     if study.break_even:
         parts += [BREAK_EVEN, markdown(show(select(table, metric="break-even accuracy")))]
-        figures.save(home, "break_even", figures.break_even(table))
-    parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
-    write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
-    figures.save(home, study.name, figures.study(table, study.about))
+    parts += [NOT_COMPARABLE] if load_recipe(study.recipe).model.path == "tiny" else []
+    return "\n\n".join(parts) + "\n"
+
+
+def reported(study: Study) -> dict[str, float]:
+    """The numbers of the paper that a study's claims are about, in percent, by the paper's own names."""
+    return {
+        name: value
+        for claim in study.claims
+        for name, value in zip(claim.theirs or (claim.model, claim.against), claim.reported)
+    }
 
 
 def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +186,8 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     there = [(label, of) for label, of in study.members.items() if label in lines]
     for label, member in there:
         lines[label]["outside help"] = member.help or "none"
-        for metric in ("tokens written", "tokens trained on", "minutes"):
+        price = ("tokens trained on",) if study.share else PRICE
+        for metric in price:
             [row] = select(table, model=label, metric=metric).itertuples(index=False)
             text = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
             lines[label][metric] = text

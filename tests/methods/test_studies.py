@@ -8,6 +8,7 @@ from sao_utils.cli import app
 from sao_utils.methods import studies
 from sao_utils.methods.studies import Study, load_study, open_study, study_names
 from sao_utils.recipe import RecipeError
+from sao_utils.report import studies as report
 from sao_utils.report.page import write_page
 from sao_utils.report.studies import agreement, answer, study_table
 from sao_utils.report.table import as_json, make_row, make_table, read_table, select
@@ -73,6 +74,7 @@ def test_members_that_share_rows_make_them_once_and_train_on_the_same_pairs_as_a
     claims = [{"model": "noisy", **names}, {"model": "noisy", **names, "against": "clean"}]
     members = {"clean": {"set": SAO}, "noisy": {"set": {**SAO, "judging.label_noise": 0.5}}}
     plain = STUDY.model_dump() | {"members": members, "claims": claims, "break_even": True}
+    plain["set"] = {**STUDY.set, "evaluation.temperatures": [0.0, 0.6]}
     table, texts = {}, {}
     for name, share in (("alone", False), ("together", True)):
         study = Study.model_validate({**plain, "name": name, "share": share})
@@ -89,13 +91,14 @@ def test_members_that_share_rows_make_them_once_and_train_on_the_same_pairs_as_a
     assert (
         len(read_rows(home.rows("prompts"))) == 30 and not (noisy / "rows/prompts.jsonl").exists()
     )
-    written = {name: select(table[name], metric="tokens written")["value"] for name in table}
-    assert min(written["alone"]) > 0 and list(written["together"])[1] == 0
+    prices = {name: set(table[name]["metric"]) & set(report.PRICE) for name in table}
+    assert prices == {"alone": set(report.PRICE), "together": {"tokens trained on"}}
 
     text = (home.folder / "tables" / "results.md").read_text()
-    assert "Members share rows" in text and "| noisy - clean | greedy |" in text
+    assert "minutes" not in text and "| noisy - clean | greedy |" in text
     found = agreement(study, table["together"])
-    assert list(found["what"]) == ["noisy - base", "noisy - clean"]
+    assert list(found["what"]) == ["noisy - base"] * 2 + ["noisy - clean"] * 2
+    assert list(found["decoding"]) == ["greedy", "T = 0.6"] * 2
     assert as_json(read_table(home.folder)) == as_json(table["together"])
 
 

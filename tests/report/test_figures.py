@@ -129,7 +129,7 @@ GAINS = make_table(
 DRAWN["study"] = (
     [GAINS, "Who gains?"],
     [NOTHING, "Who gains?"],
-    ["Who gains? (greedy)", "SynPO", "other topics", "(n = 9)"],
+    ["Who gains? (greedy)", "SynPO", "other topics", "(n = 9)", "with 95 % interval"],
 )
 STOPPING = make_table(
     [
@@ -145,7 +145,7 @@ STOPPING = make_table(
         make_row("study", "right to stop or go on", Interval(0.5, 0.1, 0.9, 6), model="flips"),
     ]
 )
-DRAWN["stopping"] = ([STOPPING], [GAINS], ["noisy", "flips", "(n = 6 decisions)", "gain by the"])
+DRAWN["stopping"] = ([STOPPING], [GAINS], ["noisy", "flips", "(n = 6 decisions)", "n = 9"])
 JUDGED = [  # twelve trainings on two lines, which cross zero at 60 and at 70 %
     make_row(
         "study", metric, exact(value, 9), unit, note=way, seed=seed, model=f"{way} {k}", **names
@@ -168,21 +168,6 @@ DRAWN["break_even"] = (
     [CROSSED],
     [NOTHING],
     ["n = 12 trainings", "orders must agree: 60.0 [60.0, 60.0] %", "all pairs: 70.0 "],
-)
-
-DRAWN["stopping"] = (
-    [
-        make_table(
-            make_row("study", metric, Interval(0.6, 0.5, 0.7, 9), unit, questions="all", **names)
-            for metric, unit, names in (
-                ("good answers", "points", {"model": "SAO", "against": "base", "temperature": 0.0}),
-                ("win rate", "%", {"model": "SAO", "against": "base"}),
-                ("right to stop or go on", "%", {"model": "flip rate rises"}),
-            )
-        )
-    ],
-    [NOTHING],
-    ["flip rate rises", "(n = 9 decisions)", "SAO"],
 )
 
 
@@ -238,6 +223,21 @@ def test_the_break_even_is_where_the_line_crosses_and_the_filter_moves_it_by_ten
     moved = value_of(CROSSED, metric="break-even accuracy", against="all pairs")
     assert (moved.model, moved.unit) == ("orders must agree", "points")
     assert [moved.value, moved.low, moved.high] == pytest.approx([-0.1] * 3)
+
+
+def test_what_a_paper_reports_is_drawn_apart_with_open_dots_that_no_line_joins():
+    figure = figures.study(GAINS, "Who gains?", {"no training": 39.25, "random": 8.82})
+    _, theirs = figure.axes
+    (dots,) = theirs.lines
+    assert (list(dots.get_xdata()), dots.get_linestyle()) == ([39.25, 8.82], "None")
+    assert dots.get_markerfacecolor() == "none"
+    assert "no interval" in theirs.get_xlabel() and "n = 805" in theirs.get_xlabel()
+
+
+def test_each_round_of_a_stopped_run_has_an_interval_on_both_axes():
+    left, right = figures.stopping(STOPPING).axes
+    bars = [line for one in left.containers for line in one.lines[2]]
+    assert [len(line.get_segments()) for line in bars] == [2, 2]  # across and up, of two rounds
 
 
 def test_what_is_not_finite_is_left_out_and_no_error(run):

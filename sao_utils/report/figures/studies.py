@@ -14,13 +14,15 @@ from sao_utils.report.words import decoding, in_words
 
 
 @style.styled
-def study(table: pd.DataFrame, title: str):
+def study(table: pd.DataFrame, title: str, reported: dict[str, float] | None = None):
     """The gain of every member over the base, with its interval, of its last round.
 
     A dot for each set of questions at the first temperature; with one set, a dot for each temperature.
+    What the paper reports stands below, on an axis of its own: it measures another thing.
 
     Args:
         table: rows of `report.studies.study_table`.
+        reported: `report.studies.reported` of the study.
     """
     rows = select(table, metric="good answers", against="base", seed=None)
     if rows.empty:
@@ -37,9 +39,10 @@ def study(table: pd.DataFrame, title: str):
             for way in rows[by].unique()
         },
         title,
-        "gain over the base, in points, of answers without a flaw",
+        "gain over the base, in points,\nof answers without a flaw",
         "no member has been run",
         at=0,
+        reported=reported or {},
     )
 
 
@@ -79,8 +82,9 @@ def stopping(table: pd.DataFrame):
     """Where judge and oracle part ways, and how often rules that need no oracle stop in time.
 
     Left: a line a member, from the base through its rounds: how often the judge prefers its model to the
-    base, over what the oracle says it gained. Down and right is honest progress that the judge misses;
-    up and left the judge is pleased by worse answers. Right: each rule's share of right decisions.
+    base, over what the oracle says it gained, both with 95 % intervals. Down and right is honest
+    progress that the judge misses; up and left the judge is pleased by worse answers. Right: each rule's
+    share of right decisions.
 
     Args:
         table: rows of `report.studies.study_table` of a study with `stopping`.
@@ -91,20 +95,22 @@ def stopping(table: pd.DataFrame):
         return style.nothing("no run had two rounds that an oracle knows")
     gains = select(gains, temperature=gains["temperature"].min())
     wins = select(table, metric="win rate", against="base")
+    asked, judged = (style.sizes(rows.itertuples()) for rows in (gains, wins))
     figure, (left, right) = style.grid(4.2, columns=2)
     for k, member in enumerate(gains["model"].unique()):
         both = [select(rows, model=member).sort_values("round") for rows in (gains, wins)]
-        x, y = ([100 * value for value in rows["value"]] for rows in both)
-        looks = dict(marker="osD^"[k % 4], color=style.colour(k), label=member)
-        left.plot([0, *x], [50, *y], **looks)
+        (x, across), (y, up) = (style.percent(list(rows.itertuples(index=False))) for rows in both)
+        looks = dict(color=style.colour(k), marker="osD^"[k % 4], label=member)
+        left.errorbar(x, y, up, across, elinewidth=0.7, capsize=2, **looks)
+        left.plot([0, x[0]], [50, y[0]], color=style.colour(k))  # the base, which has no interval
         for number, at in enumerate(zip(x, y), 1):
             left.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     left.axhline(50, color="black", lw=0.8)
     left.axvline(0, color="black", lw=0.8)
     left.set(
         title="What the judge sees, and what is true",
-        xlabel="gain by the oracle (points; numbers: rounds)",
-        ylabel="the base as judge prefers it (%)",
+        xlabel=f"gain by the oracle (points, n = {asked})\nnumbers: rounds; bars: 95 % intervals",
+        ylabel=f"the base as judge prefers it (%, n = {judged})",
     )
     value, reach = style.percent(list(found.itertuples(index=False)))
     right.errorbar(value, range(len(found)), xerr=reach, fmt="o", color=style.BLUE, capsize=3)

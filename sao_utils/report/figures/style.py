@@ -107,20 +107,39 @@ def percent(found: Sequence) -> tuple[np.ndarray, np.ndarray]:
     return value, np.maximum(0, [value - low, high - value])
 
 
-def intervals(series: dict[str, dict], title: str, x: str, why: str, at: float | None = None):
+def intervals(
+    series: dict[str, dict],
+    title: str,
+    x: str,
+    why: str,
+    at: float | None = None,
+    reported: dict[str, float] | None = None,
+):
     """Shares with their 95 % intervals: a row for each label, in it a dot for each way of measuring.
 
     Args:
         series: way of measuring -> {label: estimate, with value, low, high and n}.
         why: what the picture says if there is nothing to draw.
         at: percent where a line stands for "no difference".
+        reported: label -> win rate that a paper reports, in percent: open dots on axes below.
     """
     labels = list(dict.fromkeys(label for found in series.values() for label in found))
     if not labels:
         return nothing(why)
     every = [one for found in series.values() for one in found.values()]
     height = (0.3 + 0.16 * len(series)) * len(labels) + 1.5
-    figure, axes = new(title, f"{x}, with 95 % interval (n = {sizes(every)})", "", height)
+    heights = [height, 0.3 * len(reported) + 1] if reported else [height]
+    parts = dict(rows=len(heights), height_ratios=heights, squeeze=False)
+    figure, ((axes,), *below) = grid(sum(heights), **parts)
+    axes.set(title=title, xlabel=f"{x}, with 95 % interval (n = {sizes(every)})")
+    for (theirs,) in below:
+        theirs.plot(reported.values(), range(len(reported)), "o", mfc="none", color=GREY)
+        for row, value in enumerate(reported.values()):
+            place = dict(xytext=(0, 6), textcoords="offset points", ha="center")
+            theirs.annotate(f"{value:g}", (value, row), fontsize=8, **place)
+        name_rows(theirs, list(reported))
+        theirs.set(title="What the paper reports, of another model", xlim=(0, 100))
+        theirs.set_xlabel("win rate on AlpacaEval 2.0 (%, n = 805; the paper gives no interval)")
     if at is not None:
         axes.axvline(at, color="black", lw=0.8)
     for k, (way, found) in enumerate(series.items()):
