@@ -163,7 +163,10 @@ def test_the_line_on_a_study_is_that_of_its_table(name):
     [(cells, same)] = re.findall(line, FINDINGS, re.MULTILINE)
     for cell in cells.split("; "):
         member, _, words = cell.rpartition(": ")
-        assert in_words(value_of(found, model=member, temperature=0.0)) == f"{words} points", cell
+        assert (
+            in_words(value_of(found, model=member, against="base", temperature=0.0))
+            == f"{words} points"
+        ), cell
     claims = agreement(load_study(name), table).query("decoding == 'greedy'")
     counts = claims["same direction"].value_counts()
     kinds = [f"{counts[kind]} {kind}" for kind in ("yes", "no", "open") if kind in counts]
