@@ -85,7 +85,9 @@ def classifier(folder, outputs=1):
 
 def test_a_reward_model_scores_by_its_rewards_which_are_kept(run, pairs, tmp_path):
     model, tokenizer = classifier(tmp_path)
-    scored = score_gaps(run, pairs, Scorer("reward", Model(path=str(tmp_path), batch_tokens=64)))
+    scored = score_gaps(
+        run, pairs, Scorer("reward", Model(path=str(tmp_path), dtype="float32", batch_tokens=64))
+    )
 
     def reward(text):
         chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}]
