@@ -117,7 +117,8 @@ def test_simpo_equals_trls_cpo_trainer(family, rows, tmp_path, monkeypatch):
     trainer = ours(policy, rows, set_to, tmp_path)
     found, of_ours = step(trainer, rows)
     assert trainer.packed and trainer.row["microbatches"] > 1
-    assert found == pytest.approx(loss, rel=1e-6)
+    # In float32, summed in another order: on CPUs with AMX the sliding window is off by 1.5e-6.
+    assert found == pytest.approx(loss, rel=4e-6)
     assert_close(of_ours, gradients_of(model))
 
 
