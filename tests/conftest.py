@@ -14,6 +14,16 @@ hypothesis.settings.register_profile("fixed", derandomize=True)  # the same exam
 hypothesis.settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_on_every_cpu():
+    """With `dtype: auto` a CPU with AMX computes in bfloat16; what tests compare is float32."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """An empty results folder of the test's own."""
