@@ -62,6 +62,7 @@ class TransformersEngine:
         stops = loaded.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         self.stops = sorted({*stops, tokenizer.eos_token_id}.difference([None]))
+        self.closing: dict[str, object] = {}  # a text that ends replies -> tokens that may close it
         loaded.generation_config = GenerationConfig(
             eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id
         )
@@ -224,12 +225,14 @@ class TransformersEngine:
         """A logits processor: a row that has said `text` behind its prompt of `start` tokens ends."""
         import torch
 
-        tokens = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        last = [i for i, token in enumerate(tokens) if text[-1] in token]
-        last = torch.tensor(last, device=self.device)
+        if text not in self.closing:  # once an engine: a vocabulary takes a second to read
+            every = [[i] for i in range(len(self.tokenizer))]
+            said = self.tokenizer.batch_decode(every, skip_special_tokens=True)
+            found = [i for i, token in enumerate(said) if text[-1] in token]
+            self.closing[text] = torch.tensor(found, device=self.device)
 
         def end(ids, scores):
-            for row in torch.isin(ids[:, -1], last).nonzero()[:, 0].tolist():
+            for row in torch.isin(ids[:, -1], self.closing[text]).nonzero()[:, 0].tolist():
                 if text in self.tokenizer.decode(ids[row, start:]):
                     scores[row] = -torch.inf
                     scores[row, self.stops[0]] = 0.0

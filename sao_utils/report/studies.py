@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pandas as pd
 
 from sao_utils.disk import write_whole
 from sao_utils.methods.studies import Entry, Study, run_study
-from sao_utils.recipes import load_recipe
 from sao_utils.report import figures
 from sao_utils.report.break_even import break_even_rows
 from sao_utils.report.rounds import answers_of, pair_rows, quality_rows, rows_by_seed
@@ -123,7 +122,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     folder = home.folder / "tables"
     write_whole(folder / "results.csv", as_csv(table))
     write_whole(folder / "results.json", as_json(table))
-    write_whole(folder / "results.md", in_text(study, table, entries))
+    write_whole(folder / "results.md", _in_text(study, home, table, entries))
     drawn = {study.name: figures.study(table, study.about, reported(study))}
     if study.stopping:
         drawn["stopping"] = figures.stopping(table)
@@ -133,13 +132,8 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
         figures.save(home, name, figure)
 
 
-def in_text(study: Study, table: pd.DataFrame, entries: Sequence[Entry] = ()) -> str:
-    """What a study came to, in Markdown.
-
-    Args:
-        table: rows of `study_table`.
-        entries: the members that have been run, for what was searched.
-    """
+def _in_text(study: Study, home: Run, table: pd.DataFrame, entries: list[Entry]) -> str:
+    """What a study came to so far, in Markdown."""
     parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
     parts += [answer(table)]
     parts += [f"The paper: {study.paper}"] if study.paper else []
@@ -152,7 +146,7 @@ def in_text(study: Study, table: pd.DataFrame, entries: Sequence[Entry] = ()) ->
         ]
     if study.break_even:
         parts += [BREAK_EVEN, markdown(show(select(table, metric="break-even accuracy")))]
-    parts += [NOT_COMPARABLE] if load_recipe(study.recipe).model.path == "tiny" else []
+    parts += [NOT_COMPARABLE] if home.recipe.model.path == "tiny" else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,11 +180,9 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     there = [(label, of) for label, of in study.members.items() if label in lines]
     for label, member in there:
         lines[label]["outside help"] = member.help or "none"
-        price = ("tokens trained on",) if study.share else PRICE
-        for metric in price:
-            [row] = select(table, model=label, metric=metric).itertuples(index=False)
+        for row in select(table, model=label, metric=PRICE).itertuples(index=False):
             text = f"{row.value:,.0f}" if row.unit == "tokens" else f"{row.value:.1f}"
-            lines[label][metric] = text
+            lines[label][row.metric] = text
     return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis("member")
 
 
