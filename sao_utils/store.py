@@ -38,7 +38,7 @@ FILE_KEYS = {
 #: those that may name a folder, too
 FOLDER_KEYS = ("path", "adapter", "data", "scorer", "diversity_model")
 # What is no file, whatever lies in the folder.
-NAMES = "tiny hub test dev everyday checkable checkable_dev self points oracle".split()
+NAMES = "tiny tiny-early hub test dev everyday checkable checkable_dev self points oracle".split()
 #: name of a model in a recipe -> its folder once `sao fetch` has brought it: the hub's, or one of 4 bit
 FETCHED = {"smollm2": ("smollm2-135m-instruct", "smollm2-135m-instruct-q4_1")}
 

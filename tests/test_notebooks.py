@@ -232,7 +232,7 @@ def test_the_ablations_run_one_study_and_show_others_that_are_there(make_workpla
     text = place.execute("07_ablations", seeds=[0], **{"evaluation.temperatures": [0.0]})
     assert "most by" in text and "Not run yet: sao study labels" in text
     assert re.search(r"ok    |LOOK  ", text) and '"image/png"' in text
-    assert [path.stem for path in (place.run / "figures").glob("*.svg")] == ["break_even"]
+    assert [path.stem for path in (place.run / "figures").glob("*.svg")] == ["accuracy"]
 
 
 # ---------------------------------------------------------------------- where little can be estimated

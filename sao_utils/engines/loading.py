@@ -13,11 +13,15 @@ from sao_utils.engines.base import EngineError
 from sao_utils.recipe import Model
 from sao_utils.store import FETCHED, fetched
 
+#: models that come with the kit, in sao_utils/tiny: the tiny one, and itself after a twelfth of its
+#: pre-training, as a judge that is worse
+EMBEDDED = {"tiny": "model", "tiny-early": "early"}
+
 
 def model_folder(path: str) -> str:
-    """The folder of "tiny", which is embedded, or of a fetched model; else the path, absolute if local."""
-    if path == "tiny":
-        return str(files("sao_utils") / "tiny" / "model")
+    """The folder of an embedded or of a fetched model; else the path, absolute if local."""
+    if path in EMBEDDED:
+        return str(files("sao_utils") / "tiny" / EMBEDDED[path])
     if folder := fetched(path):
         return str(folder)
     return str(Path(path).resolve()) if Path(path).is_dir() else path

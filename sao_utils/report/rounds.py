@@ -15,13 +15,13 @@ from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import IMITATING, Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
-from sao_utils.report.sections import mean_of, rate, task_rows
+from sao_utils.report.sections import mean_of, rate, share_of_good, task_rows
 from sao_utils.report.stopping import as_pair
 from sao_utils.report.table import make_row, make_table
 from sao_utils.stages.diversity import mean_similarity, vectors_in_words
 from sao_utils.stages.judging import judge_pairs
 from sao_utils.stages.prompts import repetition_rate
-from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, exact
+from sao_utils.statistics.intervals import Interval, clustered_mean, exact
 from sao_utils.store import Run
 
 #: subset of the questions -> which of them it holds
@@ -87,22 +87,15 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
         for topic, holds in topics.items():
             rows = [r for r in known if r["temperature"] == temperature and holds(r["question"])]
             where = {"questions": topic, "temperature": temperature, "judge": "oracle"}
-            before = {row["question_id"]: row["good"] for row in _of(rows, "base")}
-            if not before:
+            base = _of(rows, "base")
+            if not base:
                 continue
             for model, number in [("base", 0), *_models(rows)]:
-                of = _of(rows, model, number)
-                good = [row["good"] for row in of]
+                of = base if model == "base" else [*base, *_of(rows, model, number)]
                 names = {"model": model, "round": number, **where}
-                yield make_row("rounds", "good answers", mean_of(run, of, good), **names)
+                yield make_row("rounds", "good answers", share_of_good(run, of, model), **names)
                 if model != "base":
-                    gain = clustered_difference(
-                        good,
-                        [before[row["question_id"]] for row in of],
-                        [row["combination"] for row in of],
-                        run.recipe.evaluation.bootstrap,
-                        runs=[row["seed"] for row in of],
-                    )
+                    gain = share_of_good(run, of, model, "base")
                     names["against"] = "base"
                     yield make_row("rounds", "good answers", gain, "points", **names)
 

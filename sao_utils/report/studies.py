@@ -127,7 +127,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     if study.stopping:
         drawn["stopping"] = figures.stopping(table)
     if study.break_even:
-        drawn["break_even"] = figures.break_even(table)
+        drawn["accuracy"] = figures.break_even(table)
     for name, figure in drawn.items():
         figures.save(home, name, figure)
 
