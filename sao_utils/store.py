@@ -275,11 +275,11 @@ def make_rows(
 
     A row that is made again counts once, its tokens each time.
     """
-    started, made, tokens = time.time(), 0, 0
-    before = {row["id"] for row in read_rows(run.rows(stage))}
+    started, made, tokens, before = time.time(), 0, 0, set()
 
     def counted(outstanding: list[dict]) -> Iterator[list[dict]]:
         nonlocal made, tokens
+        before.update(row["id"] for row in read_rows(run.rows(stage)))
         for batch in work(outstanding):
             made += sum(row["id"] not in before for row in batch)
             tokens += sum(row.get("tokens", 0) for row in batch)
