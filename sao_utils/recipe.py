@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str  # "tiny" (embedded), a folder, or a name on the hub or server
+    path: str  # "tiny" or "tiny-early" (embedded), a folder, or a name on the hub or server
     revision: str | None = None  # commit of a hub model
     adapter: str | None = None  # folder of an adapter on it; not for the model that is trained
     engine: Literal["transformers", "vllm", "api"] = "transformers"  # api: OpenAI-compatible server

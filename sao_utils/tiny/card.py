@@ -8,6 +8,7 @@ from sao_utils.disk import write_whole
 from sao_utils.engines.loading import model_folder
 from sao_utils.evaluation.judge_quality import judge_quality
 from sao_utils.evaluation.questions import questions
+from sao_utils.recipe import Model
 from sao_utils.report.results import results
 from sao_utils.report.table import value_of
 from sao_utils.report.words import in_words
@@ -33,8 +34,8 @@ OF_THE_JUDGE = {
 }
 
 
-def held_out_pairs(run: Run) -> list[dict]:
-    """Two sampled answers of the model to each held-out question, judged in both orders."""
+def held_out_pairs(run: Run, judge: Model) -> list[dict]:
+    """Two sampled answers of the run's model to each held-out question, judged in both orders."""
     prompts = [
         {
             "id": row_id("card", q["id"]),
@@ -46,7 +47,7 @@ def held_out_pairs(run: Run) -> list[dict]:
         for q in questions(run.recipe.evaluation)
     ]
     pairs = response_pairs(write_responses(run, prompts, run.recipe.model))
-    return judge_pairs(run, pairs, run.recipe.model, "card_verdicts")
+    return judge_pairs(run, pairs, judge, "card_verdicts")
 
 
 def write_card() -> None:
@@ -60,7 +61,7 @@ def write_card() -> None:
         )
         for label, (section, metric, temperature) in OF_THE_RUN.items()
     }
-    judged = judge_quality(held_out_pairs(run))
+    judged = judge_quality(held_out_pairs(run, run.recipe.model))
     found |= {label: judged[metric] for label, metric in OF_THE_JUDGE.items()}
     rows = [f"| {label} | {in_words(one)} | {one.n} |" for label, one in found.items()]
     path = Path(model_folder("tiny")) / "README.md"

@@ -31,6 +31,11 @@ def test_greedy_answers_leave_room_above(recipe):
 
 
 def test_the_judge_is_right_on_its_own_pairs_of_held_out_questions(recipe, tmp_path):
-    found = judge_quality(tiny_card.held_out_pairs(rows.Run(recipe, tmp_path)), 500)
+    run = rows.Run(recipe, tmp_path)
+    found = judge_quality(tiny_card.held_out_pairs(run, recipe.model), 500)
     assert found["accuracy"].low > 0.9 and found["accuracy"].n > 50
     assert found["valid verdicts"].value > 0.95
+    early = recipe.model.model_copy(update={"path": "tiny-early"})
+    worse = judge_quality(tiny_card.held_out_pairs(run, early), 500)
+    assert 0.5 < worse["accuracy"].value < worse["accuracy"].high < found["accuracy"].low
+    assert worse["valid verdicts"].value > 0.95
