@@ -17,7 +17,7 @@ from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.questions import evaluated_prompts
 from sao_utils.machine import versions
 from sao_utils.methods.rounds import Round
-from sao_utils.recipe import Arm, Model, RecipeError
+from sao_utils.recipe import Arm, Model, Recipe, RecipeError
 from sao_utils.stages.judging import judge_pairs, response_pairs, weaken
 from sao_utils.stages.pairs import build_pairs
 from sao_utils.stages.personas import draw_personas
@@ -71,6 +71,12 @@ def rows(run: Run, stage: Stage) -> list[dict]:
         found = next(rows_ for name, rows_ in made if name == stage)
         _MADE[key] = _state(run), found
     return _MADE[key][1]
+
+
+def trial_size(recipe: Recipe, most: int) -> int:
+    """How many prompts or pairs a notebook tries something on beside the run: a sixth, and at most `most`."""
+    count = recipe.prompts.count
+    return min(count, most, max(10, count // 6))
 
 
 def pairs(run: Run, arm: Arm = "self") -> list[dict]:

@@ -18,6 +18,7 @@ from sao_utils.engines.requests import BYTES, dollars
 from sao_utils.evaluation.benchmark_files import BENCHMARKS
 from sao_utils.evaluation.questions import SETS
 from sao_utils.files import read_column, read_table
+from sao_utils.methods.sao import trial_size
 from sao_utils.plan.hardware import data
 from sao_utils.recipe import Model, Recipe
 from sao_utils.stages.responses import PER_PROMPT
@@ -27,8 +28,9 @@ AROUND = 10
 #: Tokens of a verdict that is written: "ranking: 1 > 2" and its end.
 SHORT_VERDICT = 8
 #: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona and of
-#: a file of two, temperatures, prompts of each, and pairs that are judged by sampling.
-WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 3, 100, 150
+#: a file of two, other temperatures, prompts of each, and pairs that are judged by sampling. All but the
+#: file and the temperatures are at most so many (`sao.trial_size`).
+WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 2, 100, 150
 LABELLED = 2  # pairs that notebook 03 labels itself where the recipe names no file
 _UNKNOWN = {"items": 1, "passes": 0, "read": 0}  # a task that sizes.yaml does not hold
 
@@ -173,21 +175,19 @@ def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
 
 def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """What notebooks 01 to 03 try beside the run, and pairs with known labels."""
-    seeds, count, rows = len(recipe.seeds), recipe.prompts.count, 2 * LABELLED
+    rows = 2 * LABELLED
     if recipe.judging.labelled:
         rows = 2 * len(read_table(recipe.judging.labelled))
         for name in recipe.judges:
             yield verdicts_work(recipe, rates, "labelled", rows, rows, f"judges.{name}")
     yield verdicts_work(recipe, rates, "labelled", rows, rows)
     prompts, responses, _ = round_work(recipe, rates)
-    tried = TEMPERATURES * min(TRIED, count) * seeds
-    written = seeds * (min(WITHOUT, count) + OWN) + (tried if prompts.rows else 0)
+    written = len(recipe.seeds) * (trial_size(recipe, WITHOUT) + OWN)
     yield replace(prompts, stage="variants", part="prompts", rows=written)
-    most = PER_PROMPT * tried
-    rows = round(most * rates.prompts_kept)
-    yield replace(responses, stage="variants", part="responses", rows=rows, most_rows=most)
+    rows = PER_PROMPT * TEMPERATURES * trial_size(recipe, TRIED)
+    yield replace(responses, stage="variants", part="responses", rows=rows, most_rows=rows)
     if recipe.judging.method == "logprob":
-        rows, judging = 2 * min(SAMPLED, count * seeds), {"method": "sampled"}
+        rows, judging = 2 * trial_size(recipe, SAMPLED), {"method": "sampled"}
         again = recipe.model_copy(update={"judging": recipe.judging.model_copy(update=judging)})
         yield verdicts_work(again, rates, "variants", rows, rows, part="verdicts, sampled")
 

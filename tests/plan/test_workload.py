@@ -12,10 +12,11 @@ from sao_utils.evaluation import arena_hard, mt_bench
 from sao_utils.evaluation import tasks as evaluation_tasks
 from sao_utils.methods import sao
 from sao_utils.plan import planning, workload
-from sao_utils.plan.workload import AROUND, SAMPLED, tokens
+from sao_utils.plan.workload import AROUND, SAMPLED, TRIED, tokens
 from sao_utils.recipes import load_recipe
 from sao_utils.report.results import results as table_of
 from sao_utils.stages.judging import judge_pairs
+from sao_utils.stages.responses import write_responses
 
 PAID = {"path": "m", "engine": "api", "url": "http://127.0.0.1:9/v1", "price_in": 1.0}
 
@@ -157,7 +158,8 @@ def test_what_judges_and_others_get_is_at_most_what_was_told(results, server, tm
     who = {work.who: work.rows for work in works if work.stage == "labelled"}
     assert who == {"judge": 4, "judges.second": 4}
     sampled = store.variant(run, "sampled", {"judging.method": "sampled", "pairs.min_margin": 1})
-    judge_pairs(sampled, sao.rows(run, "verdicts")[:SAMPLED], run.recipe.judging_model)
+    few = sao.trial_size(run.recipe, SAMPLED)
+    judge_pairs(sampled, sao.rows(run, "verdicts")[:few], run.recipe.judging_model)
     table_of(run, "length", "win rate", "comparison", "benchmark")
     owed = workload.bill(works)
     assert owed.keys() == {"judge", "others.rival", "judges.second"}
@@ -176,9 +178,11 @@ def test_a_server_that_writes_prompts_and_responses_is_counted(results, server):
     sao.rows(run, "responses")
     assert {w.stage for w in works} == {"prompts", "responses", "verdicts", "labelled", "variants"}
     sao.rows(store.variant(run, "no-persona", {"prompts.source": "no_persona"}), "prompts")
-    for temperature in (0.2, 0.6, 1.0):
-        warm = {"responses.temperature": temperature}
-        sao.rows(store.variant(run, f"T-{temperature}", warm), "responses")
+    few = [row for row in sao.rows(run, "prompts") if not row["discarded"]]
+    few = few[: sao.trial_size(run.recipe, TRIED)]
+    for temperature in (0.2, 1.0):
+        trial = store.variant(run, f"T-{temperature}", {"responses.temperature": temperature})
+        write_responses(trial, few, run.recipe.model)
     judged = [w for w in works if "verdicts" in w.stage + w.part or w.stage == "labelled"]
     made = [w for w in works if w not in judged]
     most = sum(w.dollars[1] for w in made if w.stage in ("prompts", "responses", "variants"))
