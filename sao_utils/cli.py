@@ -138,6 +138,7 @@ def study(
     list_: Annotated[
         bool, typer.Option("--list", help="List the studies and their minutes on one core.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run a study, a few recipes that differ in one thing, or list the studies there are."""
     from sao_utils.methods.studies import load_study, open_study, study_names
@@ -152,6 +153,7 @@ def study(
     with _resumable():
         found = load_study(name, _overrides(set_))
         home = open_study(found)
+        _agree_to_pay(home, yes, f"each of the {len(found.members)} members, more with its search")
         study_table(found, home)
     typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"The report is {write_page(home.folder)}")
@@ -326,8 +328,8 @@ def recipes() -> None:
         typer.echo(f"{name:<16}  {load_recipe(name).about}")
 
 
-def _agree_to_pay(run: Run, yes: bool) -> None:
-    """Print what servers with a price may get for a run, and ask, unless `yes`."""
+def _agree_to_pay(run: Run, yes: bool, of: str = "") -> None:
+    """Print what servers with a price may get for a run (or `of` what of it), and ask, unless `yes`."""
     if not any(model.priced for model in run.recipe.models.values()):
         return
     from sao_utils.engines.requests import spent
@@ -336,7 +338,7 @@ def _agree_to_pay(run: Run, yes: bool) -> None:
     from sao_utils.plan.workload import bill
 
     if owed := bill(work_of(run.recipe)):
-        typer.echo("\n".join(bill_lines(owed)))
+        typer.echo("\n".join([*bill_lines(owed), *([f"This is for {of}."] if of else [])]))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")

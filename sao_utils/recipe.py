@@ -278,6 +278,7 @@ class Evaluation(Section):
     per_combination: PositiveInt = (
         4  # wordings of each held-out combination; of "checkable" at most 3
     )
+    # Kept in order: comparisons, lengths and figures are of the lowest one.
     temperatures: tuple[NonNegativeFloat, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: PositiveInt
     bootstrap: int = Field(10_000, ge=100)  # resamples of an interval
@@ -289,6 +290,11 @@ class Evaluation(Section):
     data: str | None = None  # folder with the official files of benchmarks, or "hub"
     # US$ that a run may pay to servers, all with a price; null: no cap.
     max_cost: NonNegativeFloat | None = None
+
+    @field_validator("temperatures")
+    @classmethod
+    def _in_order(cls, value):
+        return tuple(sorted(value))
 
 
 def is_task_file(task: str) -> bool:

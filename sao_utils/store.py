@@ -162,6 +162,7 @@ def input_files(recipe: Recipe) -> list[Path]:
         for section, keys in FILE_KEYS.items()
         for key in keys
     ]
+    named += filter(is_task_file, recipe.evaluation.tasks)
     return [Path(name) for name in named if name and name not in NAMES and Path(name).is_file()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from sao_utils.training.processes import is_main, wait_for_all
 
@@ -15,20 +16,25 @@ def main() -> None:
     minutes).
     """
     from sao_utils.methods import sao
+    from sao_utils.recipe import Arm
     from sao_utils.store import open_run
 
     parser = argparse.ArgumentParser(prog="sao_utils.methods", description=main.__doc__)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--run")
-    parser.add_argument("--arm", default="self")
+    parser.add_argument("--arm", default="self", choices=get_args(Arm))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    overrides = dict(setting.split("=", 1) for setting in given.set)
+    overrides = dict(setting.split("=", 1) for setting in given.set if "=" in setting)
+    if len(overrides) < len(given.set):
+        parser.error("--set takes KEY=VALUE")
     if is_main():
         sao.pairs(open_run(given.recipe, given.run, overrides), given.arm)
     wait_for_all()
     run = open_run(given.recipe, given.run, overrides)
+    if given.seed not in run.recipe.seeds:
+        parser.error(f"the seeds of this run are {', '.join(map(str, run.recipe.seeds))}")
     print(sao.train(run, given.arm, given.seed))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sao_utils.evaluation.answers import answer_questions
 from sao_utils.evaluation.comparisons import compare_answers
-from sao_utils.evaluation.questions import questions as question_rows
+from sao_utils.evaluation.questions import questions
 from sao_utils.methods.sao import candidates
 from sao_utils.recipe import Model, RecipeError
 from sao_utils.store import Run
@@ -20,39 +20,28 @@ def judges(run: Run) -> dict[str, Model]:
 def answers(
     run: Run,
     names: Sequence[str] | None = None,
-    questions: str | None = None,
     temperatures: Sequence[float] | None = None,
 ) -> list[dict]:
     """The answers of models to evaluation questions (`evaluation.answers.answer_questions`).
 
     Args:
         names: of `methods.sao.candidates`; by default all.
-        questions: another set or file than `evaluation.questions`.
         temperatures: others than `evaluation.temperatures`.
     """
     settings = run.recipe.evaluation
-    asked = question_rows(settings, questions)
+    asked = questions(settings)
     return answer_questions(
         run, candidates(run, names), asked, temperatures or settings.temperatures
     )
 
 
-def comparison(
-    run: Run,
-    a: str,
-    b: str,
-    judge: str = "self",
-    questions: str | None = None,
-    temperature: float | None = None,
-) -> list[dict]:
-    """Let a judge compare two models' answers to the same questions (`compare_answers`).
+def comparison(run: Run, a: str, b: str, judge: str = "self") -> list[dict]:
+    """Let a judge compare two models' answers to the run's questions, at the recipe's first temperature.
 
     Args:
         a, b: names of `methods.sao.candidates`. Trained models take part with every seed, against the
             same seed of the other, or against the other's one set of answers.
         judge: a name of `judges`, or "tuned": the arm "self" (of the first seed) as a judge.
-        questions: a set or file; by default `evaluation.questions`.
-        temperature: of the answers; by default the recipe's first.
 
     Raises:
         RecipeError: a name that is not there, or one model twice.
@@ -67,7 +56,6 @@ def comparison(
         )
     if a == b:
         raise RecipeError(f"'{a}' cannot be compared with itself: name two models.")
-    settings = run.recipe.evaluation
-    temperature = settings.temperatures[0] if temperature is None else temperature
-    of = {name: answers(run, [name], questions, [temperature]) for name in (a, b)}
+    first = run.recipe.evaluation.temperatures[:1]
+    of = {name: answers(run, [name], first) for name in (a, b)}
     return compare_answers(run, of[a], of[b], judge, known[judge])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from sao_utils.methods.self_rewarding import self_rewarding_round
 from sao_utils.methods.synpo import synpo_round
 from sao_utils.recipe import Model, Recipe, Training
 from sao_utils.store import Run
+from sao_utils.training import TrainingFailed
 from sao_utils.training.fit import Algorithm, fit, sft_settings
 
 #: method -> its round: (run, Round) -> the pairs it makes. Add a method here, and in `recipe.Method`.
@@ -43,14 +45,15 @@ def iterate(
     seed: int,
     name: str | None = None,
     round_: Callable[[Run, Round], list[dict]] | None = None,
-    watch: Callable[[list[dict]], None] | None = None,
 ) -> Iterator[Trained]:
     """The models M1, M2, ... of one seed, each as soon as it is trained.
 
     Args:
         name: of the method, in tables and folders; by default the recipe's.
         round_: a round of a method of your own; by default that of `name`.
-        watch: called with all rows of a training's log after every step.
+
+    Raises:
+        TrainingFailed: a round has no pairs, or its training broke down.
     """
     recipe = run.recipe
     name = name or recipe.method
@@ -65,7 +68,14 @@ def iterate(
         folder = run.folder / "adapters" / f"{name}-round{number + 1}-{seed}"
         start = policy if recipe.iterations.start == "previous" else base
         algorithm, settings = _training_of(recipe, name, number)
-        fit(start, pool, settings, algorithm, seed, folder, watch)
+        if not pool:
+            lost = Counter(row["discarded"] for row in made).most_common()
+            reasons = ", ".join(f"{count} {reason}" for reason, count in lost) or "none"
+            raise TrainingFailed(
+                f"Round {number + 1} of {name}, seed {seed}: there are no pairs to train on. Discarded: "
+                f"{reasons}. Raise prompts.count, or loosen what discards them (pairs.*, *.threshold)."
+            )
+        fit(start, pool, settings, algorithm, seed, folder)
         policy = with_adapter(base, folder)
         yield Trained(Candidate(name, seed, policy, number + 1), judge, made)
 

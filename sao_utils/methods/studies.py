@@ -24,12 +24,10 @@ from sao_utils.recipes import read_value, read_yaml, validated
 from sao_utils.store import Run, make_rows, open_run, row_id, variant
 
 SHIPPED = files("sao_utils") / "studies"
-#: what a search changes in a member's recipe: questions and a seed that the study does not report
-SEARCH = {
-    "seeds": [100],
-    "evaluation.questions": "dev",
-    "evaluation.temperatures": [0.0],
-}
+#: what a search changes in a member's recipe: a seed and questions that the study does not report
+SEARCH = {"seeds": [100], "evaluation.temperatures": [0.0]}
+#: questions of a study -> those of its searches
+APART = {"test": "dev", "checkable": "checkable_dev"}
 
 
 class Member(Section):
@@ -129,11 +127,18 @@ def _search(study: Study, home: Run, label: str) -> dict[str, Any]:
     member = study.members[label]
     if not member.search:
         return {}
+    asked = home.recipe.evaluation.questions
+    if len(member.search) > 1 or asked not in APART:
+        raise RecipeError(
+            f"{label}: a search is over one key, in a study with evaluation.questions of "
+            f"{' or '.join(APART)}: it takes other questions, which only these have."
+        )
     [(key, values)] = member.search.items()
     found = {}
     for value in values:
         changes = {**member.set, key: value}
-        run = variant(home, f"{_slug(label)}-search", {**changes, **SEARCH}, study.share)
+        apart = {**SEARCH, "evaluation.questions": APART[asked]}
+        run = variant(home, f"{_slug(label)}-search", {**changes, **apart}, study.share)
         found[value] = _score(home, run, label, changes)
     return {key: max(found, key=found.get)}
 

@@ -52,14 +52,13 @@ def _settings(run: Run) -> dict[str, str]:
     settings = {
         "SAO_RESULTS": str(run.folder.resolve().parent),
         "SAO_BATCH": "1",  # nobody watches: progress every 30 s instead of every second
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger's warning at kernel start
         # The kernel shall import the very package that started it.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
     if run.recipe.model.path == "tiny":
-        # More threads only wait for each other; awake, while another program has their core, for minutes.
+        # More threads only wait for each other; awake, for minutes, if another program takes their core.
         settings |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     return settings
 

@@ -28,11 +28,11 @@ def points(table: pd.DataFrame) -> dict[str, Points]:
         for row in part.itertuples(index=False):
             point = found.setdefault(row.note, {}).setdefault((row.model, row.seed), [None, None])
             point[k] = row.value  # later rounds overwrite earlier ones
-    return {
-        way: tuple(zip(*(of for of in by.values() if None not in of)))
+    whole = {
+        way: [of for of in by.values() if not any(value is None or value != value for value in of)]
         for way, by in found.items()
-        if sum(None not in of for of in by.values()) > 1
     }
+    return {way: tuple(zip(*of)) for way, of in whole.items() if len(of) > 1}
 
 
 def break_even_rows(table: pd.DataFrame) -> Iterator[dict]:

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
+from sao_utils.engines.loading import EMBEDDED
 from sao_utils.machine import versions
 from sao_utils.methods.sao import funnel_of
 from sao_utils.recipe import Arm, Training
@@ -28,9 +30,8 @@ from sao_utils.training.fit import read_done, settings_used
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.
 TINY = "sao_utils/tiny/model"
-#: The sections of a recipe that make data, and a model; the others say how it is looked at.
+#: The sections of a recipe that make data.
 DATA = ("model", "judge", "prompts", "responses", "judging", "pairs")
-MAKING = (*DATA, "training")
 #: configuration of a data set -> what it holds
 STAGES = {
     "prompts": "prompts, with the persona or keywords that they were written for",
@@ -69,20 +70,32 @@ def made_with(run: Run, folder: Path) -> dict:
 def kind(model: dict) -> str:
     """Where a base model is: "tiny" (embedded), "folder" of this machine, or "hub"."""
     path = model["path"]
-    if path == "tiny":
+    if path in EMBEDDED:
         return "tiny"
     local = Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)
     return "folder" if local else "hub"
+
+
+def source(model: dict) -> str:
+    """What `sao fetch` brought into a base model's folder, in words; "" of another folder."""
+    noted = Path(model["path"]) / "source.json"
+    found = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
 def write_card(run: Run, arm: Arm, seed: int) -> Path:
     """Write the card of a trained model, README.md in its folder, with the results there are by now.
 
     Raises:
-        PublishError: the model is not trained yet.
+        PublishError: the model is not trained yet, or is one of several rounds.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    if arm not in get_args(Arm):
+        raise PublishError(
+            f"There are cards of {', '.join(get_args(Arm))} only, not of '{arm}': of a run of rounds the "
+            "data can be published (--data)."
+        )
     folder = finished(run, arm, seed)
     done, facts = read_done(folder), made_with(run, folder)
     recipe, algorithm = facts["recipe"], done["algorithm"]
@@ -110,6 +123,7 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
         full=full,
         kind=where,
         model=model,
+        source=source(model),
         base={"tiny": TINY, "folder": "FOLDER OF THE BASE MODEL"}.get(where, model["path"]),
         own_judge=not recipe["judge"],
         prompts=recipe["prompts"],
@@ -139,8 +153,12 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
 
     Both are empty unless all that makes a model was the same for them.
     """
-    then = _recipe_of_results(run, recipe, MAKING)
+    then = _recipe_of_results(run, recipe, DATA)
     if not (then and arm in then["arms"] and seed in then["seeds"]):
+        return [], []
+    algorithm = "sft" if arm == "sft_random" else recipe["training"]["algorithm"]
+    now, before = (settings_used(Training(**of["training"]), algorithm) for of in (recipe, then))
+    if now != before:
         return [], []
     judge = "the base model itself, both orders" if not recipe["judge"] else "the recipe's judge"
     tiny = recipe["model"]["path"] == "tiny"
@@ -176,6 +194,7 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
         keys |= {"training", "iterations", "synpo", "ranking", "points", "self_rewarding"}
     recipe = run.recipe.model_dump(mode="json", include=keys, exclude_none=True)
     where = {name: kind(recipe[name]) for name in ("model", "judge") if name in recipe}
+    sources = {name: source(recipe[name]) for name in where}
     recipe = without_paths(recipe)
     prompts, main = recipe["prompts"], "pairs" if arm == "self" else f"pairs_{arm}"
     personas = None if prompts["source"] in ("file", "keywords") else prompts.get("personas")
@@ -208,6 +227,7 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
         method=model_in_words("sao" if arm == "self" else arm),
         main=main,
         where=where,
+        sources=sources,
         recipe=recipe,
         recipe_text=yaml.safe_dump(recipe, sort_keys=False),
         personas=personas,

@@ -15,7 +15,7 @@ from sao_utils.report.table import make_row
 from sao_utils.statistics.intervals import Interval
 from sao_utils.store import Run
 
-FEWEST = 10  # questions without which no result is given "without overlap" (ours)
+FEWEST = 10  # questions that must be left for a result "without overlap" (ours)
 #: metrics of benchmarks that are computed without the questions that overlap
 WITHOUT = ("win_rate", "lc_win_rate", "score")
 

@@ -16,13 +16,15 @@ import pandas as pd
 
 from sao_utils.disk import write_whole
 from sao_utils.recipes import load_recipe
+from sao_utils.report.stopping import as_pair
 from sao_utils.report.summary import blocks, cautions, sentence
 from sao_utils.report.table import read_table
 from sao_utils.report.tables import HOW, TABLES, PaperTable, paper_table, synpo_table
 from sao_utils.report.viewer import pair_viewer
 from sao_utils.report.words import model_in_words
 from sao_utils.stages.judging import judged_pairs
-from sao_utils.store import Run, read_rows
+from sao_utils.stages.pairs import kept_pairs
+from sao_utils.store import Run
 
 #: section of the page -> the figures that it shows, by the names of their files; others come last
 FIGURES = {
@@ -80,7 +82,7 @@ def write_page(folder: Path) -> Path:
         manifest=manifest,
         stages=_stages(manifest),
     )
-    # A lone surrogate, which a row may hold, is no text that a file could.
+    # JSON may hold a lone surrogate, which UTF-8 cannot encode.
     write_whole(folder / "report.html", text.encode("utf-8", "replace").decode())
     return folder / "report.html"
 
@@ -129,8 +131,11 @@ def _funnel(folder: Path) -> str:
     if "arm" in steps:
         steps["arm"] = steps["arm"].map(model_in_words)
     names = [column for column in steps if column not in ("step", "count")]
-    wide = steps.pivot_table("count", "step", names, sort=False, aggfunc="sum")
-    wide = wide.loc[sorted(wide.index, key="pairs".__eq__)].rename_axis(None)
+    # Prompts and pairs may have the same reason.
+    steps["part"] = (steps["step"] == "prompts").groupby([steps[name] for name in names]).cumsum()
+    wide = steps.pivot_table("count", ["part", "step"], names, sort=False, aggfunc="sum")
+    order = sorted(wide.index, key=lambda at: (at[0], at[1] == "pairs"))
+    wide = wide.loc[order].droplevel("part").rename_axis(None)
     return _html(wide.map(_plain))
 
 
@@ -156,14 +161,15 @@ def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
 
 
 def _scored_pairs(run: Run) -> list[dict]:
-    """The pairs of a method that scores responses, kept or discarded, as the viewer takes them."""
-    files = sorted((run.folder / "rows").glob("*pairs*.jsonl"))
-    rows = [row for path in files for row in read_rows(path) if "rejected" in row]
+    """The pairs of a method that scores responses as the viewer takes them, first those that are kept."""
+    files = sorted((run.folder / "rows").glob("pairs_*.jsonl"))
+    arms = [path.stem.removeprefix("pairs_") for path in files]
     return [
-        {"prompt": row["prompt"][-1]["content"], "lengths": row["lengths"], "margin": None}
-        | {"responses": [row[side][-1]["content"] for side in ("chosen", "rejected")]}
-        | {"outcome": "by score, answer a is the chosen one"}
-        for row in rows
+        {**as_pair(row), "lengths": row["lengths"], "margin": None}
+        | {"outcome": row["discarded"] or "kept: answer a, the chosen one, has the better score"}
+        for arm in arms
+        for row in kept_pairs(run, arm)
+        if "rejected" in row
     ]
 
 

@@ -13,7 +13,7 @@ from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.methods import sao
 from sao_utils.report import leakage, rounds, sections, tables
 from sao_utils.report.card import write_card
-from sao_utils.report.table import as_csv, as_json, make_table
+from sao_utils.report.table import as_csv, as_json, make_table, read_table
 from sao_utils.report.words import NOT_COMPARABLE, markdown, show
 from sao_utils.store import Run, note
 
@@ -74,8 +74,9 @@ def write_tables(run: Run) -> pd.DataFrame:
 
 def write_judge(run: Run) -> pd.DataFrame:
     """Write the results on the judge alone, which need no training, as `write_tables` writes all."""
-    table = results(run, "judge")
-    _write(run, table)
+    table, path = results(run, "judge"), run.folder / "tables" / "results.json"
+    if not path.is_file() or set(read_table(run.folder)["section"]) <= {"judge"}:
+        _write(run, table)  # else the results of the whole run stay
     return table
 
 

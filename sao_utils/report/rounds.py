@@ -106,8 +106,11 @@ def rows_by_seed(run: Run, one: Trained, answers: list[dict]) -> Iterator[dict]:
     of_seed = [row for row in answers if row["seed"] in (None, seed)]
     of_round = [row for row in of_seed if row["round"] in (0, one.candidate.round)]
     gains = [row for row in _quality(run, of_round) if row.get("against")]
-    right = [row for row in pair_rows(run, [one]) if row["metric"] == "judge is right"]
-    yield from ({**row, "seed": seed} for row in [*gains, *right])
+    yield from ({**row, "seed": seed} for row in gains)
+    if right := pair_metrics([row for row in one.pairs if "rejected" in row]).get("judge is right"):
+        names = {"model": run.recipe.method, "round": one.candidate.round, "seed": seed}
+        where = {"questions": "training pairs", "judge": "oracle"}
+        yield make_row("rounds", "judge is right", right, **names, **where)
 
 
 def _lengths(run: Run, answers: list[dict]) -> Iterator[dict]:
@@ -149,8 +152,8 @@ def funnel(run: Run) -> list[tuple[int, int, str, int]]:
 def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
     """What the pairs of each round are worth; nothing of methods whose rows are only imitated.
 
-    How many answered prompts came to be pairs; how often the chosen answer is truly better, and of all
-    that were judged the one that the judge prefers; how often a prompt repeats an earlier one of its
+    How many answered prompts came to be pairs; how often the chosen answer is truly better, and over all
+    judged pairs the one that the judge prefers; how often a prompt repeats an earlier one of its
     seed; and the signs that need no oracle: how often the judge's orders disagree, and how often the base
     agrees.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from sao_utils.evaluation import comparisons
 from sao_utils.evaluation.answers import Candidate
 from sao_utils.evaluation.benchmarks import run_benchmark
 from sao_utils.evaluation.judge_quality import judge_quality, judges_agree
+from sao_utils.evaluation.leakage import own_set
 from sao_utils.evaluation.task_differences import differences
 from sao_utils.evaluation.tasks import score_tasks
 from sao_utils.methods import evaluate, sao
@@ -36,7 +36,7 @@ from sao_utils.statistics.intervals import (
 from sao_utils.store import Run
 
 NAN = float("nan")
-missing = partial(Interval, NAN, NAN, NAN, 0)  # in place of an estimate that cannot be made: why
+missing = partial(Interval, NAN, NAN, NAN, 0)  # for what cannot be estimated; takes the reason
 #: how the metrics of a judge begin that compare it with the truth
 OF_JUDGE = ("accuracy", "longer answer", "length bias")
 #: metric of a benchmark that is kept with the other results -> what it is called
@@ -56,12 +56,8 @@ GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 
 
 
 def of_questions(run: Run) -> dict:
-    """Where the run's own comparisons are made: its questions, at its first temperature.
-
-    A file of questions by its name: no folders of this machine.
-    """
-    settings = run.recipe.evaluation
-    return {"questions": Path(settings.questions).name, "temperature": settings.temperatures[0]}
+    """Where the run's own comparisons are made: its questions, at its first temperature."""
+    return {"questions": own_set(run), "temperature": run.recipe.evaluation.temperatures[0]}
 
 
 def _seeds(run: Run) -> tuple:
@@ -81,7 +77,9 @@ def prompts(run: Run) -> Iterator[dict]:
     if run.recipe.prompts.source != "file":
         parsed = [row["prompt"] is not None for row in rows]
         clusters = [row["persona"] or row["id"] for row in rows]
-        yield make_row("prompts", "usable replies", clustered_mean(parsed, clusters))
+        runs = [row["seed"] for row in rows]
+        found = clustered_mean(parsed, clusters, runs=runs)
+        yield make_row("prompts", "usable replies", found)
     by_seed = [
         [row["prompt"] for row in rows if row["seed"] == seed and row["prompt"]]
         for seed in run.recipe.seeds
@@ -89,7 +87,7 @@ def prompts(run: Run) -> Iterator[dict]:
     rates = {"repeated prompts": repetition_rate, "near-duplicate prompts": near_duplicate_rate}
     for metric, rate in rates.items():
         mean = np.mean([rate(texts) for texts in by_seed])
-        yield make_row("prompts", metric, exact(mean, len(by_seed[0])))
+        yield make_row("prompts", metric, exact(mean, sum(map(len, by_seed))))
 
 
 def judge(run: Run) -> Iterator[dict]:

@@ -49,7 +49,7 @@ def as_pair(row: dict) -> dict:
 
 
 def stops(before: Signs, now: Signs) -> dict[str, bool]:
-    """Which rules stop, by name. The last one never does: what it is right in needs no rule."""
+    """Which rules stop, by name. The last one never does, and is the baseline of the others."""
     single = {
         "flip rate rises": now.flips > before.flips,
         "margins shrink": now.margin < before.margin,

@@ -25,7 +25,12 @@ BREAK_EVEN = (
     "questions are held fixed."
 )
 PRICE = ("tokens written", "tokens trained on", "minutes")
-EVALUATION = ("answers", "comparisons", "tasks")  # stages that are the same for all members
+EVALUATION = (
+    "answers",
+    "comparisons",
+    "tasks",
+    "base_verdicts",
+)  # stages that are the same for all members
 
 
 def study_table(study: Study, home: Run) -> pd.DataFrame:
@@ -162,7 +167,8 @@ def reported(study: Study) -> dict[str, float]:
 def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """One line a member: good answers and gain over the base by topic, pairs, outside help, the price.
 
-    Of the last round; good answers and win rate (by the base as judge) at the first temperature, gains
+    Of the last round; good answers and win rate (by the member's judge: the base, unless it
+    names another) at the first temperature, gains
     at all.
     """
     lines: dict[str, dict] = {}

@@ -180,14 +180,14 @@ def advice_on_judge(table: pd.DataFrame) -> str:
     accuracy = value_of(table, metric="accuracy", questions="training pairs")
     if accuracy is None:
         return (
-            "How right it is, nobody knows: there is no pair whose better answer an oracle knows. Set "
+            "How often it is right is not known: there is no pair whose better answer an oracle knows. Set "
             "prompts.instructions=0.8, or give pairs with known labels (judging.labelled)."
         )
     words = f"{in_words(accuracy)} (n = {accuracy.n:,})"
     if accuracy.low > 0.5:
         return f"It is right more often than chance, {words}: its verdicts can teach something."
     return (
-        f"That it is right more often than chance does not show, {words}: SAO cannot be expected to work "
+        f"Nothing shows that it is right more often than chance, {words}: SAO cannot be expected to work "
         "with it. Take a larger model, another judge (judge.path), or more prompts (prompts.count)."
     )
 

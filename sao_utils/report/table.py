@@ -3,13 +3,13 @@
 `results.results` makes it, a run's folder keeps it in tables/, and figures, tables, model cards and
 `sao show` select from it. Reading it needs neither torch nor a model.
 
-Columns: `section` (prompts, judge, pairs, quality, flaws, win rate, length, comparison, benchmark, task,
-leakage) and `metric` name what is measured; `model` whose number it is; `against` the model that it is
-compared with, so that a difference of two models names both; `judge` who decided; `questions` on what;
-`temperature` of the answers; `seed` of the training, empty: over all of them; `round` of the method;
-`value` with the ends `low` and `high` of its 95 % interval, and `n` values behind it; `unit`: shares are
-0 to 1 and have the unit "%", differences of shares "points"; `note`: what to know about it, or why it
-could not be estimated.
+Columns: `section` (prompts, judge, quality, flaws, win rate, length, comparison, benchmark, task,
+leakage; rounds, study) and `metric` name what is measured; `model` whose number it is; `against` the
+model that it is compared with, so that a difference of two models names both; `judge` who decided;
+`questions` on what; `temperature` of the answers; `seed` of the training, empty: over all of them;
+`round` of the method; `value` with the ends `low` and `high` of its 95 % interval, and `n` values
+behind it; `unit`: shares are 0 to 1 and have the unit "%", differences of shares "points"; `note`: what
+to know about it, or why it could not be estimated.
 """
 
 from __future__ import annotations

@@ -70,7 +70,11 @@ def what(row) -> str:
         text = f"judge: {text}"
     elif row.section in ("judge", "benchmark", "task", "leakage"):
         text = f"{row.questions}: {text}"
-    elif row.section in ("rounds", "study") and row.questions not in ("all", "training pairs"):
+    elif row.section in ("rounds", "study") and row.questions not in (
+        None,
+        "all",
+        "training pairs",
+    ):
         text = f"{row.questions}: {text}"
     of_quality = row.section in ("quality", "leakage") or row.metric == "good answers"
     if of_quality and row.temperature is not None:

@@ -112,7 +112,8 @@ def judged_pairs(run: Run) -> list[dict]:
     responses = standing(run.rows("responses"))
     orders: dict[str, dict[str, dict]] = {}
     for row in standing(run.rows("verdicts")).values():
-        orders.setdefault(row["pair_id"], {})[row["order"]] = row
+        if row["method"] == run.recipe.judging.method:  # not those of an earlier recipe
+            orders.setdefault(row["pair_id"], {})[row["order"]] = row
     found = []
     for both in orders.values():
         ids = both["12"]["response_ids"] if len(both) == 2 else None

@@ -246,8 +246,12 @@ def repetition_rate(prompts: list[str]) -> float:
 
     Ours: the paper reports a repetition rate without defining it. 0 for an empty list.
     """
-    seen = {" ".join(prompt.lower().split()) for prompt in prompts}
-    return 1 - len(seen) / len(prompts) if prompts else 0.0
+    return 1 - len(set(map(normalised, prompts))) / len(prompts) if prompts else 0.0
+
+
+def normalised(prompt: str) -> str:
+    """A prompt up to case and white space."""
+    return " ".join(prompt.lower().split())
 
 
 def near_duplicate_rate(prompts: list[str], similarity: float = 0.7) -> float:

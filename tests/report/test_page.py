@@ -125,10 +125,12 @@ def test_pairs_that_were_scored_are_shown_too(tmp_path):
         (folder / "rows" / f"{stage}.jsonl").unlink()
     sides = ("prompt", "chosen", "rejected")
     row = {side: [{"role": "user", "content": f"the {side} one"}] for side in sides}
-    row["lengths"] = [3, 3]
-    (folder / "rows" / "pairs_synpo.jsonl").write_text(json.dumps(row) + "\n")
+    row |= {"id": "1", "lengths": [3, 3]}
+    rest = {**row, "chosen": [{"content": "worse"}], "discarded": "gap too small"}
+    for name, line in (("pairs", row), ("discarded_pairs", rest)):
+        (folder / "rows" / f"{name}_synpo.jsonl").write_text(json.dumps(line) + "\n")
     text = Parsed(write_page(folder).read_text("utf-8")).text
-    assert "answer a is the chosen one" in text
+    assert text.index("kept: answer a") < text.index("gap too small")
     assert text.index("the chosen one", text.index("the prompt")) < text.index("the rejected")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sao_utils.report.figures import style
+from sao_utils.stages.prompts import normalised
 
 
 @style.styled
@@ -39,7 +40,7 @@ def distinct_prompts(prompts: dict[str, list[str]]):
     for k, (name, texts) in enumerate(prompts.items()):
         seen, height = set(), [0]
         for text in texts:
-            seen.add(" ".join(text.lower().split()))
+            seen.add(normalised(text))
             height.append(len(seen))
         label = f"{name}: {len(seen)} of n = {len(texts)}"
         axes.plot(height, color=style.colour(k), label=label)

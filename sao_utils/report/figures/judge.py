@@ -8,7 +8,7 @@ from sao_utils.report.figures import style
 AGREEMENT = {
     "oracle agrees": (style.BLUE, "o"),
     "oracle disagrees": (style.RED, "X"),
-    "no difference, or no oracle": (style.LIGHT, "."),
+    "undecided, or no oracle": (style.LIGHT, "."),
 }
 
 
@@ -20,7 +20,7 @@ def _by_agreement(verdicts: list[dict]) -> dict[str, list[dict]]:
         if row["margin"] is not None:
             a, b = row["quality"] or (0, 0)
             right = agrees if (a > b) == (row["margin"] > 0) else disagrees
-            (unknown if a == b else right).append(row)
+            (unknown if a == b or not row["margin"] else right).append(row)
     return {label: rows for label, rows in groups.items() if rows}
 
 

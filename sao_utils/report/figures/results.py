@@ -47,8 +47,8 @@ def differences(table: pd.DataFrame):
     """Differences between models with their intervals (a forest plot).
 
     Args:
-        table: rows of `results.results`; drawn are those that are differences (in points), over all
-            seeds.
+        table: rows of `results.results`, of one metric and temperature; drawn are those that are
+            differences (in points), over all seeds.
     """
     rows = [row for row in table.itertuples(index=False) if is_difference(row) and row.seed is None]
     return style.intervals(

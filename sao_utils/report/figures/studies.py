@@ -81,10 +81,10 @@ def break_even(table: pd.DataFrame):
 def stopping(table: pd.DataFrame):
     """Where judge and oracle part ways, and how often rules that need no oracle stop in time.
 
-    Left: a line a member, from the base through its rounds: how often the judge prefers its model to the
-    base, over what the oracle says it gained, both with 95 % intervals. Down and right is honest
-    progress that the judge misses; up and left the judge is pleased by worse answers. Right: each rule's
-    share of right decisions.
+    Left: a line a member, from the base through its rounds: how often its judge (the base, unless the
+    member names another) prefers its model to the base, over what the oracle says it gained, both with
+    95 % intervals. Down and right is honest progress that the judge misses; up and left the judge is
+    pleased by worse answers. Right: each rule's share of right decisions.
 
     Args:
         table: rows of `report.studies.study_table` of a study with `stopping`.
@@ -110,7 +110,7 @@ def stopping(table: pd.DataFrame):
     left.set(
         title="What the judge sees, and what is true",
         xlabel=f"gain by the oracle (points, n = {asked})\nnumbers: rounds; bars: 95 % intervals",
-        ylabel=f"the base as judge prefers it (%, n = {judged})",
+        ylabel=f"its judge prefers it to the base (%, n = {judged})",
     )
     value, reach = style.percent(list(found.itertuples(index=False)))
     right.errorbar(value, range(len(found)), xerr=reach, fmt="o", color=style.BLUE, capsize=3)
