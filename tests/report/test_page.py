@@ -35,7 +35,14 @@ def judged(folder, text):
     rows = {
         "responses": [{"id": i, "prompt": text, "text": text, **names} for i in "ab"],
         "verdicts": [
-            {"id": order, "pair_id": "ab", "order": order, "response_ids": ids, "logps": logps}
+            {
+                "id": order,
+                "pair_id": "ab",
+                "order": order,
+                "method": "logprob",
+                "response_ids": ids,
+                "logps": logps,
+            }
             for order, ids, logps in (
                 ("12", ["a", "b"], [-0.1, -3]),
                 ("21", ["b", "a"], [-3, -0.1]),

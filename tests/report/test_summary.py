@@ -168,7 +168,7 @@ def test_a_run_is_shown_without_loading_torch(folder):
 
 
 @pytest.mark.parametrize(
-    ("low", "says"), [(0.52, "can teach"), (0.45, "cannot be expected"), (None, "nobody knows")]
+    ("low", "says"), [(0.52, "can teach"), (0.45, "cannot be expected"), (None, "is not known")]
 )
 def test_advice_on_a_judge_follows_the_interval_of_its_accuracy(low, says):
     known = [] if low is None else [Interval(0.56, low, 0.6, 300)]
