@@ -174,6 +174,16 @@ def special_tokens(tokenizer) -> set[str]:
     return special.union(tokenizer.all_special_tokens)
 
 
+def turn_ends(chats: list[Chat], tokenizer) -> list[int]:
+    """The tokens that end an open message, beside a model's own stops: all that open or close something.
+
+    Not every template closes a user's turn: in some the assistant's header ends it. [] of other chats.
+    """
+    if not chats or not chats[0][-1].get("open"):
+        return []
+    return tokenizer.convert_tokens_to_ids(sorted(special_tokens(tokenizer)))
+
+
 def context_limit(config) -> float:
     """The tokens that a model takes, prompt and reply; infinite if its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -16,6 +16,7 @@ from sao_utils.engines.base import (
     encode,
     first_divergent_token,
     over_long,
+    turn_ends,
 )
 from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory, precision, say_once
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
@@ -69,10 +70,11 @@ class TransformersEngine:
 
     def generate(self, chats, sampling, seeds):
         prompts = encode(chats, self.tokenizer)
+        stops = sorted({*self.stops, *turn_ends(chats, self.tokenizer)})
 
         def reply(rows: list[int], new_tokens: int):
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
-            return list(zip(rows, self._replies(*some, sampling, new_tokens)))
+            return list(zip(rows, self._replies(*some, sampling, new_tokens, stops)))
 
         yield from self.in_batches(prompts, reply, NOTHING, sampling.max_new_tokens)
 
@@ -104,7 +106,12 @@ class TransformersEngine:
         yield from self.in_batches(prompts, score, nothing)
 
     def _replies(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, new_tokens: int
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        sampling: Sampling,
+        new_tokens: int,
+        stops: list[int],
     ) -> list[Completion]:
         """Replies to one batch. Whenever half of the rows have ended, only the others go on.
 
@@ -121,14 +128,14 @@ class TransformersEngine:
                 max_new_tokens=start + new_tokens - ids.shape[1],
                 do_sample=False,  # the draw is made by _SeededDraw
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.stops,
+                eos_token_id=stops,
                 return_dict_in_generate=True,
             )
             draw = _SeededDraw([seeds[i] for i in going], sampling, start)
             draws = [draw]
             if sampling.stop and self.stops:
                 draws.append(self._end_after(sampling.stop, start))
-            halt = [_half_ended(self.stops, start)] if len(going) >= FEW else []
+            halt = [_half_ended(stops, start)] if len(going) >= FEW else []
             with torch.inference_mode():
                 out = self.model.generate(
                     input_ids=ids,
@@ -142,8 +149,8 @@ class TransformersEngine:
             for i, tokens, fine in zip(going, replies, draw.finite.tolist()):
                 if not fine:
                     found[i] = NOTHING
-                elif len(tokens) == new_tokens or not set(self.stops).isdisjoint(tokens):
-                    found[i] = self._completion(tokens)
+                elif len(tokens) == new_tokens or not set(stops).isdisjoint(tokens):
+                    found[i] = self._completion(tokens, stops)
             stay = [k for k, i in enumerate(going) if i not in found]
             going = [going[k] for k in stay]
             ids, mask = out.sequences[stay], mask[stay]
@@ -240,8 +247,8 @@ class TransformersEngine:
 
         return end
 
-    def _completion(self, reply: list[int]) -> Completion:
-        end = next((k for k, token in enumerate(reply) if token in self.stops), None)
+    def _completion(self, reply: list[int], stops: list[int]) -> Completion:
+        end = next((k for k, token in enumerate(reply) if token in stops), None)
         kept = reply if end is None else reply[:end]
         return read_reply(self.tokenizer, kept, end is not None, self.opened)
 

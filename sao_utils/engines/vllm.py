@@ -29,6 +29,7 @@ from sao_utils.engines.base import (
     encode,
     first_divergent_token,
     over_long,
+    turn_ends,
 )
 from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
@@ -65,6 +66,7 @@ class VllmEngine:
 
     def generate(self, chats, sampling, seeds):
         stops = {*self._child().ready["stops"], self.tokenizer.eos_token_id}.difference([None])
+        stops.update(turn_ends(chats, self.tokenizer))
         asked = {  # all but the seed: what is left out, a model's own defaults may fill in
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

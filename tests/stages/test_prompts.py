@@ -185,8 +185,8 @@ def test_without_a_persona_the_model_reads_the_ablations_template(results):
     assert any(row["discarded"] is None for row in made)
 
 
-def test_before_a_query_the_model_writes_the_users_turn(results):
-    """The tiny model never wrote a user's turn: what counts here is that rows are whole and counted."""
+def test_before_a_query_the_model_writes_the_users_turn_and_not_its_answer(results):
+    """Nothing closes a user's turn in the tiny model's template: the assistant's header ends it."""
     changes = {**SOURCE, "prompts.source": "pre_query", "prompts.personas": "null"}
     run = open_run("tiny", "magpie", changes)
     made = prompts(run)
@@ -195,6 +195,7 @@ def test_before_a_query_the_model_writes_the_users_turn(results):
         assert row["persona"] is None and row["source"] == "pre_query"
         assert (row["discarded"] is None) <= bool(row["prompt"])
         assert row["prompt"] is None or row["prompt"] == row["reply"].strip()
+    assert sum(oracles.quality(row["prompt"], "") is not None for row in made) > 6
 
 
 def test_a_share_of_the_prompts_gets_an_instruction_that_an_oracle_can_check(results):
