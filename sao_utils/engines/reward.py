@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
 from sao_utils.engines.loading import load_encoder, load_tokenizer
+from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import Model
 
 
@@ -59,6 +60,7 @@ def _load(model: Model):
         "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
         "their own, which the kit does not run."
     )
+    free_gpu()
     classifier, about = load_encoder(AutoModelForSequenceClassification, model, advice)
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
