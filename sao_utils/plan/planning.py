@@ -58,7 +58,8 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         processes: GPUs that train together; one of them generates.
 
     Raises:
-        ValueError: a model's shape is not known.
+        ValueError: a model's shape is not known, or its engine cannot be measured.
+        EngineError: the model that is to be measured is not there.
         RecipeError: a file that the recipe names is not there, or cannot be read.
     """
     works, times = work_of(recipe), {}
