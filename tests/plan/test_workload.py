@@ -45,6 +45,14 @@ def test_others_are_paid_for_their_answers():
     assert bill(**changes)["others.x"] == pytest.approx(other.rows * other.lengths.read / 1e6)
 
 
+def test_the_longest_prompt_of_a_file_is_read_at_most(tmp_path):
+    (tmp_path / "mine.csv").write_text(f"prompt\nWhy?\n{'x' * 40_000}\n")
+    changes = {"prompts.source": "file", "prompts.data": str(tmp_path / "mine.csv")}
+    works = {w.stage: w for w in workload.workload(load_recipe("tiny", changes))}
+    assert works["responses"].lengths.most_read == 40_000 / BYTES
+    assert works["verdicts"].lengths.most_read > 40_000 / BYTES
+
+
 # ---------------------------------------------------------------------------- published sizes
 
 
