@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
 
-from sao_utils.disk import write_whole
+from sao_utils.disk import json_lines, write_whole
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import replies
@@ -287,5 +287,5 @@ def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
         if path.endswith(".json"):
             text = json.dumps(rows, ensure_ascii=False, indent=2)
         else:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = json_lines(rows)
         write_whole(run.folder / "benchmarks" / OFFICIAL.get(name, name) / path, text)

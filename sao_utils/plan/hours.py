@@ -6,10 +6,11 @@ and DECODE_SHARE say what share of the data sheet's speed is assumed.
 
 from __future__ import annotations
 
-from sao_utils.plan.hardware import GIB, Gpu, model_shape
+from sao_utils.plan.hardware import Gpu, model_shape
 from sao_utils.plan.memory import VLLM_ROWS, dtype_of, static_rows
 from sao_utils.plan.workload import Work
 from sao_utils.recipe import Training
+from sao_utils.training.shapes import GIB
 
 #: Share of a data sheet's speed that decoding reaches; for all else see `Gpu.reached`.
 DECODE_SHARE = 0.3

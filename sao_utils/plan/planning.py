@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sao_utils.plan.hardware import GIB, Gpu, model_shape
+from sao_utils.plan.hardware import Gpu, model_shape
 from sao_utils.plan.hours import DECODE_SHARE, training_hours, work_hours
 from sao_utils.plan.measure import measured
 from sao_utils.plan.memory import room_gib, training_memory, work_memory
@@ -17,6 +17,7 @@ from sao_utils.plan.rounds import work_of
 from sao_utils.plan.workload import Rates, Work, rates_of
 from sao_utils.recipe import Recipe
 from sao_utils.store import FETCHED, fetched
+from sao_utils.training.shapes import GIB
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"

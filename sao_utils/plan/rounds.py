@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sao_utils import templates
+from sao_utils.engines.requests import estimated_tokens
 from sao_utils.methods.iterate import IMITATING
 from sao_utils.plan.workload import (
     Lengths,
@@ -19,7 +20,6 @@ from sao_utils.plan.workload import (
     prompt_limit,
     rates_of,
     round_work,
-    tokens,
     trainings,
     verdicts_work,
     workload,
@@ -87,7 +87,7 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
 def _points(recipe: Recipe, rates: Rates, responses: float, most: float) -> Work:
     """Replies of the judge with the points of single responses, of which there are so many at most."""
     settings, judge = recipe.points, recipe.judging_model
-    around = tokens(templates.source(settings.template))
+    around = estimated_tokens(templates.source(settings.template))
     limit = prompt_limit(recipe) + recipe.responses.max_new_tokens
     written = min(JUSTIFIED, settings.max_new_tokens)
     read = around + rates.prompt + rates.response
@@ -102,8 +102,8 @@ def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work],
     limit, most = recipe.prompts.max_new_tokens, recipe.responses.max_new_tokens
     asked = recipe.prompts.count * seeds
     kept, seeded = round(asked * rates.prompts_kept), settings.seed_count * seeds
-    read = tokens(templates.source("keywords")) + KEYWORDS
-    rewritten = tokens(templates.source("improver")) + rates.prompt + rates.response
+    read = estimated_tokens(templates.source("keywords")) + KEYWORDS
+    rewritten = estimated_tokens(templates.source("improver")) + rates.prompt + rates.response
     of_prompt = Lengths(read, min(rates.prompt + rates.response, limit), read + KEYWORDS, limit)
     of_answer = Lengths(rates.prompt, rates.response, limit, most)
     of_rewriting = Lengths(rewritten, rates.response, rewritten + limit + most, most)
@@ -130,7 +130,8 @@ def _topics(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     judge = recipe.judging_model
     if recipe.method != "synpo" or judge.path == "tiny":
         return
-    around, limit = tokens(templates.source("topics")), max(TOKENS, recipe.judging.max_new_tokens)
+    around = estimated_tokens(templates.source("topics"))
+    limit = max(TOKENS, recipe.judging.max_new_tokens)
     longest = around + recipe.prompts.max_new_tokens
     lengths = Lengths(around + rates.prompt, LABELS, longest, limit)
     most = min(SAMPLE, recipe.prompts.count)
@@ -141,7 +142,7 @@ def _topics(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """The trainings on the seeds alone, once."""
     settings, answered = recipe.synpo, rates.prompt + rates.response
-    read = tokens(templates.source("keywords")) + KEYWORDS + answered
+    read = estimated_tokens(templates.source("keywords")) + KEYWORDS + answered
     yield from trainings(recipe, "generator", settings.seed_count, read * settings.generator.epochs)
     yield from trainings(
         recipe, "sft_seeds", settings.seed_count, answered * settings.improver.epochs

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sao_utils import templates
 from sao_utils.engines.api import VERDICT_TOKENS
-from sao_utils.engines.requests import BYTES, dollars
+from sao_utils.engines.requests import dollars, estimated_tokens
 from sao_utils.evaluation.benchmark_files import BENCHMARKS
 from sao_utils.evaluation.questions import SETS
 from sao_utils.files import is_table, read_column, read_table
@@ -150,17 +150,12 @@ def rates_of(recipe: Recipe) -> Rates:
     return Rates(response=response, pairs_kept=kept)
 
 
-def tokens(text: str) -> float:
-    """Of a text, about."""
-    return len(text.encode(errors="replace")) / BYTES
-
-
 def prompt_limit(recipe: Recipe) -> float:
     """Tokens of a prompt, at most: as many as may be written, or as the longest in a file has."""
     settings, texts = recipe.prompts, []
     if settings.source == "file" and is_table(settings.data):
         texts = read_column(settings.data, settings.column)
-    return max(settings.max_new_tokens, *map(tokens, texts), 0)
+    return max(settings.max_new_tokens, *map(estimated_tokens, texts), 0)
 
 
 # ---------------------------------------------------------------------------- a round, and beside it
@@ -237,7 +232,7 @@ def verdicts_work(
     if recipe.judging.method == "sampled":
         most = recipe.judging.max_new_tokens
         written = (min(SHORT_VERDICT, most), most)
-    most_read = tokens(templates.ranking_prompt("", "", "")) + prompt_limit(recipe)
+    most_read = estimated_tokens(templates.ranking_prompt("", "", "")) + prompt_limit(recipe)
     most_read += PER_PROMPT * (limit or recipe.responses.max_new_tokens)
     lengths = Lengths(rates.verdict, written[0], max(most_read, rates.verdict), written[1])
     return Work(stage, who, recipe.models[who], round(rows), lengths, part, most_rows)
@@ -296,7 +291,7 @@ def questions_of(recipe: Recipe) -> tuple[int, float]:
         texts = SETS[source](recipe.evaluation)
     else:
         texts = read_column(source, "prompt")
-    return len(texts), fmean(map(tokens, texts))
+    return len(texts), fmean(map(estimated_tokens, texts))
 
 
 def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:

@@ -7,12 +7,12 @@ import pytest
 from scripted_server import reply, settings, steps
 
 from sao_utils import store
-from sao_utils.engines.requests import BYTES, spent
+from sao_utils.engines.requests import BYTES, estimated_tokens, spent
 from sao_utils.evaluation import arena_hard, mt_bench
 from sao_utils.evaluation import tasks as evaluation_tasks
 from sao_utils.methods import sao
 from sao_utils.plan import planning, workload
-from sao_utils.plan.workload import AROUND, SAMPLED, TRIED, tokens
+from sao_utils.plan.workload import AROUND, SAMPLED, TRIED
 from sao_utils.recipes import load_recipe
 from sao_utils.report.results import results as table_of
 from sao_utils.stages.judging import judge_pairs
@@ -138,7 +138,7 @@ class Talker(dict):
         words = f"User prompt: {len(self.server.requests)}?".ljust(BYTES * new, "x")[: BYTES * new]
         answer = reply(words, verdict(text) if body.get("logprobs") else None)
         asked = "".join(message["content"] for message in body["messages"])
-        read = math.ceil(tokens(asked)) + AROUND
+        read = estimated_tokens(asked) + AROUND
         self.read, self.written = self.read + read, self.written + new
         usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
         return [(200, {**answer, "usage": usage}, {"slow": "0"})]
