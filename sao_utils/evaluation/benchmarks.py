@@ -201,7 +201,10 @@ def _rows(
         remarks.append("The judge gave one and the same grade to all.")
     found = []
     for metric, interval in figures.items():
-        note = "; ".join(filter(None, (*notes, METRICS.get(metric))))
+        own = METRICS.get(metric)
+        if own and benchmark.get("gamed") is not None:
+            own += ", with the prompts' difficulties"
+        note = "; ".join(filter(None, (*notes, own)))
         row = {"metric": metric, "interval": interval, "note": note, "remarks": remarks}
         found.append({**about, **row})
     return found
@@ -246,7 +249,7 @@ def write_answers(
 
 
 def temperature(settings: Evaluation, name: str, item: dict) -> float:
-    """Of an item's answers: the benchmark's own, or where it leaves that open the recipe's first."""
+    """The temperature for an item's answers: the benchmark's own, else the recipe's first."""
     own = BENCHMARKS[name].get("temperature", settings.temperatures[0])
     return own.get(item["category"], 0.7) if isinstance(own, dict) else own
 
