@@ -65,7 +65,14 @@ def load(settings: Evaluation, name: str) -> dict:
         RecipeError: its files are not there, or lack something.
     """
     published = BENCHMARKS[name]
-    benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
+    try:
+        benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
+    except RecipeError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{name}: its files ({settings.data}) lack something, or are not the benchmark's: {error!r}."
+        ) from None
     ids = [item["id"] for item in benchmark["items"]]
     if not ids or len(set(ids)) < len(ids):
         raise RecipeError(f"{name}: its files hold no question, or two of the same id.")

@@ -286,6 +286,11 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
     write(folder / "question.jsonl", given["question.jsonl"] * 2)
     with pytest.raises(RecipeError, match="two of the same id"):
         load()
+    for name, content in (("model_answer/gpt-4-0314.jsonl", [{}]), ("judge_config.yaml", {})):
+        write(folder / name, content)
+        with pytest.raises(RecipeError, match=f"{tmp_path}.* lack something.*KeyError"):
+            load()
+        write(folder / name, given[name])
 
 
 # ----------------------------------------------------------------------------------- MT-Bench
