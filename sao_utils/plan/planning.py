@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sao_utils.engines.loading import model_folder
 from sao_utils.plan.hardware import Gpu, model_shape
 from sao_utils.plan.hours import DECODE_SHARE, training_hours, work_hours
 from sao_utils.plan.measure import measured
@@ -200,7 +201,7 @@ def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
     disk = {"rows": sum(work.rows * (500 + 5 * work.lengths.written) for work in works) / GIB}
     models = {work.model.path: work.model for work in works if work.model.engine != "api"}
     for path, model in models.items():
-        if path != "tiny" and not Path(path).is_dir():
+        if not Path(model_folder(path)).is_dir():
             disk[f"weights of {path}"] = 2 * model_shape(model).parameters / GIB
     trained = sum(work.trains for work in works)
     if trained:

@@ -78,6 +78,12 @@ def test_a_laptop_has_room_for_its_recipe_and_is_told_what_to_fetch(results):
     assert "not on this machine yet: `sao fetch smollm2`" in render(made)
 
 
+def test_weights_that_are_there_take_no_more_disk(results):
+    early = {"judge.path": "tiny-early", "judge.dtype": "float32"}
+    assert not any(kind.startswith("weights") for kind in plan(load_recipe("tiny", early)).disk)
+    assert "weights of smollm2" in plan(load_recipe("laptop")).disk
+
+
 def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
     found = {}
     for method in ("logprob", "sampled"):
