@@ -26,7 +26,8 @@ def training_hours(work: Work, gpu: Gpu, training: Training, twice: bool) -> flo
     """Hours of a training on one GPU.
 
     A weight costs 2 operations forward and 2 for the gradient of its input; 2 more if it is
-    trained, and 2 more if activations are computed twice. The output head is computed for every token.
+    trained, and 2 more if activations are computed twice. The output head is taken as computed for
+    every token; the trainer computes it for the answers' only.
     """
     shape, full = model_shape(work.model), training.method == "full"
     each = (4 + 2 * full + 2 * twice) * shape.linear
