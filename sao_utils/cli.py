@@ -178,6 +178,7 @@ def plan(
 
     Ends with exit code 1 if something does not fit, after naming keys to try.
     """
+    from sao_utils.engines.base import EngineError
     from sao_utils.plan import hardware, planning, render
 
     if (recipe is None) == (run is None):
@@ -186,7 +187,7 @@ def plan(
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
         made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
-    except ValueError as error:  # a RecipeError, or what cannot be planned
+    except (ValueError, EngineError) as error:  # a RecipeError, or what cannot be planned
         _fail(error, 2)
     typer.echo(render.render(made, planning.actual(folder) if folder else None))
     if made.problems:

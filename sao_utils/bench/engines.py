@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from sao_utils.bench.measuring import GIB, attempt, interleaved, measure
+from sao_utils.bench.measuring import attempt, interleaved, measure
 from sao_utils.bench.models import random_base
+from sao_utils.training.shapes import GIB
 
 STAGE, RAW = "stage write_responses", "one raw call"
 PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as facts assumed of real models

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from sao_utils.bench import engines, training
-from sao_utils.bench.measuring import GIB, attempt, measure
+from sao_utils.bench.measuring import attempt, measure
 from sao_utils.bench.models import random_base
+from sao_utils.training.shapes import GIB
 
 
 def measurements(device: str, small: bool) -> Iterator[dict]:

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from sao_utils.engines.loading import out_of_memory
 
-GIB = 2**30
-
 
 def failure(error: Exception) -> str:
     """An exception as the status of a row."""

@@ -51,7 +51,7 @@ def random_base(shape: str, device: str, nf4: bool):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sao_utils.training.setup import free_gpu
+    from sao_utils.engines.registry import free_gpu
 
     free_gpu()  # of the model before this one
     kind, sizes, tied = SHAPES[shape]

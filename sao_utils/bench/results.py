@@ -10,9 +10,9 @@ import pandas as pd
 import yaml
 
 from sao_utils.bench.contenders import CPO, FUSED, LIGER, PACKED, SHARED
-from sao_utils.bench.measuring import GIB
 from sao_utils.disk import write_whole
 from sao_utils.machine import hardware, versions
+from sao_utils.training.shapes import GIB
 
 COLUMNS = (
     "measurement shapes vocabulary weights cap_gib contender batch rows tokens peak_bytes "

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sao_utils.bench.contenders import CPO, FUSED, LONGEST, LOSSES, PACKED, SHARED, ours, stock
-from sao_utils.bench.measuring import GIB, attempt, interleaved
+from sao_utils.bench.measuring import attempt, interleaved
 from sao_utils.bench.models import SHAPES, random_pairs, random_policy
+from sao_utils.training.shapes import GIB
 
 PROMPT, BUDGET = 60, 4096  # tokens: of a prompt, of a packed microbatch
 ON_CPU = ("small-llama", "small-qwen2", "small-gemma2")

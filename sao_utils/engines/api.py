@@ -7,8 +7,9 @@ few tokens freely, at temperature 0, and the verdict's log-probabilities are rea
 choice, from the alternatives that the server reports there; a reply without the beginning counts as
 an invalid verdict.
 
-Servers tell a row that they will not answer from a wrong setting by words only, each its own. So
-after a refusal the same is asked again with harmless words: when that is answered, it was the row.
+A refused row and a wrong setting differ only in the text of the error, which each server words in
+its own way. So after a refusal the same is asked again with harmless words: when that is answered, it
+was the row.
 """
 
 from __future__ import annotations

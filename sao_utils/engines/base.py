@@ -127,18 +127,19 @@ _HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # marks the end of an open message, and is 
 
 def _rendered(chat: Chat, tokenizer) -> str:
     chat = escape_special_tokens(chat, tokenizer)
-    if not chat[-1].get("open"):
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    # transformers' continue_final_message would cut the line breaks of a turn that is still empty.
-    marked = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}]
+    goes_on = bool(chat[-1].get("open"))
+    if goes_on:  # transformers' continue_final_message would cut line breaks of a turn still empty
+        chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}]
     try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=not goes_on
+        )
     except Exception as error:  # jinja's, of a template that knows no system turn
         raise EngineError(
             f"The chat template of this model refuses the chat ({error}). If it has no system turn, set "
             "prompts.personas=null."
         ) from None
-    return text[: text.rindex(_HERE)]
+    return text[: text.rindex(_HERE)] if goes_on else text
 
 
 def first_divergent_token(

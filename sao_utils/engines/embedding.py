@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sao_utils.engines.base import EngineError, context_limit
 from sao_utils.engines.loading import load_encoder, model_folder
+from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import Model
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def _load(path: str):
         "safetensors and without code of its own, such as sentence-transformers/all-MiniLM-L6-v2; "
         "null takes TF-IDF vectors, which need no model."
     )
+    free_gpu()
     encoder, about = load_encoder(AutoModel, Model(path=path, dtype="float32"), advice)
     # What stands behind the last hidden states is not used; anything else would be random numbers.
     if any(not key.startswith("pooler.") for key in about["missing_keys"]):

@@ -24,7 +24,8 @@ def load_engine(model: Model) -> Engine:
     if key not in _loaded:
         find(base)
         # A vLLM process serves a base and its adapters, and ends with the last engine that uses it.
-        if model.engine != "vllm" or any(before != "vllm" for before, *_ in _loaded):
+        # Where none is loaded, memory of a reward model may still be kept.
+        if model.engine != "vllm" or [before for before, *_ in _loaded] != ["vllm"]:
             _free()
         engine = _load(base, adapter)
         _loaded.clear()
@@ -51,6 +52,14 @@ def _free() -> None:
     gc.collect()
     if torch := sys.modules.get("torch"):
         torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def free_gpu() -> None:
+    """Where there is a GPU, let go of the loaded model: it leaves no room there for another."""
+    import torch
+
+    if torch.cuda.is_available():
+        unload_engines()
 
 
 def unload_engines() -> None:

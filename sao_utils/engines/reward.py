@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from sao_utils.engines.base import Chat, EngineError, escape_special_tokens
 from sao_utils.engines.loading import load_encoder, load_tokenizer
+from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import Model
 
 
-def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]]:
+def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float | None]]]:
     """The reward of each chat's last message; yields batches of (index of the chat, reward).
+
+    None where the model computes no number, as where float16 overflows.
 
     Args:
         model: a sequence classifier with one output, in safetensors and without code of its own.
@@ -30,12 +34,13 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float]]
         while waiting and (len(batch) + 1) * longest <= max(model.batch_tokens, longest):
             batch.append(waiting.pop())
         rows = [torch.tensor(ids[k]) for k in batch]
-        padded = pad_sequence(rows, True, tokenizer.pad_token_id or 0)
+        padded = pad_sequence(rows, True, classifier.config.pad_token_id)
         mask = pad_sequence([torch.ones_like(row) for row in rows], True)
         with torch.inference_mode():
             place = classifier.device
             out = classifier(input_ids=padded.to(place), attention_mask=mask.to(place))
-        yield list(zip(batch, out.logits[:, 0].float().tolist()))
+        values = out.logits[:, 0].float().tolist()
+        yield [(k, value if math.isfinite(value) else None) for k, value in zip(batch, values)]
 
 
 def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
@@ -59,6 +64,7 @@ def _load(model: Model):
         "its own, such as Skywork/Skywork-Reward-V2-Llama-3.1-8B. ArmoRM and PairRM need code of "
         "their own, which the kit does not run."
     )
+    free_gpu()
     classifier, about = load_encoder(AutoModelForSequenceClassification, model, advice)
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")

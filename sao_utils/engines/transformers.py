@@ -22,7 +22,7 @@ from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory,
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
-FEW = 8  # rows of a batch that is too small to be worth thinning out
+FEW = 8  # rows that are too few to be worth thinning out, or to give up a model that computes NaN
 
 
 def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngine:
@@ -69,12 +69,14 @@ class TransformersEngine:
         )
 
     def generate(self, chats, sampling, seeds):
-        prompts = encode(chats, self.tokenizer)
+        prompts, seen = encode(chats, self.tokenizer), []
         stops = sorted({*self.stops, *turn_ends(chats, self.tokenizer)})
 
         def reply(rows: list[int], new_tokens: int):
             some = [prompts[i] for i in rows], [seeds[i] for i in rows]
-            return list(zip(rows, self._replies(*some, sampling, new_tokens, stops)))
+            made = self._replies(*some, sampling, new_tokens, stops)
+            _check([one is not NOTHING for one in made], seen)
+            return list(zip(rows, made))
 
         yield from self.in_batches(prompts, reply, NOTHING, sampling.max_new_tokens)
 
@@ -85,7 +87,7 @@ class TransformersEngine:
             return
         shared, firsts = first_divergent_token(chats[0], prefix, choices, self.tokenizer)
         prompts = [prompt + shared for prompt in encode(chats, self.tokenizer)]
-        nothing = [-math.inf] * len(choices)
+        nothing, seen = [-math.inf] * len(choices), []
 
         def score(rows: list[int], _: int):
             ids, mask = self._pad([prompts[i] for i in rows])
@@ -100,7 +102,7 @@ class TransformersEngine:
                 ).logits[:, -1]
             logps = logits.float().log_softmax(-1)[:, firsts].tolist()
             finite = _finite(logits).tolist()
-            _check(finite)
+            _check(finite, seen)
             return [(i, of if fine else nothing) for i, of, fine in zip(rows, logps, finite)]
 
         yield from self.in_batches(prompts, score, nothing)
@@ -156,7 +158,6 @@ class TransformersEngine:
             ids, mask = out.sequences[stay], mask[stay]
             mask = torch.cat([mask, mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
             cache = _rows_of(out.past_key_values, stay) if stay else None
-        _check([found[i] is not NOTHING for i in range(len(prompts))])
         return [found[i] for i in range(len(prompts))]
 
     def in_batches(
@@ -258,18 +259,22 @@ def _finite(logits):
     return logits.amax(-1).isfinite()
 
 
-def _check(finite: list[bool]) -> None:
+def _check(finite: list[bool], seen: list[bool]) -> None:
     """Report the rows of a batch for which the model computed NaN.
 
+    Args:
+        seen: the same of earlier batches of the call; these are added. A batch may be a single row.
+
     Raises:
-        EngineError: these are most of the batch.
+        EngineError: the model computed NaN for most rows of the call so far.
     """
-    broken = finite.count(False)
-    if not broken:
+    seen += finite
+    if all(finite):
         return
-    words = f"The model computes NaN for {broken} of {len(finite)} rows"
+    broken = seen.count(False)
+    words = f"The model computes NaN for {broken} of {len(seen)} rows"
     advice = "Set model.dtype=bfloat16 on a GPU of compute capability 8.0 or more, else float32."
-    if 2 * broken > len(finite):
+    if len(seen) >= FEW and 2 * broken > len(seen):
         raise EngineError(f"{words}. {advice} Rows made so far are kept.")
     print(f"{words}; they get no reply and count as discarded. {advice}", flush=True)
 

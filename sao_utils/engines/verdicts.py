@@ -31,10 +31,10 @@ def read_verdict(
         begun = said.lower().rstrip(" *").endswith(prefix.lower())
         if begun and _bare(token):
             odds = [
-                [p for other, p in alternatives.items() if _begins(other, choice)]
+                sum(math.exp(p) for other, p in alternatives.items() if _begins(other, choice))
                 for choice in choices
-            ]
-            found = [math.log(sum(map(math.exp, p))) if p else -math.inf for p in odds]
+            ]  # 0 also where a server says -9999
+            found = [math.log(p) if p else -math.inf for p in odds]
             if max(found) == -math.inf or all(len(_bare(choice)) == 1 for choice in choices):
                 return found
             rest = 1 - sum(map(math.exp, alternatives.values()))

@@ -18,7 +18,6 @@ import random
 import re
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -122,7 +121,7 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
 
 
 def verdicts(annotations: list[dict]) -> list[tuple]:
-    """(prompt, preference or None) of each verdict of a judge; ties without a judge are none."""
+    """(prompt, preference or None) of each verdict; identical answers were not judged and are left out."""
     asked = [row for row in annotations if row["output_1"] != row["output_2"]]
     return [(row["index"], row["preference"]) for row in asked]
 
@@ -138,9 +137,9 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
 
     Returns:
         Shares: win_rate; lc_win_rate_published (`published_fit`; it has no interval: NaN) with gamed
-        baselines and scikit-learn, which comes with the extras eval and alpaca; lc_win_rate
-        (`length_control.length_controlled_win_rate`, lengths in characters); first_rate, how often
-        the answer shown first was preferred. {} without a valid preference.
+        baselines; lc_win_rate (`length_control.length_controlled_win_rate`, lengths in characters;
+        with the prompts' difficulties where there are gamed baselines); first_rate, how often the
+        answer shown first was preferred. {} without a valid preference.
     """
     valid = [of for of in zip(annotations, _outcomes(annotations)) if not math.isnan(of[1])]
     if not valid:
@@ -150,8 +149,7 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
     gamed, difficulty = benchmark.get("gamed"), None
     if gamed is not None:
         difficulty = _difficulties(gamed, index)
-        if find_spec("sklearn"):
-            found["lc_win_rate_published"] = exact(published_fit(annotations, gamed), len(valid))
+        found["lc_win_rate_published"] = exact(published_fit(annotations, gamed), len(valid))
     longer = [len(row["output_2"]) - len(row["output_1"]) for row, _ in valid]
     found["lc_win_rate"] = length_controlled_win_rate(wins, longer, index, difficulty)
     firsts = [float((y > 0.5) == row["is_switched_outputs"]) for row, y in valid if y != 0.5]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import ModuleType
 
-from sao_utils.disk import write_whole
+from sao_utils.disk import json_lines, write_whole
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.requests import replies
@@ -65,7 +65,14 @@ def load(settings: Evaluation, name: str) -> dict:
         RecipeError: its files are not there, or lack something.
     """
     published = BENCHMARKS[name]
-    benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
+    try:
+        benchmark = TINY[name]() if name in TINY else PROTOCOLS[name].load(settings)
+    except RecipeError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{name}: its files ({settings.data}) lack something, or are not the benchmark's: {error!r}."
+        ) from None
     ids = [item["id"] for item in benchmark["items"]]
     if not ids or len(set(ids)) < len(ids):
         raise RecipeError(f"{name}: its files hold no question, or two of the same id.")
@@ -201,7 +208,10 @@ def _rows(
         remarks.append("The judge gave one and the same grade to all.")
     found = []
     for metric, interval in figures.items():
-        note = "; ".join(filter(None, (*notes, METRICS.get(metric))))
+        own = METRICS.get(metric)
+        if own and benchmark.get("gamed") is not None:
+            own += ", with the prompts' difficulties"
+        note = "; ".join(filter(None, (*notes, own)))
         row = {"metric": metric, "interval": interval, "note": note, "remarks": remarks}
         found.append({**about, **row})
     return found
@@ -246,7 +256,7 @@ def write_answers(
 
 
 def temperature(settings: Evaluation, name: str, item: dict) -> float:
-    """Of an item's answers: the benchmark's own, or where it leaves that open the recipe's first."""
+    """The temperature for an item's answers: the benchmark's own, else the recipe's first."""
     own = BENCHMARKS[name].get("temperature", settings.temperatures[0])
     return own.get(item["category"], 0.7) if isinstance(own, dict) else own
 
@@ -287,5 +297,5 @@ def _write_files(run: Run, name: str, files: dict[str, list[dict]]) -> None:
         if path.endswith(".json"):
             text = json.dumps(rows, ensure_ascii=False, indent=2)
         else:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = json_lines(rows)
         write_whole(run.folder / "benchmarks" / OFFICIAL.get(name, name) / path, text)

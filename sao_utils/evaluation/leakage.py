@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sao_utils.evaluation.benchmarks import load
 from sao_utils.evaluation.questions import questions
+from sao_utils.evaluation.tasks import tasks_of
 from sao_utils.stages.overlap import shared_ngrams, words
 from sao_utils.store import Run
 
@@ -56,8 +57,14 @@ def question_sets(run: Run, task_rows: Sequence[dict] = ()) -> dict[str, list[st
 
 
 def own_set(run: Run) -> str:
-    """The name of the run's own questions: of a set, or of a file without its folder."""
-    return Path(run.recipe.evaluation.questions).stem
+    """The name of the run's own questions: of a set, or of a file without its folder.
+
+    "own ..." where a benchmark or a task has that name, too.
+    """
+    settings = run.recipe.evaluation
+    name = Path(settings.questions).stem
+    others = {*settings.benchmarks, *(task.name for task in tasks_of(settings.tasks))}
+    return f"own {name}" if name in others else name
 
 
 def leakage(prompts: Sequence[str], sets: dict[str, list[str]]) -> list[dict]:

@@ -95,18 +95,37 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
 def _local(file: Path) -> Task:
     if not file.is_file():
         raise RecipeError(f"There is no task file {file}.")
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = _read(file)
     if not isinstance(config, dict) or "task" not in config:
         raise RecipeError(f"{file} is no task of lm-eval: it needs a key 'task' with its name.")
     return Task(config["task"], config.get("num_fewshot"), file=file.resolve())
 
 
+def _read(file: Path) -> object:
+    """What a YAML file holds. Raises RecipeError where it is none."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        words = "tags such as !function are not run here"
+        raise RecipeError(f"{file} cannot be read ({words}): {error}") from None
+
+
 def _config(task: Task) -> tuple[dict, list[Path]]:
     """A local task's settings, its data files (given beside the YAML file) by their whole paths."""
-    config = yaml.safe_load(task.file.read_text(encoding="utf-8"))
-    data = config.get("dataset_kwargs", {}).get("data_files", {})
-    data.update({split: str(task.file.parent / name) for split, name in data.items()})
-    return config, [Path(path) for path in data.values()]
+    config, paths = _read(task.file), []
+
+    def whole(names: str | list | dict) -> str | list | dict:
+        if isinstance(names, dict):
+            return {split: whole(of) for split, of in names.items()}
+        if isinstance(names, list):
+            return [whole(name) for name in names]
+        paths.append(task.file.parent / names)
+        return str(paths[-1])
+
+    options = config.get("dataset_kwargs") or {}
+    if "data_files" in options:
+        options["data_files"] = whole(options["data_files"])
+    return config, paths
 
 
 def _edition(task: Task) -> str:
@@ -221,7 +240,7 @@ def _open(task: Task) -> dict:
     """A task with its data, or a group with its subjects, as lm-eval's `TaskManager.load` gives them.
 
     Raises:
-        RecipeError: there is no such task, or its data could not be loaded.
+        RecipeError: there is no such task, its data could not be loaded, or its score is no mean.
     """
     manager = _manager(task.file is None)
     if task.file is None and task.name not in manager.all_tasks:
@@ -231,13 +250,21 @@ def _open(task: Task) -> dict:
         )
     try:
         with _quiet():
-            return manager.load([_config(task)[0] if task.file else task.name])
+            opened = manager.load([_config(task)[0] if task.file else task.name])
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(
             f"The data of {task.name} could not be loaded ({first}). A local task's lies beside its "
             "file; other data needs the hub once, with HF_HUB_OFFLINE unset."
         ) from error
+    for subject in opened["tasks"].values():
+        metric = (task.metric or _first_metric(subject)).partition(",")[0]
+        if getattr(subject.aggregation().get(metric), "__name__", None) != "mean":
+            raise RecipeError(
+                f"{task.name} is scored by {metric}, which is no mean of items' scores; only such "
+                "scores are compared here."
+            )
+    return opened
 
 
 def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
@@ -255,8 +282,8 @@ def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
     with _quiet():
         lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=batch)
         found = evaluate(lm, opened, limit=limit, bootstrap_iters=0)["samples"]
-    config = next(iter(tasks.values())).config
-    metric, _, kind = (of.metric or _first_metric(config)).partition(",")
+    first = next(iter(tasks.values()))
+    metric, _, kind = (of.metric or _first_metric(first)).partition(",")
     scores, asked, hashes = {}, {}, []
     for name, task in tasks.items():
         samples = [sample for sample in found[name] if sample["filter"] == (kind or "none")]
@@ -266,7 +293,7 @@ def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
         hashes += [sample["doc_hash"] for sample in samples]
     value, error = mean(scores)
     return {
-        "shots": config.num_fewshot,
+        "shots": first.config.num_fewshot,
         "metric": metric + (f",{kind}" if kind else ""),
         "value": value,
         "error": error,
@@ -289,14 +316,14 @@ def asked_by(task, doc: dict) -> str:
     return str(task.doc_to_text(doc))
 
 
-def _first_metric(config) -> str:
-    filters = [f["name"] for f in config.filter_list or ()]
-    return ",".join([config.metric_list[0]["metric"], *filters[:1]])
+def _first_metric(task) -> str:
+    filters = [f["name"] for f in task.config.filter_list or ()]
+    return ",".join([next(iter(task.aggregation())), *filters[:1]])
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's notes, and its progress bars (several a task)."""
+    """Without lm-eval's progress bars (several a task); from here on also without its notes."""
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

@@ -14,8 +14,6 @@ from sao_utils.machine import gpu_name
 from sao_utils.recipe import Model
 from sao_utils.training.shapes import Shape, shape_of
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -6,10 +6,11 @@ and DECODE_SHARE say what share of the data sheet's speed is assumed.
 
 from __future__ import annotations
 
-from sao_utils.plan.hardware import GIB, Gpu, model_shape
+from sao_utils.plan.hardware import Gpu, model_shape
 from sao_utils.plan.memory import VLLM_ROWS, dtype_of, static_rows
 from sao_utils.plan.workload import Work
 from sao_utils.recipe import Training
+from sao_utils.training.shapes import GIB
 
 #: Share of a data sheet's speed that decoding reaches; for all else see `Gpu.reached`.
 DECODE_SHARE = 0.3
@@ -25,7 +26,8 @@ def training_hours(work: Work, gpu: Gpu, training: Training, twice: bool) -> flo
     """Hours of a training on one GPU.
 
     A weight costs 2 operations forward and 2 for the gradient of its input; 2 more if it is
-    trained, and 2 more if activations are computed twice. The output head is computed for every token.
+    trained, and 2 more if activations are computed twice. The output head is taken as computed for
+    every token; the trainer computes it for the answers' only.
     """
     shape, full = model_shape(work.model), training.method == "full"
     each = (4 + 2 * full + 2 * twice) * shape.linear

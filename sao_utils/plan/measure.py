@@ -20,7 +20,15 @@ def measured(recipe: Recipe) -> dict[str, dict]:
     Returns:
         In the form of a manifest's stages: stage -> {seconds, made, tokens}. Stages that do the same
         share a trial, as do all trainings.
+
+    Raises:
+        ValueError: another engine than transformers, which may cost money or wants a GPU.
+        EngineError: the model is not there.
     """
+    if recipe.model.engine != "transformers":
+        raise ValueError(
+            f"A trial on this CPU takes model.engine=transformers, not {recipe.model.engine}."
+        )
     from sao_utils import templates
     from sao_utils.engines.base import Sampling
     from sao_utils.engines.registry import load_engine
@@ -67,7 +75,7 @@ def _training(recipe: Recipe) -> dict:
         }
         for k in range(2 * ROWS)
     ]
-    changes = {"batch_size": ROWS, "epochs": 1, "probe_steps": 0}
+    changes = {"batch_size": ROWS, "epochs": 1, "probe_steps": 0, "report_to": ()}
     settings = recipe.training.model_copy(update=changes)
     with tempfile.TemporaryDirectory() as folder:
         fit(recipe.model, pairs, settings, settings.algorithm, 0, Path(folder) / "measured")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 from sao_utils.engines.loading import cpu_has_bfloat16
-from sao_utils.plan.hardware import GIB, Gpu, architecture, model_shape
+from sao_utils.plan.hardware import Gpu, architecture, model_shape
 from sao_utils.plan.workload import Work
 from sao_utils.recipe import Model, Training
 from sao_utils.stages.responses import PER_PROMPT
 from sao_utils.training.memory import Choice, choose, training_memory_bytes
-from sao_utils.training.shapes import WEIGHT_BYTES, Shape, shape_of
+from sao_utils.training.shapes import GIB, WEIGHT_BYTES, Shape, shape_of
 
 #: GiB that the CUDA context and its libraries take before the first tensor; assumed.
 CONTEXT = 0.6

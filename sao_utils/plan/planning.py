@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sao_utils.plan.hardware import GIB, Gpu, model_shape
+from sao_utils.engines.loading import model_folder
+from sao_utils.plan.hardware import Gpu, model_shape
 from sao_utils.plan.hours import DECODE_SHARE, training_hours, work_hours
 from sao_utils.plan.measure import measured
 from sao_utils.plan.memory import room_gib, training_memory, work_memory
@@ -17,6 +18,7 @@ from sao_utils.plan.rounds import work_of
 from sao_utils.plan.workload import Rates, Work, rates_of
 from sao_utils.recipe import Recipe
 from sao_utils.store import FETCHED, fetched
+from sao_utils.training.shapes import GIB
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -58,7 +60,8 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
         processes: GPUs that train together; one of them generates.
 
     Raises:
-        ValueError: a model's shape is not known.
+        ValueError: a model's shape is not known, or its engine cannot be measured.
+        EngineError: the model that is to be measured is not there.
         RecipeError: a file that the recipe names is not there, or cannot be read.
     """
     works, times = work_of(recipe), {}
@@ -198,7 +201,7 @@ def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
     disk = {"rows": sum(work.rows * (500 + 5 * work.lengths.written) for work in works) / GIB}
     models = {work.model.path: work.model for work in works if work.model.engine != "api"}
     for path, model in models.items():
-        if path != "tiny" and not Path(path).is_dir():
+        if not Path(model_folder(path)).is_dir():
             disk[f"weights of {path}"] = 2 * model_shape(model).parameters / GIB
     trained = sum(work.trains for work in works)
     if trained:

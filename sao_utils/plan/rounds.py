@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sao_utils import templates
+from sao_utils.engines.requests import estimated_tokens
+from sao_utils.methods.iterate import IMITATING
 from sao_utils.plan.workload import (
     Lengths,
     Rates,
     Work,
     answer_work,
+    own_judge,
+    prompt_limit,
     rates_of,
     round_work,
-    tokens,
     trainings,
     verdicts_work,
     workload,
@@ -52,7 +55,10 @@ def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
         made, new = of_method(recipe, rates, number)
         pairs = pairs + new if recipe.iterations.grow else new
         works += [replace(work, part=f"round {number + 1}") for work in made]
-        read = rates.pair * recipe.training.epochs
+        imitates, epochs = recipe.method in IMITATING, recipe.training.epochs
+        if recipe.method == "self_rewarding" and not number:
+            imitates, epochs = True, recipe.self_rewarding.first.epochs
+        read = rates.pair * (0.5 if imitates else 1.0) * epochs  # one answer of each pair
         works += trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
     return [*works, *_topics(recipe, rates), *answer_work(recipe, rates)]
 
@@ -71,20 +77,24 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
         pairs_of_n = n * (n - 1) / 2 if scorer == "self" else 0  # every two are compared
         several = {"responses": n / 2, "verdicts": pairs_of_n}
         if scorer == "points":
-            works.append(_points(recipe, rates, works[1].rows * n / 2))
-    return [replace(w, rows=round(w.rows * several.get(w.stage, 1))) for w in works], pairs
+            works.append(_points(recipe, rates, works[1].rows * n / 2, works[1].most_rows * n / 2))
+    times = [(work, several.get(work.stage, 1)) for work in works]
+    return [
+        replace(w, rows=round(w.rows * by), most_rows=round(w.most_rows * by)) for w, by in times
+    ], pairs
 
 
-def _points(recipe: Recipe, rates: Rates, responses: float) -> Work:
-    """Replies of the judge with the points of single responses."""
+def _points(recipe: Recipe, rates: Rates, responses: float, most: float) -> Work:
+    """Replies of the judge with the points of single responses, of which there are so many at most."""
     settings, judge = recipe.points, recipe.judging_model
-    around = tokens(templates.source(settings.template))
-    limit = recipe.prompts.max_new_tokens + recipe.responses.max_new_tokens
+    around = estimated_tokens(templates.source(settings.template))
+    limit = prompt_limit(recipe) + recipe.responses.max_new_tokens
     written = min(JUSTIFIED, settings.max_new_tokens)
     read = around + rates.prompt + rates.response
     lengths = Lengths(read, written, around + limit, settings.max_new_tokens)
-    rows = round(settings.samples * responses)
-    return Work("ranks", "judge" if recipe.judge else "model", judge, rows, lengths)
+    rows, most_rows = (round(settings.samples * count) for count in (responses, most))
+    who = own_judge(recipe)
+    return Work("ranks", who, judge, rows, lengths, most_rows=most_rows)
 
 
 def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
@@ -92,21 +102,21 @@ def _synpo_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work],
     limit, most = recipe.prompts.max_new_tokens, recipe.responses.max_new_tokens
     asked = recipe.prompts.count * seeds
     kept, seeded = round(asked * rates.prompts_kept), settings.seed_count * seeds
-    read = tokens(templates.source("keywords")) + KEYWORDS
-    rewritten = tokens(templates.source("improver")) + rates.prompt + rates.response
+    read = estimated_tokens(templates.source("keywords")) + KEYWORDS
+    rewritten = estimated_tokens(templates.source("improver")) + rates.prompt + rates.response
     of_prompt = Lengths(read, min(rates.prompt + rates.response, limit), read + KEYWORDS, limit)
     of_answer = Lengths(rates.prompt, rates.response, limit, most)
     of_rewriting = Lengths(rewritten, rates.response, rewritten + limit + most, most)
-    answers = kept * (2 if settings.rejected == "base" and number else 1) + seeded
+    each = 2 if settings.rejected == "base" and number else 1
+    answers, most_answers = (count * each + seeded for count in (kept, asked))
     works = [
         Work("prompts", "model", model, asked, of_prompt),
-        Work("responses", "model", model, answers, of_answer),
-        Work("improved", "model", model, kept, of_rewriting),
+        Work("responses", "model", model, answers, of_answer, most_rows=most_answers),
+        Work("improved", "model", model, kept, of_rewriting, most_rows=asked),
     ]
     if settings.scorer == "self":
-        works.append(
-            verdicts_work(recipe, rates, "scores", 2 * (kept + seeded), 2 * (kept + seeded))
-        )
+        rows, most_rows = (2 * (count + seeded) for count in (kept, asked))
+        works.append(verdicts_work(recipe, rates, "scores", rows, most_rows))
     examples = round(settings.seed_count * BETTER)
     name = f"improver-round{number + 1}"
     read = (rewritten + rates.response) * settings.improver.epochs
@@ -120,18 +130,19 @@ def _topics(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     judge = recipe.judging_model
     if recipe.method != "synpo" or judge.path == "tiny":
         return
-    around, limit = tokens(templates.source("topics")), max(TOKENS, recipe.judging.max_new_tokens)
+    around = estimated_tokens(templates.source("topics"))
+    limit = max(TOKENS, recipe.judging.max_new_tokens)
     longest = around + recipe.prompts.max_new_tokens
     lengths = Lengths(around + rates.prompt, LABELS, longest, limit)
     most = min(SAMPLE, recipe.prompts.count)
     rows = min(SAMPLE, round(recipe.prompts.count * rates.prompts_kept))
-    yield Work("topics", "judge" if recipe.judge else "model", judge, rows, lengths, most_rows=most)
+    yield Work("topics", own_judge(recipe), judge, rows, lengths, most_rows=most)
 
 
 def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """The trainings on the seeds alone, once."""
     settings, answered = recipe.synpo, rates.prompt + rates.response
-    read = tokens(templates.source("keywords")) + KEYWORDS + answered
+    read = estimated_tokens(templates.source("keywords")) + KEYWORDS + answered
     yield from trainings(recipe, "generator", settings.seed_count, read * settings.generator.epochs)
     yield from trainings(
         recipe, "sft_seeds", settings.seed_count, answered * settings.improver.epochs

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from sao_utils import templates
 from sao_utils.engines.api import VERDICT_TOKENS
-from sao_utils.engines.requests import BYTES, dollars
+from sao_utils.engines.requests import dollars, estimated_tokens
 from sao_utils.evaluation.benchmark_files import BENCHMARKS
 from sao_utils.evaluation.questions import SETS
-from sao_utils.files import read_column, read_table
+from sao_utils.files import is_table, read_column, read_table
 from sao_utils.methods.sao import trial_size
 from sao_utils.plan.hardware import data
 from sao_utils.recipe import Model, Recipe
@@ -150,9 +150,12 @@ def rates_of(recipe: Recipe) -> Rates:
     return Rates(response=response, pairs_kept=kept)
 
 
-def tokens(text: str) -> float:
-    """Of a text, about."""
-    return len(text.encode(errors="replace")) / BYTES
+def prompt_limit(recipe: Recipe) -> float:
+    """Tokens of a prompt, at most: as many as may be written, or as the longest in a file has."""
+    settings, texts = recipe.prompts, []
+    if settings.source == "file" and is_table(settings.data):
+        texts = read_column(settings.data, settings.column)
+    return max(settings.max_new_tokens, *map(estimated_tokens, texts), 0)
 
 
 # ---------------------------------------------------------------------------- a round, and beside it
@@ -164,7 +167,8 @@ def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
     written = 0 if recipe.prompts.source == "file" else asked
     limit, read = recipe.prompts.max_new_tokens, rates.instruction
     of_prompt = Lengths(read, min(rates.prompt, limit), 2 * read, limit)
-    of_response = Lengths(rates.prompt, rates.response, limit, recipe.responses.max_new_tokens)
+    longest, most_written = prompt_limit(recipe), recipe.responses.max_new_tokens
+    of_response = Lengths(rates.prompt, rates.response, longest, most_written)
     kept, most = rates.prompts_kept, PER_PROMPT * asked
     return (
         Work("prompts", "model", model, written, of_prompt),
@@ -223,18 +227,19 @@ def verdicts_work(
         who: the key of the recipe with the judge, by default the run's own.
         limit: tokens of a response, at most; by default of the run's.
     """
-    who = who or _own_judge(recipe)
+    who = who or own_judge(recipe)
     written = _short_verdict(recipe.models[who])
     if recipe.judging.method == "sampled":
         most = recipe.judging.max_new_tokens
         written = (min(SHORT_VERDICT, most), most)
-    most_read = tokens(templates.ranking_prompt("", "", "")) + recipe.prompts.max_new_tokens
+    most_read = estimated_tokens(templates.ranking_prompt("", "", "")) + prompt_limit(recipe)
     most_read += PER_PROMPT * (limit or recipe.responses.max_new_tokens)
     lengths = Lengths(rates.verdict, written[0], max(most_read, rates.verdict), written[1])
     return Work(stage, who, recipe.models[who], round(rows), lengths, part, most_rows)
 
 
-def _own_judge(recipe: Recipe) -> str:
+def own_judge(recipe: Recipe) -> str:
+    """The key of the recipe with the judge of its pairs."""
     return "judge" if recipe.judge else "model"
 
 
@@ -286,7 +291,7 @@ def questions_of(recipe: Recipe) -> tuple[int, float]:
         texts = SETS[source](recipe.evaluation)
     else:
         texts = read_column(source, "prompt")
-    return len(texts), fmean(map(tokens, texts))
+    return len(texts), fmean(map(estimated_tokens, texts))
 
 
 def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
@@ -313,7 +318,7 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """Answers to the benchmarks by every model compared, and verdicts by every judge."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
     usual, models = min(rates.response, limit), sum(n for _, _, n in _compared(recipe))
-    judges = [_own_judge(recipe), *(f"judges.{name}" for name in recipe.judges)]
+    judges = [own_judge(recipe), *(f"judges.{name}" for name in recipe.judges)]
     for name in settings.benchmarks:
         size = BENCHMARKS[name]
         prompts, turns = size["prompts"], size["turns"]

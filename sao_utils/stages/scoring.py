@@ -133,7 +133,7 @@ def _points(run: Run, pairs: list[dict], judge: Model, stage: str) -> list[list[
     return [[means[i] for i in pair["response_ids"]] for pair in pairs]
 
 
-def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float]]:
+def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float | None]]:
     """The rewards [a, b] of each pair's responses, kept in rows/<stage>.jsonl, each once."""
     from sao_utils.engines.reward import rewards
 

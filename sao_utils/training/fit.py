@@ -11,11 +11,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
-from sao_utils.disk import json_lines, write_whole
+from sao_utils.disk import json_lines, turn, write_whole
 from sao_utils.engines.loading import model_folder, model_name
+from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import SFT, Model, Training
 from sao_utils.store import read_rows, row_id
 from sao_utils.training.processes import is_main, wait_for_all
@@ -64,20 +66,41 @@ def fit(
         probe.jsonl and done.json.
 
     Raises:
-        ValueError: no pairs, or one that cannot be trained on; the message names it.
-        TrainingFailed: the loss or the gradient is no number any more, or a checkpoint could not be
+        ValueError: a pair that cannot be trained on; the message names it.
+        TrainingFailed: there are no pairs, the loss or the gradient is no number any more, or a checkpoint could not be
             written.
+        Busy: another process is training into the folder.
     """
     if not pairs:
-        raise ValueError("There are no pairs to train on. The funnel shows why none are left.")
+        raise TrainingFailed(f"There is nothing to train {folder.name} on: no row is left.")
     # All that determines the weights, but for rounding: NEUTRAL settings may change.
     ids, used = [row["id"] for row in pairs], settings_used(settings, algorithm)
     fingerprint = row_id(ids, used, model_name(model), model.dtype, algorithm, seed)
     if (read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder
+    with alone(folder) if is_main() else nullcontext():
+        _train(model, pairs, settings, algorithm, seed, folder, watch, fingerprint)
+    return folder
+
+
+def alone(folder: Path) -> AbstractContextManager:
+    """Keeps other processes from training into a folder, by a lock beside it. Raises `Busy`."""
+    return turn(folder.with_name(f".{folder.name}.lock"), folder, wait=False)
+
+
+def _train(
+    model: Model,
+    pairs: list[dict],
+    settings: Training,
+    algorithm: Algorithm,
+    seed: int,
+    folder: Path,
+    watch: Callable[[list[dict]], None] | None,
+    fingerprint: str,
+) -> None:
     checkpoint = _checkpoint(folder, fingerprint)
     started = time.time()
-    from sao_utils.training.setup import free_gpu, make_trainer
+    from sao_utils.training.setup import make_trainer
 
     trainer = make_trainer(model, pairs, settings, algorithm, seed, folder, watch)
     if checkpoint:
@@ -103,7 +126,6 @@ def fit(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)
     wait_for_all()
-    return folder
 
 
 def sft_settings(settings: Training, how: SFT) -> Training:

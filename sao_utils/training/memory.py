@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sao_utils.recipe import Training
-from sao_utils.training.shapes import Shape
+from sao_utils.training.shapes import GIB, Shape
 
-GIB = 2**30
 #: float32 logits that are held at a time, in bytes, on a CPU and on a GPU (whose big matrix products
 #: need more rows to be efficient). The backward pass holds about twice as much.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}

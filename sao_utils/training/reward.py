@@ -14,7 +14,7 @@ from sao_utils.disk import write_whole
 from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
 from sao_utils.recipe import Model
 from sao_utils.store import row_id
-from sao_utils.training.fit import read_done
+from sao_utils.training.fit import alone, read_done
 
 SETTINGS = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 32}
 
@@ -32,19 +32,23 @@ def fit_reward(base: Model, pairs: list[dict], seed: int, folder: Path) -> Path:
 
     Returns:
         `folder`, with a sequence classifier of one output (safetensors) and its tokenizer.
+
+    Raises:
+        Busy: another process is training into the folder.
     """
     fingerprint = row_id("reward model", pairs, SETTINGS, model_name(base), seed)
     if (read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder
     started = time.time()
-    (folder / "done.json").unlink(missing_ok=True)
-    trainer = _trainer(base, pairs, seed, folder)
-    trainer.train()
-    trainer.model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
-    # No seconds: the name of a model, and so the ids of its scores, hash every .json beside its weights.
-    done = {"fingerprint": fingerprint, "seed": seed, "pairs": len(pairs)}
-    write_whole(folder / "done.json", json.dumps(done | {"steps": trainer.state.global_step}))
+    with alone(folder):
+        (folder / "done.json").unlink(missing_ok=True)
+        trainer = _trainer(base, pairs, seed, folder)
+        trainer.train()
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        # No seconds: a model's name, and so the ids of its scores, hash every .json beside its weights.
+        done = {"fingerprint": fingerprint, "seed": seed, "pairs": len(pairs)}
+        write_whole(folder / "done.json", json.dumps(done | {"steps": trainer.state.global_step}))
     print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)
     return folder
 

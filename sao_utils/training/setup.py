@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sao_utils.engines import loading
 from sao_utils.engines.base import context_limit
-from sao_utils.engines.registry import unload_engines
+from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import Model, RecipeError, Training
 from sao_utils.training import memory, packing, processes
 from sao_utils.training.encoding import token_rows
@@ -35,7 +35,9 @@ def make_trainer(
     if model.adapter and settings.method == "full":
         model = model.model_copy(update={"path": model.adapter, "adapter": None})
     tokenizer = loading.load_tokenizer(model)
-    config = AutoConfig.from_pretrained(loading.model_folder(model.path), revision=model.revision)
+    config = AutoConfig.from_pretrained(
+        loading.model_folder(model.path), revision=model.revision, trust_remote_code=False
+    )
     # Before the weights: faults show at once.
     rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
     reports = reporters(settings.report_to, folder)
@@ -88,14 +90,6 @@ def reporters(names: Sequence[str], folder: Path) -> list:
         if getattr(callback, "logging_dir", "") is None:  # else by checkpoints: cleared away
             callback.logging_dir = str(folder / "tensorboard")
     return made
-
-
-def free_gpu() -> None:
-    """Give the GPU's memory back: an engine that stays loaded leaves no room for training."""
-    import torch
-
-    if torch.cuda.is_available():
-        unload_engines()
 
 
 def training_precision(model: Model) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GIB = 2**30
+
 #: Bytes of a weight. 4 bit: NF4 with double quantisation keeps one 8-bit scale for 64 weights and one
 #: float32 for 256 of those scales (QLoRA, Dettmers et al. 2023, section 3); AWQ and GPTQ a 16-bit scale
 #: and a 4-bit zero for 128 weights.

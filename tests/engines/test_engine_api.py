@@ -201,6 +201,10 @@ def test_a_vllm_server_is_made_to_begin_with_the_prefix(server):
         (LETTERS, [{"Model": 0.95, "The": 0.03}, {" m": 0.9, " M": 0.1}], [0, 0]),
         (LETTERS, [{"m": 0.97, "The": 0.01, "Both": 0.005}], [0.97, 0]),
         (LETTERS, [{" M": 0.6, "m": 0.3, "**m": 0.1}], [0.4, 0.6]),
+        # A server may say -9999 for what it does not reckon with.
+        (LETTERS, [{"m": 0.9, "M": 0}], [0.9, 0]),
+        (CHOICES, [{" 1": 0.9, " 2": 0}], [0.9, 0]),
+        (CHOICES, [{" 1": 0, " 2": 0}], [0, 0]),
     ],
 )
 def test_a_choice_has_the_probability_of_the_tokens_that_begin_it(choices, said, expected):
@@ -210,7 +214,8 @@ def test_a_choice_has_the_probability_of_the_tokens_that_begin_it(choices, said,
 
 def tokens(steps):
     """Tokens with their alternatives, from probabilities."""
-    return [(next(iter(p)), {token: math.log(q) for token, q in p.items()}) for p in steps]
+    logps = lambda p: {token: math.log(q) if q else -9999.0 for token, q in p.items()}  # noqa: E731
+    return [(next(iter(p)), logps(p)) for p in steps]
 
 
 def test_a_server_without_log_probabilities_is_told_to_be_sampled(server):

@@ -258,6 +258,9 @@ def test_a_model_that_computes_no_numbers_is_told_before_a_row_is_made(own_engin
     }
     with pytest.raises(EngineError, match="computes NaN for 12 of 12 rows.*model.dtype=bfloat16"):
         next(work[verb])
+    own_engine.batch_tokens = 1  # a row a batch
+    with pytest.raises(EngineError, match="computes NaN for 8 of 8 rows"):
+        all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
 
 
 def poison(engine, word):
@@ -276,8 +279,12 @@ def poison(engine, word):
     engine.model.forward = poisoned
 
 
-def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(engine, own_engine, capsys):
+@pytest.mark.parametrize("batch_tokens", [2048, 1])  # at 1 each row is a batch
+def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(
+    engine, own_engine, capsys, batch_tokens
+):
     poison(own_engine, " about")
+    own_engine.batch_tokens = batch_tokens
     sampling, seeds = Sampling(0.8, 12), list(range(12))
     bad = [k for k, chat in enumerate(CHATS) if "about" in chat[0]["content"]]
     assert len(bad) == 2
@@ -285,7 +292,7 @@ def test_a_row_without_numbers_has_no_reply_and_does_not_end_the_others(engine, 
     expected = all_of(engine.generate(CHATS, sampling, seeds))
     for k in range(12):
         assert found[k] == (base.Completion("", 0, False) if k in bad else expected[k])
-    assert f"computes NaN for {len(bad)} of 12 rows" in capsys.readouterr().out
+    assert f"computes NaN for {len(bad)} of " in capsys.readouterr().out
     odds = all_of(own_engine.choose(CHATS, "ranking:", VERDICTS))
     assert sorted(k for k in odds if odds[k] == [-math.inf] * 2) == bad
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from small import CHATS, all_of, save_random_adapter
 
-from sao_utils.engines import base, loading
+from sao_utils.engines import base, loading, registry
 from sao_utils.engines.base import EngineError, Sampling
+from sao_utils.engines.embedding import embeddings
 from sao_utils.engines.loading import model_folder
 from sao_utils.engines.registry import load_engine
+from sao_utils.engines.reward import rewards
 from sao_utils.recipe import Model
 
 TINY = Model(path="tiny", dtype="float32", batch_tokens=2048)
@@ -167,6 +169,19 @@ def test_a_model_stays_loaded_until_another_one_is_asked_for():
     before = weakref.ref(load_engine(one))
     assert load_engine(one) is before()
     assert load_engine(other).batch_tokens == 512 and before() is None
+
+
+@pytest.mark.parametrize(
+    "load", [lambda: embeddings("tiny", ["a"]), lambda: list(rewards(TINY, []))], ids=["e", "r"]
+)
+def test_a_gpu_is_freed_before_a_model_that_writes_nothing_is_loaded(load, monkeypatch):
+    def unload():
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(registry, "unload_engines", unload)
+    with pytest.raises(InterruptedError):
+        load()
 
 
 def test_the_name_of_a_model_changes_with_its_weights(tmp_path):

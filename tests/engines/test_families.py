@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sao_utils import store as rows
 from sao_utils import templates
-from sao_utils.engines.base import Sampling, encode, first_divergent_token
+from sao_utils.engines.base import EngineError, Sampling, encode, first_divergent_token
 from sao_utils.engines.loading import load_tokenizer
 from sao_utils.engines.registry import load_engine
 from sao_utils.methods import sao
@@ -88,6 +88,13 @@ def test_special_tokens_in_a_users_text_open_and_close_nothing(family):
     (ids,) = encode([[{"role": "user", "content": hostile}]], family.tokenizer)
     for token in ids_of(family, *family.special):
         assert ids.count(token) == plain.count(token)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_chat_that_a_template_refuses_is_told_with_what_to_do(goes_on):
+    chat = [{"role": "system", "content": "x"}, {"role": "user", "content": "", "open": goes_on}]
+    with pytest.raises(EngineError, match="refuses the chat .*System role.* prompts.personas=null"):
+        encode([chat], families.make_tokenizer("gemma"))
 
 
 # ---------------------------------------------------------------------------- the engine

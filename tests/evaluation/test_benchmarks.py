@@ -132,7 +132,6 @@ def test_win_rates_are_those_of_alpaca_evals_program(annotated, official):
     assert minimal.value != ours["lc_win_rate"].value
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="needs scikit-learn")
 def test_the_published_fit_is_that_of_alpaca_evals_program(annotated, official):
     ours = alpaca_eval.figures(annotated[2], annotated[0])["lc_win_rate_published"]
     theirs = official["length_controlled"]["published"]
@@ -287,6 +286,11 @@ def test_arena_hard_needs_its_prompts_answers_and_judges_prompt(tmp_path):
     write(folder / "question.jsonl", given["question.jsonl"] * 2)
     with pytest.raises(RecipeError, match="two of the same id"):
         load()
+    for name, content in (("model_answer/gpt-4-0314.jsonl", [{}]), ("judge_config.yaml", {})):
+        write(folder / name, content)
+        with pytest.raises(RecipeError, match=f"{tmp_path}.* lack something.*KeyError"):
+            load()
+        write(folder / name, given[name])
 
 
 # ----------------------------------------------------------------------------------- MT-Bench
@@ -397,7 +401,8 @@ def test_official_alpaca_files_run_with_the_tiny_model_as_generator_and_judge(re
     for part in ("the first 6 of 200 prompts", "200 prompts, there 805", "no system prompt"):
         assert part in row["note"]
     assert "1 of 6 answers of 'base' are empty." in row["remarks"]
-    assert "gamed baselines" in found["alpaca_eval.base.self.lc_win_rate"]["note"]
+    note = found["alpaca_eval.base.self.lc_win_rate"]["note"]
+    assert "gamed baselines, with the prompts' difficulties" in note
     fit = found["alpaca_eval.base.self.lc_win_rate_published"]
     assert 0 < fit["interval"].value < 1 and "gamed" not in fit["note"]
     folder = run.folder / "benchmarks" / "alpaca_eval" / "base"

@@ -280,7 +280,6 @@ def test_length_controlled_win_rates_of_real_models_are_those_of_the_leaderboard
     path = PLACE / "hub" / "df_gamed.csv"
     if not path.is_file():
         pytest.skip("needs the hub's df_gamed.csv in SAO_OFFICIAL/hub")
-    pytest.importorskip("sklearn")
     import pandas as pd
 
     gamed = pd.read_csv(path)

@@ -10,8 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 from sao_utils.evaluation import benchmark_files, questions
+from sao_utils.evaluation.leakage import question_sets
 from sao_utils.recipe import RecipeError
 from sao_utils.recipes import load_recipe
+from sao_utils.store import open_run
 
 
 def settings_with(**changes):
@@ -68,6 +70,13 @@ def test_all_that_evaluation_asks_is_known_with_second_turns_and_without_repetit
     assert questions.evaluated_prompts(settings) == [
         "Why?", "Write a poem.", "Shorten it to 1.", "Shorten it to 2.",
     ]  # fmt: skip
+
+
+def test_own_questions_of_the_name_of_a_benchmark_stand_beside_it(results, tmp_path):
+    (tmp_path / "tiny_mt.csv").write_text("prompt\nWhy?\n")
+    own = {"evaluation.questions": str(tmp_path / "tiny_mt.csv")}
+    found = question_sets(open_run("tiny", "named", {**own, "evaluation.benchmarks": ["tiny_mt"]}))
+    assert found["own tiny_mt"] == ["Why?"] and "Why?" not in found["tiny_mt"]
 
 
 # ---------------------------------------------------------------------- published benchmarks

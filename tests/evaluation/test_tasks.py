@@ -125,11 +125,23 @@ def test_the_leaderboard_names_tasks_and_metrics_that_lm_eval_has():
         assert not kind or f'name: "{kind}"' in text
 
 
+@pytest.mark.parametrize(
+    "names", ["a.jsonl", ["a.jsonl"], {"test": "a.jsonl"}, {"test": ["a.jsonl"]}]
+)
+def test_the_data_of_a_local_task_is_named_as_the_library_datasets_takes_it(tmp_path, names):
+    config = {"task": "mine", "dataset_kwargs": {"data_files": names}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    [task] = harness.tasks_of([str(tmp_path / "mine.yaml")])
+    assert harness._config(task)[1] == [tmp_path / "a.jsonl"]
+
+
 def test_names_of_tasks_are_read_and_files_that_are_none_refused(tmp_path):
     assert harness.tasks_of(["leaderboard"]) == list(harness.LEADERBOARD)
     assert harness.tasks_of(["gsm8k"]) == [Task("gsm8k", 5, "exact_match,strict-match")]
     (tmp_path / "recipe.yaml").write_text("name: mine\n")
-    for name, message in (("recipe", "no task of lm-eval"), ("none", "There is no task file")):
+    (tmp_path / "tag.yaml").write_text("task: mine\nprocess_docs: !function utils.f\n")
+    refused = {"recipe": "no task of lm-eval", "none": "There is no task file", "tag": "!function"}
+    for name, message in refused.items():
         with pytest.raises(RecipeError, match=message):
             harness.tasks_of([str(tmp_path / f"{name}.yaml")])
 
@@ -245,16 +257,26 @@ def test_a_task_that_cannot_be_run_is_named_and_the_others_go_on(
     monkeypatch.setattr(harness, "_manager", lambda every_task: some)  # the whole one takes 20 s
     text = (TASKS / "tiny_myths.yaml").read_text().replace("task: tiny_myths", "task: nodata")
     (tmp_path / "nodata.yaml").write_text(text)
-    local = [str(TASKS / "tiny_facts.yaml"), str(tmp_path / "nodata.yaml")]
+    text = (TASKS / "tiny_facts.yaml").read_text()
+    shutil.copy(TASKS / "facts.jsonl", tmp_path)
+    for name, metrics in (("bare", None), ("f1", [{"metric": "f1"}])):
+        config = {**yaml.safe_load(text), "task": name, "metric_list": metrics}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    local = [str(TASKS / "tiny_facts.yaml")]
+    local += [str(tmp_path / f"{name}.yaml") for name in ("nodata", "bare", "f1")]
     given = with_settings(run, tasks=(*local, "arc_challenge", "no_such"))
     found = harness.score_tasks(given, sao.candidates(run))
     problems = {r["task"]: r.get("problem", "") for r in found}
-    assert problems["tiny_facts"] == ""
+    assert problems["tiny_facts"] == "" == problems["bare"]
+    assert row(found, "base", "bare")["scores"]["bare"] == next(
+        iter(row(found, "base", "tiny_facts")["scores"].values())
+    )
+    assert "scored by f1, which is no mean" in problems["f1"]
     assert "allenai/ai2_arc" in problems["arc_challenge"]
     assert "HF_HUB_OFFLINE" in problems["arc_challenge"]
     assert "no task 'no_such'" in problems["no_such"]
     assert "beside its file" in problems["nodata"]
-    assert capsys.readouterr().out.count("Not measured") == 3
+    assert capsys.readouterr().out.count("Not measured") == 4
     compared = {entry["task"]: entry["problem"] for entry in differences(found)}
     assert compared == {name: problem or None for name, problem in problems.items()}
 

@@ -78,6 +78,12 @@ def test_a_laptop_has_room_for_its_recipe_and_is_told_what_to_fetch(results):
     assert "not on this machine yet: `sao fetch smollm2`" in render(made)
 
 
+def test_weights_that_are_there_take_no_more_disk(results):
+    early = {"judge.path": "tiny-early", "judge.dtype": "float32"}
+    assert not any(kind.startswith("weights") for kind in plan(load_recipe("tiny", early)).disk)
+    assert "weights of smollm2" in plan(load_recipe("laptop")).disk
+
+
 def test_a_sampled_verdict_is_planned_as_writing_with_its_cache():
     found = {}
     for method in ("logprob", "sampled"):
@@ -170,7 +176,8 @@ def test_a_small_run_is_planned_beside_what_it_took(small_run):
 
 
 def test_hours_on_a_cpu_are_from_a_trial(monkeypatch):
-    recipe = load_recipe("tiny", {"training.learning_rate": 1e-3})
+    changes = {"training.learning_rate": 1e-3, "training.report_to": "wandb"}  # nothing is reported
+    recipe = load_recipe("tiny", changes)
     monkeypatch.setattr(planning, "REFERENCE", planning.REFERENCE / "none")
     made = plan(recipe)
     assert {stage.hours for stage in made.stages} == {None}
@@ -195,3 +202,10 @@ def test_the_command_plans_a_recipe_or_says_what_is_wrong():
     assert "is not known" in sao("plan", "--recipe", "tiny", "--gpu", "abacus", code=2)
     missing = ("--set", "evaluation.questions=elsewhere.jsonl")
     assert "elsewhere.jsonl" in sao("plan", "--recipe", "tiny", *missing, code=2)
+
+
+def test_a_trial_wants_a_model_that_is_here_and_asks_no_server(results):
+    trial = ("plan", "--measure", "--recipe")
+    assert "sao fetch smollm2" in sao(*trial, "laptop", code=2)
+    far = [f"--set=model.{key}={value}" for key, value in FAR.items()]
+    assert "model.engine=transformers, not api" in sao(*trial, "tiny", *far, code=2)

@@ -5,6 +5,11 @@ import pytest
 from sao_utils.plan.rounds import work_of
 from sao_utils.recipes import load_recipe
 
+FIRST = {
+    "self_rewarding.judged_count": 100,
+    "self_rewarding.first": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 8},
+}
+
 
 def rows(recipe, stage, part=None):
     return [w.rows for w in work_of(recipe) if w.stage == stage and part in (None, w.part)]
@@ -41,6 +46,29 @@ def test_topics_are_asked_of_a_judge_that_is_a_real_model_and_of_no_more_than_a_
     assert not rows(load_recipe("tiny-synpo"), "topics")
 
 
+@pytest.mark.parametrize("method", ["sao", "synpo", "sampling_ranking", "self_rewarding"])
+def test_at_most_as_many_rows_are_paid_for_as_if_no_prompt_were_dropped(method):
+    changes = {"method": method, "rounds": 2, "synpo.scorer": "self", **FIRST}
+    if method != "synpo":
+        changes |= {"prompts.source": "persona", "prompts.data": None}
+    works = work_of(load_recipe("tiny-synpo", changes))
+    kept = [w for w in works if w.stage in ("responses", "verdicts", "improved", "scores", "ranks")]
+    assert kept and all(work.most_rows > work.rows for work in kept)
+
+
+def test_where_an_answer_is_imitated_a_training_reads_no_other():
+    def read(method, number):
+        changes = {"method": method, "rounds": 2, "training.epochs": 2, **FIRST}
+        changes |= {"prompts.source": "persona", "prompts.data": None}
+        works = work_of(load_recipe("tiny-synpo", changes))
+        stage = f"training {method}-round{number}-0"
+        return next(work.lengths.read for work in works if work.stage == stage)
+
+    pair = read("sampling_ranking", 1)
+    assert [read("sft_random", 2), read("sft_seeds", 1)] == [pair / 2] * 2
+    assert [read("self_rewarding", 1), read("self_rewarding", 2)] == [pair / 4, pair]
+
+
 def test_a_ranking_of_four_answers_compares_every_two_of_them():
     sao, ranked = (
         load_recipe("tiny", {"method": method, "rounds": 2, "prompts.count": 100})
@@ -59,8 +87,7 @@ def test_self_rewarding_trains_first_and_then_asks_for_points_of_each_response()
             "iterations.grow": False,
             "prompts.source": "persona",
             "prompts.data": None,
-            "self_rewarding.judged_count": 100,
-            "self_rewarding.first": {"learning_rate": 1e-3, "epochs": 1, "batch_size": 8},
+            **FIRST,
         },
     )
     assert rows(recipe, "responses", "round 1") == [] == rows(recipe, "verdicts", "round 2")

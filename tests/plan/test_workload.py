@@ -7,12 +7,12 @@ import pytest
 from scripted_server import reply, settings, steps
 
 from sao_utils import store
-from sao_utils.engines.requests import BYTES, spent
+from sao_utils.engines.requests import BYTES, estimated_tokens, spent
 from sao_utils.evaluation import arena_hard, mt_bench
 from sao_utils.evaluation import tasks as evaluation_tasks
 from sao_utils.methods import sao
 from sao_utils.plan import planning, workload
-from sao_utils.plan.workload import AROUND, SAMPLED, TRIED, tokens
+from sao_utils.plan.workload import AROUND, SAMPLED, TRIED
 from sao_utils.recipes import load_recipe
 from sao_utils.report.results import results as table_of
 from sao_utils.stages.judging import judge_pairs
@@ -43,6 +43,14 @@ def test_others_are_paid_for_their_answers():
     (other,) = [w for w in workload.workload(load_recipe("tiny", changes)) if w.who == "others.x"]
     assert (other.stage, other.rows) == ("answers", 880 * 2)  # two temperatures
     assert bill(**changes)["others.x"] == pytest.approx(other.rows * other.lengths.read / 1e6)
+
+
+def test_the_longest_prompt_of_a_file_is_read_at_most(tmp_path):
+    (tmp_path / "mine.csv").write_text(f"prompt\nWhy?\n{'x' * 40_000}\n")
+    changes = {"prompts.source": "file", "prompts.data": str(tmp_path / "mine.csv")}
+    works = {w.stage: w for w in workload.workload(load_recipe("tiny", changes))}
+    assert works["responses"].lengths.most_read == 40_000 / BYTES
+    assert works["verdicts"].lengths.most_read > 40_000 / BYTES
 
 
 # ---------------------------------------------------------------------------- published sizes
@@ -130,7 +138,7 @@ class Talker(dict):
         words = f"User prompt: {len(self.server.requests)}?".ljust(BYTES * new, "x")[: BYTES * new]
         answer = reply(words, verdict(text) if body.get("logprobs") else None)
         asked = "".join(message["content"] for message in body["messages"])
-        read = math.ceil(tokens(asked)) + AROUND
+        read = estimated_tokens(asked) + AROUND
         self.read, self.written = self.read + read, self.written + new
         usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
         return [(200, {**answer, "usage": usage}, {"slow": "0"})]

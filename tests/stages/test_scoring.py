@@ -1,6 +1,7 @@
 """Scorers give one number each: how much better the first response is."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_a_judge_scores_by_its_margin(run, pairs):
 
 
 def classifier(folder, outputs=1):
-    """A small sequence classifier with random weights, and the tiny model's tokenizer."""
+    """A small sequence classifier with random weights and a padding of its own, and the tiny model's
+    tokenizer."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -75,7 +77,7 @@ def classifier(folder, outputs=1):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_labels=outputs,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=1,
     )
     model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(folder)
@@ -98,6 +100,16 @@ def test_a_reward_model_scores_by_its_rewards_which_are_kept(run, pairs, tmp_pat
         a, b = row["responses"]
         assert row["gap"] == pytest.approx(reward(a) - reward(b), abs=1e-5)
     assert len(read_rows(run.rows("scores"))) == len(ANSWERS)  # each response once
+
+
+def test_a_reward_that_is_no_number_is_no_score(run, pairs, tmp_path):
+    model, tokenizer = classifier(tmp_path)
+    model.model.embed_tokens.weight.data[tokenizer("N")["input_ids"]] = math.nan
+    model.save_pretrained(tmp_path)
+    scored = score_gaps(run, pairs, Scorer("reward", Model(path=str(tmp_path), dtype="float32")))
+    assert [row["gap"] is None for row in scored] == [
+        ANSWERS[2] in row["responses"] for row in scored
+    ]
 
 
 def test_a_judges_points_are_the_mean_of_its_replies_and_no_score_is_no_gap(results, pairs, server):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from training_cases import ANSWERS, load, log_probabilities, settings
 
+from sao_utils.disk import Busy
 from sao_utils.engines.loading import model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.recipe import RecipeError
@@ -15,8 +16,9 @@ from sao_utils.store import Run, read_rows
 from sao_utils.training import fit as fitting
 from sao_utils.training import setup
 from sao_utils.training.encoding import encode
-from sao_utils.training.fit import fit, read_done
+from sao_utils.training.fit import alone, fit, read_done
 from sao_utils.training.logps import pair_logps
+from sao_utils.training.reward import fit_reward
 
 
 @pytest.mark.parametrize("budget", [4096, 60])
@@ -79,6 +81,14 @@ def test_a_training_goes_on_from_the_model_that_another_one_has_trained(
     assert seen < read_rows(first / "log.jsonl")[0]["loss"]
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
     assert read_done(first)["fingerprint"] != read_done(second)["fingerprint"]
+
+
+@pytest.mark.parametrize("how", [(settings(), "simpo", 0), (0,)], ids=["pairs", "reward"])
+def test_two_processes_do_not_train_into_the_same_folder(base, pairs, tmp_path, how):
+    train = fit if len(how) > 1 else fit_reward
+    with alone(tmp_path / "a"), pytest.raises(Busy, match="is making a of this run"):
+        train(base, pairs, *how, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("key, other", [("lora_rank", 8), ("lora_alpha", 16)])
