@@ -20,6 +20,7 @@ from sao_utils.engines.loading import model_folder, model_name
 from sao_utils.engines.registry import free_gpu
 from sao_utils.recipe import SFT, Model, Training
 from sao_utils.store import read_rows, row_id
+from sao_utils.training import TrainingFailed
 from sao_utils.training.processes import is_main, wait_for_all
 
 Algorithm = Literal["simpo", "dpo", "orpo", "sft"]
@@ -67,8 +68,8 @@ def fit(
 
     Raises:
         ValueError: a pair that cannot be trained on; the message names it.
-        TrainingFailed: there are no pairs, the loss or the gradient is no number any more, or a checkpoint could not be
-            written.
+        TrainingFailed: there are no pairs, the loss or the gradient is no number any more, or a
+            checkpoint could not be written.
         Busy: another process is training into the folder.
     """
     if not pairs:
