@@ -8,8 +8,8 @@ choice, from the alternatives that the server reports there; a reply without the
 an invalid verdict.
 
 A refused row and a wrong setting differ only in the text of the error, which each server words in
-its own way. So after a refusal the same is asked again with harmless words: when that is answered, it
-was the row.
+its own way. So after a refusal the same is asked again with harmless words: when that is answered,
+it was the row.
 """
 
 from __future__ import annotations

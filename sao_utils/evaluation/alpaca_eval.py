@@ -121,7 +121,7 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
 
 
 def verdicts(annotations: list[dict]) -> list[tuple]:
-    """(prompt, preference or None) of each verdict; identical answers were not judged and are left out."""
+    """(prompt, preference or None) of each verdict; identical answers, not judged, are left out."""
     asked = [row for row in annotations if row["output_1"] != row["output_2"]]
     return [(row["index"], row["preference"]) for row in asked]
 

@@ -71,7 +71,7 @@ def load(settings: Evaluation, name: str) -> dict:
         raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RecipeError(
-            f"{name}: its files ({settings.data}) lack something, or are not the benchmark's: {error!r}."
+            f"{name}: its files ({settings.data}) lack something, or are not its own: {error!r}."
         ) from None
     ids = [item["id"] for item in benchmark["items"]]
     if not ids or len(set(ids)) < len(ids):

@@ -85,7 +85,7 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
 
 
 def _points(recipe: Recipe, rates: Rates, responses: float, most: float) -> Work:
-    """Replies of the judge with the points of single responses, of which there are so many at most."""
+    """Replies of the judge with the points of single responses (how many, and at most)."""
     settings, judge = recipe.points, recipe.judging_model
     around = estimated_tokens(templates.source(settings.template))
     limit = prompt_limit(recipe) + recipe.responses.max_new_tokens

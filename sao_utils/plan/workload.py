@@ -17,10 +17,11 @@ from sao_utils.engines.api import VERDICT_TOKENS
 from sao_utils.engines.requests import dollars, estimated_tokens
 from sao_utils.evaluation.benchmark_files import BENCHMARKS
 from sao_utils.evaluation.questions import SETS
-from sao_utils.files import is_table, read_column, read_table
+from sao_utils.files import is_table, read_column
 from sao_utils.methods.sao import trial_size
 from sao_utils.plan.hardware import data
 from sao_utils.recipe import Model, Recipe
+from sao_utils.stages.labelled import labelled_pairs
 from sao_utils.stages.responses import PER_PROMPT
 
 #: Tokens that a server puts around the messages of a request; assumed, and more than most take.
@@ -179,12 +180,15 @@ def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
 
 def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     """What notebooks 01 to 03 try beside the run, and pairs with known labels."""
-    rows = 2 * LABELLED
+    rows, most = 2 * LABELLED, {}
     if recipe.judging.labelled:
-        rows = 2 * len(read_table(recipe.judging.labelled))
+        pairs = labelled_pairs(recipe.judging.labelled)
+        rows, texts = 2 * len(pairs), [text for pair in pairs for text in pair["responses"]]
+        most["limit"] = max(map(estimated_tokens, texts))
+        most["prompt"] = max(estimated_tokens(pair["prompt"]) for pair in pairs)
         for name in recipe.judges:
-            yield verdicts_work(recipe, rates, "labelled", rows, rows, f"judges.{name}")
-    yield verdicts_work(recipe, rates, "labelled", rows, rows)
+            yield verdicts_work(recipe, rates, "labelled", rows, rows, f"judges.{name}", **most)
+    yield verdicts_work(recipe, rates, "labelled", rows, rows, **most)
     prompts, responses, _ = round_work(recipe, rates)
     written = len(recipe.seeds) * (trial_size(recipe, WITHOUT) + OWN)
     yield replace(prompts, stage="variants", part="prompts", rows=written)
@@ -220,19 +224,21 @@ def verdicts_work(
     who: str = "",
     part: str = "",
     limit: int | None = None,
+    prompt: float | None = None,
 ) -> Work:
     """Verdicts with the ranking prompt, each order a row.
 
     Args:
         who: the key of the recipe with the judge, by default the run's own.
-        limit: tokens of a response, at most; by default of the run's.
+        limit, prompt: tokens of a response and of a prompt, at most; by default of the run's.
     """
     who = who or own_judge(recipe)
     written = _short_verdict(recipe.models[who])
     if recipe.judging.method == "sampled":
         most = recipe.judging.max_new_tokens
         written = (min(SHORT_VERDICT, most), most)
-    most_read = estimated_tokens(templates.ranking_prompt("", "", "")) + prompt_limit(recipe)
+    most_read = estimated_tokens(templates.ranking_prompt("", "", ""))
+    most_read += prompt or prompt_limit(recipe)
     most_read += PER_PROMPT * (limit or recipe.responses.max_new_tokens)
     lengths = Lengths(rates.verdict, written[0], max(most_read, rates.verdict), written[1])
     return Work(stage, who, recipe.models[who], round(rows), lengths, part, most_rows)
@@ -279,7 +285,8 @@ def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
     for who, models, part in comparisons:
         most = 2 * count * models
         rows = most * rates.differing
-        yield verdicts_work(recipe, rates, "comparisons", rows, most, who, part, limit)
+        # The mean will do: all questions are asked equally often.
+        yield verdicts_work(recipe, rates, "comparisons", rows, most, who, part, limit, question)
 
 
 def questions_of(recipe: Recipe) -> tuple[int, float]:

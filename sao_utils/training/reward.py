@@ -46,7 +46,7 @@ def fit_reward(base: Model, pairs: list[dict], seed: int, folder: Path) -> Path:
         trainer.train()
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        # No seconds: a model's name, and so the ids of its scores, hash every .json beside its weights.
+        # No seconds: a model's name, so its scores' ids, hash every .json beside its weights.
         done = {"fingerprint": fingerprint, "seed": seed, "pairs": len(pairs)}
         write_whole(folder / "done.json", json.dumps(done | {"steps": trainer.state.global_step}))
     print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)

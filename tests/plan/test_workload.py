@@ -45,12 +45,18 @@ def test_others_are_paid_for_their_answers():
     assert bill(**changes)["others.x"] == pytest.approx(other.rows * other.lengths.read / 1e6)
 
 
-def test_the_longest_prompt_of_a_file_is_read_at_most(tmp_path):
+def test_the_longest_prompts_and_pairs_of_files_are_read_at_most(tmp_path):
     (tmp_path / "mine.csv").write_text(f"prompt\nWhy?\n{'x' * 40_000}\n")
     changes = {"prompts.source": "file", "prompts.data": str(tmp_path / "mine.csv")}
     works = {w.stage: w for w in workload.workload(load_recipe("tiny", changes))}
     assert works["responses"].lengths.most_read == 40_000 / BYTES
     assert works["verdicts"].lengths.most_read > 40_000 / BYTES
+    longest = tmp_path / "labelled.csv"
+    longest.write_text(f"prompt,chosen,rejected\n{'x' * 40_000},Yes.,{'x' * 80_000}\n")
+    changes = {"judging.labelled": str(longest), "evaluation.questions": str(tmp_path / "mine.csv")}
+    works = {w.stage: w for w in workload.workload(load_recipe("tiny", changes))}
+    assert works["labelled"].lengths.most_read > 200_000 / BYTES
+    assert works["comparisons"].lengths.most_read > 20_000 / BYTES  # in the mean of both
 
 
 # ---------------------------------------------------------------------------- published sizes

@@ -64,8 +64,7 @@ def test_a_judge_scores_by_its_margin(run, pairs):
 
 
 def classifier(folder, outputs=1):
-    """A small sequence classifier with random weights and a padding of its own, and the tiny model's
-    tokenizer."""
+    """A small sequence classifier with random weights and a padding of its own, and a tokenizer."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
