@@ -131,12 +131,23 @@ def test_results_stand_in_the_card_with_interval_n_and_judge(run):
     assert "random labels |" not in text and "seed 7" not in text
 
 
-@pytest.mark.parametrize("changes", [{"seeds": [1]}, {"training": {}}])
-def test_results_of_another_model_are_not_taken_for_its_own(run, changes):
+@pytest.mark.parametrize(
+    ("section", "changes", "its_own"),
+    [
+        ("evaluation", {"bootstrap": 100}, True),
+        ("training", {"probe_steps": 7}, True),  # which has no part in the weights
+        ("training", {"learning_rate": 7e-4}, False),
+        ("pairs", {"min_margin": 0.5}, False),
+        ("seeds", [1], False),
+    ],
+)
+def test_results_of_another_model_are_not_taken_for_its_own(run, section, changes, its_own):
     add_results(run)
-    then = run.folder / "tables" / "recipe.yaml"
-    then.write_text(yaml.safe_dump(yaml.safe_load(then.read_text()) | changes))
-    assert "Not evaluated yet." in write_card(run, "self", 0).read_text()
+    path = run.folder / "tables" / "recipe.yaml"
+    then = yaml.safe_load(path.read_text())
+    then[section] = {**then[section], **changes} if isinstance(changes, dict) else changes
+    path.write_text(yaml.safe_dump(then))
+    assert ("Not evaluated yet." in write_card(run, "self", 0).read_text()) != its_own
 
 
 def test_the_card_tells_of_the_training_that_was_not_of_the_recipe_as_it_is_now(run):
