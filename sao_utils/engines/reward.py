@@ -34,7 +34,7 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float |
         while waiting and (len(batch) + 1) * longest <= max(model.batch_tokens, longest):
             batch.append(waiting.pop())
         rows = [torch.tensor(ids[k]) for k in batch]
-        padded = pad_sequence(rows, True, classifier.config.pad_token_id)
+        padded = pad_sequence(rows, True, classifier.config.pad_token_id or 0)
         mask = pad_sequence([torch.ones_like(row) for row in rows], True)
         with torch.inference_mode():
             place = classifier.device
