@@ -22,7 +22,14 @@ from sao_utils.methods.sao import funnel_of
 from sao_utils.recipe import Arm, Training
 from sao_utils.report.rounds import pair_metrics
 from sao_utils.report.table import read_table, select
-from sao_utils.report.words import NOT_COMPARABLE, in_words, model_in_words, models, what
+from sao_utils.report.words import (
+    NOT_COMPARABLE,
+    in_words,
+    model_in_words,
+    models,
+    sum_in_words,
+    what,
+)
 from sao_utils.stages.personas import HUB_PERSONAS
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done, settings_used
@@ -263,11 +270,7 @@ def _funnels(stages: dict[str, list[dict]]) -> list[tuple[str, int, str]]:
     for name in (name for name in stages if name.startswith("pairs")):
         for number in sorted({row["round"] for row in stages[name]}):
             of = [[r for r in stages[key] if r["round"] == number] for key in ("prompts", name)]
-            text = ""
-            for label, count in funnel_of(*of):
-                sign = " - " if count < 0 else " = "
-                text += f"{sign if text else ''}{abs(count):,} {label}"
-            found.append((name, number + 1, text))
+            found.append((name, number + 1, sum_in_words(funnel_of(*of))))
     return found
 
 

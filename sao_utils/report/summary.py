@@ -19,6 +19,7 @@ from sao_utils.report.words import (
     is_difference,
     model_in_words,
     sizes,
+    sum_in_words,
     what,
 )
 
@@ -155,12 +156,10 @@ def _funnel(folder: Path) -> list[str]:
     path = folder / "tables" / "funnel.csv"
     if not path.is_file():
         return []
-    steps, parts = pd.read_csv(path), []
+    steps = pd.read_csv(path)
     of_first = steps[steps["arm"] == steps["arm"].get(0)]
-    for step, count in zip(of_first["step"], of_first["count"]):
-        sign = "- " if count < 0 else "" if not parts else "= "
-        parts.append(f"{sign}{abs(count):,} {step}")
-    return textwrap.wrap("Data: " + " ".join(parts), WIDTH, subsequent_indent="      ")
+    text = sum_in_words(zip(of_first["step"], of_first["count"]))
+    return textwrap.wrap(f"Data: {text}", WIDTH, subsequent_indent="      ")
 
 
 def _judge(table: pd.DataFrame) -> list[list[str]]:

@@ -63,6 +63,12 @@ def sizes(found: Iterable) -> str:
     return f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
 
 
+def sum_in_words(steps: Iterable[tuple[str, int]]) -> str:
+    """`40 asked for - 3 malformed = 37 prompts`: labels and counts, what is taken away below zero."""
+    signs = (f"{'-' if count < 0 else '='} {abs(count):,} {label}" for label, count in steps)
+    return " ".join(signs).removeprefix("= ")
+
+
 def what(row) -> str:
     """What a row of the table measures, without the models: `good answers, greedy`."""
     text = f"answer {FLAWS[row.metric]}" if row.metric in FLAWS else row.metric
