@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine's GPU, or without one its CPU, beside a named peer.
 
 training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py);
-gpu: what matters most of both, SmolLM2's loop and NF4, in twelve minutes of a GPU (gpu.py).
+gpu: the most important parts of both, SmolLM2's loop and NF4, in twelve minutes of a GPU (gpu.py).
 Results go to results/benchmarks/: rows as .csv, versions and hardware as .json, a picture.
 """
 

@@ -151,7 +151,7 @@ def judges_agree(
         return {}
     clusters = [cluster(row["prompt"]) for row, _ in both]
     verdicts = [[_verdict(row) for row in rows] for rows in zip(*both)]
-    single = [[first for row in rows for first in row["first_wins"]] for rows in zip(*both)]
+    single = [[first for row in rows for first in first_shown(row)] for rows in zip(*both)]
     found = {}
     for suffix, (a, b), by in (
         ("", verdicts, clusters),

@@ -55,10 +55,16 @@ def cluster(prompt: str) -> str:
     return known.cluster if known else prompt
 
 
-def is_held_out(prompt: str) -> bool:
-    """Whether a prompt asks for what is kept for evaluation, so that training on it would leak."""
+def is_held_out(prompt: str, by_topic: bool = False) -> bool:
+    """Whether a prompt asks for what is kept for evaluation, so that training on it would leak.
+
+    Args:
+        by_topic: whether a topic of the checkable questions is enough, without an instruction.
+    """
     known = _known(prompt)
-    return known is not None and known.held_out
+    if known is not None:
+        return known.held_out
+    return by_topic and checkable.named_topic(prompt) is not None
 
 
 def instructed(prompt: str, share: float, lot: random.Random) -> str:

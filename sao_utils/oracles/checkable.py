@@ -127,9 +127,14 @@ def parse(prompt: str) -> Asked | None:
     if kind is None:
         return None
     before = text.removesuffix(KINDS[kind].sentence).strip()
-    named = (topic for of in TOPICS.values() for topic in of if topic.lower() in before.lower())
-    topic = next(named, None)
+    topic = named_topic(before)
     return Asked(kind, topic or before, topic is not None or KINDS[kind].split != "train")
+
+
+def named_topic(text: str) -> str | None:
+    """The topic of evaluation that a text names, if it does."""
+    every = (topic for of in TOPICS.values() for topic in of)
+    return next((topic for topic in every if topic.lower() in text.lower()), None)
 
 
 def instruct(prompt: str, lot: random.Random) -> str:

@@ -44,17 +44,21 @@ def check_improver(
     rows = [row for row in rows if row["gap"] is not None]
     clusters = [oracles.cluster(row["prompt"]) for row in rows]
     share = lambda values: clustered_mean(values, clusters, resamples=resamples)  # noqa: E731
-    fixed = [float(row["gap"] > 0) for row in rows]
-    broken = [float(row["gap"] < 0) for row in rows]
-    net = [a - b for a, b in zip(fixed, broken)]
+    fixed, broken = ([sign * row["gap"] > 0 for row in rows] for sign in (1, -1))
+    net = [float(a) - b for a, b in zip(fixed, broken)]
     return ImproverCheck(share(fixed), share(broken), share(net), rows)
 
 
 def refuse_if_harmful(check: ImproverCheck, number: int) -> None:
     """Raises StageFailed when an improver breaks more answers than it fixes."""
+    n = len(check.rows)
+    if not n:
+        raise StageFailed(
+            f"Round {number + 1}: the scorer says nothing of any rewritten answer, so the improver cannot "
+            "be checked. Lower judging.min_mass, or take another synpo.scorer."
+        )
     if check.net.value >= 0:
         return
-    n = len(check.rows)
     raise StageFailed(
         f"Round {number + 1}: the improver breaks more answers ({check.broken.value:.0%} of {n}) than it "
         f"fixes ({check.fixed.value:.0%}), so pairs of what it writes would teach the wrong thing. Train "

@@ -6,6 +6,7 @@ from sao_utils import templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.loading import model_name
 from sao_utils.recipe import Model
+from sao_utils.stages.judging import limits
 from sao_utils.stages.responses import answer_jobs
 from sao_utils.store import Run, row_id
 
@@ -38,7 +39,7 @@ def improve(
     )
     jobs = [
         {
-            "id": row_id(*made_with, row["id"]),
+            "id": row_id(*made_with, row["id"], *limits(row)),
             "response_id": row["id"],
             **{key: row[key] for key in ("prompt_id", "seed", "round", "prompt")},
             "model": improver.label,

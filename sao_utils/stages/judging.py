@@ -23,7 +23,7 @@ from sao_utils import oracles, templates
 from sao_utils.engines.base import Sampling
 from sao_utils.engines.requests import replies
 from sao_utils.recipe import Judging, Model
-from sao_utils.store import Run, row_id, standing
+from sao_utils.store import Run, read_rows, row_id
 
 ORDERS = ("12", "21")
 
@@ -52,7 +52,7 @@ def side_by_side(couples: Iterable[Sequence[dict]]) -> list[dict]:
     """
     return [
         {
-            "id": row_id("pair", a["id"], b["id"], *_limits(a, b)),
+            "id": row_id("pair", a["id"], b["id"], *limits(a, b)),
             "seed": a["seed"],
             "round": a["round"],
             "prompt_id": a["prompt_id"],
@@ -67,8 +67,8 @@ def side_by_side(couples: Iterable[Sequence[dict]]) -> list[dict]:
     ]
 
 
-def _limits(*rows: dict) -> list[int | None]:
-    """The limits that ended responses: once they are made again, they are another pair."""
+def limits(*rows: dict) -> list[int | None]:
+    """The limits that ended responses: once they are made again, what is made of them is, too."""
     return [row["max_context"] for row in rows if "max_context" in row]
 
 
@@ -84,11 +84,10 @@ def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdict
         judge: the model; verdicts of several judges may share a stage.
 
     Returns:
-        The pairs with {outcome, margin, margin_12, margin_21, mass, first_wins} added:
+        The pairs with {outcome, margin, margin_12, margin_21, mass} added:
         outcome: "consistent" | "inconsistent" | "tie" | "invalid" | "identical";
         margin...: see above, in nats (sampled verdicts: 1, 0 or -1); None when not judged;
-        mass: the smaller of the two orders' probabilities on any valid verdict;
-        first_wins: for each order, whether the answer shown first was preferred.
+        mass: the smaller of the two orders' probabilities on any valid verdict.
     """
     settings = run.recipe.judging
     shown = [
@@ -105,23 +104,24 @@ def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdict
 
 
 def judged_pairs(run: Run) -> list[dict]:
-    """The pairs whose verdicts on their responses the run keeps, as `judge_pairs` returned them.
+    """The pairs with kept verdicts of both orders on their responses, as `judge_pairs` returns them.
 
-    Nothing is judged; identical responses, which never were, are not among them.
+    Nothing is judged; identical responses, which never were, are not among them. Of several judges or
+    methods, which an earlier recipe may have had, the last one counts.
     """
-    responses = standing(run.rows("responses"))
-    orders: dict[str, dict[str, dict]] = {}
-    for row in standing(run.rows("verdicts")).values():
-        if row["method"] == run.recipe.judging.method:  # not those of an earlier recipe
-            orders.setdefault(row["pair_id"], {})[row["order"]] = row
-    found = []
-    for both in orders.values():
+    responses = {row["id"]: row for row in read_rows(run.rows("responses"))}
+    orders: dict[tuple, dict[str, dict]] = {}
+    for row in read_rows(run.rows("verdicts")):
+        by = (row["pair_id"], row["judge"], row["method"], row["temperature"])
+        orders.setdefault(by, {})[row["order"]] = row
+    found = {}
+    for (pair_id, *_), both in orders.items():
         ids = both["12"]["response_ids"] if len(both) == 2 else None
         if ids and all(one in responses for one in ids):
             [pair] = side_by_side([[responses[one] for one in ids]])
             verdicts = [_log_odds(both[order]) for order in ORDERS]
-            found.append({**pair, **_combine(verdicts, run.recipe.judging)})
-    return found
+            found[pair_id] = {**pair, **_combine(verdicts, run.recipe.judging)}
+    return list(found.values())
 
 
 def _request(pair: dict, order: str, judge: Model, settings: Judging) -> dict:
@@ -174,7 +174,7 @@ def _sampled(reply: dict) -> dict:
 
 def _combine(orders: list[dict] | None, settings: Judging) -> dict:
     """One verdict on a pair from the rows of its two orders."""
-    nothing = {"margin": None, "margin_12": None, "margin_21": None, "first_wins": None}
+    nothing = {"margin": None, "margin_12": None, "margin_21": None}
     if orders is None:
         return {"outcome": "identical", "mass": None, **nothing}
     mass = min(row["mass"] for row in orders)
@@ -196,7 +196,6 @@ def _verdict(margin_12: float, margin_21: float) -> dict:
         "margin": (margin_12 + margin_21) / 2,
         "margin_12": margin_12,
         "margin_21": margin_21,
-        "first_wins": [margin_12 > 0, margin_21 < 0],
     }
 
 

@@ -101,6 +101,8 @@ def _corpus(run: Run) -> Iterable[str]:
     if settings.data == "tiny":
         return oracles.tiny_paragraphs()
     if Path(settings.data).suffix == ".txt":
+        if not Path(settings.data).is_file():
+            raise RecipeError(f"prompts.data: there is no file '{settings.data}'.")
         text = Path(settings.data).read_text(encoding="utf-8")
         return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     if is_table(settings.data):

@@ -23,11 +23,11 @@ from sao_utils.engines.requests import MADE, batches_of_replies
 from sao_utils.files import is_table, read_column, texts_of
 from sao_utils.recipe import Model, Prompts, RecipeError
 from sao_utils.stages.overlap import near_duplicates, shared_ngrams
-from sao_utils.store import Run, make_rows, replace_rows, row_id, standing
+from sao_utils.store import Run, make_rows, read_rows, replace_rows, row_id
 
 IN_EVALUATION = "in an evaluation set"
 NEAR_DUPLICATE = "near-duplicate"
-#: template -> how its reply is read; of the others as "User prompt: ..."
+#: template -> how its reply is read; every other one's must begin with "User prompt:"
 PARSERS = {None: lambda text: text.strip() or None, "keywords": templates.parse_question}
 #: template -> where its reply ends for us: the solution that SynPO's generator goes on with, nobody reads
 STOPS = {"keywords": "</question>"}
@@ -113,7 +113,8 @@ def _row(job: dict, reply: dict, template: str | None, share: float) -> dict:
     elif not reply["finished"]:
         discarded = "cut off"
     else:
-        discarded = "evaluation question" if oracles.is_held_out(prompt) else None
+        held_out = oracles.is_held_out(prompt, by_topic=share > 0)
+        discarded = "evaluation question" if held_out else None
     kept = {key: reply[key] for key in MADE if key in reply}
     return {**job, "reply": text, "prompt": prompt, "discarded": discarded, **kept}
 
@@ -127,8 +128,11 @@ def _own_prompts(run: Run, round: int) -> list[dict]:
         every = read_column(settings.data, settings.column)
     else:
         every = hub_column(settings)
-    if len(every) < settings.count:
-        print(f"{settings.data} has {len(every)} prompts, fewer than prompts.count: all are taken.")
+    if len(every) < settings.count * (round + 1):
+        print(
+            f"{settings.data} has {len(every)} prompts; prompts.count={settings.count} asks for more in "
+            f"round {round + 1}: it takes what is left."
+        )
     rows = []
     for seed in run.recipe.seeds:
         numbered = list(enumerate(every))
@@ -200,7 +204,8 @@ def select_prompts(run: Run, prompts: list[dict], avoid: list[str]) -> list[dict
         if key is not None:
             prompts = [{**row, "selection": key} for row in prompts]
         ids = {row["id"] for row in prompts}
-        others = [row for row in standing(path).values() if row["id"] not in ids]
+        latest = {row["id"]: row for row in read_rows(path)}
+        others = [row for row in latest.values() if row["id"] not in ids]
         replace_rows(path, [*prompts, *others])
     _refuse_if_few(prompts, settings.min_usable)
     return prompts

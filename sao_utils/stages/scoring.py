@@ -75,20 +75,18 @@ def best_and_worst(
     for row in responses:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples = [couple for rows in by_prompt.values() for couple in combinations(rows, 2)]
-    total: dict[str, float] = {}  # of those that were scored
+    gaps: dict[str, list[float]] = {}  # of those that were scored
     for row in score_gaps(run, side_by_side(couples), scorer, stage):
         if row["gap"] is not None:
-            first, second = row["response_ids"]
-            total[first] = total.get(first, 0.0) + row["gap"]
-            total[second] = total.get(second, 0.0) - row["gap"]
+            for one, sign in zip(row["response_ids"], (1, -1)):
+                gaps.setdefault(one, []).append(sign * row["gap"])
+    score = {one: fmean(of) for one, of in gaps.items()}
     found = []
     for rows in by_prompt.values():
-        scored = [row for row in rows if row["id"] in total]
-        ordered = sorted(scored, key=lambda row: -total[row["id"]]) or rows
+        scored = [row for row in rows if row["id"] in score]
+        ordered = sorted(scored, key=lambda row: -score[row["id"]]) or rows
         best, worst = ordered[0], ordered[-1]
-        gap = None
-        if scored:
-            gap = (total[best["id"]] - total[worst["id"]]) / (len(scored) - 1)
+        gap = score[best["id"]] - score[worst["id"]] if scored else None
         [pair] = side_by_side([(best, worst)])
         found.append({**pair, "gap": gap, "outcome": None, "margin": None})
     return found

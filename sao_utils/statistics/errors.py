@@ -97,7 +97,7 @@ def checked(values: Sequence[float], name: str) -> np.ndarray:
 
 
 def cluster_codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
-    """The clusters of n values numbered 0, 1, ... in an order that does not hang on the rows' order.
+    """The clusters of n values numbered 0, 1, ... in an order that does not depend on the rows' order.
 
     Raises:
         ValueError: not one cluster for each value.

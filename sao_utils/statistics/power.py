@@ -59,7 +59,7 @@ def outside_the_noise(
 
     Among twenty tasks one differs "significantly" by chance. Holm's step-down procedure (Holm,
     1979, Scandinavian Journal of Statistics 6) keeps the chance of even one false alarm below 5 %,
-    however the tasks hang together. The p-values are Student's.
+    however the tasks are correlated. The p-values are Student's.
 
     Args:
         differences: [m] after minus before.

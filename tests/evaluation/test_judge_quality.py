@@ -29,7 +29,6 @@ def verdict(k, m12, m21, quality=(1, 0), lengths=(10, 10), prompt=None):
         "margin_12": m12,
         "margin_21": m21,
         "mass": 0.9,
-        "first_wins": [m12 > 0, m21 < 0],
     }
 
 
@@ -132,7 +131,7 @@ def test_the_agreement_of_two_judges_with_independent_errors_has_the_known_kappa
 
 
 def test_agreement_leaves_out_what_one_judge_did_not_say_and_tells_neither_from_a_verdict():
-    invalid = {**verdict(0, 1, 1), "outcome": "invalid", "margin": None, "first_wins": None}
+    invalid = {**verdict(0, 1, 1), "outcome": "invalid", "margin": None}
     one = [invalid, verdict(1, 1, 1), verdict(2, 2, -1), verdict(3, -1, -1), verdict(9, 1, 1)]
     two = [verdict(k, 1, 1) for k in range(3)] + [verdict(3, -1, -1)]
     found = judges_agree(one, two, 200)

@@ -111,6 +111,8 @@ def test_training_asks_neither_the_kinds_nor_the_topics_of_evaluation():
     }
     assert not any(map(oracles.is_held_out, made))
     assert oracles.is_held_out(oracles.instructed("Why do Honey Bees dance?", 1.0, lot))
+    assert oracles.is_held_out("Why do Honey Bees dance?", by_topic=True)
+    assert not oracles.is_held_out("Why do Honey Bees dance?")
     assert oracles.quality("How do I bake a cake?", "So.") is None
     topics = [topic for of in checkable.TOPICS.values() for topic in of]
     assert len(set(topics)) == len(topics)

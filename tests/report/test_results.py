@@ -256,7 +256,7 @@ def test_verdicts_fall_into_a_matrix_of_truth_and_judge():
 @pytest.mark.parametrize("outcome", ["tie", "identical", "invalid"])
 def test_verdicts_that_decide_nothing_leave_a_table(loop, monkeypatch, outcome):
     margin, win = (0.0, 0.5) if outcome == "tie" else (None, None if outcome == "invalid" else 0.5)
-    even = {"outcome": outcome, "win": win, "first_wins": [False, True], "mass": 1.0}
+    even = {"outcome": outcome, "win": win, "mass": 1.0}
     even |= dict.fromkeys(("margin", "margin_12", "margin_21"), margin)
     made = {name: evaluate.comparison(loop, "self", "base", name) for name in ("self", "tuned")}
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ from sao_utils.oracles import tiny_world as world
 from sao_utils.recipe import Judging
 from sao_utils.recipes import load_recipe
 from sao_utils.stages import judging
-from sao_utils.stages.judging import judge_pairs
+from sao_utils.stages.judging import first_shown, judge_pairs
 
 QUESTION = "Can you explain the right tool and where to go for chess?"
 
@@ -180,7 +180,7 @@ def verdicts_of(count):
     """Verdicts that prefer the first answer by 2 nats in both orders; every fifth is invalid."""
 
     def row(k):
-        return {"id": f"{k}", "outcome": "consistent", "first_wins": [True, False]} | dict.fromkeys(
+        return {"id": f"{k}", "outcome": "consistent"} | dict.fromkeys(
             ("margin", "margin_12", "margin_21"), 2.0 if k % 5 else None
         )
 
@@ -199,7 +199,7 @@ def test_noise_turns_the_wanted_share_of_verdicts_around_and_no_other():
     turned = [new for old, new in zip(verdicts, found) if old != new]
     assert 150 < len(turned) < 250  # of the 800 that have a margin
     assert all(new["margin"] == new["margin_12"] == -2.0 for new in turned)
-    assert all(new["first_wins"] == [False, True] for new in turned)
+    assert all(first_shown(new) == [False, True] for new in turned)
     assert all(row["margin"] == 2.0 for row in verdicts if row["margin"] is not None)
 
 
@@ -210,10 +210,10 @@ def test_noise_of_single_orders_and_a_bias_of_position_show_as_orders_that_disag
     )
     assert 850 < counts["consistent"] < 1050  # of 1,600 that have a margin: .75^2 + .25^2 agree
     flipped = [row for row in weakened(verdicts, order_noise=0.25) if row["margin_12"] == -2.0]
-    assert {tuple(row["first_wins"]) for row in flipped} == {(False, True), (False, False)}
+    assert {tuple(first_shown(row)) for row in flipped} == {(False, True), (False, False)}
 
     mild, strong = (weakened(verdicts, position_bias=nats)[1] for nats in (1.0, 3.0))
     assert (mild["margin_12"], mild["margin_21"], mild["outcome"]) == (3.0, 1.0, "consistent")
     assert (strong["margin_12"], strong["margin_21"]) == (5.0, -1.0)
-    assert strong["outcome"] == "inconsistent" and strong["first_wins"] == [True, True]
+    assert strong["outcome"] == "inconsistent" and first_shown(strong) == [True, True]
     assert mild["margin"] == strong["margin"] == 2.0  # both orders together cancel it

@@ -51,7 +51,6 @@ def verdict(**changes):
         "margin_12": 2.0,
         "margin_21": 2.0,
         "mass": 1.0,
-        "first_wins": [True, False],
     }
     return {**row, **changes}
 
