@@ -1,9 +1,10 @@
 """The searches behind the training settings of the recipes tiny and tiny-synpo.
 
 On the "dev" questions, which share no combination with the test questions, and with a seed that the
-reference run does not use. They vary the learning rate, the steps (epochs, number of prompts) and the
-least margin of a pair. The rule: the best greedy good rate after the last round. The control (SFT on random own answers) gets its own best
-rate too: a control that is tuned less than the method proves nothing.
+reference run does not use. They vary the learning rate, the steps (epochs, number of prompts) and
+the least margin of a pair. The rule: the best greedy good rate after the last round. The control
+(SFT on random own answers) gets its own best rate too: a control that is tuned less than the method
+proves nothing.
 """
 
 from __future__ import annotations
