@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sao_utils.methods.studies import load_study
+from sao_utils.oracles.checkable import KINDS
 from sao_utils.recipes import load_recipe, recipe_names, valid_keys
 from sao_utils.report.studies import agreement
 from sao_utils.report.summary import summary
@@ -22,7 +23,7 @@ a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 REFERENCE = ROOT / "results/reference"
-JUDGE = ROOT / "results/reference-laptop-judge"
+LAPTOP = ROOT / "results/reference-laptop"
 
 
 def test_the_readmes_table_is_that_of_the_reference_run():
@@ -85,7 +86,7 @@ def test_the_claim_holds_in_the_reference_run():
     [
         ("tiny", "reference"),
         ("tiny-synpo", "reference-synpo"),
-        ("laptop", "reference-laptop-judge"),
+        ("laptop", "reference-laptop"),
     ],
 )
 def test_a_reference_run_is_of_the_recipe_that_is_shipped(name, folder):
@@ -194,7 +195,7 @@ def test_the_break_even_accuracy_is_that_of_its_study():
 
 
 def test_what_is_said_of_the_real_models_judge_is_what_its_kept_run_found():
-    found = read_table(JUDGE)
+    found = read_table(LAPTOP)
     pages = [" ".join(page.read_text("utf-8").split()) for page in PAGES if page.stem != "README"]
     for metric in ("accuracy", "flip rate", "first position"):
         row = value_of(found, metric=metric, questions="training pairs")
@@ -204,8 +205,31 @@ def test_what_is_said_of_the_real_models_judge_is_what_its_kept_run_found():
     assert value_of(found, metric="accuracy").low < 0.5 < value_of(found, metric="accuracy").high
 
 
+def test_what_is_said_of_the_real_models_trainings_is_what_its_kept_run_found():
+    found = read_table(LAPTOP)
+    small = (ROOT / "docs/small-models.md").read_text("utf-8")
+    names = {"base": "base model", "self": "self-judged pairs"}
+    names |= {"random": "the same pairs, random labels", "sft_random": "SFT on random own answers"}
+    names |= {"oracle": "pairs with checked labels"}
+    for model, words in names.items():
+        good = in_words(value_of(found, section="quality", model=model))
+        tokens = in_words(value_of(found, section="length", model=model)).split()[0]
+        assert f"| {words} | {good} | {tokens} |" in README
+        if model != "base":
+            gain = in_words(value_of(found, section="quality", model=model, against="base"))
+            assert gain.removesuffix(" points") in " ".join(small.split())
+    for kind, of in KINDS.items():
+        if of.split != "dev":
+            cells = []
+            for model in ("base", "oracle", "self", "random", "sft_random"):
+                row = value_of(found, metric=f"not followed: {kind}", model=model)
+                cells.append(f"{row.n * (1 - row.value):.0f}")
+            learned = "yes" if of.split == "train" else "no"
+            assert f"| {of.sentence} | {learned} | {' | '.join(cells)} |" in small
+
+
 def test_a_committed_run_names_no_folder_of_a_machine():
-    kept = [*JUDGE.glob("*.*"), *JUDGE.glob("tables/*.*"), *JUDGE.glob("figures/*.svg")]
+    kept = [*LAPTOP.glob("*.*"), *LAPTOP.glob("tables/*.*"), *LAPTOP.glob("figures/*.svg")]
     assert len(kept) >= 8
     for path in kept:
         assert not re.search(r"/(?:home|root|work|tmp)/", path.read_text("utf-8")), path.name

@@ -246,9 +246,10 @@ def _price(table: pd.DataFrame) -> list[list[str]]:
             shown.add(flaw)
     rows = rows[rows["metric"].isin(shown) | (rows["section"] != "flaws")]
     lines = [["Price paid", "base", "tuned", "difference", "n"]]
+    tasks = set(rows[rows["section"] == "task"]["questions"])
     for label, _, *cells in compare(rows).itertuples(index=False, name=None):
-        if ":" in label:
-            label = f"task {label.split(':')[0]}"
+        if (name := label.split(":")[0]) in tasks:
+            label = f"task {name}"
         elif label == "answer length":
             label, cells = f"{label}, tokens", [text.removesuffix(" tokens") for text in cells]
         lines.append([f"  {label}", *(text.removesuffix(" points") for text in cells)])

@@ -119,7 +119,7 @@ def test_training_asks_neither_the_kinds_nor_the_topics_of_evaluation():
 
 
 def test_the_kept_samples_of_the_real_model_have_the_flaws_that_the_oracle_finds_today():
-    kept = Path(__file__).parents[2] / "results/reference-laptop-judge/samples.jsonl"
+    kept = Path(__file__).parents[2] / "results/reference-laptop/samples.jsonl"
     rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
     assert len(rows) == 50 and all(row["weights"].startswith("smollm2-135m") for row in rows)
     for row in rows:
