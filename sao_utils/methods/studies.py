@@ -54,7 +54,7 @@ class Study(Section):
     name: str
     about: str
     paper: str = ""  # what the paper says of it, with its source
-    minutes: PositiveInt  # of one core that does nothing else
+    minutes: PositiveInt  # of one core's time, the other one busy, too
     share: bool = False  # whether members share rows; then their prices cannot be compared
     stopping: bool = False  # whether rules that stop the rounds are tried on its members
     break_even: bool = (
