@@ -54,9 +54,10 @@ def killed_and_finished(model, tmp_path_factory):
     changes = {
         "model.path": model,
         "prompts.count": 20,  # eight of them lead to a pair that the oracle can decide
-        "evaluation.max_new_tokens": 96,
+        "evaluation.max_new_tokens": 64,
         "evaluation.questions": file,
         "evaluation.bootstrap": 500,
+        "evaluation.task_limit": 4,
         "training.probe_prompts": 2,
     }
     words = [word for change in changes.items() for word in ("--set", "{}={}".format(*change))]
