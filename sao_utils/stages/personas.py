@@ -66,7 +66,7 @@ def _pick(different: list[str], count: int, seed: int, source: str, round: int =
     """The `count` of a round, from a list that is shuffled in place by the seed."""
     if len(different) < count * (round + 1):
         raise RecipeError(
-            f"{source} has {len(different) - count * round} different personas that no earlier "
+            f"{source} has {len(different) - count * round} different personas that no earlier seed or "
             f"round has taken, prompts.count asks for {count}. Lower the count."
         )
     # Not `sample`, which draws others for another count: a first round whose count is raised goes on.

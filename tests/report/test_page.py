@@ -39,7 +39,9 @@ def judged(folder, text):
                 "id": order,
                 "pair_id": "ab",
                 "order": order,
+                "judge": "tiny",
                 "method": "logprob",
+                "temperature": None,
                 "response_ids": ids,
                 "logps": logps,
             }
