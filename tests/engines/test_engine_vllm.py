@@ -227,7 +227,8 @@ def test_an_engine_process_of_vllm_that_is_killed_is_told_and_not_waited_for(mon
     every = family(engine.child.process.pid)
     core = next(process for process in every[1:] if "EngineCore" in " ".join(process.cmdline()))
     core.kill()
-    with pytest.raises(EngineError, match="crashed, or was killed"):
+    # Who notices first: vLLM, whose call then fails, or the child's end of the pipe.
+    with pytest.raises(EngineError, match="crashed, or was killed|EngineDeadError"):
         all_of(engine.generate(CHATS, Sampling(0.0, 60), [0] * 4))
     assert gone(every)
 
