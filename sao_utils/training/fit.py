@@ -80,53 +80,40 @@ def fit(
     if (read_done(folder) or {}).get("fingerprint") == fingerprint:
         return folder
     with alone(folder) if is_main() else nullcontext():
-        _train(model, pairs, settings, algorithm, seed, folder, watch, fingerprint)
+        checkpoint = _checkpoint(folder, fingerprint)
+        started = time.time()
+        from sao_utils.training.setup import make_trainer
+
+        trainer = make_trainer(model, pairs, settings, algorithm, seed, folder, watch)
+        if checkpoint:
+            print(f"Training {folder.name}: going on from {checkpoint.name}", flush=True)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _save(trainer, model, settings, folder)
+        steps = trainer.state.global_step
+        del trainer
+        gc.collect()  # a trainer and its callbacks refer to each other
+        free_gpu()
+        if is_main():
+            log = read_rows(folder / "log.jsonl")
+            done = {
+                "fingerprint": fingerprint,
+                "algorithm": algorithm,
+                "seed": seed,
+                "seconds": round(sum(row["seconds"] for row in log), 1),
+                "pairs": len(pairs),
+                "steps": steps,
+                "tokens": sum(row["real_tokens"] for row in log),
+            }
+            write_whole(folder / "done.json", json.dumps(done))
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)
+        wait_for_all()
     return folder
 
 
 def alone(folder: Path) -> AbstractContextManager:
     """Keeps other processes from training into a folder, by a lock beside it. Raises `Busy`."""
     return turn(folder.with_name(f".{folder.name}.lock"), folder, wait=False)
-
-
-def _train(
-    model: Model,
-    pairs: list[dict],
-    settings: Training,
-    algorithm: Algorithm,
-    seed: int,
-    folder: Path,
-    watch: Callable[[list[dict]], None] | None,
-    fingerprint: str,
-) -> None:
-    checkpoint = _checkpoint(folder, fingerprint)
-    started = time.time()
-    from sao_utils.training.setup import make_trainer
-
-    trainer = make_trainer(model, pairs, settings, algorithm, seed, folder, watch)
-    if checkpoint:
-        print(f"Training {folder.name}: going on from {checkpoint.name}", flush=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(trainer, model, settings, folder)
-    steps = trainer.state.global_step
-    del trainer
-    gc.collect()  # a trainer and its callbacks refer to each other
-    free_gpu()
-    if is_main():
-        log = read_rows(folder / "log.jsonl")
-        done = {
-            "fingerprint": fingerprint,
-            "algorithm": algorithm,
-            "seed": seed,
-            "seconds": round(sum(row["seconds"] for row in log), 1),
-            "pairs": len(pairs),
-            "steps": steps,
-            "tokens": sum(row["real_tokens"] for row in log),
-        }
-        write_whole(folder / "done.json", json.dumps(done))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)
-    wait_for_all()
 
 
 def sft_settings(settings: Training, how: SFT) -> Training:
