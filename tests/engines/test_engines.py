@@ -67,6 +67,23 @@ def test_choose_gives_the_models_log_probabilities_after_the_prefix(engine):
         assert chosen[k] == pytest.approx([logp[one[0]].item(), logp[two[0]].item()], abs=1e-4)
 
 
+def test_verdicts_of_a_model_in_bfloat16_are_not_rounded_to_its_steps(tmp_path):
+    """The gap between both verdicts against a hand computation from the last hidden state."""
+    engine = load_engine(TINY.model_copy(update={"dtype": "bfloat16"}))
+    choices = (" 1 > 2", " 2 > 1")
+    chosen = all_of(engine.choose(CHATS, "ranking:", choices))
+    shared, firsts = base.first_divergent_token(CHATS[0], "ranking:", choices, engine.tokenizer)
+    head = engine.model.get_output_embeddings().weight[firsts].double()
+    for k, prompt in enumerate(base.encode(CHATS, engine.tokenizer)):
+        with torch.inference_mode():
+            out = engine.model(torch.tensor([prompt + shared]), output_hidden_states=True)
+        first, second = head @ out.hidden_states[-1][0, -1].double()
+        rounded = out.logits[0, -1, firsts].double()
+        assert chosen[k][0] - chosen[k][1] == pytest.approx((first - second).item(), abs=0.02)
+        assert abs((first - second) - (rounded[0] - rounded[1])) < 0.2
+    assert any(16 * (a - b) % 1 for a, b in chosen.values())  # no step of the logits' own
+
+
 def test_a_model_that_is_not_there_says_so_at_once_and_what_to_do():
     started = time.time()
     for path in ("no/such/folder/at/all", "./nowhere", "tinny"):
