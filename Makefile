@@ -27,7 +27,7 @@ reference: $(STAMP)  ## the committed reference run again: the same with five se
 
 # Two at a time, of one thread each: they share no file, and two threads of one model wait for each other.
 studies: $(STAMP)  ## all studies of notebook 07 again, two at a time (some 45 minutes on two cores)
-	printf '%s\n' labels sensitivity lengths size algorithms prompts responses break-even | \
+	printf '%s\n' size break-even labels prompts responses sensitivity algorithms lengths | \
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 xargs -n 1 -P 2 $(VENV)/bin/sao study
 
 test: $(STAMP)  ## run the tests
