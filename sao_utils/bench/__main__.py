@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = options.shapes
     if options.benchmark == "gpu":
+        if shapes:
+            ask.error("--shapes is of training and engines: gpu has its own.")
         if device == "cpu" and not options.small:
             sys.exit("There is no GPU here: nothing was measured.")
         name, promises = device + ("-small" if options.small else ""), "training-cuda"
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         shapes = shapes or (engines.ON_GPU if device == "cuda" else ())
         measured = engines.measurements(shapes, device, options.repeats)
     else:
-        name, promises = device, f"training-{device}"
+        promises = f"training-{device}"
+        name = promises if device == "cuda" else device  # cuda.csv is gpu's
         caps = options.cap_gib if device == "cuda" else ()
         shapes = shapes or (training.ON_GPU if device == "cuda" else training.ON_CPU)
         measured = training.measurements(shapes, device, caps, options.repeats)
