@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NoReturn
 import psutil
 import typer
 
-from sao_utils.recipe import RecipeError
+from sao_utils.recipe import Recipe, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.store import Run, open_run, results_folder
 
@@ -141,7 +141,7 @@ def study(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
     """Run a study, a few recipes that differ in one thing, or list the studies there are."""
-    from sao_utils.methods.studies import load_study, open_study, study_names
+    from sao_utils.methods.studies import load_study, member_recipes, open_study, study_names
 
     if name is None or list_:
         for one in map(load_study, study_names()):
@@ -153,7 +153,7 @@ def study(
     with _resumable():
         found = load_study(name, _overrides(set_))
         home = open_study(found)
-        _agree_to_pay(home, yes, f"each of the {len(found.members)} members, more with its search")
+        _agree_to_pay(home, yes, member_recipes(found, home), " of its members, more with searches")
         study_table(found, home)
     typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"The report is {write_page(home.folder)}")
@@ -329,17 +329,20 @@ def recipes() -> None:
         typer.echo(f"{name:<16}  {load_recipe(name).about}")
 
 
-def _agree_to_pay(run: Run, yes: bool, of: str = "") -> None:
-    """Print what servers with a price may get for a run (or `of` what of it), and ask, unless `yes`."""
-    if not any(model.priced for model in run.recipe.models.values()):
+def _agree_to_pay(
+    run: Run, yes: bool, recipes: list[Recipe] | None = None, of: str = ""
+) -> None:
+    """Print what servers with a price may get for a run (or for `recipes` in it), and ask, unless `yes`."""
+    recipes = recipes or [run.recipe]
+    if not any(model.priced for recipe in recipes for model in recipe.models.values()):
         return
     from sao_utils.engines.requests import spent
     from sao_utils.plan.render import bill_lines
     from sao_utils.plan.rounds import work_of
     from sao_utils.plan.workload import bill
 
-    if owed := bill(work_of(run.recipe)):
-        typer.echo("\n".join([*bill_lines(owed), *([f"This is for {of}."] if of else [])]))
+    if owed := bill([work for recipe in recipes for work in work_of(recipe)]):
+        typer.echo("\n".join(bill_lines(owed, of)))
     cap = run.recipe.evaluation.max_cost
     limit = "has no cap (evaluation.max_cost)" if cap is None else f"may spend US$ {cap:g}"
     typer.echo(f"The run has spent US$ {spent(run):,.2f} so far and {limit}.")

@@ -235,6 +235,16 @@ def test_a_run_that_pays_a_server_names_the_price_and_asks_once(folder, server):
     assert done.exit_code == 0 and "no cap" in done.output and "Go on?" not in done.output
 
 
+def test_a_study_of_which_one_member_pays_a_server_names_the_price_and_asks(folder, tmp_path):
+    judge = {"path": "gpt", "engine": "api", "url": "http://localhost:1/v1", "price_in": 10}
+    paid = {"set": {f"judge.{key}": value for key, value in judge.items()}}
+    of = {"name": "paid", "about": "?", "minutes": 1, "recipe": "tiny"}
+    (tmp_path / "paid.yaml").write_text(json.dumps({**of, "members": {"own": {}, "gpt": paid}}))
+    done = CliRunner().invoke(app, ["study", str(tmp_path / "paid.yaml")], input="n\n")
+    assert done.exit_code == 1 and "Go on?" in done.output
+    assert "A whole run of its members" in done.output and "judge" in done.output
+
+
 # ---------------------------------------------------------------------- what was trained
 
 

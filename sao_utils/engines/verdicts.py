@@ -38,7 +38,8 @@ def read_verdict(
             if max(found) == -math.inf or all(len(_bare(choice)) == 1 for choice in choices):
                 return found
             rest = 1 - sum(map(math.exp, alternatives.values()))
-            most = min(*alternatives.values(), math.log(max(rest, SURE)))
+            known = [p for p in alternatives.values() if math.exp(p)]  # no -9999
+            most = min(*known, math.log(max(rest, SURE)))
             most = most if most < max(found) else -math.inf
             return [most if p == -math.inf else p for p in found]
         said += token

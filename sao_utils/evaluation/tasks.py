@@ -128,6 +128,16 @@ def _config(task: Task) -> tuple[dict, list[Path]]:
     return config, paths
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """See that tasks can be scored here, before hours of other work.
+
+    Raises:
+        RecipeError: a file is not there or is no task, or lm-eval is not installed.
+    """
+    for task in tasks_of(names):
+        _edition(task)
+
+
 def _edition(task: Task) -> str:
     """What a score belongs to: lm-eval's version, and of a local task a hash of its files.
 

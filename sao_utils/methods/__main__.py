@@ -17,6 +17,7 @@ def main() -> None:
     """
     from sao_utils.methods import sao
     from sao_utils.recipe import Arm
+    from sao_utils.recipes import load_recipe
     from sao_utils.store import open_run
 
     parser = argparse.ArgumentParser(prog="sao_utils.methods", description=main.__doc__)
@@ -29,12 +30,13 @@ def main() -> None:
     overrides = dict(setting.split("=", 1) for setting in given.set if "=" in setting)
     if len(overrides) < len(given.set):
         parser.error("--set takes KEY=VALUE")
+    seeds = load_recipe(given.recipe, overrides).seeds
+    if given.seed not in seeds:
+        parser.error(f"the seeds of this run are {', '.join(map(str, seeds))}")
     if is_main():
         sao.pairs(open_run(given.recipe, given.run, overrides), given.arm)
     wait_for_all()
     run = open_run(given.recipe, given.run, overrides)
-    if given.seed not in run.recipe.seeds:
-        parser.error(f"the seeds of this run are {', '.join(map(str, run.recipe.seeds))}")
     print(sao.train(run, given.arm, given.seed))
 
 

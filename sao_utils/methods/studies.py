@@ -19,8 +19,8 @@ from typing import Any
 from sao_utils.evaluation.answers import answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import Trained, all_rounds
-from sao_utils.recipe import PositiveInt, RecipeError, Section
-from sao_utils.recipes import read_value, read_yaml, validated
+from sao_utils.recipe import PositiveInt, Recipe, RecipeError, Section
+from sao_utils.recipes import load_recipe, read_value, read_yaml, validated
 from sao_utils.store import Run, make_rows, open_run, row_id, variant
 
 SHIPPED = files("sao_utils") / "studies"
@@ -54,6 +54,7 @@ class Study(Section):
     name: str
     about: str
     paper: str = ""  # what the paper says of it, with its source
+    measure: str = ""  # what the numbers of its claims are, in percent
     minutes: PositiveInt  # of one core's time, the other one busy, too
     share: bool = False  # whether members share rows; then their prices cannot be compared
     stopping: bool = False  # whether rules that stop the rounds are tried on its members
@@ -111,6 +112,12 @@ def load_study(name: str, overrides: dict | str | None = None, recipe: str | Non
 def open_study(study: Study) -> Run:
     """The run that a study's members lie in."""
     return open_run(study.recipe, f"study-{study.name}", study.set)
+
+
+def member_recipes(study: Study, home: Run) -> list[Recipe]:
+    """The recipe of every member, without its search."""
+    text = str(home.folder / "recipe.yaml")
+    return [load_recipe(text, member.set) for member in study.members.values()]
 
 
 def run_study(study: Study, home: Run) -> Iterator[Entry]:

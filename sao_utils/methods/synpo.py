@@ -11,7 +11,7 @@ from pathlib import Path
 from sao_utils.evaluation.questions import evaluated_prompts, questions
 from sao_utils.methods.rounds import Round, with_adapter
 from sao_utils.methods.scorers import scorer_of
-from sao_utils.recipe import SFT, Model
+from sao_utils.recipe import SFT, Model, RecipeError
 from sao_utils.stages.improver_check import ImproverCheck, check_improver, refuse_if_harmful
 from sao_utils.stages.improving import improve, improver_chat
 from sao_utils.stages.judging import side_by_side
@@ -106,6 +106,11 @@ def train_improver(run: Run, this: Round) -> Model:
         for row in scored
         if row["gap"] is not None and row["gap"] > settings.threshold
     ]
+    if not examples:
+        raise RecipeError(
+            f"No gold answer of {len(scored)} is better than the model's own, so there is nothing to teach "
+            "the improver: lower synpo.threshold, or set synpo.seed_count or synpo.scorer anew."
+        )
     folder = run.folder / "adapters" / f"improver-round{this.number + 1}-{this.seed}"
     return _taught(run, this.base, examples, settings.improver, this.seed, folder)
 

@@ -19,6 +19,7 @@ from sao_utils.engines.base import EngineError
 from sao_utils.engines.loading import find, model_name
 from sao_utils.engines.registry import load_engine
 from sao_utils.evaluation.questions import questions
+from sao_utils.evaluation.tasks import check_tasks
 from sao_utils.notebooks import RunError
 from sao_utils.notebooks.kernels import execute, start_kernel, stop_kernel
 from sao_utils.recipe import Recipe
@@ -153,6 +154,8 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
         raise RunError(str(error)) from None
     if new:
         questions(recipe.evaluation)
+        if _number(chosen[-1]) > TRAINING:
+            check_tasks(recipe.evaluation.tasks)
         if recipe.judging.labelled:
             labelled_pairs(recipe.judging.labelled)
 
@@ -163,8 +166,10 @@ def fingerprint(path: Path, run: Run) -> str:
     parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
     parts += [run.recipe.model_dump(mode="json"), *map(model_name, run.recipe.models.values())]
     package = Path(__file__).parents[1]
-    kinds = ("*.py", "*.jinja", "*.jsonl", "prompts/*")
+    kinds = ("*.py", "*.jinja", "*.jsonl", "prompts/*.*")
     sources = sorted({source for kind in kinds for source in package.rglob(kind)})
-    parts += [source.read_text("utf-8") for source in sources]
+    # Bytes: editors and file managers leave files of their own.
+    whole = [source.read_bytes() for source in sources if source.is_file()]
+    parts += [hashlib.sha256(data).hexdigest() for data in whole]
     parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in input_files(run.recipe)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -43,11 +43,11 @@ def render(made: Plan, actual: dict | None = None) -> str:
     return "\n".join([*lines, "", *made.notes])
 
 
-def bill_lines(owed: dict[str, tuple[float, float]]) -> list[str]:
-    """Who is paid how much (`workload.bill`), as lines of text; the most that a run can cost first."""
+def bill_lines(owed: dict[str, tuple[float, float]], of: str = "") -> list[str]:
+    """Who is paid how much (`workload.bill`) for a run (or `of` what); the most it can cost first."""
     about, most = (sum(amounts) for amounts in zip(*owed.values()))
     lines = [
-        f"A whole run pays servers at most US$ {most:,.2f}, with every reply as long as it may be; "
+        f"A whole run{of} pays servers at most US$ {most:,.2f}, with every reply as long as it may be; "
         f"about US$ {about:,.2f} at the assumed lengths:"
     ]
     for who, (about, most) in owed.items():

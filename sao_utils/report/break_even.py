@@ -42,7 +42,7 @@ def break_even_rows(table: pd.DataFrame) -> Iterator[dict]:
         crossing = zero_crossing(found)
         yield make_row("study", "break-even accuracy", crossing, model=way, **where)
     ways = list(of)
-    if len(ways) == 2 and len(of[ways[0]][0]) == len(of[ways[1]][0]):
+    if len(ways) == 2:
         moved = crossing_shift(of[ways[1]], of[ways[0]])
         names = {"model": ways[0], "against": ways[1], **where}
         yield make_row("study", "break-even accuracy", moved, "points", **names)

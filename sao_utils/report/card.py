@@ -36,7 +36,6 @@ from sao_utils.training.fit import read_done, settings_used
 
 #: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
 #: no name that the hub could know, so nobody can put another model there.
-TINY = "sao_utils/tiny/model"
 #: The sections of a recipe that make data.
 DATA = ("model", "judge", "prompts", "responses", "judging", "pairs")
 #: configuration of a data set -> what it holds
@@ -83,6 +82,11 @@ def kind(model: dict) -> str:
     return "folder" if local else "hub"
 
 
+def embedded(model: dict) -> str:
+    """The folder of an embedded base model in a checkout of the kit."""
+    return f"sao_utils/tiny/{EMBEDDED[model['path']]}"
+
+
 def source(model: dict) -> str:
     """What `sao fetch` brought into a base model's folder, in words; "" of another folder."""
     noted = Path(model["path"]) / "source.json"
@@ -120,6 +124,7 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
         **hub,
     )
     used = {"method": training.method, **settings_used(training, algorithm)}
+    bases = {"folder": "FOLDER OF THE BASE MODEL", "hub": model["path"]}
     card = ModelCard.from_template(
         front,
         template_str=(files("sao_utils.report") / "card.jinja").read_text(encoding="utf-8"),
@@ -131,7 +136,7 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
         kind=where,
         model=model,
         source=source(model),
-        base={"tiny": TINY, "folder": "FOLDER OF THE BASE MODEL"}.get(where, model["path"]),
+        base=bases.get(where) or embedded(model),
         own_judge=not recipe["judge"],
         prompts=recipe["prompts"],
         persona_hub=HUB_PERSONAS,
@@ -234,6 +239,7 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
         method=model_in_words("sao" if arm == "self" else arm),
         main=main,
         where=where,
+        embedded={name: embedded(recipe[name]) for name in where if where[name] == "tiny"},
         sources=sources,
         recipe=recipe,
         recipe_text=yaml.safe_dump(recipe, sort_keys=False),

@@ -58,7 +58,7 @@ def write_page(folder: Path) -> Path:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     figures, left_out = _figures(folder)
-    pairs = judged_pairs(run) or _scored_pairs(run)
+    pairs = [] if study else judged_pairs(run) or _scored_pairs(run)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["table"] = _html
     page = environment.from_string(

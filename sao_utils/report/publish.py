@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from sao_utils.recipe import Arm
-from sao_utils.report.card import TINY, PublishError, finished, kind, made_with, write_card
+from sao_utils.report.card import PublishError, embedded, finished, kind, made_with, write_card
 from sao_utils.report.data import write_data_set
 from sao_utils.store import Run
 
@@ -127,7 +127,7 @@ def _copy(source: Path, target: Path, model: dict) -> None:
     config = json.loads(source.read_text(encoding="utf-8"))
     for key in BASE_KEYS:
         if key in config:
-            config[key] = TINY if kind(model) == "tiny" else model["path"]
+            config[key] = embedded(model) if kind(model) == "tiny" else model["path"]
     if "base_model_name_or_path" in config:
         config["revision"] = model["revision"]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import mean
+from typing import get_args
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from sao_utils.evaluation.answers import Candidate, answer_questions
 from sao_utils.evaluation.questions import questions
 from sao_utils.methods.iterate import IMITATING, Trained, all_rounds
 from sao_utils.methods.synpo import train_on_seeds
+from sao_utils.recipe import Arm
 from sao_utils.report.sections import mean_of, rate, share_of_good, task_rows
 from sao_utils.report.stopping import as_pair
 from sao_utils.report.table import make_row, make_table
@@ -24,6 +26,8 @@ from sao_utils.stages.prompts import repetition_rate
 from sao_utils.statistics.intervals import Interval, clustered_mean, exact
 from sao_utils.store import Run
 
+#: arms whose pairs the judge did not choose
+CONTROLS = frozenset(get_args(Arm)) - {"self"}
 #: subset of the questions -> which of them it holds
 TOPICS: dict[str, Callable[[str], bool | None]] = {
     "all": lambda prompt: True,
@@ -101,7 +105,7 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
 
 
 def rows_by_seed(run: Run, one: Trained, answers: list[dict]) -> Iterator[dict]:
-    """The gain of one round of one seed over the base, and how often its judge was right."""
+    """The gain of one round of one seed over the base, and how often the judge of its pairs was right."""
     seed = one.candidate.seed
     of_seed = [row for row in answers if row["seed"] in (None, seed)]
     of_round = [row for row in of_seed if row["round"] in (0, one.candidate.round)]
@@ -192,10 +196,13 @@ def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
     if judged:
         flipped = [row["outcome"] == "inconsistent" for row in judged]
         found["flip rate"] = _share(judged, flipped)
-        decided = [row for row in judged if row["margin"] and row["discarded"] != NO_REPLY]
+        # In the arms that are controls, a coin or the oracle chose.
+        decided = [row for row in judged if row["arm"] not in CONTROLS]
+        decided = [row for row in decided if row["margin"] and row["discarded"] != NO_REPLY]
         known = [(row, gap) for row in decided if (gap := _true_gap(row))]
-        right = _share([row for row, _ in known], [gap > 0 for _, gap in known])
-        found["judge is right"] = right
+        if decided:
+            right = _share([row for row, _ in known], [gap > 0 for _, gap in known])
+            found["judge is right"] = right
     return found
 
 

@@ -128,7 +128,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
     write_whole(folder / "results.csv", as_csv(table))
     write_whole(folder / "results.json", as_json(table))
     write_whole(folder / "results.md", _in_text(study, home, table, entries))
-    drawn = {study.name: figures.study(table, study.about, reported(study))}
+    drawn = {study.name: figures.study(table, study.about, reported(study), study.measure)}
     if study.stopping:
         drawn["stopping"] = figures.stopping(table)
     if study.break_even:
@@ -167,9 +167,8 @@ def reported(study: Study) -> dict[str, float]:
 def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """One line a member: good answers and gain over the base by topic, pairs, outside help, the price.
 
-    Of the last round; good answers and win rate (by the member's judge: the base, unless it
-    names another) at the first temperature, gains
-    at all.
+    Of the last round; good answers and win rate at the first temperature, gains at all. The win rate is
+    by the base, unless its cell names another judge.
     """
     lines: dict[str, dict] = {}
     first = table["temperature"].dropna().min()
@@ -182,7 +181,9 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
             line[what] = f"{in_words(row)} (n = {row.n:,})"  # later rounds overwrite earlier ones
     signs = select(table, metric=("win rate", "chosen is better", "repeated prompts"))
     for row in signs.itertuples(index=False):
-        lines.setdefault(row.model, {})[row.metric] = in_words(row)
+        judge = study.members[row.model].set.get("judge.path") if row.judge == "self" else None
+        by = f" ({judge} judges)" if judge and row.metric == "win rate" else ""
+        lines.setdefault(row.model, {})[row.metric] = in_words(row) + by
     there = [(label, of) for label, of in study.members.items() if label in lines]
     for label, member in there:
         lines[label]["outside help"] = member.help or "none"
@@ -211,18 +212,19 @@ def agreement(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for claim in study.claims:
-        names = {"model": claim.model, "against": claim.against, "questions": "all", "seed": None}
-        found = select(table, metric="good answers", **names)
-        theirs = claim.reported[0] - claim.reported[1]
+        both = {"model": claim.model, "against": claim.against, "questions": "all", "seed": None}
+        found = select(table, metric="good answers", **both)
+        high, low = claim.reported
+        names = f"{claim.theirs[0]} - {claim.theirs[1]}, " if claim.theirs else ""
         for row in found.itertuples(index=False):
-            same = "yes" if row.value * theirs > 0 else "no"
+            same = "yes" if row.value * (high - low) > 0 else "no"
             open_ = not (row.low > 0 or row.high < 0)
             lines.append(
                 {
                     "what": f"{claim.model} - {claim.against}",
                     "decoding": decoding(row.temperature),
                     "here": in_words(row),
-                    "paper": f"{claim.reported[0]:g} - {claim.reported[1]:g} ({claim.source})",
+                    "paper": f"{high:g} - {low:g} ({names}{claim.source})",
                     "same direction": "open" if open_ else same,
                 }
             )

@@ -91,6 +91,8 @@ def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
         )
     if (table["metric"] == "win rate").any():
         judge = recipe.judge.label if recipe.judge else "the base model itself"
+        if "study" in set(table["section"]):
+            judge += ", unless a member names another"
         found.append(
             f"The judge 'self' of the comparisons is {judge}. A model that was trained on a judge's verdicts "
             "pleases that judge: believe such a win rate only beside another judge or the oracle."

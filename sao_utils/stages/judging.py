@@ -107,21 +107,23 @@ def judged_pairs(run: Run) -> list[dict]:
     """The pairs with kept verdicts of both orders on their responses, as `judge_pairs` returns them.
 
     Nothing is judged; identical responses, which never were, are not among them. Of several judges or
-    methods, which an earlier recipe may have had, the last one counts.
+    methods, which an earlier recipe may have had, those of the run's recipe count, then the last one.
     """
+    settings, judge = run.recipe.judging, run.recipe.judging_model.label
     responses = {row["id"]: row for row in read_rows(run.rows("responses"))}
     orders: dict[tuple, dict[str, dict]] = {}
     for row in read_rows(run.rows("verdicts")):
         by = (row["pair_id"], row["judge"], row["method"], row["temperature"])
         orders.setdefault(by, {})[row["order"]] = row
     found = {}
-    for (pair_id, *_), both in orders.items():
+    of_recipe = lambda by: by[1:3] == (judge, settings.method)  # noqa: E731
+    for (pair_id, *_), both in sorted(orders.items(), key=lambda item: of_recipe(item[0])):
         ids = both["12"]["response_ids"] if len(both) == 2 else None
         if ids and all(one in responses for one in ids):
             [pair] = side_by_side([[responses[one] for one in ids]])
             verdicts = [_log_odds(both[order]) for order in ORDERS]
-            found[pair_id] = {**pair, **_combine(verdicts, run.recipe.judging)}
-    return list(found.values())
+            found[pair_id] = {**pair, **_combine(verdicts, settings)}
+    return weaken(list(found.values()), settings)
 
 
 def _request(pair: dict, order: str, judge: Model, settings: Judging) -> dict:

@@ -32,19 +32,17 @@ def zero_crossing(points: Points, resamples: int = 10_000) -> Interval:
 
 
 def crossing_shift(before: Points, after: Points, resamples: int = 10_000) -> Interval:
-    """By how much the crossing moves from some points to others, paired: both resampled alike.
-
-    Args:
-        before, after: of as many points, of which the k-th belong together.
-    """
+    """By how much the crossing moves from some points to others; each are resampled by themselves."""
     first, second = zero_crossing(before, 1), zero_crossing(after, 1)
     if np.isnan(first.value) or np.isnan(second.value):
-        return Interval(np.nan, np.nan, np.nan, first.n, "a line does not rise")
-    drawn = _drawn(first.n, resamples)
-    ends = [_crossings(*(np.asarray(v, dtype=float)[drawn] for v in of)) for of in (before, after)]
+        return Interval(np.nan, np.nan, np.nan, first.n + second.n, "a line does not rise")
+    ends = []
+    for seed, (x, y) in enumerate((before, after)):
+        drawn = _drawn(len(x), resamples, seed)
+        ends.append(_crossings(np.asarray(x, float)[drawn], np.asarray(y, float)[drawn]))
     with np.errstate(invalid="ignore"):  # where neither crosses, there is no difference
         moved = ends[1] - ends[0]
-    return _interval(second.value - first.value, moved, first.n)
+    return _interval(second.value - first.value, moved, first.n + second.n)
 
 
 def _crossings(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -57,8 +55,8 @@ def _crossings(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(np.ptp(x, axis=1) > 0, crossing, np.nan)
 
 
-def _drawn(n: int, resamples: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(n, size=(resamples, n))
+def _drawn(n: int, resamples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
 def _interval(value: float, found: np.ndarray, n: int, note: str = "") -> Interval:

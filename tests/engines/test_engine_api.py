@@ -203,7 +203,8 @@ def test_a_vllm_server_is_made_to_begin_with_the_prefix(server):
         (LETTERS, [{" M": 0.6, "m": 0.3, "**m": 0.1}], [0.4, 0.6]),
         # A server may say -9999 for what it does not reckon with.
         (LETTERS, [{"m": 0.9, "M": 0}], [0.9, 0]),
-        (CHOICES, [{" 1": 0.9, " 2": 0}], [0.9, 0]),
+        (CHOICES, [{" 1": 0.9, " 2": 0}], [0.9, 0.1]),
+        (CHOICES, [{" 1": 0.9, "x": 0}], [0.9, 0.1]),
         (CHOICES, [{" 1": 0, " 2": 0}], [0, 0]),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sao_utils.recipes import load_recipe
+from sao_utils.methods.studies import load_study
 from sao_utils.report import figures
 from sao_utils.report.break_even import break_even_rows
 from sao_utils.report.figures import training
@@ -226,7 +227,8 @@ def test_the_break_even_is_where_the_line_crosses_and_the_filter_moves_it_by_ten
 
 
 def test_what_a_paper_reports_is_drawn_apart_with_open_dots_that_no_line_joins():
-    figure = figures.study(GAINS, "Who gains?", {"no training": 39.25, "random": 8.82})
+    measure = load_study("labels").measure
+    figure = figures.study(GAINS, "Who gains?", {"no training": 39.25, "random": 8.82}, measure)
     _, theirs = figure.axes
     (dots,) = theirs.lines
     assert (list(dots.get_xdata()), dots.get_linestyle()) == ([39.25, 8.82], "None")

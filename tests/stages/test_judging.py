@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -45,6 +46,21 @@ def test_what_was_judged_is_read_again_from_the_rows_alone(small_run):
     made = [row for row in sao.rows(small_run, "verdicts") if row["outcome"] != "identical"]
     key = {"key": lambda row: row["id"]}
     assert sorted(judging.judged_pairs(small_run), **key) == sorted(made, **key)
+
+
+def test_what_is_read_again_is_of_the_recipes_judge_and_as_weak_as_it_shall_be(small_run, tmp_path):
+    shutil.copytree(small_run.folder / "rows", tmp_path / "rows")
+    noisy = {"judging.label_noise": 0.5}
+    recipe = load_recipe(str(small_run.folder / "recipe.yaml"), noisy)
+    run = dataclasses.replace(small_run, folder=tmp_path, recipe=recipe)
+    other = [
+        {**row, "id": f"other {row['id']}", "judge": "other", "logps": row["logps"][::-1]}
+        for row in rows.read_rows(run.rows("verdicts"))
+    ]
+    rows.replace_rows(run.rows("verdicts"), rows.read_rows(run.rows("verdicts")) + other)
+    whole = judging.judged_pairs(small_run)
+    found = judging.judged_pairs(run)
+    assert found == judging.weaken(whole, recipe.judging) != whole
 
 
 def test_identical_answers_are_counted_and_not_judged(small_run, tmp_path):

@@ -14,7 +14,9 @@ from sao_utils.report.words import decoding, in_words
 
 
 @style.styled
-def study(table: pd.DataFrame, title: str, reported: dict[str, float] | None = None):
+def study(
+    table: pd.DataFrame, title: str, reported: dict[str, float] | None = None, measure: str = ""
+):
     """The gain of every member over the base, with its interval, of its last round.
 
     A dot for each set of questions at the first temperature; with one set, a dot for each temperature.
@@ -23,6 +25,7 @@ def study(table: pd.DataFrame, title: str, reported: dict[str, float] | None = N
     Args:
         table: rows of `report.studies.study_table`.
         reported: `report.studies.reported` of the study.
+        measure: what the paper's numbers are, and of how many questions.
     """
     rows = select(table, metric="good answers", against="base", seed=None)
     if rows.empty:
@@ -43,6 +46,7 @@ def study(table: pd.DataFrame, title: str, reported: dict[str, float] | None = N
         "no member has been run",
         at=0,
         reported=reported or {},
+        measure=measure,
     )
 
 

@@ -114,6 +114,7 @@ def intervals(
     why: str,
     at: float | None = None,
     reported: dict[str, float] | None = None,
+    measure: str = "",
 ):
     """Shares with their 95 % intervals: a row for each label, in it a dot for each way of measuring.
 
@@ -121,7 +122,8 @@ def intervals(
         series: way of measuring -> {label: estimate, with value, low, high and n}.
         why: what the picture says if there is nothing to draw.
         at: percent where a line stands for "no difference".
-        reported: label -> win rate that a paper reports, in percent: open dots on axes below.
+        reported: label -> what a paper reports, in percent: open dots on axes below.
+        measure: what that is, for the label of those axes.
     """
     labels = list(dict.fromkeys(label for found in series.values() for label in found))
     if not labels:
@@ -139,7 +141,7 @@ def intervals(
             theirs.annotate(f"{value:g}", (value, row), fontsize=8, **place)
         name_rows(theirs, list(reported))
         theirs.set(title="What the paper reports, of another model", xlim=(0, 100))
-        theirs.set_xlabel("win rate on AlpacaEval 2.0 (%, n = 805; the paper gives no interval)")
+        theirs.set_xlabel(measure or "as it is reported (%)")
     if at is not None:
         axes.axvline(at, color="black", lw=0.8)
     for k, (way, found) in enumerate(series.items()):
