@@ -36,7 +36,7 @@ test: $(STAMP)  ## run the tests
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## run the tests that need vLLM, with a build for CPUs (4 minutes)
 	HF_HUB_OFFLINE=1 SAO_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(VENV)/bin/python -m pytest -q -m vllm tests/engines
 
-test-smollm2: $(STAMP)  ## run the tests that need SmolLM2-135M-Instruct, which they download once (93 MB; 6 minutes)
+test-smollm2: $(STAMP)  ## run the tests that need SmolLM2-135M-Instruct, which they download once (93 to 270 MB; 6 minutes)
 	HF_HUB_OFFLINE=0 SAO_SMOLLM2=1 $(VENV)/bin/python -m pytest -q -m smollm2 -rs tests/test_smollm2.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
