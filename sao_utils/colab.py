@@ -1,11 +1,11 @@
 """Install the kit into a notebook that is already running, without disturbing what is there.
 
-The first cell of each notebook runs this file where the kit is missing: on Colab, above all, whose
-torch and numpy fit its GPU and are partly loaded. It needs Python's standard library only.
+The first cell of each notebook runs this file if the kit is missing, above all on Colab, whose torch and
+numpy match its GPU and are partly loaded already. It needs only Python's standard library.
 
-pip gets constraints of three kinds. What is loaded in this kernel, or compiled against the GPU's
-software, stays as it is. The libraries that were tested together come in the kit's versions. So does
-all that the machine lacks.
+pip gets three kinds of constraints. Packages that are loaded in this kernel, or compiled against the
+GPU's software, stay as they are. The libraries that were tested together are installed in the kit's
+versions, and so is everything that the machine lacks.
 """
 
 import re
@@ -19,17 +19,17 @@ from importlib.metadata import distributions, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-#: Never another build than the one that is there.
+#: The installed build of these is always kept.
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "numpy")
 #: Tested together: trl.experimental changes with every release.
 STACK = (
     *("transformers", "tokenizers", "trl", "peft", "accelerate", "datasets"),
     *("huggingface-hub", "safetensors", "bitsandbytes"),
 )
-#: Needs of the kit that the notebook which runs this has already.
+#: Dependencies of the kit that a notebook running this has already.
 LEFT_OUT = ("jupyterlab", "ipykernel")
-#: peft raises an error at every LoRA where it finds torchao below 0.16, as Colab has it (0.10). 0.17
-#: needs no other package, and newer ones a newer torch.
+#: peft raises an error for every LoRA if it finds torchao below 0.16, and Colab has 0.10. 0.17 needs no
+#: other package; newer versions need a newer torch.
 TORCHAO = "torchao==0.17.0"
 #: The user's Drive, if it is mounted, and the folder in it for runs.
 DRIVE = Path("/content/drive/MyDrive")
@@ -45,7 +45,7 @@ def on_colab() -> bool:
 
 
 def plain(name: str) -> str:
-    """A package's name as pip compares it."""
+    """A package's name in the form in which pip compares names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -55,14 +55,14 @@ def installed() -> dict[str, str]:
 
 
 def loaded() -> set[str]:
-    """The packages of which this process has imported something."""
+    """The packages from which this process has imported something."""
     modules = {name.partition(".")[0] for name in sys.modules}
     owners = packages_distributions()
     return {plain(package) for module in modules for package in owners.get(module, ())}
 
 
 def constraints(pins: dict[str, str], there: dict[str, str], in_use: set[str]) -> list[str]:
-    """The lines that hold pip to the rules above.
+    """The lines of a constraints file that hold pip to the rules above.
 
     Args:
         pins: the kit's versions by package.
@@ -113,7 +113,7 @@ def _pip(*arguments: str) -> None:
 
 
 def advice() -> None:
-    """On Colab: which recipe fits the machine, and where rows outlive it."""
+    """On Colab, print which recipe fits the machine, and where rows outlive it."""
     if not on_colab():
         return
     if shutil.which("nvidia-smi"):

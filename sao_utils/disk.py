@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and locks between processes."""
+"""Files that are written whole or not at all, and locks between processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed.
+    """Write a file atomically: whole or not at all, even if the process is killed.
 
     Raises:
-        OSError: it could not be written, and is as it was before.
+        OSError: the file could not be written, and is as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,12 +37,12 @@ class Busy(RuntimeError):
 
 
 def lock(file, path: Path, wait: bool = False) -> None:
-    """Keep a second process from writing the same file. Freed by closing, also by a kill.
+    """Keep a second process from writing the same file. Closing the file, or a kill, frees the lock.
 
-    Windows, a mounted Drive and some network disks have no such locks; then there is none.
+    Windows, a mounted Drive and some network disks have no such locks; there, nothing is locked.
 
     Raises:
-        Busy: another process has it, and we do not `wait` for that.
+        Busy: another process holds the lock, and `wait` is false.
     """
     try:
         import fcntl
@@ -59,12 +59,12 @@ def lock(file, path: Path, wait: bool = False) -> None:
 
 @contextmanager
 def turn(path: Path, what: Path | None = None, wait: bool = True) -> Iterator[None]:
-    """One process at a time, the others wait.
+    """Let one process at a time run the body; the others wait.
 
     Args:
-        path: an empty file to tell by, made if need be.
-        what: what is done in turns, for a message.
-        wait: or else raise `Busy`.
+        path: an empty file that carries the lock; created if it is missing.
+        what: the path to name in the message of `Busy`; by default `path`.
+        wait: whether to wait for the lock; if not, raise `Busy`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:

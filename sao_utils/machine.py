@@ -1,4 +1,4 @@
-"""What machine and what versions a result comes from, in words that name no user, host or path."""
+"""The machine and the versions that a result comes from, without naming a user, host or path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions in use of what a result depends on, as far as it is installed."""
+    """The versions of Python and of the packages that a result depends on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 def gpu_name() -> str | None:
     """The name of this machine's first GPU, from the driver; None without one.
 
-    torch would take seconds, and memory of the GPU beside the process of an engine.
+    Asking torch would take seconds, and GPU memory on top of what an engine's process takes.
     """
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
@@ -39,6 +39,6 @@ def gpu_name() -> str | None:
 
 @cache
 def hardware() -> dict[str, str | int]:
-    """The machine, in words that name no user, host or path."""
+    """The machine's architecture, number of CPUs and GPU, without naming a user, host or path."""
     gpu = gpu_name() or "none"
     return {"machine": platform.machine(), "cpus": os.cpu_count() or 0, "gpu": gpu}

@@ -18,19 +18,19 @@ from pydantic import (
     model_validator,
 )
 
-# The last two are controls: SFT on random own answers, and on the seeds' gold answers.
+# The last two are controls: SFT on the model's own answers at random, and on the seed items' gold answers.
 Method = Literal["sao", "synpo", "self_rewarding", "sampling_ranking", "sft_random", "sft_seeds"]
 Arm = Literal["self", "sft_random", "random", "oracle"]
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench", "tiny_alpaca", "tiny_arena", "tiny_mt"]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-# Names that are parts of file names.
+# Names that become parts of file names.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,49}$")]
 
 
 class RecipeError(ValueError):
-    """A recipe, or a key or value of one, that does not exist or does not fit."""
+    """A recipe, or one of its keys or values, does not exist or does not fit."""
 
 
 class Section(BaseModel):
@@ -40,13 +40,13 @@ class Section(BaseModel):
 class Model(Section):
     path: str  # "tiny" or "tiny-early" (embedded), a folder, or a name on the hub or server
     revision: str | None = None  # commit of a hub model
-    adapter: str | None = None  # folder of an adapter on it; not for the model that is trained
+    adapter: str | None = None  # folder of an adapter for it; not allowed for the trained model
     engine: Literal["transformers", "vllm", "api"] = "transformers"  # api: OpenAI-compatible server
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    # Of the weights that generate and judge. nf4: transformers; the others: vllm.
+    # Of the weights that generate and judge. nf4 needs engine=transformers, the others engine=vllm.
     quantisation: Literal["none", "nf4", "fp8", "awq", "gptq", "bitsandbytes"] = "none"
-    batch_tokens: PositiveInt = 32_768  # of prompts and replies of a batch (transformers)
-    max_context: PositiveInt | None = None  # tokens of prompt and reply; null: as the model has
+    batch_tokens: PositiveInt = 32_768  # tokens of a batch's prompts and replies (transformers)
+    max_context: PositiveInt | None = None  # tokens of prompt and reply; null: the model's own limit
     gpu_memory: PositiveShare = 0.9  # share of the GPU's memory (vllm)
     # Passed to every chat template, such as {enable_thinking: false}.
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -64,7 +64,7 @@ class Model(Section):
             raise ValueError("a server takes no adapter: serve the tuned model")
         if self.url and re.search(r"[@?]", self.url):  # "?": some servers take ?api-key=...
             raise ValueError("url holds a user name or key; keys come from key_variable only")
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"):  # a key itself
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable or "NONE"):  # the key itself?
             raise ValueError(
                 "key_variable is the NAME of an environment variable in capitals, such as "
                 "OPENAI_API_KEY; never write the key itself into a recipe"
@@ -77,41 +77,41 @@ class Model(Section):
 
     @property
     def label(self) -> str:
-        """What rows and tables call it: no folders of this machine."""
+        """Its name in rows and tables, without folders of this machine."""
         local = self.path.startswith((".", "/", "~"))
         name = Path(self.path).name if local else self.path
         return f"{name}+{Path(self.adapter).name}" if self.adapter else name
 
     @property
     def priced(self) -> bool:
-        """Whether using it costs money that is known."""
+        """Whether using it has a known price above zero."""
         return bool(self.price_in or self.price_out)
 
 
 class Prompts(Section):
-    # persona: the paper's template; no_persona: its ablation; pre_query: the model writes the user's
+    # persona: the paper's template; no_persona: its ablation; pre_query: the model writes the user
     # turn by itself, with the persona in the system turn; keywords: SynPO's self-prompt generator;
     # file: your own prompts.
     source: Literal["persona", "no_persona", "pre_query", "keywords", "file"] = "persona"
     # "tiny", "everyday" (the kit's), "hub" (Persona-Hub), or a file; null: none.
     personas: str | None = "tiny"
-    # Of source=file: "tiny", a file, or the name of a data set on the hub. Of source=keywords the
+    # For source=file: "tiny", a file, or the name of a data set on the hub. For source=keywords, the
     # corpus: the same, or a .txt file of paragraphs.
     data: str | None = None
     config: str | None = None  # configuration of a data set on the hub
     split: str = "train"  # split of a data set on the hub
-    column: str = "prompt"  # column of source=file that holds the prompts
-    count: PositiveInt  # prompts asked for, a seed
-    # Share of the prompts that a model writes to which an instruction is added that an oracle can check
+    column: str = "prompt"  # column that holds the prompts, for source=file
+    count: PositiveInt  # prompts asked for, per seed
+    # Share of the model's prompts that get an extra instruction, one that an oracle can check
     # (`oracles.checkable`); ours.
     instructions: Share = 0.0
     min_usable: Share = 0.2  # stop if a smaller share of the prompts is usable
-    # Drop prompts nearer than this to an earlier one (Jaccard).
+    # Drop prompts that are more similar than this to an earlier one (Jaccard).
     max_similarity: PositiveShare | None = None
-    # Whose vectors say how alike prompts are: folder or hub name of a small sentence-embedding model
+    # What measures how alike prompts are: folder or hub name of a small sentence-embedding model
     # (safetensors); null: TF-IDF.
     diversity_model: str | None = None
-    # Drop prompts that share so many words in a row with an evaluation set.
+    # Drop prompts that share this many words in a row with an evaluation set.
     max_shared_words: PositiveInt | None = None
     temperature: NonNegativeFloat = 0.6
     top_p: PositiveShare = 1.0
@@ -137,14 +137,14 @@ class Responses(Section):
 class Judging(Section):
     # Forced choice by log-probability (ours), or the paper's sampled text.
     method: Literal["logprob", "sampled"] = "logprob"
-    temperature: NonNegativeFloat = 0.6  # this and the next two: of sampled verdicts
+    temperature: NonNegativeFloat = 0.6  # this and the next two: for sampled verdicts
     top_p: PositiveShare = 1.0
     max_new_tokens: PositiveInt = 16
-    labelled: str | None = None  # a file of pairs with known labels, to judge the judge by
-    min_mass: Share = 0.5  # probability on the two verdicts below which one is invalid
-    # Three ways to make a worse judge of the verdicts that pairs are made of, to see what it does: the
-    # share of verdicts that is turned around, in both orders; the share of single orders, each by
-    # itself; and nats added for the answer that is shown first.
+    labelled: str | None = None  # a file of pairs with known labels, to test the judge on
+    min_mass: Share = 0.5  # least total probability of the two verdicts; below it, the pair is invalid
+    # Three ways to worsen the verdicts that pairs are made from, to study what a worse judge does: the
+    # share of verdicts that are flipped in both orders; the share of single orders that are flipped,
+    # each independently; and nats added in favour of the answer that is shown first.
     label_noise: Share = 0.0
     order_noise: Share = 0.0
     position_bias: float = 0.0
@@ -164,10 +164,10 @@ class Training(Section):
     dpo_beta: PositiveFloat = 0.1
     orpo_lambda: PositiveFloat = 0.1
     learning_rate: PositiveFloat
-    sft_learning_rate: PositiveFloat  # of the control that trains on random own answers
+    sft_learning_rate: PositiveFloat  # of the control: SFT on the model's own answers at random
     epochs: PositiveFloat = 1
-    batch_size: PositiveInt  # pairs an optimiser step, over all processes
-    # Tokens of a forward pass; a longer pair goes alone. auto: by the free memory.
+    batch_size: PositiveInt  # pairs per optimiser step, over all processes
+    # Tokens per forward pass; a longer pair gets a pass of its own. auto: set by the free memory.
     token_budget: PositiveInt | Literal["auto"] = "auto"
     share_prompt: bool = True  # compute the prompt of a pair once
     warmup_ratio: ShareBelowOne = 0.1
@@ -178,12 +178,12 @@ class Training(Section):
     lora_alpha: PositiveInt = 32
     lora_dropout: ShareBelowOne = 0.0
     quantisation: Literal["none", "nf4"] = "none"
-    # Compute activations twice to save memory; auto: if they do not fit.
+    # Compute activations twice to save memory; auto: only if they do not fit.
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    checkpoint_minutes: PositiveFloat = 1.0  # work that a kill may cost
-    probe_steps: int = Field(0, ge=0)  # look for degeneration every so many steps
+    checkpoint_minutes: PositiveFloat = 1.0  # minutes of work that a kill may cost
+    probe_steps: int = Field(0, ge=0)  # steps between checks for degeneration; 0: no checks
     probe_prompts: PositiveInt = 8
-    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()  # a name will do, too
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()  # or a single name
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -204,7 +204,7 @@ class Training(Section):
 
 
 class SFT(Section):
-    """How a helper of SynPO is trained: what differs from `training`."""
+    """How a helper model of SynPO is trained: the settings that differ from `training`."""
 
     method: Literal["lora", "full"] = "lora"
     learning_rate: PositiveFloat
@@ -213,15 +213,15 @@ class SFT(Section):
 
 
 class ScoredPairs(Section):
-    """Which of the pairs that a scorer has seen are kept."""
+    """What scores pairs, and which of the scored pairs are kept."""
 
     # "self": the judge, pair by pair; "points": the judge gives each response 0 to 5 points; "oracle"; the
-    # path or hub name of a reward model; or "tiny": one of the tiny world, which the run trains on pairs
-    # that the oracle labels.
+    # path or hub name of a reward model; or "tiny": a reward model of the tiny world, which the run trains
+    # on pairs that the oracle labels.
     scorer: str = "self"
-    threshold: NonNegativeFloat  # gap of scores above which a pair is kept
-    max_repetition: PositiveShare = 0.5  # of a text; more is dropped
-    max_pairs: PositiveInt | None = None  # pairs drawn of a round; null: all
+    threshold: NonNegativeFloat  # score gap above which a pair is kept
+    max_repetition: PositiveShare = 0.5  # repeated share of a text; pairs with more are dropped
+    max_pairs: PositiveInt | None = None  # pairs drawn from those of a round; null: all
 
 
 class Points(Section):
@@ -229,22 +229,22 @@ class Points(Section):
 
     # The paper's prompt, or a short one of ours that the tiny model can read.
     template: Literal["points", "points_short"] = "points"
-    samples: PositiveInt = 3  # replies, of which the mean counts
+    samples: PositiveInt = 3  # replies per response; their mean counts
     temperature: NonNegativeFloat = 0.7
     top_p: PositiveShare = 0.9
     max_new_tokens: PositiveInt = 256  # ours; the prompt asks for up to 100 words and the score
 
 
 class Ranking(ScoredPairs):
-    samples: int = Field(4, ge=2)  # responses to each prompt: the best and the worst are a pair
+    samples: int = Field(4, ge=2)  # responses per prompt; the best and the worst become a pair
     threshold: NonNegativeFloat = 0.0
 
 
 class SelfRewarding(Section):
-    """What the first round of Self-Rewarding learns by SFT beside the seed items of `synpo`."""
+    """What the first round of Self-Rewarding learns by SFT, besides the seed items of `synpo`."""
 
     judged: str = (
-        "tiny"  # responses with the reply of a judge: "tiny", or a file: prompt, response, reply
+        "tiny"  # responses with a judge's reply: "tiny", or a file with prompt, response, reply
     )
     judged_count: PositiveInt
     first: SFT
@@ -252,13 +252,13 @@ class SelfRewarding(Section):
 
 class SynPO(ScoredPairs):
     seeds: str = "tiny"  # "tiny", or a file with columns prompt and answer
-    seed_count: PositiveInt  # seed items, a seed: prompts with a gold answer
-    generator: SFT  # of the self-prompt generator
-    improver: SFT  # of the response improver
-    # Questions (as evaluation.questions) to check the improver on; null: a tenth of the seed items,
-    # kept from training.
+    seed_count: PositiveInt  # seed items (prompts with a gold answer), per seed
+    generator: SFT  # training of the self-prompt generator
+    improver: SFT  # training of the response improver
+    # Questions to check the improver on, given as for evaluation.questions; null: a tenth of the seed
+    # items, held out from training.
     check: str | None = None
-    # Whose answers are rejected: the base's, or the last round's.
+    # Whose answers are the rejected ones: the base's, or those of the previous round's model.
     rejected: Literal["base", "previous"] = "base"
 
 
@@ -266,7 +266,7 @@ class Iterations(Section):
     grow: bool = True  # train on the pairs of earlier rounds, too
     judge: Literal["current", "base"] = "current"  # each round's model, or always the base
     start: Literal["base", "previous"] = (
-        "base"  # each training starts from: the base, or the last round
+        "base"  # what each training starts from: the base, or the previous round's model
     )
 
 
@@ -276,19 +276,19 @@ class Evaluation(Section):
     # (with instructions that can be checked), or a file (column prompt).
     questions: str = "test"
     per_combination: PositiveInt = (
-        4  # wordings of each held-out combination; of "checkable" at most 3
+        4  # wordings of each held-out combination; at most 3 for "checkable"
     )
-    # Kept in order: comparisons, lengths and figures are of the lowest one.
+    # Kept in ascending order: comparisons, lengths and figures use the lowest one.
     temperatures: tuple[NonNegativeFloat, ...] = Field((0.0, 0.6), min_length=1)
     max_new_tokens: PositiveInt
-    bootstrap: int = Field(10_000, ge=100)  # resamples of an interval
+    bootstrap: int = Field(10_000, ge=100)  # resamples per interval
     # Tasks of lm-eval: "leaderboard", "tiny", "bigbench", a name, or a local .yaml file.
     tasks: tuple[str, ...] = ()
-    task_limit: PositiveInt | None = None  # items of a task, for a quick look; null: all
+    task_limit: PositiveInt | None = None  # items per task, for a quick look; null: all
     benchmarks: tuple[Benchmark, ...] = ()  # published ones, and the tiny world's counterparts
-    benchmark_limit: PositiveInt | None = None  # prompts of a benchmark; null: all
+    benchmark_limit: PositiveInt | None = None  # prompts per benchmark; null: all
     data: str | None = None  # folder with the official files of benchmarks, or "hub"
-    # US$ that a run may pay to servers, all with a price; null: no cap.
+    # US$ that a run may pay to servers, which must all have a price; null: no cap.
     max_cost: NonNegativeFloat | None = None
 
     @field_validator("temperatures")
@@ -298,7 +298,7 @@ class Evaluation(Section):
 
 
 def is_task_file(task: str) -> bool:
-    """Whether an entry of `evaluation.tasks` is a local task's file, not a name that lm-eval knows."""
+    """Whether an entry of `evaluation.tasks` is a local task file, not a name that lm-eval knows."""
     return task.endswith((".yaml", ".yml"))
 
 
@@ -309,10 +309,10 @@ class Recipe(Section):
     about: str = ""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     method: Method = "sao"
-    rounds: PositiveInt = 1  # iterations: the tuned model makes the next data
+    rounds: PositiveInt = 1  # iterations: each tuned model makes the next round's data
     arms: tuple[Arm, ...] = ("self",)
     model: Model
-    judge: Model | None = None  # another judge than the model itself
+    judge: Model | None = None  # a judge other than the model itself
     prompts: Prompts
     responses: Responses
     judging: Judging
@@ -320,17 +320,17 @@ class Recipe(Section):
     training: Training
     evaluation: Evaluation
     iterations: Iterations = Iterations()
-    synpo: SynPO | None = None  # of method=synpo
-    ranking: Ranking = Ranking()  # of method=sampling_ranking, and of self_rewarding after round 1
-    points: Points = Points()  # of scorer=points, and of method=self_rewarding
-    self_rewarding: SelfRewarding | None = None  # of method=self_rewarding
-    # More models to evaluate beside base and tuned, and more judges of comparisons beside "self".
+    synpo: SynPO | None = None  # for method=synpo
+    ranking: Ranking = Ranking()  # for method=sampling_ranking, and self_rewarding after round 1
+    points: Points = Points()  # for scorer=points, and method=self_rewarding
+    self_rewarding: SelfRewarding | None = None  # for method=self_rewarding
+    # More models to evaluate besides base and tuned, and more judges of comparisons besides "self".
     others: dict[Name, Model] = Field(default_factory=dict)
     judges: dict[Name, Model] = Field(default_factory=dict)
 
     @property
     def iterated(self) -> bool:
-        """Whether the run is one of rounds (notebooks 08 and 09), not SAO's single one (01 to 06)."""
+        """Whether the run iterates (notebooks 08 and 09), rather than being SAO's single round (01 to 06)."""
         return self.method != "sao" or self.rounds > 1
 
     @property
@@ -340,7 +340,7 @@ class Recipe(Section):
 
     @property
     def models(self) -> dict[str, Model]:
-        """Every model that is named, by its key: "model", "judge", "others.x", "judges.x"."""
+        """Every model that the recipe names, by its key: "model", "judge", "others.x", "judges.x"."""
         named = {"model": self.model} | ({"judge": self.judge} if self.judge else {})
         named |= {f"others.{name}": model for name, model in self.others.items()}
         return named | {f"judges.{name}": model for name, model in self.judges.items()}

@@ -1,7 +1,7 @@
-"""Rows on disk: append-only JSONL files with ids, so that work that was interrupted goes on.
+"""Rows on disk: append-only JSONL files with ids, so that interrupted work can resume.
 
-A run is a folder. Each stage keeps its rows in one file of it; a row's id is a hash of all that
-produced it, so a stage that is run again does only what is missing.
+A run is a folder. Each stage keeps its rows in one file there; a row's id is a hash of everything that
+produced it, so a stage that is run again makes only what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sao_utils.machine import hardware, versions
 from sao_utils.recipe import Recipe, RecipeError, is_task_file
 from sao_utils.recipes import load_recipe
 
-#: section of a recipe -> its keys that may name a file of the user's
+#: section of a recipe -> its keys that may name one of the user's own files
 FILE_KEYS = {
     "prompts": ("personas", "data", "diversity_model"),
     "judging": ("labelled",),
@@ -35,35 +35,35 @@ FILE_KEYS = {
     "ranking": ("scorer",),
     "self_rewarding": ("judged",),
 }
-#: those that may name a folder, too
+#: keys that may name a folder, too
 FOLDER_KEYS = ("path", "adapter", "data", "scorer", "diversity_model")
-# What is no file, whatever lies in the folder.
+# Values that never mean a file, even if one of that name exists.
 NAMES = "tiny tiny-early hub test dev everyday checkable checkable_dev self points oracle".split()
-#: name of a model in a recipe -> its folder once `sao fetch` has brought it: the hub's, or one of 4 bit
+#: name of a model in a recipe -> its folder after `sao fetch`: with the hub's weights, or from 4-bit ones
 FETCHED = {"smollm2": ("smollm2-135m-instruct", "smollm2-135m-instruct-q4_1")}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and the folder in which what it makes is kept."""
+    """A recipe, and the folder that keeps what it makes."""
 
     recipe: Recipe
     folder: Path
-    shared: Path | None = None  # the folder whose rows it shares, of a study's member
+    shared: Path | None = None  # for a study's member: the folder whose rows it shares
 
     def rows(self, stage: str) -> Path:
         """The file of a stage's rows.
 
-        Pairs are no rows with ids that others may use: their files hold what one run trains on.
+        Pairs are never shared between runs: their files hold exactly what one run trains on.
         """
         own = self.shared is None or "pairs" in stage
         return (self.folder if own else self.shared) / "rows" / f"{stage}.jsonl"
 
 
 def results_folder() -> Path:
-    """Where runs are kept: SAO_RESULTS, else `results` of the checkout, else ./results.
+    """Where runs are kept: SAO_RESULTS, else `results` in the checkout, else ./results.
 
-    On Colab, whose machines do not last, it is a folder of the user's Drive if that is mounted.
+    On Colab, whose machines do not last, it is a folder on the user's Drive if that is mounted.
     """
     if os.environ.get("SAO_RESULTS"):
         return Path(os.environ["SAO_RESULTS"])
@@ -79,7 +79,7 @@ def models_folder() -> Path:
 
 
 def fetched(name: str) -> Path | None:
-    """The folder of a model that `sao fetch` has brought; None if it has not."""
+    """The folder of a model that `sao fetch` has downloaded; None if it has not."""
     folders = (models_folder() / folder for folder in FETCHED.get(name, ()))
     return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -87,15 +87,15 @@ def fetched(name: str) -> Path | None:
 def open_run(
     recipe: str = "tiny", run: str | None = None, overrides: dict | str | None = None
 ) -> Run:
-    """Open the folder of a run, new or begun.
+    """Open the folder of a run, a new or an existing one.
 
     Args:
         recipe: name or file of a recipe.
         run: name of the run's folder; by default the recipe's name.
-        overrides: dotted keys to set anew, as in `load_recipe` (a mapping, or its text).
+        overrides: dotted keys to override, as in `load_recipe` (a mapping, or its text).
 
     Raises:
-        RecipeError: a recipe, key, value or run name that does not fit.
+        RecipeError: a recipe, key, value or run name does not fit.
     """
     loaded = _with_whole_paths(load_recipe(recipe, overrides))
     name = str(run or loaded.name)
@@ -103,8 +103,8 @@ def open_run(
         raise RecipeError(f"A run's name has letters, digits, '.', '_' and '-' only; not '{name}'.")
     if name in ("reported", "benchmarks", "cache"):
         raise RecipeError(f"results/{name} holds other things than runs; take another name.")
-    for service in loaded.training.report_to:  # now, not after hours of other stages
-        # Without an origin it is a mere folder, as wandb leaves one of its name.
+    for service in loaded.training.report_to:  # check now, not after hours of other stages
+        # A spec without an origin is a mere folder, such as the one named wandb that wandb leaves.
         if getattr(find_spec(service), "origin", None) is None:
             raise RecipeError(
                 f"training.report_to={service} needs a package that is not here: pip install {service}"
@@ -115,7 +115,7 @@ def open_run(
 
 
 def variant(run: Run, name: str, overrides: dict, share: bool = False) -> Run:
-    """A run beside a run, in a folder inside of its own: the same recipe but for `overrides`.
+    """A variant of a run, in a folder inside the run's own: the same recipe except for `overrides`.
 
     Args:
         share: keep rows in the folder of `run`, so that what several variants have in common is made
@@ -128,14 +128,14 @@ def variant(run: Run, name: str, overrides: dict, share: bool = False) -> Run:
 
 
 def _save(recipe: Recipe, folder: Path, shared: Path | None = None) -> Run:
-    """The run of a recipe, which is written into its folder."""
+    """Write a recipe into its run's folder, and return the run."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_whole(folder / "recipe.yaml", text)
     return Run(recipe, folder, shared)
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:
-    """Local files by their absolute paths: notebooks run in another folder than the command."""
+    """The recipe with absolute paths of local files, because notebooks run in a folder of their own."""
 
     def whole(key: str, value: str | None) -> str | None:
         if not value or value in NAMES:
@@ -156,7 +156,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
 
 def input_files(recipe: Recipe) -> list[Path]:
-    """The user's own files that a recipe names and that are there: no names of sets or of the hub."""
+    """The user's own files that a recipe names and that exist, without names of sets or on the hub."""
     named = [
         getattr(getattr(recipe, section), key, None)  # a section may be None
         for section, keys in FILE_KEYS.items()
@@ -179,10 +179,10 @@ def seed_of(identity: str) -> int:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All rows of a file, [] when there is none. A torn last line (a killed writer) is left out.
+    """All rows of a file; [] if it does not exist. A torn last line, left by a killed writer, is skipped.
 
     Raises:
-        ValueError: a line other than the last is not JSON; the message names file and line.
+        ValueError: a line other than the last is not JSON; the message names the file and the line.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines.pop()  # what follows the last newline: nothing, or a torn line
@@ -198,10 +198,10 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def standing(path: Path, max_context: int | None = None) -> dict[str, dict]:
-    """The rows of a file by id, the latest of each; without those to be made again.
+    """The rows of a file by id, the latest for each id, without those that must be made again.
 
-    These have a key "max_context" (see `engines.requests`): the context ended them, and it was
-    another one than `max_context`.
+    These have a key "max_context" (see `engines.requests`) that differs from `max_context`: they were
+    ended by another context limit.
     """
     latest = {row["id"]: row for row in read_rows(path)}
     return {
@@ -216,15 +216,15 @@ def complete(
     label: str,
     max_context: int | None = None,
 ) -> list[dict]:
-    """Make the rows that are missing, keep them at once, and return those of all jobs in order.
+    """Make the missing rows, save them at once, and return the rows of all jobs in order.
 
     Args:
         path: the stage's JSONL file.
         jobs: one dict with an "id" for each row wanted.
         work: gets all outstanding jobs at once and yields finished rows a batch at a time.
         label: what the rows are, for the progress line.
-        max_context: the limit of this time; what failed under another one is made again, and the file
-            then has both rows, of which the later one counts.
+        max_context: the current context limit; rows that failed under another one are made again, and the
+            file then has both rows, of which the later one counts.
 
     Raises:
         Busy: another process is making rows of this file.
@@ -237,8 +237,8 @@ def complete(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             lock(file, path)
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a torn line goes
-            done = standing(path, max_context)  # now nobody else adds to it
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)  # drop a torn last line
+            done = standing(path, max_context)  # again, now that nobody else adds to it
             outstanding = [job for job in jobs if job["id"] not in done]
             for batch in progress(work(outstanding), len(outstanding), label):
                 _append(file, batch, label)
@@ -250,7 +250,7 @@ def complete(
 
 
 def _append(file, batch: list[dict], label: str) -> None:
-    """One write a batch: a kill leaves whole batches, so the rest is batched as before."""
+    """Write a whole batch at once: a kill leaves whole batches, so the rest is batched as before."""
     data = json_lines(batch).encode()
     start = os.fstat(file.fileno()).st_size
     try:
@@ -272,9 +272,9 @@ def make_rows(
     work: Callable[[list[dict]], Iterator[list[dict]]],
     max_context: int | None = None,
 ) -> list[dict]:
-    """`complete` a stage's file of a run, and note rows, tokens and seconds in the manifest.
+    """`complete` the file of a run's stage, and note rows, tokens and seconds in the manifest.
 
-    A row that is made again counts once, its tokens each time.
+    A row that is made again counts only once, but its tokens count each time.
     """
     started, made, tokens, before = time.time(), 0, 0, set()
 
@@ -288,17 +288,17 @@ def make_rows(
 
     try:
         return complete(run.rows(stage), jobs, counted, stage, max_context)
-    finally:  # also of a call that was stopped: the next one adds its part
+    finally:  # also for a call that was stopped: the next one adds its part
         if made or tokens or not (run.folder / "manifest.json").exists():
             record(run, stage, time.time() - started, bool(before), made=made, tokens=tokens)
 
 
 def replace_rows(path: Path, rows: list[dict]) -> None:
-    """Write all rows of a file anew, whole or not at all, while nobody else adds to it.
+    """Rewrite all rows of a file, whole or not at all, while nobody else adds to it.
 
     Raises:
         Busy: another process is making rows of this file.
-        OSError: it could not be written, and is as it was before.
+        OSError: the file could not be written, and is as it was before.
     """
     text = json_lines(rows)
     if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -310,14 +310,14 @@ def replace_rows(path: Path, rows: list[dict]) -> None:
 
 
 def progress(batches: Iterable[list], total: int, label: str) -> Iterator[list]:
-    """Pass batches on, with a progress bar that stays a few lines in a log file."""
+    """Pass batches on, with a progress bar that takes only a few lines in a log file."""
     from tqdm import tqdm
 
     ipython = sys.modules.get("IPython")
     in_notebook = hasattr(ipython and ipython.get_ipython(), "kernel")
     watched = not os.environ.get("SAO_BATCH") and (in_notebook or sys.stderr.isatty())
     pause = 1.0 if watched else 30.0
-    out = sys.stdout if in_notebook else sys.stderr  # notebooks show stderr as if it were trouble
+    out = sys.stdout if in_notebook else sys.stderr  # notebooks show stderr as if it were an error
     with tqdm(total=total, desc=label, unit="row", mininterval=pause, file=out) as bar:
         for batch in batches:
             yield batch
@@ -328,8 +328,8 @@ def record(run: Run, stage: str, seconds: float, adds: bool = True, **counts: in
     """Note in the run's manifest what a stage did.
 
     Args:
-        adds: whether seconds and counts add to those of earlier calls (rows do), or replace them (an
-            adapter that is trained anew).
+        adds: whether seconds and counts are added to those of earlier calls (as for rows) or replace
+            them (as for an adapter that is trained again).
     """
     with _manifest(run) as manifest:
         stages = manifest.setdefault("stages", {})
@@ -342,14 +342,14 @@ def record(run: Run, stage: str, seconds: float, adds: bool = True, **counts: in
 
 
 def note(run: Run, **facts: object) -> None:
-    """Put facts into the run's manifest, beside recipe, seeds, versions, hardware and inputs."""
+    """Put facts into the run's manifest, alongside recipe, seeds, versions, hardware and inputs."""
     with _manifest(run) as manifest:
         manifest |= facts
 
 
 @contextmanager
 def _manifest(run: Run) -> Iterator[dict]:
-    """The manifest, to be changed; then written. Two processes of a run do not undo each other's."""
+    """The manifest, to be changed, and then written. Two processes do not undo each other's changes."""
     path = run.folder / "manifest.json"
     with turn(run.rows("manifest").with_name(".manifest.lock")):
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

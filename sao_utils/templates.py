@@ -1,7 +1,7 @@
-"""The prompts that the model sees, kept as data in `prompts/*.jinja`, and reading its replies.
+"""The prompts that the model sees, kept as data in `prompts/*.jinja`, and how its replies are parsed.
 
-Text that a model wrote is data: `render` never interprets it, and the markers by which a prompt tells
-it from its own words (the two responses to rank, the prompt to label) are escaped inside of it.
+Text that a model wrote is data: `render` never interprets it, and the markers that set it apart from the
+prompt's own words (around the two responses to rank, or the prompt to label) are escaped inside it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import jinja2
 VERDICT_PREFIX = "ranking:"
 VERDICTS = (" 1 > 2", " 2 > 1")
 
-# Blanks are bounded: without a bound, a text of many blanks takes quadratic time.
-_UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # soft hyphen, blanks of no width, and the like
+# The number of blanks is bounded: without a bound, a text of many blanks takes quadratic time.
+_UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # soft hyphen, zero-width spaces, and the like
 _BLANKS = rf"[\s{_UNSEEN}]{{0,9}}"
 
 
@@ -64,9 +64,9 @@ def render(name: str, **values: str) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """Put texts in the places {name} of somebody else's template; other braces stay as they are.
+    """Put texts in place of each {name} in a third-party template; other braces stay as they are.
 
-    In one pass, so that braces inside of a text that a model wrote stay text.
+    This takes one pass, so that braces inside a text that a model wrote stay text.
     """
     names = "|".join(values)
     return re.sub(rf"\{{({names})\}}", lambda place: values[place[1]], template)
@@ -88,12 +88,12 @@ def ranking_prompt(prompt: str, response_1: str, response_2: str) -> str:
 
 
 def points_prompt(template: str, prompt: str, response: str) -> str:
-    """A prompt to give a response 0 to 5 points: "points" (Self-Rewarding's), or "points_short"."""
+    """A prompt that asks for 0 to 5 points for a response: "points" (Self-Rewarding's) or "points_short"."""
     return render(template, prompt=escape(prompt), response=escape(response))
 
 
 def parse_points(text: str) -> int | None:
-    """The points of a reply to `points_prompt`, 0 to 5; None without a score, or with two."""
+    """The points in a reply to `points_prompt`, 0 to 5; None without a score, or with two different ones."""
     found = {int(points) for points in _SCORE.findall(text)}
     points = found.pop() if len(found) == 1 else None
     return points if points in range(6) else None
@@ -115,9 +115,9 @@ def parse_ranking(text: str) -> int | None:
 
 
 def parse_user_prompt(text: str) -> str | None:
-    """The prompt in a reply to the persona template; None when it does not start as told.
+    """The prompt in a reply to the persona template; None when it does not start as instructed.
 
-    Quotes and stars that open before it, and close after it, are no part of it.
+    Quotes and asterisks that open before it and close after it are not part of it.
     """
     match = _USER_PROMPT.match(text.strip())
     if not match:
@@ -132,7 +132,7 @@ def parse_user_prompt(text: str) -> str | None:
 
 
 def parse_question(text: str) -> str | None:
-    """The question in a reply to SynPO's generator template; None without one that is closed."""
+    """The question in a reply to SynPO's generator template; None if no <question> tag is closed."""
     found = _QUESTION.search(text)
     return found and found[1].strip() or None
 

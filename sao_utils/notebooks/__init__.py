@@ -1,4 +1,4 @@
-"""The numbered notebooks: how one opens its run (here), and how all are run in order (`run`)."""
+"""The numbered notebooks: how each opens its run (here), and how all of them are run in order (`run`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sao_utils.store import Run, open_run
 
 
 class RunError(ValueError):
-    """What was requested cannot be run: no such notebook, or a parameter that it does not have."""
+    """What was requested cannot be run: there is no such notebook, or the notebook has no such parameter."""
 
 
 def open_notebook(
@@ -25,25 +25,25 @@ def open_notebook(
     Args:
         recipe, run, overrides: the notebook's parameters, as `open_run` takes them; overrides may be
             the text of a mapping, which is all that `papermill -p` can pass.
-        own_run: the run's name where `run` is empty; None: the recipe's name.
-        defaults: the notebook's own overrides; those of the user go before them.
+        own_run: the run's name if `run` is empty; None: the recipe's name.
+        defaults: the notebook's own overrides; those of the user take precedence.
 
     Raises:
-        RunError: papermill passed a name that is no parameter of the notebook.
-        RecipeError: a recipe, key, value or name of a run that does not fit.
+        RunError: papermill passed a name that is not a parameter of the notebook.
+        RecipeError: a recipe, key, value or run name does not fit.
     """
     _check_parameters()
     overrides = read_value("overrides", overrides or {})
-    if defaults and isinstance(overrides, dict):  # what is no mapping is refused by open_run
+    if defaults and isinstance(overrides, dict):  # open_run refuses anything but a mapping
         overrides = {**defaults, **overrides}
     return open_run(recipe, run or own_run, overrides)
 
 
 def _check_parameters() -> None:
-    """Stop a notebook that papermill passed a name which is no parameter: it would change nothing.
+    """Stop a notebook to which papermill passed a name that is not a parameter: it would have no effect.
 
     papermill puts what it passes into a cell that begins with "# Parameters", right after the cell of
-    the notebook's own parameters. The kernel's history has both.
+    the notebook's own parameters. The kernel's history holds both.
     """
     from IPython import get_ipython
 

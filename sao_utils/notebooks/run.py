@@ -1,7 +1,7 @@
 """All stages in order: the numbered notebooks, executed by papermill into the folder of a run.
 
 The notebooks themselves are never changed; their executed copies are the log of a run. `done.json`
-beside those keeps which have finished, so that a run that was stopped continues where it was.
+beside the copies records which have finished, so that a run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def notebooks_of(recipe: Recipe) -> list[Path]:
 
 
 def run_notebooks(run: Run, only: str | None = None, log: Callable[..., None] = print) -> None:
-    """Execute the notebooks in order into `<run>/notebooks/`, one line of progress each.
+    """Execute the notebooks in order into `<run>/notebooks/`, with one line of progress each.
 
-    A notebook that has finished before for the same source, recipe, model, input files and package
-    code is skipped, unless one before it runs in this call.
+    A notebook is skipped if it has finished before with the same source, recipe, model, input files and
+    package code, unless an earlier notebook runs in this call.
 
     Args:
         only: run just the notebook of this number ("05"), even if it has finished before.
         log: where progress goes; called like `print`.
 
     Raises:
-        RunError: no such notebook, model or server, a server's model that is to be trained, or
-            another process is at this run; before any notebook runs.
-        RecipeError: a file of the user's that cannot be read; before any of them runs.
+        RunError: there is no such notebook, model or server, the model to be trained is on a server, or
+            another process is working on this run; raised before any notebook runs.
+        RecipeError: one of the user's files cannot be read; raised before any notebook runs.
         NotebookFailed: a notebook stopped; those after it have not run.
     """
     every = notebooks_of(run.recipe)
@@ -78,7 +78,7 @@ def run_notebooks(run: Run, only: str | None = None, log: Callable[..., None] = 
 def _run_in_order(
     run: Run, chosen: list[Path], every: list[Path], fresh: bool, log: Callable[..., None]
 ) -> None:
-    """Execute the chosen notebooks, from the first one that is not done or is to be `fresh`."""
+    """Execute the chosen notebooks from the first that is not done; all of them if `fresh`."""
     out = run.folder / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "done.json"
@@ -92,7 +92,7 @@ def _run_in_order(
                 log(f"{label}: finished before, skipped")
                 continue
             fresh = True
-            # From now on this one and what builds on it count as not done, also if we are killed.
+            # From now on this one and those that build on it count as not done, even after a kill.
             stale = [later.name for later in every if later.name >= path.name]
             done = {name: done[name] for name in done if name not in stale}
             write_whole(ledger, json.dumps(done, indent=1))
@@ -119,7 +119,7 @@ def _run_in_order(
 def _parameters(run: Run) -> dict[str, Any]:
     """The parameters that make a notebook open this run: `recipe`, `run`, `overrides`.
 
-    A shipped recipe goes by its name; another one, or one with overrides, by its copy in the run's
+    A shipped recipe is passed by its name; any other, or one with overrides, as its copy in the run's
     folder.
     """
     name = run.recipe.name
@@ -133,7 +133,7 @@ def _number(path: Path) -> str:
 
 
 def _check_inputs(run: Run, chosen: list[Path]) -> None:
-    """What a run needs is there: models, servers, the user's files. It shows at once, not in an hour."""
+    """Check that what a run needs exists (models, servers, the user's files), now rather than in an hour."""
     recipe = run.recipe
     if recipe.model.engine == "api" and _number(chosen[-1]) >= TRAINING:
         raise RunError(
@@ -144,10 +144,10 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
     new = not run.rows("prompts").exists()
     try:
         for model in recipe.models.values():
-            model_name(model)  # an adapter that is not there
+            model_name(model)  # raises if an adapter is missing
             if new:
                 find(model)
-            # One notebook alone may need no server yet.
+            # A single notebook may not need the server yet.
             if new and len(chosen) > 1 and model.engine == "api":
                 load_engine(model)
     except EngineError as error:
@@ -161,14 +161,14 @@ def _check_inputs(run: Run, chosen: list[Path]) -> None:
 
 
 def fingerprint(path: Path, run: Run) -> str:
-    """Hash of what an executed notebook depends on. Outputs in the source do not count."""
+    """A hash of what an executed notebook depends on. Outputs in its source do not count."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
     parts += [run.recipe.model_dump(mode="json"), *map(model_name, run.recipe.models.values())]
     package = Path(__file__).parents[1]
     kinds = ("*.py", "*.jinja", "*.jsonl", "prompts/*.*")
     sources = sorted({source for kind in kinds for source in package.rglob(kind)})
-    # Bytes: editors and file managers leave files of their own.
+    # As bytes: some may be files that editors and file managers leave there.
     whole = [source.read_bytes() for source in sources if source.is_file()]
     parts += [hashlib.sha256(data).hexdigest() for data in whole]
     parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in input_files(run.recipe)]

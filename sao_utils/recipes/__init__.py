@@ -17,7 +17,7 @@ SERVED = (
     "a server's: start `vllm serve MODEL --data-parallel-size N`, and set engine=api and its url; a "
     "recipe with workers: 0 just loses that line"
 )
-#: key of an earlier version -> its name of today
+#: key of an earlier version -> its current name
 RENAMED = {
     "personas.source": "prompts.personas",
     "personas.with_persona": "prompts.source (persona or no_persona)",
@@ -39,7 +39,7 @@ def recipe_names() -> list[str]:
 
 
 def valid_keys() -> list[str]:
-    """Every key that a recipe knows, dotted: `training.beta`."""
+    """Every valid key of a recipe, dotted: `training.beta`."""
     keys = []
     for name, field in Recipe.model_fields.items():
         named = get_origin(field.annotation) is dict  # others, judges: set as a whole
@@ -50,10 +50,10 @@ def valid_keys() -> list[str]:
 
 
 def read_value(key: str, value: Any) -> Any:
-    """Text as a number, list, ... of YAML; a text that YAML would spoil ("a #b") stays what it is.
+    """Text as YAML reads it (a number, a list, ...); where YAML reads a string, the text itself ("a #b").
 
     Raises:
-        RecipeError: the text cannot be read.
+        RecipeError: the text cannot be parsed.
     """
     if not isinstance(value, str):
         return value
@@ -65,7 +65,7 @@ def read_value(key: str, value: Any) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key may stand once only: by default the last one silently wins."""
+    """YAML in which a key may occur only once; by default, the last occurrence silently wins."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}
@@ -80,7 +80,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _locate(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path (also seen from the folder `beside`), or a shipped recipe's name."""
+    """The file of a recipe, from a path (tried in the folder `beside`, too) or a shipped recipe's name."""
     if name in recipe_names():
         return Path(str(SHIPPED / f"{name}.yaml"))
     if not name.endswith((".yaml", ".yml")):
@@ -95,7 +95,7 @@ def _locate(name: str, beside: Path | None = None) -> Path:
 
 
 def read_yaml(path: Path) -> dict:
-    """A file of keys and values. Raises RecipeError: it is none, or names a key twice."""
+    """Read a YAML mapping. Raises RecipeError if the file is not one, or names a key twice."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, RecipeError) as error:
@@ -106,7 +106,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def validated(kind: type[Section], data: dict, what: str):
-    """Data as a section of this kind. Raises RecipeError: every key and value that does not fit."""
+    """Data as a section of this kind. Raises RecipeError, naming every key and value that does not fit."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -118,7 +118,7 @@ def validated(kind: type[Section], data: dict, what: str):
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
-    """A recipe as data; what it `extends` lies underneath."""
+    """A recipe as data, laid over the recipe that it `extends`."""
     if path in extended_by:
         chain = " extends ".join(p.name for p in (*extended_by, path))
         raise RecipeError(f"Recipes extend each other in a circle: {chain}.")
@@ -133,7 +133,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
 
 
 def _check_key(key: str) -> None:
-    """Raises RecipeError for a key that no recipe has, with the likeliest ones."""
+    """Raise RecipeError for a key that no recipe has; the message suggests the closest ones."""
     keys = valid_keys()
     if key in keys:
         return
@@ -146,17 +146,17 @@ def _check_key(key: str) -> None:
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | str | None = None) -> Recipe:
-    """Read a recipe and set single keys of it anew.
+    """Read a recipe, and override single keys of it.
 
     Args:
         name: one of `recipe_names()`, or the path of a YAML file. A recipe may say `extends:` with the
-            name of a shipped recipe or a file (seen from its own folder), and give just the keys that
+            name of a shipped recipe or a file (relative to its own folder), and give only the keys that
             differ.
         overrides: dotted key -> value; a string is read as YAML ("1e-5" becomes a number). The whole
-            may be a string, too: papermill's -p gives strings.
+            mapping may be a string, too, because papermill's -p passes strings.
 
     Raises:
-        RecipeError: no such recipe, no such key (the valid ones are listed), or a bad value.
+        RecipeError: there is no such recipe or key (the valid ones are listed), or a value is invalid.
     """
     overrides = read_value("overrides", overrides or {})
     if not isinstance(overrides, dict):

@@ -1,4 +1,4 @@
-"""When does self-alignment work? What a round gains, over how often its judge is right."""
+"""When does self-alignment work? The gain of a round against how often its judge is right."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from sao_utils.statistics.break_even import Points, crossing_shift, zero_crossin
 
 
 def points(table: pd.DataFrame) -> dict[str, Points]:
-    """Way of keeping pairs -> (how often the judge is right, gain over the base), a point a member and seed.
+    """The accuracy of the judge and the gain over the base, one point per member and seed.
 
-    Of the last round, at the first temperature. The judge counts on all pairs that it judged, kept or
-    not: the filter's own work shows in the gain.
+    Both are of the last round, the gain at the first temperature. The accuracy counts all pairs that were
+    judged, kept or not; what the filter does shows in the gain.
 
     Args:
         table: rows of `report.studies.study_table` of a study with `break_even`.
+
+    Returns:
+        Way of keeping pairs -> (how often the judge is right [n], gain [n]), if it has two points or more.
     """
     found: dict[str, dict[tuple, list]] = {}
     rows = table[table["seed"].notna()]
@@ -36,7 +39,7 @@ def points(table: pd.DataFrame) -> dict[str, Points]:
 
 
 def break_even_rows(table: pd.DataFrame) -> Iterator[dict]:
-    """The break-even accuracy of each way of keeping pairs, and by how much the last moves the first's."""
+    """The break-even accuracy of each way of keeping pairs; if there are two, also first minus second."""
     of, where = points(table), {"questions": "all", "judge": "oracle"}
     for way, found in of.items():
         crossing = zero_crossing(found)

@@ -1,4 +1,4 @@
-"""The cards of a trained model and of a run's data: what it is, what made it, what was found, how to load it.
+"""The cards of a trained model and of a run's data: what it is, what made it, the results, how to load it.
 
 Nothing here trains, evaluates or generates. What made a model is noted beside it when it is trained
 (made_with.json), because a recipe may change later.
@@ -34,9 +34,7 @@ from sao_utils.stages.personas import HUB_PERSONAS
 from sao_utils.store import Run
 from sao_utils.training.fit import read_done, settings_used
 
-#: Where the embedded model lies in a checkout: what an adapter on it calls its base elsewhere. It is
-#: no name that the hub could know, so nobody can put another model there.
-#: The sections of a recipe that make data.
+#: The sections of a recipe that determine the data.
 DATA = ("model", "judge", "prompts", "responses", "judging", "pairs")
 #: configuration of a data set -> what it holds
 STAGES = {
@@ -50,11 +48,11 @@ STAGES = {
 
 
 class PublishError(RuntimeError):
-    """A model or data has no card, or cannot be published; the message says why and what to do."""
+    """A model or data set has no card, or cannot be published; the message says why and what to do."""
 
 
 def finished(run: Run, arm: Arm, seed: int) -> Path:
-    """The folder of a trained model. Raises PublishError when it is not finished."""
+    """The folder of a trained model. Raises PublishError if its training has not finished."""
     folder = run.folder / "adapters" / f"{arm}-{seed}"
     if not read_done(folder):
         raise PublishError(
@@ -74,7 +72,7 @@ def made_with(run: Run, folder: Path) -> dict:
 
 
 def kind(model: dict) -> str:
-    """Where a base model is: "tiny" (embedded), "folder" of this machine, or "hub"."""
+    """Where a base model is: "tiny" (embedded), "folder" (on this machine), or "hub"."""
     path = model["path"]
     if path in EMBEDDED:
         return "tiny"
@@ -83,22 +81,25 @@ def kind(model: dict) -> str:
 
 
 def embedded(model: dict) -> str:
-    """The folder of an embedded base model in a checkout of the kit."""
+    """The folder of an embedded base model in a checkout: what a published adapter calls its base.
+
+    The hub cannot have a model of that name, so nobody can put another one in its place.
+    """
     return f"sao_utils/tiny/{EMBEDDED[model['path']]}"
 
 
 def source(model: dict) -> str:
-    """What `sao fetch` brought into a base model's folder, in words; "" of another folder."""
+    """What `sao fetch` downloaded into a base model's folder, in words; "" for any other folder."""
     noted = Path(model["path"]) / "source.json"
     found = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
 def write_card(run: Run, arm: Arm, seed: int) -> Path:
-    """Write the card of a trained model, README.md in its folder, with the results there are by now.
+    """Write the card of a trained model, README.md in its folder, with the results so far.
 
     Raises:
-        PublishError: the model is not trained yet, or is one of several rounds.
+        PublishError: the model is not trained yet, or belongs to a run of rounds.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -152,7 +153,7 @@ def write_card(run: Run, arm: Arm, seed: int) -> Path:
 
 
 def _recipe_of_results(run: Run, recipe: dict, keys: Iterable[str]) -> dict | None:
-    """The recipe that the run's results belong to; None without results, or if a key was another."""
+    """The recipe that the run's results belong to; None without results, or if one of `keys` differed."""
     then_file = run.folder / "tables" / "recipe.yaml"
     if not (run.folder / "tables" / "results.json").is_file() or not then_file.is_file():
         return None
@@ -161,9 +162,9 @@ def _recipe_of_results(run: Run, recipe: dict, keys: Iterable[str]) -> dict | No
 
 
 def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str]], list[int]]:
-    """The run's results about this model, in words, and the seeds that they are over.
+    """The run's results for this model, in words, and the seeds that they cover.
 
-    Both are empty unless all that makes a model was the same for them.
+    Both are empty unless everything that makes a model was the same for these results.
     """
     then = _recipe_of_results(run, recipe, DATA)
     if not (then and arm in then["arms"] and seed in then["seeds"]):
@@ -181,7 +182,7 @@ def _results(run: Run, arm: Arm, seed: int, recipe: dict) -> tuple[list[list[str
         section=("quality", "flaws", "win rate", "length"),
         model=("base", arm),
     )
-    # Comparisons with controls belong to the model that is put to the test.
+    # Comparisons with controls belong to the model under test, "self".
     rows = [
         [what(row), models(row), in_words(row), f"{row.n:,}", judges.get(row.judge, "a count")]
         for row in found.itertuples(index=False)
@@ -196,8 +197,8 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
     """Write the card of a run's data, README.md in its folder.
 
     Args:
-        stages: the rows of each configuration (`data.stages`), discarded ones among them.
-        arm: whose pairs the run is about.
+        stages: the rows of each configuration (`data.stages`), including discarded ones.
+        arm: the arm or method whose pairs the run is about.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -260,7 +261,7 @@ def write_data_card(run: Run, folder: Path, stages: dict[str, list[dict]], arm: 
 
 
 def without_paths(value):
-    """A recipe's values as others may see them: files by their names; of servers no address and no key."""
+    """A recipe's values as others may see them: file names without folders, no server addresses or keys."""
     if isinstance(value, dict):
         shown = {key: one for key, one in value.items() if key not in ("url", "key_variable")}
         return {key: without_paths(one) for key, one in shown.items()}
@@ -271,7 +272,7 @@ def without_paths(value):
 
 
 def _funnels(stages: dict[str, list[dict]]) -> list[tuple[str, int, str]]:
-    """(configuration, round, "40 asked for - 3 malformed = 37 prompts ...") of all pairs."""
+    """(configuration, round, "40 asked for - 3 malformed = 37 prompts ...") for all pairs."""
     found = []
     for name in (name for name in stages if name.startswith("pairs")):
         for number in sorted({row["round"] for row in stages[name]}):
@@ -281,7 +282,7 @@ def _funnels(stages: dict[str, list[dict]]) -> list[tuple[str, int, str]]:
 
 
 def _judge_quality(run: Run, pairs: list[dict]) -> list[tuple[str, str, str]]:
-    """(what, value with its interval, n) of the run's pairs, and of its results about the judge."""
+    """(what, value with its interval, n) for the run's pairs, and for its results about the judge."""
     found, rounds = [], sorted({row["round"] for row in pairs})
     for number in rounds:
         for metric, one in pair_metrics([r for r in pairs if r["round"] == number]).items():

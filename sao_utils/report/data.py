@@ -1,7 +1,7 @@
-"""A run's data as others take it: a data set for the Hugging Face hub, and files for other trainers.
+"""A run's data for others: a data set for the Hugging Face hub, and files for other trainers.
 
-Only what is in the run's folder is read; nothing is made. So it works before training, too, and where the
-models are not at hand.
+This only reads the run's folder and generates nothing, so it also works before training, and without the
+models at hand.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sao_utils.stages.pairs import kept_pairs
 from sao_utils.store import Run, read_rows
 
 Format = Literal["trl", "alpaca", "sharegpt"]
-#: The columns that are published, of each stage those that it has: nothing of requests, servers and money.
+#: The published columns, if a stage has them; they tell nothing about requests, servers and money.
 COLUMNS = (
     "id arm seed round source persona keywords pair_id prompt_id response_id response_ids order sample model "
     "judge method temperature prompt reply text chosen rejected reasoning logps reward outcome margin gap "
     "lengths tokens finished discarded"
 ).split()
-WAY = ("seed", "round", "source", "model", "temperature")  # in which rows were made
+WAY = ("seed", "round", "source", "model", "temperature")  # how a row was made
 #: column of a file -> what LLaMA-Factory calls it
 LLAMA_FACTORY = {
     "instruction": "prompt",
@@ -36,12 +36,12 @@ LLAMA_FACTORY = {
 
 
 def main_arm(run: Run) -> str:
-    """Whose pairs the run is about: the method's, or of SAO the arm "self"."""
+    """Whose pairs the run is about: the method's, or for SAO those of the arm "self"."""
     return "self" if run.recipe.method == "sao" else run.recipe.method
 
 
 def all_pairs(run: Run, wanted: str) -> dict[str, list[dict]]:
-    """The pairs of every arm or method that has some, discarded ones too.
+    """The pairs of every arm or method that has any, including discarded ones.
 
     Raises:
         PublishError: `wanted` is not among them.
@@ -57,7 +57,7 @@ def all_pairs(run: Run, wanted: str) -> dict[str, list[dict]]:
 
 
 def stages(run: Run) -> dict[str, list[dict]]:
-    """The rows behind a run's pairs, by stage; what an earlier recipe of the run left is not taken.
+    """The rows behind a run's pairs, by stage, without those that an earlier recipe of the run left.
 
     Raises:
         PublishError: there are no pairs yet.
@@ -83,20 +83,20 @@ def stages(run: Run) -> dict[str, list[dict]]:
 
 
 def _made_like(run: Run, stage: str, ids: set[str]) -> list[dict]:
-    """The rows of a stage that were made in the same way as those of some ids."""
+    """The rows of a stage that were made in the same way as the rows with these ids."""
     rows = {row["id"]: row for row in read_rows(run.rows(stage))}.values()
     ways = {tuple(map(row.get, WAY)) for row in rows if row["id"] in ids}
     return [row for row in rows if tuple(map(row.get, WAY)) in ways]
 
 
 def write_data_set(run: Run) -> Path:
-    """Write a run's data as a data set: parquet, a configuration a stage, and its card.
+    """Write a run's data as a data set: Parquet, one configuration per stage, and a card.
 
-    Discarded rows are a split of their own: whoever looks into the method needs them, and whoever trains
+    Discarded rows are a split of their own: whoever studies the method needs them, and whoever trains
     on "train" does not get them by mistake.
 
     Returns:
-        The folder, made anew: README.md and <configuration>/<split>.parquet.
+        The folder, which is written from scratch: README.md and <configuration>/<split>.parquet.
 
     Raises:
         PublishError: there are no pairs yet.
@@ -107,7 +107,7 @@ def write_data_set(run: Run) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for stage, rows in found.items():
         columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-        # Of all rows at once: both splits must have the same types.
+        # Built from all rows at once, because both splits must have the same types.
         data = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
         (folder / stage).mkdir(parents=True)
         for split, out in (("train", False), ("discarded", True)):
@@ -120,15 +120,15 @@ def write_data_set(run: Run) -> Path:
 def export(
     run: Run, form: Format, path: Path, arm: str, seed: int | None = None, answers: bool = False
 ) -> list[dict]:
-    """Write the pairs of an arm or method into a file that other trainers read.
+    """Write the pairs of an arm or method to a file that other trainers read.
 
     Args:
-        form: "trl": JSON lines of messages. "alpaca", "sharegpt": JSON as LLaMA-Factory reads it.
-        seed: only its pairs; by default those of all.
-        answers: the chosen answers alone, for SFT.
+        form: "trl": JSON Lines of messages. "alpaca", "sharegpt": JSON as LLaMA-Factory reads it.
+        seed: the seed whose pairs are written; by default those of all seeds.
+        answers: only the chosen answers, for SFT.
 
     Returns:
-        What was written.
+        The rows that were written.
 
     Raises:
         PublishError: there are no such pairs.

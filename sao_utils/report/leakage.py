@@ -1,4 +1,4 @@
-"""What the evaluation shares with the training prompts, and what the results are without that."""
+"""What the evaluation shares with the training prompts, and the results without the shared questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sao_utils.statistics.intervals import Interval
 from sao_utils.store import Run
 
 FEWEST = 10  # questions that must be left for a result "without overlap" (ours)
-#: metrics of benchmarks that are computed without the questions that overlap
+#: metrics of benchmarks that are also computed without the questions that overlap
 WITHOUT = ("win_rate", "lc_win_rate", "score")
 
 
@@ -32,15 +32,15 @@ def overlaps(run: Run) -> list[dict]:
 
 
 def training_prompts(run: Run) -> list[str]:
-    """The different prompts that any arm and seed is trained on: those that came to be pairs."""
+    """The distinct prompts that any arm or seed is trained on: those that became pairs."""
     used = (row for arm in run.recipe.arms for row in sao.pairs(run, arm))
     return list({r["prompt"][0]["content"]: None for r in used if r["discarded"] is None})
 
 
 def rows(run: Run) -> Iterator[dict]:
-    """The section "leakage": the share of questions that overlap, and the results without these.
+    """The section "leakage": the share of questions that overlap, and the results without them.
 
-    The share is of all questions of a set, no sample of them: no interval.
+    The share is over all questions of a set, not a sample of them, so it has no interval.
     """
     tuned, first = "self" in run.recipe.arms, run.recipe.evaluation.temperatures[0]
     graded = graded_answers(run, first, ["base", "self"]) if tuned else []
@@ -64,7 +64,7 @@ def rows(run: Run) -> Iterator[dict]:
 
 
 def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator[dict]:
-    """What the tuned model is judged by, on a benchmark's or task's questions that are not left out."""
+    """The tuned model's results on a benchmark's or task's questions, without those that are left out."""
     both = sao.candidates(run, ["base", "self"])
     if name in run.recipe.evaluation.benchmarks:
         for row in run_benchmark(run, name, both, evaluate.judges(run), left_out):
@@ -79,7 +79,7 @@ def _results_without(run: Run, name: str, left_out: Collection[str]) -> Iterator
 
 
 def _own_results(run: Run, answers: list[dict], compared: list[dict]) -> Iterator[dict]:
-    """Of the run's own questions: how much better the answers are, and how often they win."""
+    """For the run's own questions: the gain in good answers over the base, and the win rate against it."""
     first = run.recipe.evaluation.temperatures[0]
     names = {"model": "self", "against": "base", "temperature": first}
     if answers:

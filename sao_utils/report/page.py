@@ -1,7 +1,7 @@
-"""The report of a run or a study: one HTML page that opens from disk, for somebody with five minutes.
+"""The report of a run or a study: one HTML page that opens from disk, for a reader with five minutes.
 
-Nothing is computed here and no model is loaded: the page holds what the run's folder has by now (tables,
-figures, judged pairs, manifest), and says what it has not. It fetches nothing, and can be read without
+Nothing is computed here and no model is loaded: the page shows what the run's folder holds so far (tables,
+figures, judged pairs, manifest), and says what is missing. It fetches nothing, and can be read without
 scripts; only the viewer of pairs has one, in a frame of its own. What a model wrote is escaped.
 """
 
@@ -33,25 +33,25 @@ FIGURES = {
     "judge": ("margins", "orders"),
     "training": ("training_curves", "probe", "sums_and_means", "simpo_loss"),
 }
-FIGURES_SIZE, VIEWER_SIZE = 3_000_000, 1_200_000  # the most characters of the page for them
-LONGEST = 3000  # characters of a text that is shown without the viewer
+FIGURES_SIZE, VIEWER_SIZE = 3_000_000, 1_200_000  # the most characters that each may take up
+LONGEST = 3000  # the most characters of a text that is shown outside the viewer
 
 
 def write_page(folder: Path) -> Path:
-    """Write report.html into the folder of a run or of a study, from what it has.
+    """Write report.html into the folder of a run or study, from what the folder holds.
 
     Returns:
-        The path of the page, of less than 5 MB.
+        The path of the page, which has less than 5 MB.
 
     Raises:
         FileNotFoundError: the folder has no results yet.
-        ValueError: its results are damaged, or of an older version of the kit.
+        ValueError: its results are damaged, or from an older version of the kit.
     """
     from jinja2 import Environment
     from markupsafe import Markup
 
     folder, table = Path(folder), read_table(folder)
-    kept = folder / "tables" / "recipe.yaml"  # the one that the results are of; a study has none
+    kept = folder / "tables" / "recipe.yaml"  # the recipe of the results; a study has none
     study = [] if kept.is_file() else _study(folder)
     used = folder / "recipe.yaml" if study else kept
     run = Run(load_recipe(str(used)), folder)
@@ -88,7 +88,7 @@ def write_page(folder: Path) -> Path:
 
 
 def _frame(lines: list[list[str]]) -> pd.DataFrame:
-    """Lines of cells, headings first, whose first cells name the rows."""
+    """A data frame from lines of cells: the first line has the headings, the first cells name the rows."""
     (corner, *columns), *rest = lines
     frame = pd.DataFrame(
         [cells for _, *cells in rest], [name.strip() for name, *_ in rest], columns
@@ -97,14 +97,14 @@ def _frame(lines: list[list[str]]) -> pd.DataFrame:
 
 
 def _html(frame: pd.DataFrame):
-    """A table of texts as HTML, escaped."""
+    """A table of texts as escaped HTML."""
     from markupsafe import Markup
 
     return Markup(f'<div class="wide">{frame.to_html(border=0, justify="left")}</div>')
 
 
 def _paper(run: Run, table: pd.DataFrame) -> dict[str, PaperTable]:
-    """The tables of the method's paper, reported and ours."""
+    """The tables of the method's paper, as reported and as measured here."""
     if run.recipe.method == "synpo":
         return {"Table 2": synpo_table()}
     return {} if run.recipe.iterated else {name: paper_table(run, table, name) for name in TABLES}
@@ -123,7 +123,7 @@ def _study(folder: Path) -> list:
 
 
 def _funnel(folder: Path) -> str:
-    """What became of the prompts: a line a step, a column an arm or a round and seed."""
+    """What became of the prompts: one row per step, one column per arm, or per round and seed."""
     path = folder / "tables" / "funnel.csv"
     if not path.is_file():
         return ""
@@ -131,7 +131,7 @@ def _funnel(folder: Path) -> str:
     if "arm" in steps:
         steps["arm"] = steps["arm"].map(model_in_words)
     names = [column for column in steps if column not in ("step", "count")]
-    # Prompts and pairs may have the same reason.
+    # Prompts and pairs may be discarded for the same reason.
     steps["part"] = (steps["step"] == "prompts").groupby([steps[name] for name in names]).cumsum()
     wide = steps.pivot_table("count", ["part", "step"], names, sort=False, aggfunc="sum")
     order = sorted(wide.index, key=lambda at: (at[0], at[1] == "pairs"))
@@ -140,7 +140,7 @@ def _funnel(folder: Path) -> str:
 
 
 def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
-    """{section: [(name, data URI)]} of the figures that there are, and names of those left out."""
+    """{section: [(name, data URI)]} for the existing figures, and the names of those left out."""
     there = {path.stem: path for path in sorted((folder / "figures").glob("*.svg"))}
     named = [name for names in FIGURES.values() for name in names]
     places = {**FIGURES, "other": [name for name in there if name not in named]}
@@ -149,7 +149,7 @@ def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
         for name in names:
             if name not in there:
                 continue
-            # As images of their own, so that the ids in two figures cannot clash.
+            # As separate images, so that the ids in two figures cannot clash.
             data = base64.b64encode(there[name].read_bytes()).decode()
             if size + len(data) > FIGURES_SIZE:
                 left_out.append(name)
@@ -161,7 +161,7 @@ def _figures(folder: Path) -> tuple[dict[str, list], list[str]]:
 
 
 def _scored_pairs(run: Run) -> list[dict]:
-    """The pairs of a method that scores responses as the viewer takes them, first those that are kept."""
+    """The pairs of a method that scores responses, in the viewer's form, kept ones first."""
     files = sorted((run.folder / "rows").glob("pairs_*.jsonl"))
     arms = [path.stem.removeprefix("pairs_") for path in files]
     return [
@@ -182,7 +182,7 @@ def _viewer(pairs: list[dict]) -> str:
 
 
 def _examples(pairs: list[dict]) -> list[dict]:
-    """The first two pairs of each outcome, with texts of a bearable length."""
+    """The first two pairs of each outcome, with texts cut to a readable length."""
     shown: dict[str, list[dict]] = {}
     for row in pairs:
         if len(of := shown.setdefault(row["outcome"], [])) < 2:
@@ -192,7 +192,7 @@ def _examples(pairs: list[dict]) -> list[dict]:
 
 
 def _stages(manifest: dict) -> str:
-    """What each stage made and took, from the manifest."""
+    """What each stage made, and how long it took, from the manifest."""
     stages = pd.DataFrame.from_dict(manifest.get("stages", {}), orient="index")
     return "" if stages.empty else _html(stages.map(_plain))
 

@@ -1,4 +1,4 @@
-"""Uploading a model or a run's data to the Hugging Face hub: one explicit call, no file but those listed."""
+"""Uploading a model or a run's data to the Hugging Face hub: one explicit call, and only listed files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sao_utils.report.card import PublishError, embedded, finished, kind, made_w
 from sao_utils.report.data import write_data_set
 from sao_utils.store import Run
 
-#: Files that may leave the machine, of an adapter and of a whole model. Logs, probes, rows and
+#: Files of an adapter and of a whole model that may leave the machine. Logs, probes, rows and
 #: checkpoints are not among them, nor is anything pickled.
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 WHOLE = (
@@ -27,7 +27,7 @@ BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 
 
 def contents(run: Run, arm: Arm, seed: int, data: bool = False) -> list[Path]:
-    """The files of a finished model, or of the run's data, that publishing uploads, the card first."""
+    """The files of a finished model, or of the run's data, that publishing uploads; the card comes first."""
     if data:
         return sorted(path for path in write_data_set(run).rglob("*") if path.is_file())
     folder = finished(run, arm, seed)
@@ -44,22 +44,23 @@ def publish(
     private: bool = True,
     log: Callable[[str], None] = print,
 ) -> str:
-    """Upload a finished model and its card, written anew, to a repository on the Hugging Face hub.
+    """Upload a finished model, with a freshly written card, to a repository on the Hugging Face hub.
 
-    The token is the one of `hf auth login` or of HF_TOKEN; it is never written. Files are copied to a
-    temporary folder first, where the base model's local path is replaced by its name.
+    The token is that of `hf auth login` or HF_TOKEN; it is never written anywhere. Files are first copied
+    to a temporary folder, where the base model's local path is replaced by its name.
 
     Args:
-        repo: "user/name"; made if there is none.
-        private: whether only you see it. An existing public repository is then refused.
-        log: what prints that the upload begins.
+        repo: "user/name"; created if it does not exist.
+        private: whether only you can see it. If so, an existing public repository is refused.
+        log: called with a line when the upload begins.
 
     Returns:
         The address of the repository.
 
     Raises:
-        PublishError: no name of a repository, not trained, a base model that nobody else has, or the
-            upload did not finish (offline, not logged in, refused by the hub); the message says which.
+        PublishError: `repo` is not the name of a repository, the model is not trained, nobody else has
+            its base model, or the upload did not finish (offline, not logged in, refused by the hub); the
+            message says which.
     """
     model = made_with(run, finished(run, arm, seed))["recipe"]["model"]
     if kind(model) == "folder":
@@ -79,9 +80,9 @@ def publish(
 def publish_data(
     run: Run, repo: str, private: bool = True, log: Callable[[str], None] = print
 ) -> str:
-    """Upload a run's data and its card, written anew, as a data set (`data.write_data_set`).
+    """Upload a run's data, with a freshly written card, as a data set (`data.write_data_set`).
 
-    Args, returns and raises as `publish`; no model needs to be trained.
+    Args, returns and raises are those of `publish`; no model needs to be trained.
     """
     message = f"Data of the run {run.folder.name}"
     return _upload(write_data_set(run), repo, "dataset", private, message, log)
@@ -90,7 +91,7 @@ def publish_data(
 def _upload(
     folder: Path, repo: str, of: str, private: bool, message: str, log: Callable[[str], None]
 ) -> str:
-    """Upload a folder to a repository of a type; returns its address. Raises PublishError."""
+    """Upload a folder to a repository of type `of`; returns its address. Raises PublishError."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
@@ -116,10 +117,10 @@ def _upload(
 
 
 def _copy(source: Path, target: Path, model: dict) -> None:
-    """Copy a file for upload; in a configuration the base model is called by its name.
+    """Copy a file for upload; in a configuration, replace the base model's path by its name.
 
     Raises:
-        PublishError: a path of this machine is left in a configuration.
+        PublishError: a configuration still holds a path on this machine.
     """
     if not source.name.endswith("config.json"):
         shutil.copyfile(source, target)

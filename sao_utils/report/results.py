@@ -1,4 +1,4 @@
-"""What a run found: every number with its 95 % interval, as one tidy table (see `report.table`)."""
+"""The results of a run: every number with its 95 % interval, in one tidy table (see `report.table`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sao_utils.report.table import as_csv, as_json, make_table, read_table
 from sao_utils.report.words import NOT_COMPARABLE, markdown, show
 from sao_utils.store import Run, note
 
-#: section of the table -> what gives its rows, in the order of the table
+#: section of the table -> the function that makes its rows, in the order of the table
 SECTIONS: dict[str, Callable[[Run], Iterator[dict]]] = {
     "prompts": sections.prompts,
     "judge": sections.judge,
@@ -30,14 +30,14 @@ SECTIONS: dict[str, Callable[[Run], Iterator[dict]]] = {
     "task": sections.tasks,
     "leakage": leakage.rows,
 }
-EXAMPLES = 5  # overlapping questions that are listed, of each set and definition
+EXAMPLES = 5  # overlapping questions that are listed, per set and definition
 
 
 def results(run: Run, *names: str) -> pd.DataFrame:
-    """The tidy table of a run, or some sections of it, made with what they need.
+    """The tidy table of a run, or some sections of it; whatever they need is made first.
 
     Args:
-        names: of `SECTIONS`; by default all.
+        names: names of `SECTIONS`; by default all.
     """
     every = {"rounds": rounds.rounds} if run.recipe.iterated else SECTIONS
     return make_table(row for name in names or every for row in every[name](run))
@@ -46,10 +46,10 @@ def results(run: Run, *names: str) -> pd.DataFrame:
 def write_tables(run: Run) -> pd.DataFrame:
     """Compute all results and write them into the run's `tables/`.
 
-    results.csv, results.json (the rows), results.md (in words), funnel.csv, leakage.csv (for each set of
-    questions and definition of overlap the first EXAMPLES that overlap, with the words that they share
-    with a training prompt), the recipe that all this belongs to; then the paper's tables
-    (`tables.write`), and the results into the trained models' cards.
+    The files are results.csv and results.json (the rows), results.md (in words), funnel.csv, leakage.csv
+    (the first EXAMPLES overlapping questions for each set of questions and definition of overlap, with the
+    words that they share with a training prompt), and the recipe that all this belongs to. Then the paper's
+    tables are written (`tables.write`), and the cards of the trained models with the results.
     """
     table, folder = results(run), run.folder / "tables"
     _write(run, table)
@@ -73,15 +73,15 @@ def write_tables(run: Run) -> pd.DataFrame:
 
 
 def write_judge(run: Run) -> pd.DataFrame:
-    """Write the results on the judge alone, which need no training, as `write_tables` writes all."""
+    """Write the results for the judge alone, which need no training, as `write_tables` writes all results."""
     table, path = results(run, "judge"), run.folder / "tables" / "results.json"
     if not path.is_file() or set(read_table(run.folder)["section"]) <= {"judge"}:
-        _write(run, table)  # else the results of the whole run stay
+        _write(run, table)  # otherwise the results of the whole run stay
     return table
 
 
 def _write(run: Run, table: pd.DataFrame) -> None:
-    """A table in three forms, its recipe beside it, and its model in the manifest."""
+    """Write a table in three formats and its recipe beside it, and note its model in the manifest."""
     source = Path(model_folder(run.recipe.model.path)) / "source.json"  # of a fetched model
     weights = {"weights": json.loads(source.read_text("utf-8"))} if source.is_file() else {}
     note(run, model=model_name(run.recipe.model), **weights)
@@ -99,13 +99,13 @@ def _write_csv(path: Path, rows: list, columns: list[str]) -> None:
 
 
 def judge_matrix(verdicts: list[dict]) -> pd.DataFrame:
-    """How verdicts fall against the oracle: counts of pairs of a known quality.
+    """The confusion matrix of judge and oracle: counts of pairs whose quality is known.
 
     Args:
         verdicts: rows of `judge_pairs`, with `quality`.
 
     Returns:
-        A row for what the oracle says (a better, b better, a tie), a column for what the judge says.
+        A row for each verdict of the oracle (a better, b better, a tie), a column for each of the judge.
     """
     truths = ["oracle: a better", "oracle: b better", "oracle: a tie"]
     judged = ["a in both orders", "b in both orders", "orders disagree", "tie or invalid"]

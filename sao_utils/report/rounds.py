@@ -1,4 +1,4 @@
-"""The section "rounds" of a run's table of results: what each iteration of a method came to."""
+"""The section "rounds" of a run's table of results: the results of each iteration of a method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOPICS: dict[str, Callable[[str], bool | None]] = {
 
 
 def rounds(run: Run) -> Iterator[dict]:
-    """Good answers, lengths and wins of each round's model, and what its pairs are worth."""
+    """Good answers, lengths and win rates of each round's model, and the quality of its pairs."""
     made = all_rounds(run)
     candidates = [one.candidate for one in made]
     if run.recipe.method == "synpo":
@@ -59,7 +59,7 @@ def quality_of(run: Run, made: list[Trained]) -> pd.DataFrame:
 
 
 def quality_rows(run: Run, answers: list[dict]) -> list[dict]:
-    """Good answers, lengths and wins of the base and of some rounds' models, by `answers_of`."""
+    """Good answers, lengths and win rates of the base and of some rounds' models, from `answers_of`."""
     return [row for of in (_quality, _lengths, _win_rates) for row in of(run, answers)]
 
 
@@ -85,7 +85,7 @@ def _of(rows: list[dict], model: str, number: int = 0) -> list[dict]:
 
 def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
     known = [row for row in answers if row["good"] is not None]
-    # Seeds are SynPO's: without them all topics are alike.
+    # Only SynPO has seed items; without them, all topics are alike.
     topics = TOPICS if run.recipe.synpo else {"all": TOPICS["all"]}
     for temperature in run.recipe.evaluation.temperatures:
         for topic, holds in topics.items():
@@ -105,7 +105,7 @@ def _quality(run: Run, answers: list[dict]) -> Iterator[dict]:
 
 
 def rows_by_seed(run: Run, one: Trained, answers: list[dict]) -> Iterator[dict]:
-    """The gain of one round of one seed over the base, and how often the judge of its pairs was right."""
+    """The gain over the base of one round of one seed, and how often the judge of its pairs was right."""
     seed = one.candidate.seed
     of_seed = [row for row in answers if row["seed"] in (None, seed)]
     of_round = [row for row in of_seed if row["round"] in (0, one.candidate.round)]
@@ -128,7 +128,7 @@ def _lengths(run: Run, answers: list[dict]) -> Iterator[dict]:
 
 
 def _win_rates(run: Run, answers: list[dict]) -> Iterator[dict]:
-    """Against the base, by the same judge for all rounds: the recipe's, else the base."""
+    """Win rates against the base, with the same judge for all rounds: the recipe's, else the base."""
     first = run.recipe.evaluation.temperatures[0]
     rows = [row for row in answers if row["temperature"] == first]
     judge = run.recipe.judging_model
@@ -141,7 +141,7 @@ def _win_rates(run: Run, answers: list[dict]) -> Iterator[dict]:
 
 
 def funnel(run: Run) -> list[tuple[int, int, str, int]]:
-    """(round, seed, step, count): prompts that were answered, minus each reason, the pairs that are left."""
+    """(round, seed, step, count) rows: prompts answered, minus each reason for a loss, and the pairs left."""
     rows = []
     for one in all_rounds(run):
         counts = Counter(row["discarded"] or "pairs" for row in one.pairs)
@@ -154,12 +154,12 @@ def funnel(run: Run) -> list[tuple[int, int, str, int]]:
 
 
 def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
-    """What the pairs of each round are worth; nothing of methods whose rows are only imitated.
+    """The quality of each round's pairs; nothing for methods whose rows are only imitated (SFT).
 
-    How many answered prompts came to be pairs; how often the chosen answer is truly better, and over all
-    judged pairs the one that the judge prefers; how often a prompt repeats an earlier one of its
-    seed; and the signs that need no oracle: how often the judge's orders disagree, and how often the base
-    agrees.
+    The metrics: how many answered prompts became pairs; how often the chosen answer is truly better, and,
+    over all judged pairs, the answer that the judge prefers; how often a prompt repeats an earlier one of
+    its seed; and the signs that need no oracle: how often the judge's two orders disagree, and how often
+    the base agrees.
     """
     if run.recipe.method in IMITATING:
         return
@@ -185,9 +185,9 @@ def pair_rows(run: Run, made: list[Trained]) -> Iterator[dict]:
 
 
 def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
-    """What judged pairs are worth, discarded ones among them, by metric (see `pair_rows`)."""
+    """The quality of judged pairs, including discarded ones, by metric (see `pair_rows`)."""
     used = [row for row in rows if row["discarded"] is None]
-    gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # where one is better
+    gaps = [(row, gap) for row in used if (gap := _true_gap(row))]  # one of the two is better
     found = {
         "pairs kept": _share(rows, [row["discarded"] is None for row in rows]),
         "chosen is better": _share([row for row, _ in gaps], [gap > 0 for _, gap in gaps]),
@@ -196,7 +196,7 @@ def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
     if judged:
         flipped = [row["outcome"] == "inconsistent" for row in judged]
         found["flip rate"] = _share(judged, flipped)
-        # In the arms that are controls, a coin or the oracle chose.
+        # In the control arms, a coin or the oracle chose.
         decided = [row for row in judged if row["arm"] not in CONTROLS]
         decided = [row for row in decided if row["margin"] and row["discarded"] != NO_REPLY]
         known = [(row, gap) for row in decided if (gap := _true_gap(row))]
@@ -225,7 +225,7 @@ def _diversity(run: Run, made: list[Trained]) -> Iterator[dict]:
 
 
 def _forgotten(run: Run, made: list[Trained]) -> Iterator[dict]:
-    """The recipe's tasks before and after each round: what was forgotten."""
+    """The scores in the recipe's tasks before and after each round: what was forgotten."""
     by_name = {f"round {one.candidate.round}": one.candidate.round for one in made}
     everyone = [Candidate("base", None, run.recipe.model)]
     for one in made:

@@ -1,7 +1,7 @@
-"""The sections of a run's table of results: a function each that gives its rows.
+"""The sections of a run's table of results: one function for each, which yields its rows.
 
-They are made from the rows of the stages and of the evaluation, which are made first as far as they are
-missing. What cannot be estimated has a row without a value, and a note that says why.
+They are made from the rows of the stages and of the evaluation; what is missing of those is made first.
+What cannot be estimated has a row without a value, and a note that says why.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from sao_utils.store import Run
 
 NAN = float("nan")
 missing = partial(Interval, NAN, NAN, NAN, 0)  # for what cannot be estimated; takes the reason
-#: how the metrics of a judge begin that compare it with the truth
+#: prefixes of those metrics of a judge that compare it with the truth
 OF_JUDGE = ("accuracy", "longer answer", "length bias")
-#: metric of a benchmark that is kept with the other results -> what it is called
+#: metric of a benchmark that is kept with the other results -> its name in the table
 BENCHMARKED = {
     "win_rate": "win rate",
     "lc_win_rate_published": "length-controlled win rate, published fit",
@@ -56,23 +56,23 @@ GRADED = ("mt_bench", "tiny_mt")  # benchmarks whose score is a grade from 1 to 
 
 
 def of_questions(run: Run) -> dict:
-    """Where the run's own comparisons are made: its questions, at its first temperature."""
+    """What the run's own comparisons are made on: its questions, at its first temperature."""
     return {"questions": own_set(run), "temperature": run.recipe.evaluation.temperatures[0]}
 
 
 def _seeds(run: Run) -> tuple:
-    """What a number is given of: all seeds together (None), then each of several."""
+    """The seeds for which a number is given: all together (None), then each one if there are several."""
     return (None, *run.recipe.seeds) if len(run.recipe.seeds) > 1 else (None,)
 
 
 def mean_of(run: Run, rows: list[dict], values: list) -> Interval:
-    """The mean of values of answers or comparisons, clustered, over all trainings."""
+    """The clustered mean of values, one per answer or comparison, over all trainings."""
     by, runs = [row["combination"] for row in rows], [row["seed"] for row in rows]
     return clustered_mean(values, by, run.recipe.evaluation.bootstrap, runs=runs)
 
 
 def prompts(run: Run) -> Iterator[dict]:
-    """How the prompt stage went: usable replies, and how often prompts repeat."""
+    """How the prompt stage went: how many replies are usable, and how often prompts repeat."""
     rows = sao.rows(run, "prompts")
     if run.recipe.prompts.source != "file":
         parsed = [row["prompt"] is not None for row in rows]
@@ -91,7 +91,7 @@ def prompts(run: Run) -> Iterator[dict]:
 
 
 def judge(run: Run) -> Iterator[dict]:
-    """How right and how biased the judge is, on the run's own pairs and on labelled ones."""
+    """How accurate and how biased the judge is, on the run's own pairs and on labelled ones."""
     verdicts = {("self", "training pairs"): sao.rows(run, "verdicts")}
     if run.recipe.judging.labelled is not None:
         pairs = labelled_pairs(run.recipe.judging.labelled)
@@ -105,7 +105,7 @@ def judge(run: Run) -> Iterator[dict]:
 
 
 def good_answers(run: Run) -> Iterator[dict]:
-    """The oracle's share of good answers, of every model, and the differences of the claim."""
+    """Every model's share of good answers, by the oracle, and the differences that the claim is about."""
     for temperature in run.recipe.evaluation.temperatures:
         answers = graded_answers(run, temperature)
         models = list(dict.fromkeys(row["model"] for row in answers))
@@ -123,7 +123,7 @@ def good_answers(run: Run) -> Iterator[dict]:
 
 
 def graded_answers(run: Run, temperature: float, models: list[str] | None = None) -> list[dict]:
-    """The answers at a temperature that the oracle can judge, of some models or all."""
+    """The answers at one temperature that the oracle can judge, of some models or of all."""
     answers = evaluate.answers(run, models, temperatures=[temperature])
     return [row for row in answers if row["good"] is not None]
 
@@ -131,13 +131,13 @@ def graded_answers(run: Run, temperature: float, models: list[str] | None = None
 def share_of_good(
     run: Run, answers: list[dict], model: str, against: str | None = None, seed: int | None = None
 ) -> Interval:
-    """A model's share of good answers, or its difference to another's, over all seeds or of one."""
+    """A model's share of good answers, or its difference from another's, over all seeds or for one."""
     of = [row for row in answers if row["model"] == model and seed in (None, row["seed"])]
     values = [row["good"] for row in of]
     if against is None:
         return mean_of(run, of, values)
     good = {(r["seed"], r["question_id"]): r["good"] for r in answers if r["model"] == against}
-    of_seed = against in run.recipe.arms  # else it has one set of answers for all seeds
+    of_seed = against in run.recipe.arms  # otherwise it has one set of answers for all seeds
     other = [good[r["seed"] if of_seed else None, r["question_id"]] for r in of]
     by, runs = [row["combination"] for row in of], [row["seed"] for row in of]
     return clustered_difference(values, other, by, run.recipe.evaluation.bootstrap, runs=runs)
@@ -154,8 +154,8 @@ def _first_answers(run: Run) -> dict[str, list[dict]]:
 def flaws(run: Run) -> Iterator[dict]:
     """What is wrong with the answers of every model, at the first temperature.
 
-    A gain in one kind of flaw may hide a loss in another, and a win rate "at equal length" forgives an
-    answer that repeats itself.
+    An improvement in one kind of flaw may hide a loss in another, and a win rate "at equal length" forgives
+    an answer that repeats itself.
     """
     for model, answers in _first_answers(run).items():
         rows = [(row, _flaws(row)) for row in answers if row["good"] is not None]
@@ -166,7 +166,7 @@ def flaws(run: Run) -> Iterator[dict]:
 
 
 def _flaws(answer: dict) -> dict[str, int]:
-    """The oracle's flaws. One that does not look for them leaves repetition and a missing end to us."""
+    """The flaws that the oracle finds; if it does not look for repetition and a missing end, we do."""
     found = oracles.flaws(answer["question"], answer["text"])
     if "repeated" not in found:
         found["repeated"] = int(repetition(answer["text"]) > REPETITIVE)
@@ -175,7 +175,7 @@ def _flaws(answer: dict) -> dict[str, int]:
 
 
 def lengths(run: Run) -> Iterator[dict]:
-    """Mean tokens of the answers at the first temperature."""
+    """The mean length of the answers at the first temperature, in tokens."""
     for model, rows in _first_answers(run).items():
         found = mean_of(run, rows, [row["tokens"] for row in rows])
         yield make_row("length", "answer length", found, model=model, **of_questions(run))
@@ -184,8 +184,8 @@ def lengths(run: Run) -> Iterator[dict]:
 def win_rates(run: Run) -> Iterator[dict]:
     """The self-judged win rate of every arm against the base, raw and at equal length.
 
-    Invalid verdicts are left out of it. Then by how much more often the tuned model wins than each
-    control, paired by question.
+    Invalid verdicts are left out. Then the tuned model's win rate minus that of each control, paired by
+    question.
     """
     recipe = run.recipe
     verdicts = {arm: evaluate.comparison(run, arm, "base") for arm in recipe.arms}
@@ -208,17 +208,17 @@ def win_rates(run: Run) -> Iterator[dict]:
 
 
 def rate(rows: list[dict], of=comparisons.rate) -> Interval:
-    """A win rate, or why there is none."""
+    """A win rate, or the reason why there is none."""
     return of(rows) if comparisons.valid(rows) else missing("no verdict is valid")
 
 
 def comparison(run: Run) -> Iterator[dict]:
-    """What the comparison of tuned and base answers came to, how right its judges were, how they agree.
+    """The comparison of tuned and base answers: its outcome, the judges' accuracy, and their agreement.
 
-    The training pairs were one model's own answers; here two models' meet, and the tuned one's were
-    trained to please. Beside the run's own judge the recipe's `judges`, or without any the tuned model,
-    which costs no more than a second look: did it learn to judge otherwise? Then the strengths of all
-    arms, each against the base.
+    The training pairs were one model's own answers; here the answers of two models meet, and the tuned
+    model was trained to please. The judges are the run's own and the recipe's `judges`, or, if it names
+    none, the tuned model, which costs no more than a second pass and shows whether it learned to judge
+    differently. Then the strengths of all arms, each against the base.
     """
     if "self" not in run.recipe.arms:
         return
@@ -230,7 +230,7 @@ def comparison(run: Run) -> Iterator[dict]:
     }
     for name, of in rows.items():
         found = {"win rate": rate(of)}
-        if name == "self":  # its win rates are in the section of these
+        if name == "self":  # its win rates have a section of their own
             found = comparisons.scores(of, resamples)
         known = [{**r, "quality": oracles.quality(r["prompt"], *r["responses"])} for r in of]
         quality = judge_quality(known, resamples)
@@ -248,7 +248,7 @@ def comparison(run: Run) -> Iterator[dict]:
 
 
 def compared(run: Run) -> list[Candidate]:
-    """Who takes part in benchmarks and tasks: no controls beside "self", which would double the cost."""
+    """The models in benchmarks and tasks: no controls besides "self", which would double the cost."""
     trained = ["self"] if "self" in run.recipe.arms else run.recipe.arms
     return sao.candidates(run, ["base", *trained, *run.recipe.others])
 
@@ -262,7 +262,7 @@ def benchmarks(run: Run) -> Iterator[dict]:
 
 
 def of_benchmark(run: Run, row: dict, section: str) -> dict:
-    """A row of `run_benchmark` as one of the table."""
+    """A row of `run_benchmark` as a row of the table."""
     graded = row["benchmark"] in GRADED and row["metric"].startswith("score")
     arm, _, seed = row["model"].rpartition("-")
     of_seed = arm in run.recipe.arms and row["model"] not in run.recipe.others
@@ -281,12 +281,12 @@ def of_benchmark(run: Run, row: dict, section: str) -> dict:
 
 
 def tasks(run: Run) -> Iterator[dict]:
-    """lm-eval's tasks: what the models knew before and after, and whether the change is noise."""
+    """lm-eval's tasks: scores before and after training, and whether the change is noise."""
     yield from task_rows(run, compared(run))
 
 
 def task_rows(run: Run, candidates: list[Candidate]) -> Iterator[dict]:
-    """The scores of some models, the base among them, in the recipe's tasks, and their changes."""
+    """The scores of some models, including the base, in the recipe's tasks, and their changes."""
     if not run.recipe.evaluation.tasks:
         return
     bases = set()
@@ -306,7 +306,7 @@ def task_rows(run: Run, candidates: list[Candidate]) -> Iterator[dict]:
 
 
 def _share(found: Interval) -> Interval:
-    """A share's interval within 0..1; Wilson's where all items fared alike."""
+    """A share with its interval clipped to 0..1; Wilson's interval if all items had the same outcome."""
     if found.value in (0, 1):
         return wilson(found.value * found.n, found.n)
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # NaN stays NaN

@@ -1,8 +1,8 @@
 """Would a rule that needs no oracle have stopped the iterations in time? (Ours: no paper has one.)
 
-Before a round is trained, its pairs are there, and beside them those of the round before. Each sign
-compares the two; where it shows, the rule stops with the model that there is. It was right if the next
-model is worse by the oracle, and where it does not show, if the next model is at least as good.
+Before a round is trained, its pairs exist, and so do those of the previous round. Each sign compares the
+two; if the sign shows, the rule stops and keeps the current model. Stopping was right if the next model is
+worse by the oracle; going on was right if the next model is at least as good.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sao_utils.store import Run
 
 @dataclass(frozen=True)
 class Signs:
-    """What the pairs of one round look like: shares of pairs, and nats."""
+    """Statistics of one round's pairs: shares of pairs, and the margin in nats."""
 
-    flips: float  # pairs on which the judge's orders disagree
-    margin: float  # mean size of the judge's margin
-    base_agrees: float  # used pairs whose chosen answer the base prefers, too
+    flips: float  # share of judged pairs on which the judge's two orders disagree
+    margin: float  # mean absolute value of the judge's margin, in nats
+    base_agrees: float  # share of used pairs whose chosen answer the base prefers, too
 
 
 def signs_of(run: Run, pairs: list[dict], base: Model) -> Signs | None:
-    """The signs of a round's pairs (rows of `build_pairs`); None where no pair was judged or used."""
+    """The signs of a round's pairs (rows of `build_pairs`); None if no pair was judged, or none was used."""
     judged = [row for row in pairs if row["outcome"] in ("consistent", "inconsistent")]
     used = [row for row in pairs if row["discarded"] is None]
     if not judged or not used:
@@ -43,13 +43,13 @@ def signs_of(run: Run, pairs: list[dict], base: Model) -> Signs | None:
 
 
 def as_pair(row: dict) -> dict:
-    """A row of `build_pairs` in the form that judges take."""
+    """A row of `build_pairs` in the form that `judge_pairs` takes."""
     texts = [row[side][-1]["content"] for side in ("chosen", "rejected")]
     return {"id": row["id"], "prompt": row["prompt"][-1]["content"], "responses": texts}
 
 
 def stops(before: Signs, now: Signs) -> dict[str, bool]:
-    """Which rules stop, by name. The last one never does, and is the baseline of the others."""
+    """Whether each rule stops, by name. The last rule never does; it is the baseline for the others."""
     single = {
         "flip rate rises": now.flips > before.flips,
         "margins shrink": now.margin < before.margin,
@@ -59,15 +59,15 @@ def stops(before: Signs, now: Signs) -> dict[str, bool]:
 
 
 def decisions(run: Run, trained: list[Trained], answers: list[dict]) -> Iterator[dict]:
-    """Every decision to go on or to stop that a run had, from its second round on.
+    """Every decision to stop or go on that a run had to make, from its second round on.
 
     Args:
         trained: all rounds of all seeds (`methods.iterate.all_rounds`).
-        answers: of their models to evaluation questions, at one temperature.
+        answers: their models' answers to evaluation questions, at one temperature.
 
     Returns:
-        Rows {seed, round, rule, stop, worse}: worse: whether this round's model has fewer good answers
-        than the last one's. Nothing where no oracle knows the questions.
+        Rows {seed, round, rule, stop, worse}; `worse` says whether this round's model has a smaller share
+        of good answers than the previous round's. No rows if no oracle knows the questions.
     """
     for seed in run.recipe.seeds:
         of_seed = [one for one in trained if one.candidate.seed == seed]
@@ -92,7 +92,7 @@ def stopping_rows(made: list[dict]) -> Iterator[dict]:
     """How often each rule was right, over members, seeds and rounds: rows of the table of results.
 
     Args:
-        made: rows of `decisions` with the label of their member; those of one run are one cluster.
+        made: rows of `decisions` with the label of their member; those of one member and seed are a cluster.
     """
     for rule in dict.fromkeys(row["rule"] for row in made):
         of = [row for row in made if row["rule"] == rule]

@@ -1,4 +1,4 @@
-"""The table of a study: what each member gained, what it was given, and what it took."""
+"""The table of a study: what each member gained, what outside help it had, and what it cost."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ EVALUATION = (
 
 
 def study_table(study: Study, home: Run) -> pd.DataFrame:
-    """Run what is missing of a study, and write its tables and figures into home's folders.
+    """Run what is missing of a study, and write its tables and figures into the folders of `home`.
 
     Returns:
-        The rows of the table of results, with section "study" and a member's label as `model`.
+        The table of results, with section "study" and each member's label as `model`.
     """
     entries, rows, decided, answered = [], [], [], {}
     for entry in run_study(study, home):
@@ -56,12 +56,12 @@ def study_table(study: Study, home: Run) -> pd.DataFrame:
         table = make_table([*rows, *stopping_rows(decided)])
         if study.break_even:
             table = make_table([*table.to_dict("records"), *break_even_rows(table)])
-        _write(study, home, entries, table)  # of what is there so far
+        _write(study, home, entries, table)  # what there is so far
     return table
 
 
 def _rows(study: Study, entry: Entry, answers: list[dict], with_base: bool) -> Iterator[dict]:
-    """The rows of one member; the base's own only once, since it is the same for all."""
+    """The rows of one member; those of the base only `with_base`, since they are the same for all."""
     run, name = entry.run, entry.run.recipe.method
     found = [*quality_rows(run, answers), *pair_rows(run, entry.trained)]
     if study.break_even:
@@ -77,12 +77,12 @@ def _rows(study: Study, entry: Entry, answers: list[dict], with_base: bool) -> I
     names = {"model": entry.label, "round": run.recipe.rounds}
     for metric, value in zip(PRICE, (written, read, seconds / 60)):
         if study.share and metric != "tokens trained on":
-            continue  # the member that made the rows first would pay for all
+            continue  # otherwise the member that made the rows first would pay for all
         yield make_row("study", metric, exact(value, 1), **names)
 
 
 def _differences(study: Study, entry: Entry, answered: dict[str, list]) -> Iterator[dict]:
-    """Between two members that a claim names, once the later one is there, seed by seed."""
+    """Differences between the two members of each claim, paired by seed, once both have been run."""
     pairs = [(of.model, of.against) for of in study.claims if entry.label in (of.model, of.against)]
     settings = entry.run.recipe.evaluation
     for model, against in dict.fromkeys(pairs):
@@ -113,7 +113,7 @@ def _differences(study: Study, entry: Entry, answered: dict[str, list]) -> Itera
 
 
 def _price(run: Run) -> tuple[int, int, float]:
-    """Tokens that were written, tokens that were trained on, and seconds; without evaluation."""
+    """The tokens written, the tokens trained on, and the seconds; all without evaluation."""
     stages = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))["stages"]
     made = [of for stage, of in stages.items() if stage not in EVALUATION]
     trained = map(read_done, (run.folder / "adapters").iterdir())
@@ -138,7 +138,7 @@ def _write(study: Study, home: Run, entries: list[Entry], table: pd.DataFrame) -
 
 
 def _in_text(study: Study, home: Run, table: pd.DataFrame, entries: list[Entry]) -> str:
-    """What a study came to so far, in Markdown."""
+    """The results of a study so far, in Markdown."""
     parts = [f"# {study.about}", markdown(members(study, table).reset_index())]
     parts += [answer(table)]
     parts += [f"The paper: {study.paper}"] if study.paper else []
@@ -156,7 +156,7 @@ def _in_text(study: Study, home: Run, table: pd.DataFrame, entries: list[Entry])
 
 
 def reported(study: Study) -> dict[str, float]:
-    """The numbers of the paper that a study's claims are about, in percent, by the paper's own names."""
+    """The paper's numbers that a study's claims are about, in percent, by the paper's own names."""
     return {
         name: value
         for claim in study.claims
@@ -165,10 +165,10 @@ def reported(study: Study) -> dict[str, float]:
 
 
 def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """One line a member: good answers and gain over the base by topic, pairs, outside help, the price.
+    """One row per member: good answers and gain over the base by topic, pairs, outside help, the price.
 
-    Of the last round; good answers and win rate at the first temperature, gains at all. The win rate is
-    by the base, unless its cell names another judge.
+    All are of the last round; good answers and win rate at the first temperature, gains at all of them. The
+    win rate is judged by the base, unless its cell names another judge.
     """
     lines: dict[str, dict] = {}
     first = table["temperature"].dropna().min()
@@ -194,7 +194,7 @@ def members(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def answer(table: pd.DataFrame) -> str:
-    """Which member gained most and which least, in a sentence for each temperature."""
+    """A sentence that says, for each temperature, which member gained most and which least."""
     gains = select(table, metric="good answers", against="base", questions="all", seed=None)
     gains = gains.drop_duplicates(["model", "temperature"], keep="last")  # of the last round
     found = []
@@ -206,9 +206,9 @@ def answer(table: pd.DataFrame) -> str:
 
 
 def agreement(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """One line a claim: the difference here, the paper's two numbers, whether both point the same way.
+    """One row per claim and temperature: our difference, the paper's two numbers, whether the signs agree.
 
-    "open": our interval holds 0, at the temperature that it is of.
+    "open" means that our interval contains 0 at this temperature.
     """
     lines = []
     for claim in study.claims:
@@ -233,14 +233,14 @@ def agreement(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rules(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a stopping rule: how often it was right, and how often it stopped."""
+    """One row per stopping rule: how often it was right, and how often it stopped."""
     found = select(table, metric="right to stop or go on").itertuples(index=False)
     lines = [(row.model, in_words(row), row.n, row.note) for row in found]
     return pd.DataFrame(lines, columns=["rule", "right", "decisions", "remark"])
 
 
 def searches(entries: list[Entry]) -> str:
-    """What was searched for each member, and what was chosen, in a sentence each."""
+    """What was searched for each member, and which value was chosen, in one sentence each."""
     lines = [
         f"{entry.label}: {key} = {entry.chosen[key]}, of {', '.join(map(str, values))}."
         for entry in entries

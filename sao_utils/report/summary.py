@@ -1,4 +1,4 @@
-"""A run's results in a sentence and on one screen (`sao show`). Reads the run's tables; needs no torch."""
+"""A run's results in one sentence and on one screen (`sao show`). Reads the run's tables; needs no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTH = 100
 def summary(folder: Path) -> str:
     """What was run, what became of the prompts, how good the judge is, the result, and its price.
 
-    Of a study, its tables. Errors as of `table.read_table`.
+    For a study, its tables. Raises the errors of `table.read_table`.
     """
     folder = Path(folder)
     path = folder / "tables" / "recipe.yaml"
@@ -50,7 +50,7 @@ def summary(folder: Path) -> str:
 
 
 def sentence(table: pd.DataFrame, recipe: Recipe) -> str:
-    """The result in a sentence, with its interval: of a run, or of a study's last rounds."""
+    """The result of a run, or of a study's last rounds, in one sentence with its interval."""
     good = select(table, metric="good answers", seed=None, section=("quality", "rounds", "study"))
     good = good[good["temperature"] == good["temperature"].min()]
     good = good[~good["questions"].isin(("seed topics", "other topics"))]
@@ -83,7 +83,7 @@ def sentence(table: pd.DataFrame, recipe: Recipe) -> str:
 
 
 def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
-    """What a reader should know before they believe the numbers."""
+    """What a reader should know before believing the numbers."""
     found = [NOT_COMPARABLE] if recipe.model.path == "tiny" else []
     if len(recipe.seeds) == 1:
         found.append(
@@ -111,10 +111,10 @@ def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
 
 
 def blocks(table: pd.DataFrame) -> dict[str, list[list[str]]]:
-    """The small tables of a summary, those that there are, as lines of cells; headings first.
+    """The small tables of a summary that are not empty, each as lines of cells, headings first.
 
     Returns:
-        "judge", "result" and "price" of a run of SAO; of one of rounds "pairs" instead of "judge".
+        "judge", "result" and "price" for a run of SAO; for a run of rounds, "pairs" instead of "judge".
     """
     if "rounds" in set(table["section"]):
         found = _rounds(table)
@@ -124,7 +124,7 @@ def blocks(table: pd.DataFrame) -> dict[str, list[list[str]]]:
 
 
 def _rounds(table: pd.DataFrame) -> dict[str, list[list[str]]]:
-    """A line for each model, in the order of the rounds: good answers by topic, wins; pairs; price."""
+    """A line per model, in the order of the rounds: good answers by topic and win rates; pairs; price."""
     first = table["temperature"].min()
     greedy = table[table["temperature"].isna() | (table["temperature"] == first)]
     lengths, tasks = greedy["metric"] == "answer length", greedy["section"] == "task"
@@ -139,7 +139,7 @@ def _rounds(table: pd.DataFrame) -> dict[str, list[list[str]]]:
 
 
 def _by_round(rows: pd.DataFrame, title: str) -> list[list[str]]:
-    """A line for each model and a column for each thing measured."""
+    """A line per model, and a column per quantity."""
     columns: dict[str, dict] = {}  # heading -> model -> row
     for row in rows.itertuples(index=False, name="Row"):
         if row.metric == "similarity of prompts" or is_difference(row):
@@ -154,7 +154,7 @@ def _by_round(rows: pd.DataFrame, title: str) -> list[list[str]]:
 
 
 def _funnel(folder: Path) -> list[str]:
-    """`2,400 prompts asked for - 783 evaluation question ... = 854 pairs`, in as many lines."""
+    """`2,400 prompts asked for - 783 evaluation question ... = 854 pairs`, wrapped into lines."""
     path = folder / "tables" / "funnel.csv"
     if not path.is_file():
         return []
@@ -177,7 +177,7 @@ def _judge(table: pd.DataFrame) -> list[list[str]]:
 
 
 def advice_on_judge(table: pd.DataFrame) -> str:
-    """Whether SAO can work with a judge: is it right more often than chance, by its interval?"""
+    """Whether SAO can work with a judge: does the interval show that it beats chance?"""
     accuracy = value_of(table, metric="accuracy", questions="training pairs")
     if accuracy is None:
         return (
@@ -194,7 +194,7 @@ def advice_on_judge(table: pd.DataFrame) -> str:
 
 
 def _result(table: pd.DataFrame) -> list[list[str]]:
-    """Good answers at each temperature and win rates, of every model; then how far "self" is ahead."""
+    """Every model's good answers at each temperature, and win rates; then how far "self" is ahead."""
     metrics = ("good answers", "win rate", "difference in win rate")
     rows = select(table, section=("quality", "win rate"), metric=metrics, seed=None)
     values, ahead = {}, {}  # heading -> model -> row
@@ -214,13 +214,13 @@ def _result(table: pd.DataFrame) -> list[list[str]]:
 
 
 def _headings(title: str, columns: dict[str, dict]) -> list[list[str]]:
-    """Two lines above a table: the name of each column, and how many values are behind it."""
+    """The two lines above a table: the name of each column, and the number of values behind it."""
     sized = [f"n = {sizes(column.values())}" for column in columns.values()]
     return [[title, *columns], ["", *sized]]
 
 
 def _lines(columns: dict[str, dict]) -> list[list[str]]:
-    """A line for each name that is in any of the columns: the name, and its value in each."""
+    """A line for each name that occurs in any column: the name, and its value in each column."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return [
         [f"  {name}", *(_short(column.get(name)) for column in columns.values())] for name in names
@@ -228,7 +228,7 @@ def _lines(columns: dict[str, dict]) -> list[list[str]]:
 
 
 def _short(row) -> str:
-    """A value in a narrow column: why there is none stands in results.md."""
+    """A value for a narrow column; if there is none, results.md says why."""
     if row is None:
         return ""
     return (
@@ -239,7 +239,7 @@ def _short(row) -> str:
 
 
 def _price(table: pd.DataFrame) -> list[list[str]]:
-    """What was paid: flaws that became more frequent, length, and what was forgotten."""
+    """The price of training: flaws that became more frequent, length, and what was forgotten."""
     rows = select(table, section=("flaws", "length", "task"), model=("base", "self"), seed=None)
     shown = {"repeated"}
     for flaw in rows[rows["section"] == "flaws"]["metric"].unique():
@@ -259,6 +259,6 @@ def _price(table: pd.DataFrame) -> list[list[str]]:
 
 
 def _grid(lines: list[list[str]]) -> list[str]:
-    """Lines of cells in aligned columns; the last column is as wide as it likes."""
+    """Lines of cells in aligned columns; the last column may have any width."""
     widths = [max(map(len, column)) for column in list(zip(*lines))[:-1]] + [0]
     return ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths)).rstrip() for line in lines]

@@ -1,15 +1,15 @@
-"""The tidy table of a run's results: a row a number, and how to select rows.
+"""The tidy table of a run's results: one row per number, and how to select rows.
 
 `results.results` makes it, a run's folder keeps it in tables/, and figures, tables, model cards and
 `sao show` select from it. Reading it needs neither torch nor a model.
 
 Columns: `section` (prompts, judge, quality, flaws, win rate, length, comparison, benchmark, task,
-leakage; rounds, study) and `metric` name what is measured; `model` whose number it is; `against` the
-model that it is compared with, so that a difference of two models names both; `judge` who decided;
-`questions` on what; `temperature` of the answers; `seed` of the training, empty: over all of them;
-`round` of the method; `value` with the ends `low` and `high` of its 95 % interval, and `n` values
-behind it; `unit`: shares are 0 to 1 and have the unit "%", differences of shares "points"; `note`: what
-to know about it, or why it could not be estimated.
+leakage; rounds, study) and `metric` name what is measured; `model`: whose number it is; `against`: the
+model that it is compared with, so that a difference of two models names both; `judge`: who decided;
+`questions`: on which questions; `temperature` of the answers; `seed` of the training, empty for a number
+over all seeds; `round` of the method; `value`, with the ends `low` and `high` of its 95 % interval, and
+`n`, the number of values behind it; `unit`: shares are 0 to 1 and have the unit "%", differences of
+shares "points"; `note`: what to know about the number, or why it could not be estimated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     "section metric model against judge questions temperature seed round value low high n unit note"
 ).split()
-#: metric -> its unit, where it is no share
+#: metric -> its unit, if it is not a share
 UNITS = {
     "answer length": "tokens",
     "difference in win rate": "points",
@@ -50,12 +50,12 @@ def make_row(
     """A row of the table from an estimate.
 
     Args:
-        unit: by default that of `UNITS`, else "%".
-        names: the columns from `model` (by default "base") to `round`.
+        unit: by default the metric's unit in `UNITS`, else "%".
+        names: the columns from `model` (by default "base") to `round` (by default 0).
     """
     notes = [text for text in (note, found.note) if text]
     if math.isnan(found.value) and not notes:
-        notes = ["cannot be estimated from these values"]  # kappa, say, where all are alike
+        notes = ["cannot be estimated from these values"]  # such as kappa, if all are alike
     row = {"section": section, "metric": metric, "model": "base", "round": 0, **names}
     numbers = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
     unit = UNITS.get(metric, "%") if unit is None else unit
@@ -63,20 +63,20 @@ def make_row(
 
 
 def make_table(rows: Iterable[dict]) -> pd.DataFrame:
-    """Rows as a data frame of `COLUMNS`: None where a cell is empty, NaN where there is no number."""
+    """Rows as a data frame of `COLUMNS`; empty cells are None, missing numbers NaN."""
     table = pd.DataFrame(list(rows), columns=COLUMNS, dtype=object)
     table = table.where(table.notna(), None)
     return table.astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def select(table: pd.DataFrame, **columns: object) -> pd.DataFrame:
-    """The rows whose columns are as given.
+    """The rows whose columns have the given values.
 
     Args:
-        columns: column=value. None: empty. A list or tuple: one of these values.
+        columns: column=value. None: empty. A list or tuple: any of its values.
 
     Raises:
-        KeyError: no such column.
+        KeyError: there is no such column.
     """
     for name, wanted in columns.items():
         if wanted is None:
@@ -90,10 +90,10 @@ def select(table: pd.DataFrame, **columns: object) -> pd.DataFrame:
 
 
 def value_of(table: pd.DataFrame, **columns: object) -> NamedTuple | None:
-    """The first row whose columns are as given, None without one.
+    """The first row whose columns have the given values; None if there is no such row.
 
-    Unless they are named, `against` and `seed` are empty: a value by itself, over all seeds. The rows
-    of the first temperature of a recipe come first.
+    Unless they are given, `against` and `seed` must be empty: the value of one model, over all seeds. The
+    rows of a recipe's first temperature come first.
 
     Returns:
         A named tuple of `COLUMNS`.
@@ -103,7 +103,7 @@ def value_of(table: pd.DataFrame, **columns: object) -> NamedTuple | None:
 
 
 def as_records(table: pd.DataFrame) -> list[dict]:
-    """The rows as JSON may hold them: six decimals, None for what is not finite."""
+    """The rows in a form that JSON can hold: numbers with six decimals, None if they are not finite."""
     finite = table.round(6).replace([math.inf, -math.inf, math.nan], None)
     return finite.to_dict(orient="records")
 
@@ -120,11 +120,11 @@ def as_csv(table: pd.DataFrame) -> str:
 
 
 def read_table(folder: Path) -> pd.DataFrame:
-    """The results that a run's folder keeps.
+    """The results that a run's folder holds.
 
     Raises:
         FileNotFoundError: it has none yet.
-        ValueError: the file is damaged, or of an older version of the kit.
+        ValueError: the file is damaged, or from an older version of the kit.
     """
     path = Path(folder) / "tables" / "results.json"
     rows = json.loads(path.read_text(encoding="utf-8"))

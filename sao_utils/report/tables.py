@@ -1,9 +1,9 @@
-"""The paper's tables in the paper's shape, with this run's numbers in the same: a row a model.
+"""The paper's tables in the paper's shape, and this run's numbers in the same shape: one row per model.
 
-Each thing measured has its columns side by side: the base, the tuned model, and the difference where
-there is one. Reported and own numbers are tables of their own. How ours were measured in another way than the
-paper's, or are doubtful, stands in footnotes. The tiny world's counterparts stand under the table that
-they mirror, to show that the machinery works: their numbers say nothing about the paper's models.
+Each quantity has its columns side by side: the base, the tuned model, and the difference if there is one.
+Reported numbers and ours are in separate tables. Footnotes say where ours were measured differently from the
+paper's, or are doubtful. The tiny world's counterparts are under the table that they mirror, to show that the
+machinery works: their numbers say nothing about the paper's models.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ TABLES = {
         },
     ),
 }
-#: what is measured beside what the paper's tables show; it stays in results.csv
+#: metrics that the paper's tables do not show; they stay in results.csv
 BESIDE = ("first position", "valid verdicts", "score, turn 1", "score, turn 2")
-#: benchmark -> parts of the names of the judges that the paper had
+#: benchmark -> parts of the names of the paper's judges
 JUDGES = {
     "alpaca_eval": ("gpt-4-1106", "qwen2-72b"),
     "arena_hard": ("gpt-4o-mini",),
     "mt_bench": ("gpt-4o-mini",),
 }
 MODELS = ("Gemma-2-9B-it", "Llama-3-8B-Instruct")  # those that the paper trains
-#: a metric of the paper -> what it is called here
+#: a metric of the paper -> its name here
 METRICS = {"win_rate": "win rate", "lc_win_rate": "length-controlled win rate"}
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 HOW = "Not measured in this run (how to: docs/evaluation.md)."
 
 
 class PaperTable(NamedTuple):
-    """A table of the paper, as reported and as this run has it (empty: not measured)."""
+    """A table of the paper, as reported and as measured in this run (empty: not measured)."""
 
     about: str
     reported: pd.DataFrame
     ours: pd.DataFrame
-    notes: list[str]  # of ours, each with its mark
+    notes: list[str]  # footnotes to ours, each with its mark
 
     def _repr_markdown_(self) -> str:
-        """What a notebook shows, and benchmarks.md."""
+        """The table as a notebook and benchmarks.md show it."""
         parts = ["As the paper reports it:", _markdown(self.reported)]
         parts += [HOW] if self.ours.empty else ["This run:", _markdown(self.ours)]
         return "\n\n".join([*parts, *self.notes])
@@ -83,22 +83,22 @@ class PaperTable(NamedTuple):
 
 def reported(paper: str = "sao") -> pd.DataFrame:
     """The numbers that a paper reports ("sao", "synpo")."""
-    folder = Path(__file__).parent / "reported"  # of an installed kit
+    folder = Path(__file__).parent / "reported"  # in an installed kit
     if not folder.is_dir():
         folder = Path(__file__).resolve().parents[2] / "results" / "reported"
     return pd.read_csv(folder / f"{paper}.csv", keep_default_na=False)
 
 
 def paper_table(run: Run, table: pd.DataFrame, name: str) -> PaperTable:
-    """One table of the paper, reported and ours.
+    """One table of the paper, as reported and as measured in this run.
 
     Args:
-        table: as `results.results` returns it.
-        name: of `TABLES`.
+        table: the table of results, as `results.results` returns it.
+        name: a name in `TABLES`.
     """
     about, columns = TABLES[name]
     paper = reported("sao").query("table == @name")
-    if name != "Figure 3f judge":  # of the large tables the paper's own models, before and after
+    if name != "Figure 3f judge":  # of the large tables, only the paper's own models, before and after
         paper = paper[paper["model"].isin(MODELS) & paper["method"].isin(["base", "SAO"])]
     rows = select(table, **columns)
     ours, notes = _ours(run, rows[~rows["metric"].isin(BESIDE)])
@@ -106,7 +106,7 @@ def paper_table(run: Run, table: pd.DataFrame, name: str) -> PaperTable:
 
 
 def synpo_table() -> PaperTable:
-    """SynPO's Table 2, of the method itself. Runs of rounds measure none of its benchmarks."""
+    """SynPO's Table 2, only the rows of the method itself. Runs of rounds measure none of its benchmarks."""
     paper = reported("synpo").query("table == 'Table 2'")
     paper = paper[paper["method"].str.match("SFT|SynPO")]
     cells = map(_of_paper, paper.to_dict("records"))
@@ -114,7 +114,7 @@ def synpo_table() -> PaperTable:
 
 
 def _pivot(cells: Iterable[tuple[str, str, str, str]]) -> pd.DataFrame:
-    """A row a model, from (model, what is measured, "base" or another, text)."""
+    """One row per model, from cells (model, what is measured, "base" or another column, text)."""
     groups: dict[str, dict[str, None]] = {}
     lines: dict[str, dict[tuple, str]] = {}
     for model, what, which, text in cells:
@@ -143,7 +143,7 @@ def _of_paper(row: dict) -> tuple[str, str, str, str]:
 
 
 def _ours(run: Run, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The run's rows in the paper's shape, and the footnotes: what is remarked of them."""
+    """The run's rows in the paper's shape, and the footnotes with the remarks on them."""
     groups: dict[str, list] = {}
     for row in rows.itertuples(index=False, name="Row"):
         what = f"{row.questions}: {row.metric}" + (f", by {row.judge}" if row.judge else "")
@@ -167,7 +167,7 @@ def _ours(run: Run, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             which = "difference" if is_difference(row) else "tuned"
             for name in names if row.model == "base" else [_name(row)]:
                 which = "base" if row.model == "base" else which
-                text = in_words(row).removesuffix(f" {row.unit}")  # it stands in the heading
+                text = in_words(row).removesuffix(f" {row.unit}")  # the heading has it
                 cells.append((f"{run.recipe.model.label}, {name}", heading, which, text))
     return _pivot(cells), [f"{str(n).translate(MARKS)} {text}" for text, n in notes.items()]
 
@@ -179,7 +179,7 @@ def _name(row, model: str | None = None) -> str:
 
 
 def _remarks(run: Run, row) -> list[str]:
-    """How a row of the run was measured in another way than the paper's, or is doubtful."""
+    """Remarks on how a row of the run was measured differently from the paper's, or why it is doubtful."""
     remarks = row.note.split("; ") if row.note else []
     judge = run.recipe.judges.get(row.judge, run.recipe.judging_model)
     theirs = JUDGES.get(row.questions, ())
@@ -193,7 +193,7 @@ def _remarks(run: Run, row) -> list[str]:
 
 
 def write(run: Run, table: pd.DataFrame) -> None:
-    """Write all of the paper's tables with ours, benchmarks.md, into the run's tables."""
+    """Write benchmarks.md, all of the paper's tables with ours, into the run's tables/."""
     parts = [
         "# The paper's tables, and this run",
         "The paper reports no intervals and no numbers of seeds. All of its figures: "
@@ -208,7 +208,7 @@ def write(run: Run, table: pd.DataFrame) -> None:
 
 
 def _markdown(shown: pd.DataFrame) -> str:
-    """A pivoted table as Markdown: what a group of columns is about stands over its first one."""
+    """A pivoted table as Markdown; only the first column of each group has the group's heading."""
     seen, headings = None, []
     for what, which in shown.columns:
         headings.append(which if what == seen else f"{what}: {which}")

@@ -18,13 +18,13 @@ def topics_and_intentions(run: Run, prompts: list[dict], judge: Model) -> pd.Dat
     """The most frequent topics and intentions of some prompts, in words.
 
     Args:
-        prompts: as of `stages.topics.label_prompts`.
-        judge: who names them. The embedded tiny model cannot: then a sentence says so, and nothing is
-            asked.
+        prompts: rows as `stages.topics.label_prompts` takes them.
+        judge: the model that names them. The embedded tiny model cannot; for it, a sentence saying so is
+            printed and nothing is asked.
 
     Returns:
-        A line for each label with its share, and with how many prompts were discarded; None where the
-        judge is the tiny model. Why prompts were discarded is printed.
+        A row for each label, with its share and the number of discarded prompts; None if the judge is the
+        tiny model. The reasons why prompts were discarded are printed.
     """
     if judge.path == "tiny":
         print(

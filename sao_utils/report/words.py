@@ -1,4 +1,4 @@
-"""How results are shown: words for what was measured, numbers in their units, data frames to look at."""
+"""How results are shown: words for what was measured, numbers with their units, data frames to read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOT_COMPARABLE = (
     "Numbers of the recipe tiny are measured on a toy of 1.2 M parameters in a world of its own; "
     "they are not comparable with the paper's."
 )
-#: name in the column model -> the same in words
+#: name in the column `model` -> the same in words
 MODELS = {
     "base": "base model",
     "self": "self-judged pairs",
@@ -39,12 +39,12 @@ DIFFERENCE = "difference [95 % interval]"
 
 
 def in_words(found, unit: str | None = None) -> str:
-    """`71.2 [68.0, 74.1] %`; the value alone where there is no interval, or why there is no value.
+    """`71.2 [68.0, 74.1] %`; "(no interval)" if there is none, or the reason why there is no value.
 
     Args:
         found: anything with value, low, high and note: an `Interval`, or a row of the table (a named
             tuple).
-        unit: of its numbers, as in the table; by default the row's own, of an `Interval` "%".
+        unit: the unit of its numbers, as in the table; by default the row's own, or "%" for an `Interval`.
     """
     if math.isnan(found.value):
         return f"not estimated: {found.note}".removesuffix(": ")
@@ -58,13 +58,13 @@ def in_words(found, unit: str | None = None) -> str:
 
 
 def sizes(found: Iterable) -> str:
-    """`880`, or `880 to 4,400`: how many values are behind several estimates."""
+    """`880`, or `880 to 4,400`: the numbers of values behind several estimates."""
     counts = sorted({one.n for one in found})
     return f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
 
 
 def sum_in_words(steps: Iterable[tuple[str, int]]) -> str:
-    """`40 asked for - 3 malformed = 37 prompts`: labels and counts, what is taken away below zero."""
+    """`40 asked for - 3 malformed = 37 prompts`, from labels and counts; negative counts are subtracted."""
     signs = (f"{'-' if count < 0 else '='} {abs(count):,} {label}" for label, count in steps)
     return " ".join(signs).removeprefix("= ")
 
@@ -96,12 +96,12 @@ def decoding(temperature: float) -> str:
 
 
 def model_in_words(name: str | None) -> str:
-    """A model's name in the table, in words where it is one of ours."""
+    """A model's name in the table, in words if it is one of `MODELS`."""
     return MODELS.get(name, name or "")
 
 
 def models(row) -> str:
-    """The model of a row: `base model`, or of a difference `self-judged pairs - base model`."""
+    """The model of a row: `base model`, or for a difference `self-judged pairs - base model`."""
     name = model_in_words(row.model)
     if row.round:
         name += f", round {row.round}"
@@ -117,7 +117,7 @@ def is_difference(row) -> bool:
 
 
 def show(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the table in words, a line each: what, model, value [95 % interval], n, remarks."""
+    """Rows of the table in words, one line each: what, model, value [95 % interval], n, remarks."""
     lines = [
         (what(row), models(row), in_words(row), f"{row.n:,}", row.note)
         for row in rows.itertuples(index=False, name="Row")
@@ -127,10 +127,10 @@ def show(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the table side by side: the base, another model, and the difference if it is there.
+    """Rows of the table side by side: the base, another model, and the difference if there is one.
 
     Returns:
-        A line for each thing measured and each model beside the base: what, model, base, tuned,
+        A line for each quantity and each model other than the base: what, model, base, tuned,
         difference [95 % interval], n (of the difference, else of the model).
     """
     bases, lines = {}, {}
@@ -156,6 +156,6 @@ def markdown(shown: pd.DataFrame) -> str:
 
 
 def check(statement: str, holds: bool, otherwise: str) -> bool:
-    """Print whether what a notebook shows is healthy, and what to do if it is not."""
+    """Print whether a statement about what a notebook shows holds, and `otherwise` if not; return `holds`."""
     print(f"ok    {statement}" if holds else f"LOOK  not so: {statement}\n      {otherwise}")
     return holds

@@ -1,8 +1,8 @@
 """The pictures of a run, as matplotlib figures; `save` keeps one as an SVG file.
 
 Each function takes plain rows, or the table of results, and returns a figure that a notebook shows as a
-cell's last value. Where there is nothing to draw, the picture says so: a small run is no error. Colours
-can be told apart by colour-blind readers (Okabe and Ito), and never carry a meaning alone.
+cell's last value. If there is nothing to draw, the picture says so: a small run is not an error. Colours
+can be told apart by colour-blind readers (Okabe and Ito), and never carry meaning alone.
 """
 
 # ruff: noqa: F401 - what notebooks call as `figures.<name>`

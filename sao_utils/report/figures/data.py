@@ -10,7 +10,7 @@ from sao_utils.stages.prompts import normalised
 
 @style.styled
 def funnel(counts: list[tuple[str, int]]):
-    """What became of every prompt: `methods.sao.funnel(run)`; negative counts are what was left out."""
+    """What became of every prompt, from `methods.sao.funnel(run)`; negative counts are discarded rows."""
     if not counts:
         return style.nothing("no rows")
     title = "From prompts to training pairs: nothing is lost unseen"
@@ -28,9 +28,9 @@ def funnel(counts: list[tuple[str, int]]):
 
 @style.styled
 def distinct_prompts(prompts: dict[str, list[str]]):
-    """How many different prompts there are as more are drawn, one line for each name.
+    """How many distinct prompts there are as more are drawn, one line for each name.
 
-    Different up to case and white space, as in `stages.prompts.repetition_rate`.
+    Case and white space are ignored, as in `stages.prompts.repetition_rate`.
     """
     longest = max(map(len, prompts.values()), default=0)
     if not longest:

@@ -1,10 +1,10 @@
-"""Pictures of a judge: how sure it is, how right, and what the order of the answers does."""
+"""Pictures of a judge: how sure it is, how often it is right, and how the order of the answers matters."""
 
 from __future__ import annotations
 
 from sao_utils.report.figures import style
 
-#: what the oracle says of a verdict -> colour, marker
+#: what the oracle says about a verdict -> colour, marker
 AGREEMENT = {
     "oracle agrees": (style.BLUE, "o"),
     "oracle disagrees": (style.RED, "X"),
@@ -13,7 +13,7 @@ AGREEMENT = {
 
 
 def _by_agreement(verdicts: list[dict]) -> dict[str, list[dict]]:
-    """Judged rows by what the oracle says of them, as far as there are any."""
+    """Judged rows, grouped by what the oracle says about them; empty groups are left out."""
     groups: dict[str, list[dict]] = {label: [] for label in AGREEMENT}
     agrees, disagrees, unknown = groups.values()
     for row in verdicts:
@@ -26,7 +26,7 @@ def _by_agreement(verdicts: list[dict]) -> dict[str, list[dict]]:
 
 @style.styled
 def margins(verdicts: list[dict]):
-    """How sure the judge is (size of the mean margin, rows of `judge_pairs`), and how right."""
+    """How sure the judge is, and how often it is right: sizes of the mean margins of `judge_pairs` rows."""
     groups = _by_agreement(verdicts)
     if not groups:
         return style.nothing("no pair was judged")
@@ -42,7 +42,7 @@ def margins(verdicts: list[dict]):
 
 @style.styled
 def orders(verdicts: list[dict]):
-    """Each pair's margin in both orders: where the two agree, and where the position decides."""
+    """Each pair's margins in both orders: where they agree, and where the position decides."""
     groups = _by_agreement(verdicts)
     if not groups:
         return style.nothing("no pair was judged")

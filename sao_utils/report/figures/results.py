@@ -14,7 +14,7 @@ from sao_utils.statistics.length_control import length_curve
 
 @style.styled
 def good_answers(table: pd.DataFrame):
-    """The share of good answers of every model, at each temperature (rows of `results.results`)."""
+    """Every model's share of good answers, at each temperature (rows of `results.results`)."""
     rows = select(table, section="quality", metric="good answers", against=None, seed=None)
     return style.intervals(
         {decoding(t): _by_model(select(rows, temperature=t)) for t in rows["temperature"].unique()},
@@ -26,7 +26,7 @@ def good_answers(table: pd.DataFrame):
 
 @style.styled
 def win_rates(table: pd.DataFrame):
-    """The self-judged win rate against the base of every arm, raw and at equal length."""
+    """Every arm's self-judged win rate against the base, raw and at equal length."""
     rows = select(table, section="win rate", against="base", seed=None)
     ways = {"raw": "win rate", "at equal length": "win rate at equal length"}
     return style.intervals(
@@ -47,8 +47,8 @@ def differences(table: pd.DataFrame):
     """Differences between models with their intervals (a forest plot).
 
     Args:
-        table: rows of `results.results`, of one metric and temperature; drawn are those that are
-            differences (in points), over all seeds.
+        table: rows of `results.results`, of one metric and temperature; only differences (in points)
+            over all seeds are drawn.
     """
     rows = [row for row in table.itertuples(index=False) if is_difference(row) and row.seed is None]
     return style.intervals(
@@ -62,12 +62,12 @@ def differences(table: pd.DataFrame):
 
 @style.styled
 def length_control(rows: list[dict]):
-    """Won against the difference in length, and the curve that length control reads at 0.
+    """The win rate against the difference in length, and the curve that length control reads at 0.
 
     Dots are groups of about equally many prompts, 20 or more each, in order of the difference.
 
     Args:
-        rows: of one call of `methods.evaluate.comparison`.
+        rows: rows of one call of `methods.evaluate.comparison`.
     """
     there = sorted(
         (len(row["responses"][0]) - len(row["responses"][1]), row["win"], row["combination"])

@@ -15,10 +15,10 @@ def rounds(table: pd.DataFrame):
     """Good answers by round, for each set of topics, and how often the judge prefers the new model.
 
     Models without rounds (SFT on the seeds) are dashed lines. Where the right picture rises and the left
-    one falls, the judge is pleased by something else than better answers.
+    one falls, something other than better answers pleases the judge.
 
     Args:
-        table: rows of `results.results` of a run of rounds.
+        table: rows of `results.results` for a run of rounds.
     """
     rows = select(table, section="rounds", against=None, metric="good answers")
     if rows.empty:
@@ -55,7 +55,7 @@ def similarity(groups: dict[str, list[float]], vectors: str):
     """Histograms of `stages.diversity.mean_similarity`, one for each source of prompts.
 
     Args:
-        vectors: what they are of (`stages.diversity.vectors_in_words`).
+        vectors: the vectors that were compared, in words (`stages.diversity.vectors_in_words`).
     """
     groups = {name: values for name, values in groups.items() if values}
     if not groups:

@@ -1,4 +1,4 @@
-"""Pictures of a study: what each member gained over the base, and which rules stop in time."""
+"""Pictures of a study: each member's gain over the base, and which rules stop in time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sao_utils.report.words import decoding, in_words
 def study(
     table: pd.DataFrame, title: str, reported: dict[str, float] | None = None, measure: str = ""
 ):
-    """The gain of every member over the base, with its interval, of its last round.
+    """Every member's gain over the base after its last round, with its interval.
 
     A dot for each set of questions at the first temperature; with one set, a dot for each temperature.
-    What the paper reports stands below, on an axis of its own: it measures another thing.
+    What the paper reports is below, on an axis of its own, because it measures something else.
 
     Args:
         table: rows of `report.studies.study_table`.
         reported: `report.studies.reported` of the study.
-        measure: what the paper's numbers are, and of how many questions.
+        measure: what the paper's numbers are, and on how many questions.
     """
     rows = select(table, metric="good answers", against="base", seed=None)
     if rows.empty:
@@ -52,12 +52,12 @@ def study(
 
 @style.styled
 def break_even(table: pd.DataFrame):
-    """What a round gains over how often its judge is right: a point a member and seed, and where it pays.
+    """The gain of a round against its judge's accuracy, one point per member and seed, and the break-even.
 
     Lines: least squares; bands: the 95 % interval of where they cross zero.
 
     Args:
-        table: rows of `report.studies.study_table` of a study with `break_even`.
+        table: rows of `report.studies.study_table` for a study with `break_even`.
     """
     of = points(table)
     if not of:
@@ -85,13 +85,13 @@ def break_even(table: pd.DataFrame):
 def stopping(table: pd.DataFrame):
     """Where judge and oracle part ways, and how often rules that need no oracle stop in time.
 
-    Left: a line a member, from the base through its rounds: how often its judge (the base, unless the
-    member names another) prefers its model to the base, over what the oracle says it gained, both with
-    95 % intervals. Down and right is honest progress that the judge misses; up and left the judge is
-    pleased by worse answers. Right: each rule's share of right decisions.
+    Left: one line per member, from the base through its rounds: how often its judge (the base, unless the
+    member names another) prefers its model to the base, against the gain by the oracle, both with 95 %
+    intervals. Down and to the right is real progress that the judge misses; up and to the left, the judge
+    is pleased by worse answers. Right: each rule's share of right decisions.
 
     Args:
-        table: rows of `report.studies.study_table` of a study with `stopping`.
+        table: rows of `report.studies.study_table` for a study with `stopping`.
     """
     found = select(table, metric="right to stop or go on")
     gains = select(table, metric="good answers", against="base", questions="all", seed=None)

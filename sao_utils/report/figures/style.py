@@ -1,4 +1,4 @@
-"""The project's style of pictures, and the parts that several of them are made of."""
+"""The project's style for pictures, and the parts that several of them share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sao_utils.store import Run
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY, LIGHT = "#CC79A7", "#56B4E9", "#777777", "#BBBBBB"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-#: colours of the models whose curves stand beside each other
+#: colours of the models whose curves share a chart
 COLOURS = {"base": GREY, "self": BLUE, "sft_random": ORANGE, "random": RED, "oracle": GREEN}
 STYLE = {
     "figure.dpi": 100,
@@ -30,12 +30,12 @@ STYLE = {
     "grid.color": "#E5E5E5",
     "legend.frameon": False,
     "text.parse_math": False,  # a "$" in a text is a dollar
-    "svg.hashsalt": "sao",  # names inside the SVG: by default new ones each time
+    "svg.hashsalt": "sao",  # fixes the ids inside the SVG, which are new each time by default
 }
 
 
 def styled(draw: Callable) -> Callable:
-    """Draw in the project's style, whatever the user's own settings are, and leave those alone."""
+    """Draw in the project's style, whatever the user's own settings are, and leave these unchanged."""
 
     @wraps(draw)
     def in_style(*args, **options):
@@ -49,7 +49,7 @@ def styled(draw: Callable) -> Callable:
 
 @styled
 def as_svg(figure) -> str:
-    """The same text for the same figure."""
+    """A figure as the text of an SVG; the same figure always gives the same text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
@@ -58,14 +58,15 @@ def as_svg(figure) -> str:
 def save(run: Run, name: str, figure):
     """Write a figure to the run's `figures/<name>.svg`: the same bytes for the same data.
 
-    Returns the figure, so that a notebook shows it.
+    Returns:
+        The figure, so that a notebook shows it.
     """
     write_whole(run.folder / "figures" / f"{name}.svg", as_svg(figure))
     return figure
 
 
 def grid(height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of 8 inches (800 pixels) and its axes, taken from pyplot's list: shown only once."""
+    """A figure 8 inches (800 pixels) wide and its axes, off pyplot's list so that it is shown only once."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, figsize=(8, height), **options)
@@ -74,7 +75,7 @@ def grid(height: float, rows: int = 1, columns: int = 1, **options):
 
 
 def new(title: str, x: str = "", y: str = "", height: float = 3.6):
-    """A figure of one chart, and its axes."""
+    """A figure with one chart, and its axes."""
     figure, axes = grid(height)
     axes.set(title=title, xlabel=x, ylabel=y)
     return figure, axes
@@ -89,7 +90,7 @@ def nothing(why: str):
 
 
 def colour(k: int, name: str = "") -> str:
-    """The colour of the k-th of several groups: a model's own, or the next of the cycle."""
+    """The colour of the k-th of several groups: the model's own, or else the next in the cycle."""
     return COLOURS.get(name, CYCLE[k % len(CYCLE)])
 
 
@@ -101,7 +102,7 @@ def name_rows(axes, labels: Sequence[str]) -> None:
 
 
 def percent(found: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n] of estimates, and the reach of their intervals [2, n] as errorbar has it, in percent."""
+    """Values [n] of estimates, and how far their intervals reach [2, n], as errorbar takes it; in percent."""
     ends = [[one.value, one.low, one.high] for one in found]
     value, low, high = 100 * np.array(ends, dtype=float).T
     return value, np.maximum(0, [value - low, high - value])
@@ -116,14 +117,14 @@ def intervals(
     reported: dict[str, float] | None = None,
     measure: str = "",
 ):
-    """Shares with their 95 % intervals: a row for each label, in it a dot for each way of measuring.
+    """Shares with their 95 % intervals: a row for each label, with a dot for each way of measuring.
 
     Args:
         series: way of measuring -> {label: estimate, with value, low, high and n}.
         why: what the picture says if there is nothing to draw.
-        at: percent where a line stands for "no difference".
-        reported: label -> what a paper reports, in percent: open dots on axes below.
-        measure: what that is, for the label of those axes.
+        at: the percentage at which to draw the line of "no difference".
+        reported: label -> what a paper reports, in percent; drawn as open dots on separate axes below.
+        measure: what the paper's numbers measure, for the label of those axes.
     """
     labels = list(dict.fromkeys(label for found in series.values() for label in found))
     if not labels:

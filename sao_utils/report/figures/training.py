@@ -1,4 +1,4 @@
-"""Pictures of a training: losses, curves with what is healthy beneath them, and curves as they grow."""
+"""Pictures of a training: losses, curves with a note on what is healthy, and curves that update live."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CURVES = {
     "chosen_tokens": ("length: chosen (line), rejected (dots)", "tokens"),
 }
 DOTS = {"rewards_chosen": "rewards_rejected", "chosen_tokens": "rejected_tokens"}
-#: key of a probe -> the same
+#: key of a probe -> the same two
 PROBES = {
     "repetition": ("sentences said before", "share of sentences"),
     "tokens": ("length of the replies", "tokens, mean"),
     "empty": ("empty replies", "share of replies"),
     "unfinished": ("replies cut off at the limit", "share of replies"),
 }
-#: key -> (what is healthy, what is a problem); one line each beneath the curve
+#: key -> (what is healthy, what is a problem), each on one line beneath the curve
 GUIDANCE = {
     "loss": ("noisy, and lower at the end.", "rises for long, or falls to 0 at once."),
     "rewards_chosen": (
@@ -45,8 +45,8 @@ GUIDANCE = {
     "empty": ("none.", "any."),
     "unfinished": ("as before training, or fewer.", "climbs: the end token gets lost."),
 }
-WINDOW = 5  # optimiser steps: a point of a curve is their mean
-PAUSE = 4.0  # seconds between two drawings of live curves, at the least
+WINDOW = 5  # optimiser steps; each point of a curve is the mean over them
+PAUSE = 4.0  # least number of seconds between two drawings of live curves
 
 
 @style.styled
@@ -66,11 +66,11 @@ def simpo_loss(beta: float, gamma: float):
 
 @style.styled
 def sums_and_means(pairs: list[dict], beta: float, gamma: float):
-    """What dividing by the length changes, on real pairs: their difference by length difference.
+    """What dividing by length changes on real pairs: log-probability difference against length difference.
 
     Args:
         pairs: rows {logp_chosen, len_chosen, logp_rejected, len_rejected} of `training.logps.pair_logps`;
-            logp summed over the answer, nats.
+            each logp is summed over the answer, in nats.
     """
     if not pairs:
         return style.nothing("no pairs")
@@ -99,7 +99,7 @@ def sums_and_means(pairs: list[dict], beta: float, gamma: float):
 
 @style.styled
 def training_curves(logs: dict[str, list[dict]]):
-    """Every curve of `CURVES` over the steps, and beneath each what is healthy and what is not.
+    """Every curve of `CURVES` over the steps, and beneath each what is healthy and what is a problem.
 
     Args:
         logs: name (an arm, or any other) -> rows of `<adapter>/log.jsonl`. SFT has no rewards.
@@ -115,7 +115,7 @@ def training_curves(logs: dict[str, list[dict]]):
 
 @style.styled
 def probe(probes: dict[str, list[dict]]):
-    """How the replies to a few prompts change while a model is trained: signs of degeneration.
+    """How the replies to a few prompts change during training: signs of degeneration.
 
     Args:
         probes: name (an arm, or any other) -> rows of `<adapter>/probe.jsonl`; step 0 is the model
@@ -137,7 +137,7 @@ def _panels(panels: dict, frames: dict[str, tuple[str, pd.DataFrame]], note: str
 
     Args:
         frames: name -> its label, and values by step.
-        note: the title of the legend.
+        note: the legend's title.
         why: what the picture says if there are no values.
     """
     if all(frame.empty for _, frame in frames.values()):
@@ -162,8 +162,8 @@ def _panels(panels: dict, frames: dict[str, tuple[str, pd.DataFrame]], note: str
 def live_curves() -> Callable[[list[dict]], None]:
     """A `watch` for `methods.sao.train` that redraws the curves in the cell's output as they grow.
 
-    One picture for all trainings that it watches: the one that runs. Outside of a notebook, and in
-    batch runs (SAO_BATCH), it does nothing.
+    All trainings that it watches share one picture, which shows the one that is running. Outside a
+    notebook, and in batch runs (SAO_BATCH), it does nothing.
     """
     from IPython import get_ipython
     from IPython.display import display
@@ -174,7 +174,7 @@ def live_curves() -> Callable[[list[dict]], None]:
 
     def watch(rows: list[dict]) -> None:
         nonlocal handle, due
-        if len(rows) < 2 or time.monotonic() < due:  # one step is no line yet
+        if len(rows) < 2 or time.monotonic() < due:  # one step does not make a line
             return
         figure = training_curves({"so far": rows})
         if handle is None:
