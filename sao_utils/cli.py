@@ -26,9 +26,10 @@ from sao_utils.store import Run, open_run, results_folder
 # Options shared by several commands.
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
-Seed = Annotated[int, typer.Option(help="Of which seed.")]
+Seed = Annotated[int, typer.Option(help="Seed of the model.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key anew.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
 ]
 
 app = typer.Typer(
@@ -59,7 +60,7 @@ def _interrupted(number: int, _) -> NoReturn:
         with suppress(psutil.Error):  # it has ended already
             process.kill()
     psutil.wait_procs(started, timeout=5)
-    text = "\nInterrupted. The rows made so far are kept; the same command goes on from here.\n"
+    text = "\nInterrupted. The rows made so far are kept; the same command resumes from here.\n"
     os.write(2, text.encode())  # `print` is not reentrant
     os._exit(128 + number)
 
@@ -84,7 +85,7 @@ def _resumable() -> Iterator[None]:
     except (RecipeError, RunError) as error:
         _fail(error, 2)
     except (RuntimeError, OSError) as error:
-        _fail(f"\n{error}\nOnce the cause is gone, the same command goes on here.", 1)
+        _fail(f"\n{error}\nOnce the cause is mended, the same command resumes here.", 1)
 
 
 @app.command()
@@ -163,7 +164,7 @@ def study(
 def plan(
     recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a .yaml file.")] = None,
     run: Annotated[
-        str | None, typer.Option(help="Name of a run: planned beside what it took.")
+        str | None, typer.Option(help="Name of a run: its plan beside what it really took.")
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="T4, 4090, ...; else that of this machine.")
@@ -266,13 +267,13 @@ def export(
     name: RunName,
     form: Annotated[
         Literal["trl", "alpaca", "sharegpt"],
-        typer.Option("--format", help="The two last as LLaMA-Factory reads them."),
+        typer.Option("--format", help="alpaca and sharegpt are in LLaMA-Factory's form."),
     ],
     to: Annotated[Path, typer.Option(metavar="FILE", help="A new file, .jsonl for trl or .json.")],
     arm: Annotated[
         str | None, typer.Option(help="Whose pairs: self, random, ...; else the method's.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of which seed; else of all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; by default all.")] = None,
     chosen: Annotated[bool, typer.Option("--chosen", help="The chosen answers alone.")] = False,
 ) -> None:
     """Write a run's pairs, or only the chosen answers, to a file for other trainers."""
@@ -329,9 +330,7 @@ def recipes() -> None:
         typer.echo(f"{name:<16}  {load_recipe(name).about}")
 
 
-def _agree_to_pay(
-    run: Run, yes: bool, recipes: list[Recipe] | None = None, of: str = ""
-) -> None:
+def _agree_to_pay(run: Run, yes: bool, recipes: list[Recipe] | None = None, of: str = "") -> None:
     """Print what a run (or `recipes` in it) may cost on priced servers, and ask to go on, unless `yes`."""
     recipes = recipes or [run.recipe]
     if not any(model.priced for recipe in recipes for model in recipe.models.values()):

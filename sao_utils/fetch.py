@@ -62,7 +62,9 @@ def _hub_answers(log: Callable[[str], None]) -> bool:
     try:
         HfApi().model_info(REPOSITORY, revision=REVISION, timeout=HUB_SECONDS)
     except Exception as error:  # offline, no name server, a proxy: the package helps in all cases
-        log(f"The hub does not answer ({type(error).__name__}): the package {PACKAGE} is taken.")
+        log(
+            f"The hub does not answer ({type(error).__name__}): using the package {PACKAGE} instead."
+        )
         return False
     return True
 

@@ -34,7 +34,7 @@ def read_table(source: str) -> list[dict]:
     if not is_table(source) or not Path(source).is_file():
         there, kinds = Path(source).is_file(), ", ".join(KINDS)
         fault = (
-            f"'{source}' is of no kind that can be read."
+            f"'{source}' has a file type that cannot be read."
             if there
             else f"There is no file '{source}'."
         )
@@ -50,7 +50,7 @@ def read_table(source: str) -> list[dict]:
         opened = gzip.open if source.endswith(".gz") else open
         with opened(source, "rt", encoding="utf-8-sig") as file:
             return _json_rows(file.read())
-    except (OSError, ValueError, EOFError, zlib.error) as error:  # from gzip, UTF-8, CSV and Parquet
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # gzip, UTF-8, CSV, Parquet
         raise RecipeError(f"{source} is damaged, or no UTF-8 text: {error}.") from None
 
 
@@ -64,10 +64,10 @@ def _json_rows(text: str) -> list[dict]:
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError:
-                raise ValueError(f"line {number} is no JSON") from None
+                raise ValueError(f"line {number} is not JSON") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object")
+            raise ValueError(f"row {number} is not a JSON object")
     if "\\ud" in text or "\\uD" in text:  # perhaps a lone surrogate, which no file can hold
         rows = json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     return rows

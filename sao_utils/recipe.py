@@ -46,7 +46,7 @@ class Model(Section):
     # Of the weights that generate and judge. nf4 needs engine=transformers, the others engine=vllm.
     quantisation: Literal["none", "nf4", "fp8", "awq", "gptq", "bitsandbytes"] = "none"
     batch_tokens: PositiveInt = 32_768  # tokens of a batch's prompts and replies (transformers)
-    max_context: PositiveInt | None = None  # tokens of prompt and reply; null: the model's own limit
+    max_context: PositiveInt | None = None  # tokens of prompt and reply; null: the model's
     gpu_memory: PositiveShare = 0.9  # share of the GPU's memory (vllm)
     # Passed to every chat template, such as {enable_thinking: false}.
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -141,7 +141,7 @@ class Judging(Section):
     top_p: PositiveShare = 1.0
     max_new_tokens: PositiveInt = 16
     labelled: str | None = None  # a file of pairs with known labels, to test the judge on
-    min_mass: Share = 0.5  # least total probability of the two verdicts; below it, the pair is invalid
+    min_mass: Share = 0.5  # least total probability of the two verdicts; below it: invalid
     # Three ways to worsen the verdicts that pairs are made from, to study what a worse judge does: the
     # share of verdicts that are flipped in both orders; the share of single orders that are flipped,
     # each independently; and nats added in favour of the answer that is shown first.

@@ -198,7 +198,7 @@ def test_a_signal_to_the_command_alone_ends_all_of_it_with_one_line(folder, numb
         process.kill()
     assert process.returncode == code and len(below) >= 2  # the kernel, and its helper
     assert errors.strip().splitlines() == [
-        "Interrupted. The rows made so far are kept; the same command goes on from here."
+        "Interrupted. The rows made so far are kept; the same command resumes from here."
     ]
     assert not psutil.wait_procs(below, timeout=0)[1]
 

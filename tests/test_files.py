@@ -58,10 +58,10 @@ def test_a_missing_column_names_those_there_are_so_that_a_semicolon_shows(tmp_pa
 @pytest.mark.parametrize(
     "name, content, fault",
     [
-        ("a.txt", b"x", "a.txt' is of no kind that can be read. It may be .jsonl"),
+        ("a.txt", b"x", "a.txt' has a file type that cannot be read. It may be .jsonl"),
         ("gone.csv", None, "There is no file"),
-        ("a.jsonl", b'{"prompt": "x"}\nnonsense\n', "line 2 is no JSON"),
-        ("a.json", b'["x"]', "row 1 is no JSON object"),
+        ("a.jsonl", b'{"prompt": "x"}\nnonsense\n', "line 2 is not JSON"),
+        ("a.json", b'["x"]', "row 1 is not a JSON object"),
         ("a.json", b'[{"prompt": "x"', "damaged"),
         ("a.csv", b"prompt\n\xff\xfe\n", "damaged"),
         ("a.csv.gz", b"no gzip", "damaged"),

@@ -59,7 +59,7 @@ def run_notebooks(run: Run, only: str | None = None, log: Callable[..., None] = 
     every = notebooks_of(run.recipe)
     if not every:
         raise RunError(
-            f"There are no notebooks in {FOLDER}. The package brings none along: clone the "
+            f"There are no notebooks in {FOLDER}. The installed package does not include them: clone the "
             "repository and install it from there with `pip install -e .`"
         )
     chosen = every if only is None else [path for path in every if _number(path) == only.zfill(2)]

@@ -41,7 +41,7 @@ STAGES = {
     "prompts": "prompts, with the persona or keywords that they were written for",
     "responses": "answers to the prompts",
     "improved": "answers that the improver rewrote",
-    "verdicts": "the judge's verdict on two answers, a row an order",
+    "verdicts": "the judge's verdict on two answers, one row per order",
     "scores": "what the scorer said of two answers",
     "ranks": "what the scorer said of every two answers to a prompt",
 }

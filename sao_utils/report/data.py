@@ -136,7 +136,8 @@ def export(
     rows = [row for row in all_pairs(run, arm)[arm] if row["discarded"] is None]
     rows = [_exported(row, form, answers) for row in rows if seed in (None, row["seed"])]
     if not rows:
-        raise PublishError(f"There are no pairs of '{arm}' of seed {seed}.")
+        of_seed = "" if seed is None else f" of seed {seed}"
+        raise PublishError(f"There are no usable pairs of '{arm}'{of_seed}.")
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_whole(path, json_lines(rows) if form == "trl" else text)
     return rows

@@ -59,7 +59,7 @@ def sentence(table: pd.DataFrame, recipe: Recipe) -> str:
         least, *_, most = sorted(2 * list(gains.values()), key=lambda row: row.value)
         return (
             f"Of {len(gains)} members, {most.model} gained most over the base model, {in_words(most)} of "
-            f"answers without a flaw (n = {most.n:,}); {least.model} least, {in_words(least)}."
+            f"answers without a flaw (n = {most.n:,}); {least.model} gained least, {in_words(least)}."
         )
     model = recipe.method if recipe.iterated else "self"
     if gain := gains.get(model):

@@ -98,7 +98,8 @@ def paper_table(run: Run, table: pd.DataFrame, name: str) -> PaperTable:
     """
     about, columns = TABLES[name]
     paper = reported("sao").query("table == @name")
-    if name != "Figure 3f judge":  # of the large tables, only the paper's own models, before and after
+    # Of the large tables, only the paper's own models, before and after.
+    if name != "Figure 3f judge":
         paper = paper[paper["model"].isin(MODELS) & paper["method"].isin(["base", "SAO"])]
     rows = select(table, **columns)
     ours, notes = _ours(run, rows[~rows["metric"].isin(BESIDE)])

@@ -157,5 +157,5 @@ def markdown(shown: pd.DataFrame) -> str:
 
 def check(statement: str, holds: bool, otherwise: str) -> bool:
     """Print whether a statement about what a notebook shows holds, and `otherwise` if not; return `holds`."""
-    print(f"ok    {statement}" if holds else f"LOOK  not so: {statement}\n      {otherwise}")
+    print(f"ok    {statement}" if holds else f"LOOK  does not hold: {statement}\n      {otherwise}")
     return holds

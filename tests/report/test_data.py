@@ -246,7 +246,7 @@ def test_what_has_no_pairs_is_refused_with_what_there_is(run, tmp_path):
         PublishError, match="no pairs of 'oracle'. It has: self, random, sft_random"
     ):
         export(run, "trl", tmp_path / "a", "oracle")
-    with pytest.raises(PublishError, match="no pairs of 'self' of seed 3"):
+    with pytest.raises(PublishError, match="no usable pairs of 'self' of seed 3"):
         export(run, "trl", tmp_path / "a", "self", seed=3)
     shutil.rmtree(run.folder / "rows")
     with pytest.raises(PublishError, match="no pairs of 'self'. It has: none yet"):

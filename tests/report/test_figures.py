@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sao_utils.recipes import load_recipe
 from sao_utils.methods.studies import load_study
+from sao_utils.recipes import load_recipe
 from sao_utils.report import figures
 from sao_utils.report.break_even import break_even_rows
 from sao_utils.report.figures import training

@@ -37,7 +37,10 @@ GUIDANCE = {
         "both fall steeply: read the replies.",
     ),
     "margin": ("rises, slower towards the end.", "flat, or beyond gamma at once."),
-    "accuracy": ("above a half; 1 is no aim.", "stays at a half: the labels say nothing."),
+    "accuracy": (
+        "above one half; it need not reach 1.",
+        "stays at a half: the labels say nothing.",
+    ),
     "grad_norm": ("of one size, or changing slowly.", "single steps ten times as high, or 0."),
     "chosen_tokens": ("line and dots about equal.", "always apart: length is what is learned."),
     "repetition": ("as before training.", "climbs: stop earlier, or lower the rate."),
