@@ -1,7 +1,7 @@
 """The command `sao`: plan or run a recipe; show, report, publish or export the results.
 
 Exit codes: 0: done; 1: a run failed or has no results, or a plan does not fit; 2: what was requested does
-not exist; 130: interrupted (Ctrl-C, SIGINT); 143: ended by SIGTERM.
+not exist or does not fit; 130: interrupted (Ctrl-C, SIGINT); 143: ended by SIGTERM.
 """
 
 from __future__ import annotations

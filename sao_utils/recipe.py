@@ -164,7 +164,7 @@ class Training(Section):
     dpo_beta: PositiveFloat = 0.1
     orpo_lambda: PositiveFloat = 0.1
     learning_rate: PositiveFloat
-    sft_learning_rate: PositiveFloat  # of the control: SFT on the model's own answers at random
+    sft_learning_rate: PositiveFloat  # of the controls: SFT on random own answers, or on the seeds
     epochs: PositiveFloat = 1
     batch_size: PositiveInt  # pairs per optimiser step, over all processes
     # Tokens per forward pass; a longer pair gets a pass of its own. auto: set by the free memory.
@@ -204,7 +204,7 @@ class Training(Section):
 
 
 class SFT(Section):
-    """How a helper model of SynPO is trained: the settings that differ from `training`."""
+    """How SFT trains a helper (SynPO's) or a first round (Self-Rewarding): what differs from `training`."""
 
     method: Literal["lora", "full"] = "lora"
     learning_rate: PositiveFloat
@@ -320,7 +320,7 @@ class Recipe(Section):
     training: Training
     evaluation: Evaluation
     iterations: Iterations = Iterations()
-    synpo: SynPO | None = None  # for method=synpo
+    synpo: SynPO | None = None  # for methods that use seed items
     ranking: Ranking = Ranking()  # for method=sampling_ranking, and self_rewarding after round 1
     points: Points = Points()  # for scorer=points, and method=self_rewarding
     self_rewarding: SelfRewarding | None = None  # for method=self_rewarding

@@ -95,7 +95,7 @@ def open_run(
         overrides: dotted keys to override, as in `load_recipe` (a mapping, or its text).
 
     Raises:
-        RecipeError: a recipe, key, value or run name does not fit.
+        RecipeError: a recipe, key, value or run name does not fit, or a package of `report_to` is missing.
     """
     loaded = _with_whole_paths(load_recipe(recipe, overrides))
     name = str(run or loaded.name)
@@ -229,6 +229,7 @@ def complete(
     Raises:
         Busy: another process is making rows of this file.
         RuntimeError: the disk is full (rows made so far are kept), or `work` left jobs undone.
+        ValueError: two jobs have the same id.
     """
     if len({job["id"] for job in jobs}) != len(jobs):
         raise ValueError(f"{label}: two jobs have the same id")
