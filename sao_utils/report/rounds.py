@@ -197,7 +197,7 @@ def pair_metrics(rows: list[dict]) -> dict[str, Interval]:
         flipped = [row["outcome"] == "inconsistent" for row in judged]
         found["flip rate"] = _share(judged, flipped)
         # In the control arms, a coin or the oracle chose.
-        decided = [row for row in judged if row["arm"] not in CONTROLS]
+        decided = [row for row in judged if row.get("arm") not in CONTROLS]
         decided = [row for row in decided if row["margin"] and row["discarded"] != NO_REPLY]
         known = [(row, gap) for row in decided if (gap := _true_gap(row))]
         if decided:
