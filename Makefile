@@ -26,7 +26,7 @@ reference: $(STAMP)  ## rerun the committed reference: the same loop with five s
 	HF_HUB_OFFLINE=1 $(VENV)/bin/sao run --recipe tiny --run reference --set 'seeds=[0, 1, 2, 3, 4]'
 
 # Two at a time, with one thread each: they share no files, whereas two threads of one model wait for each other.
-studies: $(STAMP)  ## rerun all studies of notebook 07, two at a time (some 45 minutes on two cores)
+studies: $(STAMP)  ## rerun all studies of notebook 07, two at a time (50 minutes on two cores)
 	printf '%s\n' size break-even labels prompts responses sensitivity algorithms lengths | \
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 xargs -n 1 -P 2 $(VENV)/bin/sao study
 
