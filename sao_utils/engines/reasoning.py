@@ -33,7 +33,7 @@ def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
     for marker in _MARKER.finditer(inside):
         depth += 1 if marker[0] == OPEN else -1
         if depth == 0:
-            reply = re.sub(rf"^(\s*{CLOSE})+", "", inside[marker.end() :])  # drop surplus closing markers
+            reply = re.sub(rf"^(\s*{CLOSE})+", "", inside[marker.end() :])  # surplus markers
             return inside[: marker.start()].strip(), reply.strip()
     return inside.strip(), ""
 
@@ -53,7 +53,7 @@ def read_reply(tokenizer, ids: list[int], finished: bool, opened: bool) -> Compl
     Args:
         opened: see `opens_reasoning`.
     """
-    if OPEN in tokenizer.all_special_tokens:  # else the markers would be dropped and the reasoning kept
+    if OPEN in tokenizer.all_special_tokens:  # else the markers would be lost, the reasoning kept
         text = tokenizer.decode(ids)
         for token in {*tokenizer.all_special_tokens} - {OPEN, CLOSE}:
             text = text.replace(token, "")

@@ -23,7 +23,7 @@ from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory,
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
-FEW = 8  # with fewer rows, a batch is not thinned out, and a model that computes NaN is not given up
+FEW = 8  # for fewer rows, do not thin out a batch or give up on a model that computes NaN
 
 
 def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngine:
@@ -199,7 +199,7 @@ class TransformersEngine:
                 yield done
                 del waiting[: len(rows)]
             else:
-                self._halve(len(rows), longest)  # only here is the error, with the tensors it held, gone
+                self._halve(len(rows), longest)  # outside `except`: its tensors are freed
 
     def _halve(self, rows: int, longest: int) -> None:
         """Lower the token budget to half of a batch that did not fit, and free the memory it held."""

@@ -55,7 +55,7 @@ def _watch(parent: int, started: list, say) -> None:
 
 def _end() -> None:
     """Kill the whole group: in an orderly exit, vLLM's threads and processes would keep the GPU's memory."""
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # `engines/vllm.py` gave this process a group of its own
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # engines/vllm.py gave this process its own group
 
 
 def serve(say, started: list) -> None:
