@@ -1,15 +1,15 @@
-"""The API engine: asks a server that speaks OpenAI's chat completions, near or far.
+"""The API engine: asks a local or remote server that offers OpenAI's chat completions.
 
-What differs from an engine that has the weights: the server puts the chat into the model's template
-(and must itself take care of special tokens in it), and its seeds are a wish. A verdict is forced
-only by a vLLM server, which goes on after a given beginning of the reply. Any other server writes a
-few tokens freely, at temperature 0, and the verdict's log-probabilities are read where it names its
-choice, from the alternatives that the server reports there; a reply without the beginning counts as
-an invalid verdict.
+Unlike an engine that has the weights, the server itself applies the model's chat template (and must
+deal with special tokens in the chat), and it may ignore seeds. Only a vLLM server can be forced to
+give a verdict, since it continues a given beginning of the reply. Any other server writes a few
+tokens freely at temperature 0; the verdict's log-probabilities are then read from the alternatives
+that it reports at the token where it names its choice. A reply without the expected beginning counts
+as an invalid verdict.
 
-A refused row and a wrong setting differ only in the text of the error, which each server words in
-its own way. So after a refusal the same is asked again with harmless words: when that is answered,
-it was the row.
+A refused row and a wrong setting differ only in the error's text, which each server words
+differently. So after a refusal the request is repeated with harmless content: if that is answered,
+the row was at fault.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from sao_utils.engines.vllm import NEUTRAL
 from sao_utils.recipe import Model
 
 OPENAI = "api.openai.com"
-ALTERNATIVES = 20  # the most that such servers report
-VERDICT_TOKENS = 16  # "ranking: 1 > 2" is six to ten
-RETRIES = 10  # by the client, as late as the server asks for, or after 0.5 to 8 s: a minute in all
-REFUSALS = (400, 413, 422)  # of a request; also of one that is too long, or not liked
+ALTERNATIVES = 20  # per token; the most that such servers report
+VERDICT_TOKENS = 16  # "ranking: 1 > 2" takes six to ten
+RETRIES = 10  # by the client, after the delay the server asks for, else 0.5 to 8 s: a minute in all
+REFUSALS = (400, 413, 422)  # HTTP statuses for a bad request, or one too long or disallowed
 HARMLESS = "Hi"
 KEY = "Check the key in the environment variable that model.key_variable names."
 SETTING = "It refuses a harmless question, too: change the setting that it names."
@@ -48,11 +48,11 @@ ADVICE = {
 class ApiEngine:
     """Asks an OpenAI-compatible server, `model.concurrency` requests at a time.
 
-    The key comes from the environment variable `model.key_variable`; without that name none is sent.
-    It stays inside of the client: no row, message or manifest has it.
+    The key comes from the environment variable that `model.key_variable` names; if that is not set,
+    no key is sent. The key never leaves the client: no row, message or manifest contains it.
     """
 
-    tokenizer = None  # the server's business
+    tokenizer = None  # the server tokenises
 
     def __init__(self, model: Model, adapter: None = None):
         try:
@@ -69,7 +69,7 @@ class ApiEngine:
         self._client = openai.OpenAI(api_key=key, base_url=model.url, max_retries=RETRIES)
         at_openai = urlsplit(model.url).hostname == OPENAI
         self._limit = "max_completion_tokens" if at_openai else "max_tokens"
-        #: row of the latest call -> tokens read and written, where the server says them
+        #: row of the latest call -> tokens read and written, where the server reports them
         self.usage: dict[int, tuple[int, int]] = {}
         self._forces = self._is_vllm()
 
@@ -101,7 +101,7 @@ class ApiEngine:
 
         def verdict(i: int) -> list[float]:
             chat, extra = chats[i], self._extra()
-            if self._forces and prefix:  # nothing to go on after: the turn would end at once
+            if self._forces and prefix:  # with an empty prefix the turn would end at once
                 chat = [*chat, {"role": "assistant", "content": prefix}]
                 extra |= {"add_generation_prompt": False, "continue_final_message": True}
             answer = self._ask(
@@ -117,7 +117,7 @@ class ApiEngine:
                 return nothing
             reply = answer.choices[0]
             steps = reply.logprobs.content if reply.logprobs else None
-            if not steps and not reply.message.content:  # it says nothing, so it names no choice
+            if not steps and not reply.message.content:  # an empty reply names no choice
                 return nothing
             if not steps or steps[0].top_logprobs is None:
                 raise EngineError(
@@ -133,10 +133,10 @@ class ApiEngine:
         return self._each(verdict, len(chats))
 
     def _extra(self) -> dict:
-        """What OpenAI's interface has no name for.
+        """Settings that OpenAI's interface does not have.
 
-        A vLLM server fills in a model's own defaults for settings that a request leaves out, so all are
-        named; other servers might refuse names that they do not know.
+        A vLLM server fills in the model's own defaults for settings that a request leaves out, so all
+        of them are sent; other servers might refuse names that they do not know.
         """
         names = ("top_k", "min_p", "repetition_penalty") if self._forces else ()
         extra = {name: NEUTRAL[name] for name in names}
@@ -145,7 +145,7 @@ class ApiEngine:
         return extra
 
     def _is_vllm(self) -> bool:
-        """Whether this is a vLLM server; also finds a wrong address or key before any work."""
+        """Whether this is a vLLM server; also detects a wrong address or key before any work is done."""
         import openai
 
         try:
@@ -157,9 +157,9 @@ class ApiEngine:
             return False
 
     def _each(self, work: Callable[[int], object], count: int) -> Iterator[list[tuple]]:
-        """`work` on each row, some at a time; yields each as it finishes.
+        """Call `work` for each row, several at a time; yield each result as it finishes.
 
-        When one fails for good, those under way are still yielded before the fault is raised.
+        If one fails for good, those already under way are still yielded before the error is raised.
         """
         self.usage, self._refused, fault = {}, [], None
         with ThreadPoolExecutor(self.model.concurrency) as pool:
@@ -188,9 +188,10 @@ class ApiEngine:
             raise fault
 
     def _ask(self, chat: Chat, row: int, tokens: int, **options):
-        """One chat completion, its tokens noted; None when the server refuses this row.
+        """One chat completion, with its tokens noted in `usage`; None if the server refuses this row.
 
-        The harmless question that shows this costs a few tokens, which are not counted.
+        The harmless request that tells a refused row from a wrong setting costs a few tokens, which are
+        not counted.
         """
         import openai
 
@@ -209,14 +210,14 @@ class ApiEngine:
             self.usage[row] = (0, 0)
             return None
         choices = getattr(answer, "choices", None)
-        if not choices or not choices[0].message:  # a fault that is sent as an answer
+        if not choices or not choices[0].message:  # an error sent as if it were an answer
             raise self._fault(f"there is no reply in its answer: {answer}")
         if used := _used(answer):
             self.usage[row] = used
         return answer
 
     def _fault(self, error: Exception | str) -> EngineError:
-        """A fault that ends the call, in words that tell what to do and no key."""
+        """An error that ends the call; its message says what to do and does not contain the key."""
         kind = getattr(error, "status_code", type(error).__name__)
         advice = ADVICE.get(kind, "The server has a fault of its own.")
         return EngineError(
@@ -225,11 +226,11 @@ class ApiEngine:
         )
 
     def _without_key(self, error: Exception | str) -> str:
-        return str(error).replace(self._client.api_key, "***")  # a server may repeat it
+        return str(error).replace(self._client.api_key, "***")  # a server may echo the key
 
 
 def _used(answer) -> tuple[int, int] | None:
-    """Tokens read and written, if the server says both."""
+    """Tokens read and written, if the server reports both."""
     counts = [getattr(answer.usage, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
     return tuple(counts) if all(isinstance(count, int) for count in counts) else None
 
@@ -238,11 +239,11 @@ def _completion(answer) -> Completion:
     choice = answer.choices[0]
     if choice.finish_reason == "content_filter":
         return NOTHING
-    # A server that cuts inside of a character may send half of one, which no file takes.
+    # A server that cuts a reply within a character may send half of it, which cannot be written to a file.
     text = (choice.message.content or "").encode(errors="replace").decode().strip()
     used = _used(answer)
     tokens = used[1] if used else len(text.split())
-    # Servers that part reasoning themselves name it so (vLLM, DeepSeek, OpenRouter).
+    # Servers that split off the reasoning themselves use these names (vLLM, DeepSeek, OpenRouter).
     thought = getattr(choice.message, "reasoning_content", None)
     thought = thought or getattr(choice.message, "reasoning", None)
     if isinstance(thought, str) and thought.strip():

@@ -1,7 +1,7 @@
-"""Engines run a model. Two verbs: `generate` completions, and `choose` between given answers.
+"""Engines run a model. They do two things: `generate` completions and `choose` between given answers.
 
-An engine gets all its work at once and hands results back a batch at a time. Sampling is seeded
-row by row, so what a row says does not depend on which rows stand beside it.
+An engine gets all its work at once and hands results back a batch at a time. Each row is sampled with
+its own seed, so a reply does not depend on which rows share its batch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class EngineError(RuntimeError):
 class Sampling:
     """How to draw tokens: temperature 0 is greedy decoding.
 
-    A reply ends behind the text `stop`, if one is given: what would follow is read by nobody. Engines that
-    see no text while they write (vLLM's child, a server) go on; then the reply is only longer.
+    If `stop` is given, a reply ends after that text, since nothing reads what would follow. Engines that
+    do not see the text while they generate (vLLM's child, a server) ignore it; the reply is just longer.
     """
 
     temperature: float
@@ -32,7 +32,7 @@ class Sampling:
     stop: str = ""
 
     def named(self) -> dict:
-        """What ids of rows are made of: all but `stop`, which changes nothing of what is read."""
+        """The settings that enter row ids: all but `stop`, which does not change what is read of a reply."""
         return {key: value for key, value in vars(self).items() if key != "stop"}
 
 
@@ -40,7 +40,7 @@ class Sampling:
 class Completion:
     """A reply: its text, its length in tokens, and whether it ended by itself (not at the limit).
 
-    `reasoning` is what a model that thinks wrote before it; it is no part of text and tokens.
+    `reasoning` is what a reasoning model wrote before the reply; text and tokens do not include it.
     """
 
     text: str
@@ -49,17 +49,17 @@ class Completion:
     reasoning: str = ""
 
 
-#: What a prompt gets that no model answers: see `unanswered`.
+#: The completion of a prompt that gets no answer: see `unanswered`.
 NOTHING = Completion("", 0, False)
-#: Why a row is discarded that no model answered.
+#: Why an unanswered row is discarded.
 NO_REPLY = "no reply: too long, refused, or NaN"
 
 
 def unanswered(tokens: int, finished: bool) -> bool:
     """Whether a model gave no reply: the prompt fills its context, a server refused it, or the model
-    computed NaN. Which, and for how many, the engine has printed.
+    computed NaN. The engine has printed which of these it was, and for how many rows.
 
-    A reply that a model did give has a token, or has ended by itself.
+    A reply that a model did give has at least one token, or ended by itself.
     """
     return tokens == 0 and not finished
 
@@ -72,7 +72,7 @@ class Engine(Protocol):
     def generate(
         self, chats: list[Chat], sampling: Sampling, seeds: list[int]
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """Complete each chat; yields batches of (index of the chat, completion).
+        """Complete each chat; yield batches of (index of the chat, completion).
 
         A prompt that cannot be answered gets an empty completion: see `unanswered`.
         """
@@ -81,17 +81,17 @@ class Engine(Protocol):
     def choose(
         self, chats: list[Chat], prefix: str, choices: tuple[str, ...]
     ) -> Iterator[list[tuple[int, list[float]]]]:
-        """Log-probability of each choice after the assistant has begun with `prefix`.
+        """Log-probability of each choice, given that the assistant's reply begins with `prefix`.
 
-        Yields batches of (index of the chat, log-probabilities in nats, one a choice). Only the
-        first token in which the choices part is scored. A prompt that cannot be answered gets
-        minus infinity for all.
+        Yields batches of (index of the chat, log-probabilities in nats, one per choice). Only the
+        first token at which the choices differ is scored. A prompt that cannot be answered gets
+        minus infinity for every choice.
         """
         ...
 
 
 def escape_special_tokens(chat: Chat, tokenizer) -> Chat:
-    """Break up special tokens (ends of turns, ...) inside of a chat's texts.
+    """Break up special tokens (end of turn, ...) within a chat's texts.
 
     What a model or a user wrote is data; it must not open or close a turn.
     """
@@ -106,10 +106,10 @@ def escape_special_tokens(chat: Chat, tokenizer) -> Chat:
 
 
 def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
-    """Token ids of each chat up to where the reply begins; special tokens escaped.
+    """Token ids of each chat up to where the reply begins, with special tokens escaped.
 
-    A chat whose last message is `"open": True` ends inside of that message instead: the model goes on
-    with it (`prompts.source: pre_query`).
+    A chat whose last message has `"open": True` ends within that message instead, and the model
+    continues it (`prompts.source: pre_query`).
 
     Raises:
         EngineError: the chat template refuses a chat, as some do with a system turn.
@@ -121,20 +121,20 @@ def encode(chats: list[Chat], tokenizer) -> list[list[int]]:
     return ids
 
 
-ENCODED = 1000  # chats at a time: a tokenizer notes a hundred bytes more for each token
-_HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # marks the end of an open message, and is cut off again
+ENCODED = 1000  # chats at a time: a tokenizer stores a hundred extra bytes for each token
+_HERE = "SAO-THE-TURN-IS-OPEN-HERE"  # marks the end of an open message; removed afterwards
 
 
 def _rendered(chat: Chat, tokenizer) -> str:
     chat = escape_special_tokens(chat, tokenizer)
     goes_on = bool(chat[-1].get("open"))
-    if goes_on:  # transformers' continue_final_message would cut line breaks of a turn still empty
+    if goes_on:  # continue_final_message of transformers would strip line breaks from an empty turn
         chat = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _HERE}]
     try:
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=not goes_on
         )
-    except Exception as error:  # jinja's, of a template that knows no system turn
+    except Exception as error:  # from jinja, if the template does not support a system turn
         raise EngineError(
             f"The chat template of this model refuses the chat ({error}). If it has no system turn, set "
             "prompts.personas=null."
@@ -145,13 +145,13 @@ def _rendered(chat: Chat, tokenizer) -> str:
 def first_divergent_token(
     chat: Chat, prefix: str, choices: tuple[str, ...], tokenizer
 ) -> tuple[list[int], list[int]]:
-    """The token ids that all choices share after the chat, and the first of each in which they part.
+    """The token ids that all choices share after the chat, and each choice's first differing token id.
 
-    Tokenising prefix + choice as a whole matters: some tokenizers split " 1" into " " and "1",
-    and then the token after the prefix is the same for every choice.
+    Prefix and choice must be tokenised together: some tokenizers split " 1" into " " and "1", so that
+    the token after the prefix is the same for every choice.
 
     Raises:
-        EngineError: one token does not tell the choices apart.
+        EngineError: a single token does not tell the choices apart.
     """
     start = encode([chat], tokenizer)[0]
     text = tokenizer.decode(start)
@@ -167,18 +167,19 @@ def first_divergent_token(
 
 
 def special_tokens(tokenizer) -> set[str]:
-    """All tokens of a tokenizer that open or close something.
+    """All special tokens of a tokenizer, those that open or close something.
 
-    Not all of them have a role name there (Llama-3's header tokens have none).
+    Not all of them have a named role such as eos (Llama-3's header tokens have none).
     """
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return special.union(tokenizer.all_special_tokens)
 
 
 def turn_ends(chats: list[Chat], tokenizer) -> list[int]:
-    """The tokens that end an open message, beside a model's own stops: all that open or close something.
+    """The ids of all special tokens, which end an open message in addition to a model's own stop tokens.
 
-    Not every template closes a user's turn: in some the assistant's header ends it. [] of other chats.
+    Not every template closes a user's turn: in some, the assistant's header ends it. Returns [] if the
+    chats have no open message.
     """
     if not chats or not chats[0][-1].get("open"):
         return []
@@ -186,12 +187,12 @@ def turn_ends(chats: list[Chat], tokenizer) -> list[int]:
 
 
 def context_limit(config) -> float:
-    """The tokens that a model takes, prompt and reply; infinite if its configuration names none."""
+    """Most tokens of prompt and reply that a model takes; infinite if its configuration gives no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def over_long(prompts: list[list[int]], limit: float) -> list[int]:
-    """Indices of the prompts, as token ids, that fill a context; says so if there are any."""
+    """Indices of the prompts (token ids) that fill a context of `limit` tokens; prints how many, if any."""
     found = [i for i, prompt in enumerate(prompts) if len(prompt) >= limit]
     if found:
         print(

@@ -1,4 +1,4 @@
-"""Sentence embeddings: one vector for a text (the encoder of a sentence-embedding model)."""
+"""Sentence embeddings: one vector per text, from the encoder of a sentence-embedding model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ BATCH = 32  # texts; the models are small
 
 
 def embeddings(path: str, texts: list[str]) -> np.ndarray:
-    """The mean of each text's last hidden states, of length 1. What is longer than the context is cut.
+    """The mean of each text's last hidden states, scaled to length 1. Longer texts are cut to the context.
 
     Args:
         path: folder or hub name of a model in safetensors and without code of its own.
 
     Returns:
-        [n, d] in the order of the texts.
+        [n, d], in the order of the texts.
 
     Raises:
-        EngineError: the model is not there, or of another kind; the message says which can be taken.
+        EngineError: the model is missing or of another kind; the message says which models work.
     """
     import torch
 
     encoder, tokenizer = _load(path)
     limit = min(tokenizer.model_max_length, context_limit(encoder.config))
     found = torch.empty(len(texts), encoder.config.hidden_size)
-    by_length = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # little is padded
+    by_length = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # so that little is padded
     for start in range(0, len(texts), BATCH):
         batch = by_length[start : start + BATCH]
         inputs = tokenizer(
@@ -59,7 +59,7 @@ def _load(path: str):
     )
     free_gpu()
     encoder, about = load_encoder(AutoModel, Model(path=path, dtype="float32"), advice)
-    # What stands behind the last hidden states is not used; anything else would be random numbers.
+    # The pooler comes after the last hidden states and is not used; other missing weights would be random.
     if any(not key.startswith("pooler.") for key in about["missing_keys"]):
         raise EngineError(f"{path} lacks weights of its own architecture. {advice}")
     return encoder, AutoTokenizer.from_pretrained(model_folder(path), trust_remote_code=False)

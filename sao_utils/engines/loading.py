@@ -1,4 +1,4 @@
-"""Models on this machine or on the hub: whether they are there, their names, tokenizers and weights."""
+"""Models on this machine or on the hub: finding, naming and loading them and their tokenizers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sao_utils.engines.base import EngineError
 from sao_utils.recipe import Model
 from sao_utils.store import FETCHED, fetched
 
-#: models that come with the kit, in sao_utils/tiny: the tiny one, and itself after a twelfth of its
-#: pre-training, as a judge that is worse
+#: Models that come with the kit, in sao_utils/tiny: the tiny model, and its checkpoint after a twelfth
+#: of its pre-training, which serves as a worse judge.
 EMBEDDED = {"tiny": "model", "tiny-early": "early"}
 
 
 def model_folder(path: str) -> str:
-    """The folder of an embedded or of a fetched model; else the path, absolute if local."""
+    """The folder of an embedded or fetched model; otherwise the path, made absolute if it is a folder."""
     if path in EMBEDDED:
         return str(files("sao_utils") / "tiny" / EMBEDDED[path])
     if folder := fetched(path):
@@ -28,10 +28,10 @@ def model_folder(path: str) -> str:
 
 
 def model_name(model: Model, adapter: Path | None = None) -> str:
-    """A name that changes when the model does: part of the id of every row made with it.
+    """A name that changes when the model does; part of the id of every row made with it.
 
-    `adapter` is the folder of a trained adapter, or of a whole model that was trained. For a local
-    model the name is a hash of its files (weights, tokenizer, template), with the dtype.
+    `adapter` is the folder of a trained adapter, or of a fully trained model. For a local model the
+    name is a hash of its files (weights, tokenizer, template), with the dtype.
     """
     adapter = adapter or own_adapter(model)
     folder = Path(model_folder(model.path))
@@ -42,13 +42,13 @@ def model_name(model: Model, adapter: Path | None = None) -> str:
         name += f":{model.quantisation}"
     if model.template_options:
         name += f":{json.dumps(model.template_options, sort_keys=True)}"
-    if model.engine != "transformers":  # another engine, other random numbers
+    if model.engine != "transformers":  # another engine draws other random numbers
         name += f":{model.engine}" + (f":{model.url}" if model.url else "")
     return f"{name}+{_digest(adapter.glob('*.safetensors'))}" if adapter else name
 
 
 def own_adapter(model: Model) -> Path | None:
-    """The folder `model.adapter`. Raises EngineError when it holds no weights in safetensors."""
+    """The folder `model.adapter`. Raises EngineError if it holds no weights in safetensors."""
     if model.adapter is None:
         return None
     if not any(Path(model.adapter).glob("*.safetensors")):
@@ -71,8 +71,8 @@ def _digest_of_state(state: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def load_tokenizer(model: Model):
-    """The tokenizer of a model, left-padding. Raises EngineError when it is not there."""
-    # A name on a server need not be one of a folder or of the hub.
+    """The tokenizer of a model, set to pad on the left. Raises EngineError if it is missing."""
+    # With engine=api the path may be a name that only the server knows; here it must be found.
     find(model.model_copy(update={"engine": "transformers"}), weights=False)
     from transformers import AutoTokenizer
 
@@ -81,7 +81,7 @@ def load_tokenizer(model: Model):
         raise EngineError(f"{model.path} has no chat template; take an instruction-tuned model.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.template_options:  # so whoever fills the template passes them
+    if model.template_options:  # so that every use of the template passes them
         tokenizer.apply_chat_template = partial(
             tokenizer.apply_chat_template, **model.template_options
         )
@@ -89,7 +89,7 @@ def load_tokenizer(model: Model):
 
 
 def precision(model: Model) -> tuple[str, str]:
-    """The dtype that a model's weights get on this machine, and why."""
+    """The dtype that a model's weights are loaded in on this machine, and why."""
     import torch
 
     if not torch.cuda.is_available():
@@ -100,7 +100,7 @@ def precision(model: Model) -> tuple[str, str]:
         return model.dtype, "model.dtype says so; without a GPU, float32 is more exact"
     if model.dtype not in ("auto", "bfloat16"):
         return model.dtype, "model.dtype says so"
-    # A T4 says that it supports bfloat16, and emulates it at a fraction of the speed.
+    # A T4 reports that it supports bfloat16, but emulates it at a fraction of the speed.
     major, minor = torch.cuda.get_device_capability()
     words = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
     if (major, minor) >= (8, 0):
@@ -109,33 +109,33 @@ def precision(model: Model) -> tuple[str, str]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has Intel's AMX for bfloat16: with it a small model is about twice as fast.
+    """Whether this CPU has Intel's AMX for bfloat16, which makes a small model about twice as fast.
 
-    Others compute in bfloat16, too, but how fast has not been measured.
+    Other CPUs can compute in bfloat16, too, but their speed has not been measured.
     """
     import torch
 
-    # torch 2.6, which the kit still takes, cannot be asked.
+    # torch 2.6, which the kit still supports, has no such function.
     ask = getattr(torch.cpu, "get_capabilities", dict)
     return bool(ask().get("amx_bf16"))
 
 
 @cache
 def say_once(words: str) -> None:
-    """Print a line, unless this process has printed it before: a run loads many an engine."""
+    """Print a line, unless this process has printed it before: a run loads engines many times."""
     print(words, flush=True)
 
 
 def load_model(model: Model, device: str | int | None = "cpu"):
-    """The weights of a model (safetensors only), in 4 bit if `model.quantisation` is "nf4".
+    """Load a model (safetensors only), with 4-bit weights if `model.quantisation` is "nf4".
 
     NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023).
 
     Args:
-        device: where they go; None: to the CPU, for a caller that spreads them.
+        device: where the weights go; None leaves them on the CPU for a caller that distributes them.
 
     Raises:
-        EngineError: they are not there; the message says what to do.
+        EngineError: the weights are missing; the message says what to do.
     """
     find(model)
     import torch
@@ -160,14 +160,14 @@ def load_model(model: Model, device: str | int | None = "cpu"):
 
 
 def load_encoder(kind, model: Model, advice: str) -> tuple:
-    """A model that writes nothing (rewards, embeddings), and transformers' report on its weights.
+    """A model that generates no text (rewards, embeddings), and transformers' loading report.
 
     Args:
-        kind: the class of transformers that loads it.
-        advice: what to take instead; ends the message of an error.
+        kind: the transformers class that loads it.
+        advice: what to use instead; appended to the message of an error.
 
     Raises:
-        EngineError: it is not there, not in safetensors, or needs code of its own.
+        EngineError: the model is missing, not in safetensors, or needs code of its own.
     """
     import torch
 
@@ -181,12 +181,12 @@ def load_encoder(kind, model: Model, advice: str) -> tuple:
 
 
 def _guard_nf4_on_cpu(base) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights under an adapter's feet.
+    """Keep bitsandbytes from repacking 4-bit weights that an adapter is trained on.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50) rearranges a layer's weights in place, for speed,
-    at the first forward pass in evaluation mode. The kernel that then serves the layer has no
-    backward pass: no error, but gradients that have nothing to do with the loss. Each layer asks a
-    switch of its own before it does so. Call this after loading and before any forward pass.
+    at the first forward pass in evaluation mode. The kernel then used for the layer has no backward
+    pass: it raises no error, but the gradients have nothing to do with the loss. Each layer has a flag
+    that allows this; here it is turned off. Call this after loading and before any forward pass.
     """
     import bitsandbytes
 
@@ -196,10 +196,10 @@ def _guard_nf4_on_cpu(base) -> None:
 
 
 def find(model: Model, weights: bool = True) -> None:
-    """Look whether a model is there, before anything slow is imported or retried.
+    """Check that a model can be found, before anything slow is imported or retried.
 
     Raises:
-        EngineError: the folder or the hub's model is not there, not to be had, or not safetensors.
+        EngineError: the folder or the hub's model is missing, not accessible, or not in safetensors.
     """
     if model.engine == "api":  # the path is a name on a server
         return
@@ -242,7 +242,7 @@ def _find_on_hub(name: str, revision: str | None) -> None:
             f"its licence on its page (https://huggingface.co/{name}). For such a model, and a private "
             "one, log in with `hf auth login`"
         )
-    except Exception as error:  # of the hub's HTTP library, which has changed before
+    except Exception as error:  # from the hub's HTTP library, which has changed before
         fault = f"it is not on this machine and the hub cannot be reached ({error})"
     raise EngineError(
         f"Could not load '{name}': {fault}. Check the name, or set model.path to a folder with a model."
@@ -250,17 +250,17 @@ def _find_on_hub(name: str, revision: str | None) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a GPU or of the machine, ran out."""
+    """Whether an error means that the memory of a GPU or of the machine ran out."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC")
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     return named or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _from_pretrained(kind, model: Model, **options):
-    """`kind.from_pretrained` of transformers. Raises EngineError: it says what to do."""
+    """`kind.from_pretrained` of transformers. Raises EngineError with a message that says what to do."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar a tensor floods a log
+    logging.disable_progress_bar()  # one bar per tensor would flood a log
     path = model_folder(model.path)
     try:
         return kind.from_pretrained(

@@ -1,7 +1,7 @@
-"""Models that think: what stands between <think> and </think> is parted from the reply.
+"""Reasoning models: what they write between <think> and </think> is separated from the reply.
 
-Reasoning is kept in the row of a reply, and goes into no prompt, verdict or training pair. Whether a
-model thinks is up to its chat template (`model.template_options: {enable_thinking: false}`).
+The reasoning is kept in the reply's row, but never enters a prompt, verdict or training pair. Whether a
+model reasons depends on its chat template (`model.template_options: {enable_thinking: false}`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MARKER = re.compile(f"{OPEN}|{CLOSE}")
 def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
     """The reasoning at the beginning of a reply, and the reply itself, both stripped.
 
-    Markers may be nested. Reasoning that is never closed is all there is: the reply is then empty. A
-    reply that does not begin with reasoning stays as it is, whatever it says further on.
+    Markers may be nested. If the reasoning is never closed, the reply is empty. A reply that does not
+    begin with reasoning is left unchanged, even if markers follow later.
 
     Args:
-        opened: whether the chat template has opened the reasoning already, so that the reply begins
-            inside of it. A closing marker without an opening one says so, too.
+        opened: whether the chat template has already opened the reasoning, so that the text begins
+            within it. A closing marker without an opening one implies this, too.
     """
     text = text.strip()
     first = _MARKER.search(text)
@@ -33,27 +33,27 @@ def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
     for marker in _MARKER.finditer(inside):
         depth += 1 if marker[0] == OPEN else -1
         if depth == 0:
-            reply = re.sub(rf"^(\s*{CLOSE})+", "", inside[marker.end() :])  # closed too often
+            reply = re.sub(rf"^(\s*{CLOSE})+", "", inside[marker.end() :])  # surplus markers
             return inside[: marker.start()].strip(), reply.strip()
     return inside.strip(), ""
 
 
 def opens_reasoning(tokenizer) -> bool:
-    """Whether the chat template ends a prompt inside of the reasoning."""
+    """Whether the chat template ends the prompt with reasoning already opened."""
     chat = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return text.rstrip().endswith(OPEN)
 
 
 def read_reply(tokenizer, ids: list[int], finished: bool, opened: bool) -> Completion:
-    """A completion from the ids of a reply, without the token that ended it.
+    """The completion for a reply's token ids, which exclude the token that ended it.
 
-    A reply that is all reasoning counts as no reply (`base.unanswered`).
+    A reply that is nothing but reasoning counts as no reply (`base.unanswered`).
 
     Args:
         opened: see `opens_reasoning`.
     """
-    if OPEN in tokenizer.all_special_tokens:  # else they would be dropped, and the reasoning stay
+    if OPEN in tokenizer.all_special_tokens:  # else the markers would be lost, the reasoning kept
         text = tokenizer.decode(ids)
         for token in {*tokenizer.all_special_tokens} - {OPEN, CLOSE}:
             text = text.replace(token, "")
@@ -65,7 +65,7 @@ def read_reply(tokenizer, ids: list[int], finished: bool, opened: bool) -> Compl
 def parted(
     text: str, tokens: int, finished: bool, opened: bool = False, tokenizer=None
 ) -> Completion:
-    """A completion whose reasoning is parted from its text; without a tokenizer tokens are estimated."""
+    """A completion with reasoning and text separated; without a tokenizer its tokens are estimated."""
     reasoning, reply = split_reasoning(text, opened)
     if not reasoning and not opened:
         return Completion(reply, tokens, finished)

@@ -1,4 +1,4 @@
-"""The engine that is loaded: the right kind for a model, one at a time."""
+"""Loads the right kind of engine for a model, and keeps one loaded at a time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sao_utils.recipe import Model
 
 
 def load_engine(model: Model) -> Engine:
-    """Load a model, with its adapter if it has one; it stays loaded until another one is asked for.
+    """Load a model, with its adapter if it has one; it stays loaded until another one is requested.
 
     Raises:
-        EngineError: the model is not there; the message says what to do.
+        EngineError: the model is missing; the message says what to do.
     """
     adapter, name = own_adapter(model), model_name(model)
     base = model.model_copy(update={"adapter": None})  # the same base for every adapter
-    # By name, too: an adapter trained anew in the same folder is another one.
+    # The name is part of the key: an adapter retrained in the same folder is another one.
     key = (model.engine, model.model_dump_json(), name)
     if key not in _loaded:
         find(base)
         # A vLLM process serves a base and its adapters, and ends with the last engine that uses it.
-        # Where none is loaded, memory of a reward model may still be kept.
+        # If no vLLM engine is loaded, a reward model may still hold memory.
         if model.engine != "vllm" or [before for before, *_ in _loaded] != ["vllm"]:
             _free()
         engine = _load(base, adapter)
@@ -47,7 +47,7 @@ def _load(model: Model, adapter: Path | None) -> Engine:
 
 
 def _free() -> None:
-    """Let go of the engine, so that a GPU has room for the next."""
+    """Release the engine, so that a GPU has room for the next."""
     _loaded.clear()
     gc.collect()
     if torch := sys.modules.get("torch"):
@@ -55,7 +55,7 @@ def _free() -> None:
 
 
 def free_gpu() -> None:
-    """Where there is a GPU, let go of the loaded model: it leaves no room there for another."""
+    """If there is a GPU, release the loaded model, which would leave no room there for another."""
     import torch
 
     if torch.cuda.is_available():
@@ -63,7 +63,7 @@ def free_gpu() -> None:
 
 
 def unload_engines() -> None:
-    """Let go of the loaded model, so that its memory is free for training."""
+    """Release the loaded model, so that its memory is free for training."""
     from sao_utils.engines.vllm import end_child
 
     _free()

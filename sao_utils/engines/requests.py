@@ -1,12 +1,12 @@
-"""Requests to models: each made once, kept by its content, at a price known before.
+"""Requests to models: each is made once, stored by its content, and priced in advance.
 
 A request is `{"chat": ..., "sampling": Sampling}` (write a reply) or `{"chat": ..., "prefix": ...,
-"choices": ...}` (log-probabilities of given replies). Its id is a hash of the model and of all of
-this, and so is its seed: equal requests are one request. What a server was paid for is also kept in
-`results/cache`, which all runs share, so that no reply is bought twice.
+"choices": ...}` (log-probabilities of given replies). Its id and its seed are hashes of the model and
+all of this, so equal requests are one request. Replies paid for are also kept in `results/cache`, which
+all runs share, so that none is bought twice.
 
-Costs are ours: tokens read are estimated as bytes / 4 (a Chinese character has three bytes, and takes
-about one token); tokens written are at most those allowed.
+Cost estimates are our own: tokens read are estimated as bytes / 4 (a Chinese character has three bytes
+and takes about one token); for tokens written, the limit is taken.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from sao_utils.store import (
     standing,
 )
 
-#: What a stage that keeps rows of its own takes over from a reply, beside its text.
+#: What a stage that keeps rows of its own copies from a reply, besides its text.
 MADE = ("tokens", "finished", "reasoning", "max_context")
-BYTES = 4  # of a token, about, in English
-WAVES = 4  # times `model.concurrency` requests are sent before the cap is looked at again
+BYTES = 4  # per token in English, roughly
+WAVES = 4  # times `model.concurrency` requests are sent between two checks of the cap
 
 
 class CostError(RuntimeError):
@@ -47,22 +47,23 @@ class CostError(RuntimeError):
 def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[dict]:
     """The model's replies, in the order of the requests.
 
-    Kept in `rows/<stage>.jsonl` of the run; several models may share a stage. All that is new goes to
-    the engine at once (with `evaluation.max_cost` and a price: a few waves at a time). Requests of
-    equal content get one reply, also those of an earlier call, in a row for each.
+    They are stored in the run's `rows/<stage>.jsonl`; several models may share a stage. All new requests
+    go to the engine at once (with `evaluation.max_cost` and a price, a few waves at a time). Requests
+    with equal content share one reply, even across calls; each still gets a row.
 
     Args:
-        requests: {"chat", "sampling"} or {"chat", "prefix", "choices"}; with "of", a dict of what the
-            row is to say about itself. Its id is then a hash of content and "of".
+        requests: {"chat", "sampling"} or {"chat", "prefix", "choices"}; optionally with "of", a dict of
+            further columns for the row, whose id is then a hash of the content and "of".
 
     Returns:
-        {id, **of, request, text, tokens, finished} for a request with `sampling`, with "reasoning" of a model
-        that thinks; {id, **of, logps} for one with `choices`: a log-probability in nats for each, None
-        where there is none (`Engine.choose`). What was bought has {tokens_in, tokens_out, dollars, run}
-        too; what failed for its length {max_context}, and is made again under another limit.
+        {id, **of, request, text, tokens, finished} for a request with `sampling`, with "reasoning" if the
+        model reasons; {id, **of, logps} for one with `choices`: a log-probability in nats for each, None
+        where there is none (`Engine.choose`). Rows that were bought also have {tokens_in, tokens_out,
+        dollars, run}; rows that failed because of their length have {max_context} and are made again
+        under another limit.
 
     Raises:
-        CostError: the estimate, or what the run has spent, goes beyond `evaluation.max_cost`. What was
+        CostError: the estimate, or what the run has spent, exceeds `evaluation.max_cost`. What was
             bought is kept.
         ValueError: a request of neither kind.
     """
@@ -98,7 +99,7 @@ def replies(run: Run, stage: str, model: Model, requests: list[dict]) -> list[di
 
 
 def _row(job: dict, reply: dict) -> dict:
-    """A job's row: what it says of itself, the id of the request, and the reply."""
+    """A job's row: the columns of its "of", the id of the request, and the reply."""
     keys = ("text", *MADE, "logps", "tokens_in", "tokens_out", "dollars", "run")
     of = {**job["of"], "request": job["content"]} if "of" in job else {}
     return {"id": job["id"], **of, **{key: reply[key] for key in keys if key in reply}}
@@ -107,15 +108,15 @@ def _row(job: dict, reply: dict) -> dict:
 def batches_of_replies(
     run: Run, stage: str, model: Model, requests: list[dict]
 ) -> Iterator[list[dict]]:
-    """Replies a batch at a time, in any order, to requests whose ids (and so seeds) are given.
+    """Replies, a batch at a time and in any order, to requests whose ids (and thus seeds) are given.
 
-    For a stage that keeps rows of its own (`store.make_rows`). What comes from a server is bought as in
-    `replies`: once by its id for all runs, under the cap, and then is a single batch.
+    For a stage that keeps rows of its own (`store.make_rows`). Replies from a server are bought as in
+    `replies`: once per id for all runs, under the cap. They come as a single batch.
 
     Args:
-        requests: as of `replies`, each with an "id" of its own; equal requests are two requests here.
+        requests: as in `replies`, each with its own "id"; here two equal requests stay two requests.
 
-    Returns, raises: as `replies`.
+    Returns, raises: as in `replies`.
     """
     if model.engine != "api":
         yield from _generate(model, requests)
@@ -127,7 +128,7 @@ def batches_of_replies(
 
 
 def spent(run: Run) -> float:
-    """US$ that the run and its variants have paid so far, by the tokens that servers counted."""
+    """US$ that the run and its variants have paid so far, based on the tokens that servers counted."""
     files, purse = sorted((results_folder() / "cache").glob("*.jsonl")), _purse(run)
     rows = (row for path in files for row in read_rows(path))
     return math.fsum(row.get("dollars") or 0 for row in rows if row.get("run") == purse)
@@ -139,7 +140,7 @@ def _ids(model: Model, requests: list[dict]) -> list[str]:
 
 
 def _verb(request: dict) -> tuple:
-    """What makes two requests of the same chat different."""
+    """What distinguishes two requests with the same chat."""
     if ("sampling" in request) == ("choices" in request):
         raise ValueError("a request has either 'sampling', or 'prefix' and 'choices'")
     if "sampling" in request:
@@ -148,7 +149,7 @@ def _verb(request: dict) -> tuple:
 
 
 def _generate(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
-    """Rows from the engine, a batch at a time; with the tokens that a server says it counted."""
+    """Rows from the engine, a batch at a time, with the token counts that a server reports."""
     engine, groups = load_engine(model), {}
     for job in jobs:
         groups.setdefault(_verb(job), []).append(job)
@@ -165,11 +166,11 @@ def _generate(model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
 
 
 def _made(model: Model, job: dict, reply, used: tuple[int, int] | None) -> dict:
-    """The row of a reply (of either verb).
+    """The row of a reply (of `generate` or `choose`).
 
-    One that the context ended, or that a server refused, has {"max_context": the limit of the time}:
-    `store.complete` makes it again under another one. What a server cut short says nothing of its
-    context, and was paid for.
+    A reply that was cut off by the context, or refused by a server, has {"max_context": the limit in
+    force}, and `store.complete` makes it again under another limit. A reply that a server cut short
+    has no such key: it says nothing about the context, and was paid for.
     """
     if "sampling" in job:
         row = {"text": reply.text, "tokens": reply.tokens, "finished": reply.finished}
@@ -189,7 +190,7 @@ def _made(model: Model, job: dict, reply, used: tuple[int, int] | None) -> dict:
 
 
 def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
-    """Rows from a server, with what each cost. Stops before the cap is passed, as far as is known."""
+    """Rows from a server, with what each cost. Stops before the cap is exceeded, as far as can be known."""
     by_id = {job["id"]: job for job in jobs}
     cap = run.recipe.evaluation.max_cost if model.priced else None
     if model.priced:
@@ -211,7 +212,7 @@ def _bought(run: Run, model: Model, jobs: list[dict]) -> Iterator[list[dict]]:
                     row["tokens_in"], row["tokens_out"] = _tokens([by_id[row["id"]]])
                 row["dollars"] = dollars(model, row["tokens_in"], row["tokens_out"])
                 row["run"] = _purse(run)
-            yield batch  # on disk when we go on
+            yield batch  # when this resumes, the caller has written it to disk
 
 
 def _check(run: Run, more: float | None, cap: float | None) -> None:
@@ -225,12 +226,12 @@ def _check(run: Run, more: float | None, cap: float | None) -> None:
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of a text, about, where there is no tokenizer."""
+    """Approximate number of tokens in a text, for when there is no tokenizer."""
     return math.ceil(len(text.encode(errors="replace")) / BYTES)
 
 
 def _tokens(requests: list[dict]) -> tuple[int, int]:
-    """(tokens read, tokens written at most) by a server, about."""
+    """Approximate (tokens read, most tokens written) by a server."""
     texts = [[m["content"] for m in r["chat"]] + [r.get("prefix", "")] for r in requests]
     read = sum(estimated_tokens("".join(of)) for of in texts)
     limits = [r["sampling"].max_new_tokens if "sampling" in r else VERDICT_TOKENS for r in requests]
@@ -250,6 +251,6 @@ def _cache(model: Model) -> Path:
 
 
 def _purse(run: Run) -> str:
-    """The run's name; of a variant, that of its run, with which it shares the cap."""
+    """The run's name; for a variant, the name of its run, with which it shares the cap."""
     folder, every = run.folder.resolve(), results_folder().resolve()
     return folder.relative_to(every).parts[0] if folder.is_relative_to(every) else folder.name

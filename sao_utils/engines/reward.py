@@ -1,4 +1,4 @@
-"""Reward models: one number for a prompt and a response (sequence classification in transformers)."""
+"""Reward models: one number per prompt and response (sequence classification in transformers)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sao_utils.recipe import Model
 def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float | None]]]:
     """The reward of each chat's last message; yields batches of (index of the chat, reward).
 
-    None where the model computes no number, as where float16 overflows.
+    The reward is None where it is not finite, for example where float16 overflows.
 
     Args:
         model: a sequence classifier with one output, in safetensors and without code of its own.
 
     Raises:
-        EngineError: the model is of another kind; the message says which can be taken.
+        EngineError: the model is of another kind; the message says which models work.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -29,7 +29,7 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float |
     ids = token_ids(chats, tokenizer)
     waiting = sorted(range(len(ids)), key=lambda k: len(ids[k]))
     while waiting:
-        # Of like length, so that little is padded; the longest of a batch sets its size.
+        # Rows of similar length share a batch, so that little is padded; the longest sets its size.
         longest, batch = len(ids[waiting[-1]]), []
         while waiting and (len(batch) + 1) * longest <= max(model.batch_tokens, longest):
             batch.append(waiting.pop())
@@ -44,10 +44,10 @@ def rewards(model: Model, chats: list[Chat]) -> Iterator[list[tuple[int, float |
 
 
 def token_ids(chats: list[Chat], tokenizer) -> list[list[int]]:
-    """What a reward model reads of each chat, in training and when it scores; special tokens escaped.
+    """Token ids that a reward model reads for each chat, in training and in scoring; special tokens escaped.
 
     Args:
-        tokenizer: of `engines.loading.load_tokenizer`, which passes model.template_options on.
+        tokenizer: from `engines.loading.load_tokenizer`, which passes model.template_options on.
     """
     texts = [
         tokenizer.apply_chat_template(escape_special_tokens(chat, tokenizer), tokenize=False)
@@ -68,6 +68,6 @@ def _load(model: Model):
     classifier, about = load_encoder(AutoModelForSequenceClassification, model, advice)
     if classifier.config.num_labels != 1 or about["missing_keys"] or about["unexpected_keys"]:
         raise EngineError(f"{model.path} is no reward model of the kind that is needed. {advice}")
-    if classifier.config.pad_token_id is None:  # with it the last token before the padding is found
+    if classifier.config.pad_token_id is None:  # for finding the last token before the padding
         classifier.config.pad_token_id = load_tokenizer(model).pad_token_id or 0
     return classifier

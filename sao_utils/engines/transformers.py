@@ -1,4 +1,4 @@
-"""The transformers engine: runs a model in this process, in batches of so many tokens."""
+"""The transformers engine: runs a model in this process, in batches limited by their tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sao_utils.engines.loading import load_model, load_tokenizer, out_of_memory,
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
-FEW = 8  # rows that are too few to be worth thinning out, or to give up a model that computes NaN
+FEW = 8  # for fewer rows, do not thin out a batch or give up on a model that computes NaN
 
 
 def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngine:
-    """Load a model, with the adapter (or the whole trained model) of a folder."""
+    """Load a model with the adapter in a folder, or the fully trained model in that folder instead."""
     import torch
 
     tokenizer = load_tokenizer(model)
@@ -42,29 +42,29 @@ def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngin
         from peft import PeftModel
 
         loaded = PeftModel.from_pretrained(loaded, str(adapter))
-        # In fewer bits, merging would round the adapter.
+        # With lower-precision weights, merging would round the adapter.
         if dtype == "float32" and model.quantisation == "none":
             loaded = loaded.merge_and_unload()
     return TransformersEngine(loaded, tokenizer, model.batch_tokens, model.max_context)
 
 
 class TransformersEngine:
-    """Runs a model with transformers: in left-padded batches of rows of like length."""
+    """Runs a model with transformers, in left-padded batches of rows of similar length."""
 
     def __init__(self, loaded, tokenizer, batch_tokens: int, max_context: int | None = None):
-        """Args: loaded: a model of transformers', or peft's wrapping of one."""
+        """Args: loaded: a transformers model, or peft's wrapper around one."""
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.batch_tokens = loaded.eval(), tokenizer, batch_tokens
         self.opened = opens_reasoning(tokenizer)
         self.device = loaded.device.type
         self.limit = min(context_limit(loaded.config), max_context or math.inf)
-        # Some models bring a temperature or a repetition penalty along, which `generate` would
-        # take up unasked. Only their stops are kept.
+        # Some models come with a temperature or a repetition penalty, which `generate` would apply by
+        # default. Only their stop tokens are kept.
         stops = loaded.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         self.stops = sorted({*stops, tokenizer.eos_token_id}.difference([None]))
-        self.closing: dict[str, object] = {}  # a text that ends replies -> tokens that may close it
+        self.closing: dict[str, object] = {}  # stop text -> tokens that may complete it
         loaded.generation_config = GenerationConfig(
             eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id
         )
@@ -116,9 +116,9 @@ class TransformersEngine:
         new_tokens: int,
         stops: list[int],
     ) -> list[Completion]:
-        """Replies to one batch. Whenever half of the rows have ended, only the others go on.
+        """Replies to one batch. Whenever half of the rows have ended, only the others continue.
 
-        A row for which the model computes NaN on the way gets no reply.
+        A row for which the model computes NaN at any step gets no reply.
         """
         import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -170,18 +170,18 @@ class TransformersEngine:
     ) -> Iterator[list]:
         """Yield `work(rows, new tokens)` for batches of the prompts; rows are indices.
 
-        Longest first: memory trouble shows at once, not after hours. A batch that the memory cannot
-        hold is halved, and those after it are no larger. A row that fills the context gets `nothing`,
-        that is [(row, nothing)].
+        The longest come first, so that memory problems show at once and not after hours. A batch that
+        does not fit into memory is halved, and later ones are no larger. Rows that fill the context
+        are yielded first, as (row, nothing).
 
         Raises:
-            EngineError: the memory does not hold one row alone.
+            EngineError: not even a single row fits into memory.
         """
         skipped = over_long(prompts, self.limit)
         if skipped:
             yield [(i, nothing) for i in skipped]
-        # Rows near the end of the context get fewer tokens. They do not share a batch with others:
-        # what a row says must not depend on them.
+        # Prompts that nearly fill the context get fewer new tokens. They do not share a batch with
+        # others, since a reply must not depend on its batch.
         room = [min(new_tokens, self.limit - len(prompt)) for prompt in prompts]
         left = set(range(len(prompts))).difference(skipped)
         waiting = sorted(left, key=lambda i: (-len(prompts[i]), i))
@@ -199,10 +199,10 @@ class TransformersEngine:
                 yield done
                 del waiting[: len(rows)]
             else:
-                self._halve(len(rows), longest)  # here, with the error gone, its tensors are free
+                self._halve(len(rows), longest)  # outside `except`: its tensors are freed
 
     def _halve(self, rows: int, longest: int) -> None:
-        """Lower the budget to half of a batch that did not fit, and give back what it held."""
+        """Lower the token budget to half of a batch that did not fit, and free the memory it held."""
         import torch
 
         if rows == 1:
@@ -222,7 +222,7 @@ class TransformersEngine:
         )
 
     def _pad(self, prompts: list[list[int]]):
-        """Left-padded ids and mask, each [rows, longest prompt] on the engine's device."""
+        """Left-padded ids and mask, each [rows, longest prompt], on the engine's device."""
         import torch
 
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
@@ -231,10 +231,10 @@ class TransformersEngine:
         return ids.to(self.device), mask.to(self.device)
 
     def _end_after(self, text: str, start: int):
-        """A logits processor: a row that has said `text` behind its prompt of `start` tokens ends."""
+        """A logits processor that ends a row once its reply, after `start` prompt tokens, contains `text`."""
         import torch
 
-        if text not in self.closing:  # once an engine: a vocabulary takes a second to read
+        if text not in self.closing:  # once per engine: decoding a vocabulary takes a second
             every = [[i] for i in range(len(self.tokenizer))]
             said = self.tokenizer.batch_decode(every, skip_special_tokens=True)
             found = [i for i, token in enumerate(said) if text[-1] in token]
@@ -256,10 +256,10 @@ class TransformersEngine:
 
 
 def _in_float32(model, tokens: list[int]):
-    """While this lasts, the head of a model computes the logits of these tokens in float32.
+    """A context in which the model's head computes the logits of these tokens in float32.
 
-    A logit of 20 has steps of 1/8 in bfloat16: for a third of SmolLM2's pairs both orders of a verdict
-    would cancel to exactly 0. The other logits stay as they are, so no second head is needed.
+    Near 20, logits in bfloat16 come in steps of 1/8: for a third of SmolLM2's pairs the two orders of a
+    verdict would cancel to exactly 0. The other logits are unchanged, so no second head is needed.
     """
     import torch
 
@@ -278,7 +278,7 @@ def _in_float32(model, tokens: list[int]):
 
 
 def _finite(logits):
-    """For each row of logits [rows, vocabulary] whether they are numbers."""
+    """Whether the largest logit of each row is finite, so that none is NaN: [rows, vocabulary] -> [rows]."""
     return logits.amax(-1).isfinite()
 
 
@@ -286,7 +286,9 @@ def _check(finite: list[bool], seen: list[bool]) -> None:
     """Report the rows of a batch for which the model computed NaN.
 
     Args:
-        seen: the same of earlier batches of the call; these are added. A batch may be a single row.
+        finite: for each row of the batch, whether its logits were numbers.
+        seen: the same for earlier batches of the call; `finite` is appended, since a single batch may
+            have only one row.
 
     Raises:
         EngineError: the model computed NaN for most rows of the call so far.
@@ -303,7 +305,7 @@ def _check(finite: list[bool], seen: list[bool]) -> None:
 
 
 def _half_ended(stops: list[int], start: int):
-    """A stopping criterion: half of the rows hold a stop behind their prompts of `start` tokens."""
+    """A stopping criterion: half of the rows have a stop token after their `start` prompt tokens."""
     import torch
 
     def halt(ids, scores, **_):
@@ -314,7 +316,7 @@ def _half_ended(stops: list[int], start: int):
 
 
 def _rows_of(cache, rows: list[int]):
-    """These rows of a KV cache; None, so that it is computed anew, for a cache of another kind."""
+    """These rows of a KV cache; None for another kind of cache, which is then recomputed."""
     import torch
     from transformers.cache_utils import DynamicLayer
 
@@ -328,9 +330,9 @@ def _rows_of(cache, rows: list[int]):
 class _SeededDraw:
     """A logits processor that draws each row's next token with the row's own random numbers.
 
-    It leaves only the drawn token, so that greedy decoding takes it. Inverse transform sampling: one
-    uniform number a row and step, from a generator seeded by the row. At temperature 0 it changes
-    nothing. `finite` has the rows that had numbers at every step.
+    It masks all but the drawn token, so that greedy decoding takes it. Inverse transform sampling: one
+    uniform number per row and step, from a generator with the row's seed. At temperature 0 it changes
+    nothing. `finite` says for each row whether its logits were numbers at every step.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
@@ -358,15 +360,15 @@ class _SeededDraw:
 
 
 def _nucleus(p, top_p: float, first: int = 1024):
-    """Set to zero what is outside of the fewest likeliest tokens that hold `top_p` (Holtzman 2020).
+    """Set all probabilities to zero outside the smallest set that holds `top_p` (Holtzman 2020).
 
     Args:
         p: probabilities [rows, vocabulary].
-        first: so many of the likeliest are sorted, and all only if these do not hold enough: a sort
-            of 256,000 tokens takes longer than a small model's step.
+        first: how many of the likeliest tokens are sorted; all are sorted only if these do not hold
+            enough, since sorting 256,000 tokens takes longer than a small model's step.
 
     Returns:
-        [rows, vocabulary], not normalised. Tokens as likely as the last one inside stay, too, so
+        [rows, vocabulary], not normalised. Tokens as likely as the last one in the set stay, too, so
         that nothing depends on how ties are sorted.
     """
     ordered = p.topk(min(first, p.shape[-1])).values

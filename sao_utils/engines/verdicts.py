@@ -1,30 +1,32 @@
-"""Reading a verdict off the tokens that a server reports, with their likeliest alternatives."""
+"""Reads a verdict from the tokens that a server reports, with their likeliest alternatives."""
 
 from __future__ import annotations
 
 import math
 import re
 
-SURE = 1e-6  # probability that is left to a choice which no server reports, at least (ours)
+SURE = 1e-6  # least probability assumed to be left for a choice that is not reported (ours)
 
 
 def read_verdict(
     tokens: list[tuple[str, dict[str, float]]], prefix: str, choices: tuple[str, ...]
 ) -> list[float]:
-    """Log-probability of each choice, at the place of a reply where the choices part.
+    """Log-probability of each choice, at the token of a reply where the choices differ.
 
     Args:
         tokens: the reply's tokens, each with the server's alternatives and their log-probabilities.
-        prefix: what the reply has to begin its verdict with; case and blanks do not count.
-        choices: as in `Engine.choose`; they part in their first character that is not blank. A token
-            counts for the choice that it is the beginning of, blanks and stars apart.
+        prefix: what the verdict in the reply must begin with; case is ignored, and blanks and asterisks
+            may follow.
+        choices: as in `Engine.choose`; they differ in their first non-blank character. A token counts
+            for the choice that begins with it, ignoring blanks and asterisks.
 
     Returns:
-        Nats, one a choice. A choice that is not among the alternatives gets what it has at most: as
-        much as the least of them, and as they leave. So the margin is understated, and no verdict is
-        invalid for being too sure; but minus infinity where that is no less than the others have. A
-        choice of one letter gets minus infinity at once, as in alpaca_eval (`logprob_parser`). Minus
-        infinity for all when the reply does not come to a verdict.
+        Nats, one per choice. A choice that is not among the alternatives gets an upper bound: the
+        smaller of the least likely alternative's probability and the probability left over by all of
+        them (at least SURE). This understates the margin, and no verdict is invalid for being too
+        certain. If that bound is not below the best reported choice, it gets minus infinity instead. If
+        every choice is a single letter, an unreported one gets minus infinity at once, as in
+        alpaca_eval (`logprob_parser`). All get minus infinity if the reply contains no verdict.
     """
     said = ""
     for token, alternatives in tokens:
@@ -33,12 +35,12 @@ def read_verdict(
             odds = [
                 sum(math.exp(p) for other, p in alternatives.items() if _begins(other, choice))
                 for choice in choices
-            ]  # 0 also where a server says -9999
+            ]  # also 0 where a server reports -9999
             found = [math.log(p) if p else -math.inf for p in odds]
             if max(found) == -math.inf or all(len(_bare(choice)) == 1 for choice in choices):
                 return found
             rest = 1 - sum(map(math.exp, alternatives.values()))
-            known = [p for p in alternatives.values() if math.exp(p)]  # no -9999
+            known = [p for p in alternatives.values() if math.exp(p)]  # without -9999
             most = min(*known, math.log(max(rest, SURE)))
             most = most if most < max(found) else -math.inf
             return [most if p == -math.inf else p for p in found]
@@ -47,7 +49,7 @@ def read_verdict(
 
 
 def _bare(text: str) -> str:
-    """Without blanks and stars."""
+    """The text without blanks and asterisks."""
     return re.sub(r"[\s*]", "", text)
 
 

@@ -1,12 +1,12 @@
 """The vLLM engine: runs a model in a process of its own, which holds the GPU until it ends.
 
-Inside of this process vLLM would reseed the caller's random numbers, could change classes of
-transformers, and would never let go of the GPU. Here the kit's own tokenizer makes the token ids and
-reads the replies, so that every engine sees the same prompts; the child (`vllm_child.py`) gets ids
-and gives ids. One load serves prompts, responses and verdicts.
+Inside this process vLLM would reseed the caller's random numbers, could change classes of
+transformers, and would never release the GPU. The kit's own tokenizer, in this process, makes the
+token ids and decodes the replies, so that every engine sees the same prompts; the child
+(`vllm_child.py`) takes ids and returns ids. One load serves prompts, responses and verdicts.
 
-Two samples of a prompt are two requests, each with its own seed: so each row is seeded by its own id,
-and can be made again alone. The prefix cache computes their shared prompt once.
+Two samples of a prompt are two requests, each with its own seed, so that each row is seeded by its own
+id and can be remade alone. The prefix cache computes their shared prompt once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from sao_utils.engines.loading import load_tokenizer, model_folder, model_name
 from sao_utils.engines.reasoning import opens_reasoning, read_reply
 from sao_utils.recipe import Model
 
-#: Settings of vLLM that change nothing. A model's generation_config may name others (Qwen2.5:
-#: repetition_penalty 1.05, top_k 20), which vLLM's server takes for what a request leaves out.
+#: vLLM's sampling settings at values that have no effect. For settings that a request leaves out, vLLM's
+#: server takes those of the model's generation_config (Qwen2.5: repetition_penalty 1.05, top_k 20).
 NEUTRAL = {
     "top_k": -1,
     "min_p": 0.0,
@@ -45,7 +45,7 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
 }
 ENDED = "its process has ended, or was killed (by the system, if its memory was full)"
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts
 
 
 class VllmEngine:
@@ -59,7 +59,7 @@ class VllmEngine:
         self.adapter = {"name": name, "path": str(adapter.resolve())} if lora else None
         self.rank = _lora_rank(adapter) if lora else 0
         self.weights = model_name(model) if lora else name
-        if adapter and not lora:  # a whole model that was trained
+        if adapter and not lora:  # a fully trained model
             model = model.model_copy(update={"path": str(adapter), "revision": None})
         self.arguments = _engine_arguments(model)
         self._child()
@@ -67,7 +67,7 @@ class VllmEngine:
     def generate(self, chats, sampling, seeds):
         stops = {*self._child().ready["stops"], self.tokenizer.eos_token_id}.difference([None])
         stops.update(turn_ends(chats, self.tokenizer))
-        asked = {  # all but the seed: what is left out, a model's own defaults may fill in
+        asked = {  # all but the seed: a model's own defaults may replace what is left out
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
@@ -87,14 +87,14 @@ class VllmEngine:
             yield [(i, logps or nothing) for i, logps in batch]
 
     def _completion(self, reply: list[int], ended: bool) -> Completion:
-        """A reply from its token ids, of which the last ended it if it did so by itself."""
+        """The completion for a reply's token ids; the last is a stop token if the reply `ended` by itself."""
         kept = reply[:-1] if ended else reply
         return read_reply(self.tokenizer, kept, ended, self.opened)
 
     def _rows(self, asked: dict, chats: list, shared: list[int], seeds: list) -> Iterator[list]:
-        """Batches of (index, the child's reply) to chats that go on with the ids `shared`.
+        """Batches of (index, the child's reply) to the chats, each followed by the ids `shared`.
 
-        Those that do not fit into the context have no reply (None), and come last.
+        Prompts that do not fit into the context get None as reply, and come last.
         """
         child = self._child()
         prompts = [ids + shared for ids in encode(chats, self.tokenizer)]
@@ -106,9 +106,9 @@ class VllmEngine:
             yield [(i, None) for i in too_long]
 
     def _child(self) -> _Child:
-        """The process that has this model, started if there is none; the only one there is.
+        """The one child process, with this model; starts it, in place of any other, if need be.
 
-        Two would not fit on a GPU. One that can take adapters serves the model without one, too.
+        Two would not fit on a GPU. A process that accepts adapters serves the bare model, too.
         """
         global _current
         child = _current() if _current else None
@@ -118,13 +118,13 @@ class VllmEngine:
                 child.end()
             child = _Child(self.model, self.arguments, self.weights, self.rank)
             _current = weakref.ref(child)
-        self.child = child  # the engines that use it keep it alive, and nobody else
+        self.child = child  # only the engines that use the child keep it alive
         return child
 
 
 def _engine_arguments(model: Model) -> dict:
     """vLLM's EngineArgs for a model."""
-    # awq and gptq: vLLM finds the fastest kernel if it reads them off the weights itself.
+    # awq and gptq: vLLM picks the fastest kernel if it detects them from the weights itself.
     told = model.quantisation in ("fp8", "bitsandbytes")
     return {
         "model": model_folder(model.path),
@@ -142,7 +142,7 @@ def _engine_arguments(model: Model) -> dict:
 
 
 def _lora_rank(adapter: Path) -> int:
-    """The least of vLLM's ranks that holds an adapter."""
+    """The smallest of vLLM's LoRA ranks that fits an adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     return next((known for known in LORA_RANKS if known >= rank), rank)
@@ -152,13 +152,13 @@ _current: weakref.ref[_Child] | None = None
 
 
 def end_child() -> None:
-    """End the process with vLLM, if there is one, also when something still refers to it."""
+    """End the vLLM process, if there is one, even if something still refers to it."""
     if child := _current and _current():
         child.end()
 
 
 class _Child:
-    """A process with vLLM and one model. It ends with its last engine, or with this process."""
+    """A process that runs vLLM with one model. It ends with its last engine, or with this process."""
 
     def __init__(self, model: Model, arguments: dict, weights: str, rank: int):
         self.model, self.arguments, self.weights, self.rank = model, arguments, weights, rank
@@ -167,13 +167,13 @@ class _Child:
         with tempfile.NamedTemporaryFile(prefix="sao-vllm-", suffix=".log", delete=False) as log:
             self.log = Path(log.name)
             self.process = subprocess.Popen(
-                # -P: the modules beside the child's file must not hide those of vLLM
+                # -P: modules beside the child's file must not shadow those that vLLM imports
                 [python, "-P", str(Path(__file__).with_name("vllm_child.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **ours},
-                start_new_session=True,  # a group to end as a whole; no Ctrl-C of the terminal's
+                start_new_session=True,  # a group, to be killed as a whole; the terminal's Ctrl-C misses it
                 encoding="utf-8",
             )
         self.end = weakref.finalize(self, _end, self.process, self.log)
@@ -189,12 +189,12 @@ class _Child:
         return self.end.alive and self.process.poll() is None
 
     def call(self, call: dict) -> Iterator[list]:
-        """Send all rows, and pass the replies on as they come."""
+        """Send all rows, and yield the replies as they come."""
         try:
             self._send(call)
             while (batch := self._receive()) is not None:
                 yield batch
-        except BaseException:  # it may be still at work, on rows that nobody waits for
+        except BaseException:  # the child may still be working on rows that nobody waits for
             self.end()
             raise
 
@@ -202,12 +202,12 @@ class _Child:
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
-        except OSError:  # it has died; what it said last tells why
+        except OSError:  # the child has died; its last message says why
             while True:
                 self._receive()
 
     def _receive(self) -> object:
-        """The next message. Raises EngineError when there is none any more."""
+        """The next message. Raises EngineError if it is an error or there are no more."""
         line = self.process.stdout.readline()
         message = json.loads(line) if line.endswith("\n") else {"error": ENDED}
         if isinstance(message, dict) and "error" in message:

@@ -1,13 +1,13 @@
 """The process in which vLLM runs. `engines/vllm.py` starts it by the path of this file.
 
-It needs vLLM and nothing of the kit, so it may have an environment of its own. One line of JSON is
-one message. Into standard input come the engine's arguments, then any number of calls:
+It needs vLLM and nothing from the kit, so it may have an environment of its own. Each message is one
+line of JSON. Standard input takes the engine's arguments, then any number of calls:
 
     {"sampling": {...}, "adapter": {"name": ..., "path": ...} | null, "rows": [[row, token ids, seed], ...]}
 
-To standard output go {"ready": {...}}, and for each call lists of [row, [new token ids, ended by
-itself]] or, when log-probabilities are asked for, [row, log-probabilities]; then null. {"error": text}
-is the last message of a process.
+Standard output gets {"ready": {...}}, and for each call lists of [row, [new token ids, ended by
+itself]] or, if log-probabilities are requested, [row, log-probabilities]; then null. If the process
+fails, its last message is {"error": text}.
 """
 
 import json
@@ -19,18 +19,18 @@ import threading
 import time
 import traceback
 
-FLUSH = 0.5  # seconds: finished rows wait no longer than this
+FLUSH = 0.5  # seconds that finished rows wait, at most
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what vLLM prints goes to the log and not into the messages
+    os.dup2(2, 1)  # what vLLM prints goes to the log instead of among the messages
 
     def say(message: object) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    started: list = []  # the processes of vLLM
+    started: list = []  # vLLM's own processes
     threading.Thread(target=_watch, args=(os.getppid(), started, say), daemon=True).start()
     try:
         serve(say, started)
@@ -42,9 +42,9 @@ def main() -> None:
 
 
 def _watch(parent: int, started: list, say) -> None:
-    """End everything once the parent or a process of vLLM is no more; vLLM would wait forever.
+    """End everything once the parent or one of vLLM's processes is gone; vLLM would wait forever.
 
-    Not by PR_SET_PDEATHSIG: that signal comes when the parent's *thread* ends that started us.
+    PR_SET_PDEATHSIG will not do: it fires when the parent's *thread* that started this process ends.
     """
     while os.getppid() == parent and all(process.is_alive() for process in started):
         time.sleep(1.0)
@@ -54,14 +54,14 @@ def _watch(parent: int, started: list, say) -> None:
 
 
 def _end() -> None:
-    """No farewell: vLLM's threads and processes would hold it up, and the GPU's memory with it."""
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # the engine made this process a group of its own
+    """Kill the whole group: in an orderly exit, vLLM's threads and processes would keep the GPU's memory."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # engines/vllm.py gave this process its own group
 
 
 def serve(say, started: list) -> None:
     """Load the model, and answer calls until standard input is closed.
 
-    Puts the processes that vLLM has started into `started`.
+    Appends the processes that vLLM starts to `started`.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
@@ -69,10 +69,10 @@ def serve(say, started: list) -> None:
 
     arguments = json.loads(sys.stdin.readline())
     if current_platform.is_cpu():
-        # Seeded rows and prompts in chunks do not go together there: a CPU's random numbers cannot
-        # be set back by the draw that half a prompt makes for nothing.
+        # On a CPU, seeded rows do not work with chunked prefill: after part of a prompt vLLM draws a
+        # token for nothing, and a CPU's random generator cannot be set back by one draw.
         arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
-    # As `vllm.LLM` does: without it vLLM runs 128 rows at a time, with it up to 1,024 (on an H100).
+    # As `vllm.LLM` does: without this vLLM runs 128 rows at a time, with it up to 1,024 (on an H100).
     offline = UsageContext.LLM_CLASS
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=offline)
     started += multiprocessing.active_children()
@@ -85,13 +85,13 @@ def serve(say, started: list) -> None:
         "arguments": arguments,
     }
     say({"ready": ready})
-    numbers: dict[str, int] = {}  # vLLM tells adapters apart by a number
+    numbers: dict[str, int] = {}  # vLLM identifies adapters by number
     for line in sys.stdin:
         answer(engine, json.loads(line), numbers, say)
 
 
 def answer(engine, call: dict, numbers: dict[str, int], say) -> None:
-    """One call: hand all its rows to vLLM, and send them back as they finish."""
+    """Answer one call: hand all its rows to vLLM, and send the replies as they finish."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
@@ -109,7 +109,7 @@ def answer(engine, call: dict, numbers: dict[str, int], say) -> None:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = {"type": "token", "prompt_token_ids": ids}  # ready for the engine: no renderer
+        prompt = {"type": "token", "prompt_token_ids": ids}  # what the engine takes as is
         engine.add_request(str(row), prompt, params, lora_request=lora)
     batch, last = [], time.monotonic()
     while engine.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""Training: preference losses and supervised fine-tuning, from rows to weights. `fit` is the entry."""
+"""Training: preference losses and supervised fine-tuning, from rows to weights. Start with `fit`."""
 
 
 class TrainingFailed(RuntimeError):

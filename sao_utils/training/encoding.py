@@ -18,18 +18,18 @@ def encode(
     """Token ids and labels of a prompt with one of its answers.
 
     The prompt is templated as in generation. The answer ends in exactly one end token, the one that
-    closes the turn: what a template puts after it ("<|im_end|>\\n") is cut off, and where a template
-    puts none the tokenizer's eos is added.
+    closes the turn: what a template puts after it ("<|im_end|>\\n") is cut off, and if the template
+    adds none, the tokenizer's eos is added.
 
     Args:
-        tokenizer: of `engines.loading.load_tokenizer`, which passes model.template_options on.
+        tokenizer: from `engines.loading.load_tokenizer`, which passes model.template_options on.
         limit: the most tokens that the model takes.
 
     Returns:
         ids, labels: lists of the same length; labels are -100 on the prompt.
 
     Raises:
-        ValueError: an empty or over-long answer, or a template that does not fit; names the pair.
+        ValueError: an empty or over-long answer, or an unsuitable template; the message names the pair.
     """
     where = f"Pair {pair['id']}, {side} answer"
     if not all(message["content"].strip() for message in pair[side]):
@@ -46,7 +46,7 @@ def encode(
     text = _closed(text, len(prompt), tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # A token may span the seam; it then belongs to the answer.
+    # A token may span the boundary; it then belongs to the answer.
     start = len(os.path.commonprefix([prompt_ids, ids]))
     if len(ids) > limit:
         raise ValueError(
@@ -59,8 +59,8 @@ def encode(
 def _closed(text: str, start: int, tokenizer) -> str:
     """A templated chat up to the token that closes its last turn, which begins at `start`.
 
-    That is eos, or, as Gemma's <end_of_turn>, another special token at which generation stops, too.
-    The answer itself has none: they are escaped.
+    That is eos or, like Gemma's <end_of_turn>, another special token at which generation also stops.
+    The answer itself contains none, since they are escaped.
     """
     eos = tokenizer.eos_token
     ends = [eos] if eos in text[start:] else special_tokens(tokenizer)
@@ -74,7 +74,7 @@ def token_rows(rows: list[dict], tokenizer, algorithm: str, limit: float = math.
     """Rows of messages as {id, prompt_ids, chosen_ids, rejected_ids}; SFT has no rejected answer.
 
     Raises:
-        ValueError: a row that cannot be trained on: see `encode`.
+        ValueError: a row cannot be trained on: see `encode`.
     """
     found = []
     for row in rows:

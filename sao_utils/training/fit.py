@@ -1,7 +1,7 @@
 """Training (SAO, Algorithm 1, step 6): pairs in, a folder with an adapter or a model out.
 
-SimPO, DPO, ORPO or SFT; with LoRA on plain or 4-bit weights (QLoRA), or of all weights; in one process
-or under `accelerate launch`. What is killed goes on from its last checkpoint.
+SimPO, DPO, ORPO or SFT; LoRA on plain or 4-bit weights (QLoRA), or full fine-tuning; in one process or
+under `accelerate launch`. A training that is killed resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OF_ALGORITHM = {
     "orpo": {"orpo_lambda", "learning_rate"},
     "sft": {"sft_learning_rate"},
 }
-#: Settings of time, memory and looks: they change the weights by rounding at most.
+#: Settings of time, memory and reporting: they change the weights by rounding at most.
 NEUTRAL = {
     "algorithm",
     "checkpoint_minutes",
@@ -53,28 +53,28 @@ def fit(
     folder: Path,
     watch: Callable[[list[dict]], None] | None = None,
 ) -> Path:
-    """Train on pairs and save what was learned, unless the same is there already.
+    """Train on pairs and save the result, unless the same training is already there.
 
-    done.json is written last and holds a hash of all that made the adapter. A training that was
-    killed goes on from its last whole checkpoint if that hash is the same, else it begins anew.
+    done.json is written last and holds a hash of everything that determines the weights. A training that
+    was killed resumes from its last complete checkpoint if that hash is the same; otherwise it starts over.
 
     Args:
-        pairs: rows with "id", "prompt", "chosen", "rejected" (messages; SFT does without the last).
+        pairs: rows with "id", "prompt", "chosen", "rejected" (messages; SFT does not need the last).
         watch: called with all rows of the log after every step.
 
     Returns:
-        `folder`, with the weights (an adapter, or a whole model), log.jsonl (a row a step),
+        `folder`, with the weights (an adapter, or a whole model), log.jsonl (one row per step),
         probe.jsonl and done.json.
 
     Raises:
-        ValueError: a pair that cannot be trained on; the message names it.
-        TrainingFailed: there are no pairs, the loss or the gradient is no number any more, or a
+        ValueError: a pair cannot be trained on; the message names it.
+        TrainingFailed: there are no pairs, the loss or the gradient is no longer finite, or a
             checkpoint could not be written.
         Busy: another process is training into the folder.
     """
     if not pairs:
         raise TrainingFailed(f"There is nothing to train {folder.name} on: no row is left.")
-    # All that determines the weights, but for rounding: NEUTRAL settings may change.
+    # All that determines the weights, apart from rounding: NEUTRAL settings may change.
     ids, used = [row["id"] for row in pairs], settings_used(settings, algorithm)
     fingerprint = row_id(ids, used, model_name(model), model.dtype, algorithm, seed)
     if (read_done(folder) or {}).get("fingerprint") == fingerprint:
@@ -112,12 +112,12 @@ def fit(
 
 
 def alone(folder: Path) -> AbstractContextManager:
-    """Keeps other processes from training into a folder, by a lock beside it. Raises `Busy`."""
+    """Keeps other processes from training into a folder, with a lock file beside it. Raises `Busy`."""
     return turn(folder.with_name(f".{folder.name}.lock"), folder, wait=False)
 
 
 def sft_settings(settings: Training, how: SFT) -> Training:
-    """A run's training with what an SFT of its own sets anew, and without probes."""
+    """A run's training settings, overridden for a separate SFT (`how`), and without probes."""
     changes = {
         "method": how.method,
         "sft_learning_rate": how.learning_rate,
@@ -129,7 +129,7 @@ def sft_settings(settings: Training, how: SFT) -> Training:
 
 
 def read_done(folder: Path) -> dict | None:
-    """What a finished training noted: {fingerprint, algorithm, seed, seconds, pairs, steps, tokens}.
+    """The record of a finished training: {fingerprint, algorithm, seed, seconds, pairs, steps, tokens}.
 
     None if there is no finished training in the folder.
     """
@@ -138,7 +138,7 @@ def read_done(folder: Path) -> dict | None:
 
 
 def settings_used(settings: Training, algorithm: Algorithm) -> dict:
-    """The settings that have a part in a training: none of other algorithms, or of LoRA in a full one."""
+    """The settings that affect a training: not those of other algorithms, nor LoRA's with method=full."""
     others = set().union(*OF_ALGORITHM.values()) - OF_ALGORITHM[algorithm] | NEUTRAL
     if settings.method == "full":
         others |= {"lora_rank", "lora_alpha", "lora_dropout"}
@@ -146,7 +146,7 @@ def settings_used(settings: Training, algorithm: Algorithm) -> dict:
 
 
 def _checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The last whole checkpoint of the same training; clears away what belongs to another one."""
+    """The last complete checkpoint of the same training; deletes what belongs to a different one."""
     place = folder / "checkpoints"
     mark = place / "fingerprint"
     found = None
@@ -155,13 +155,13 @@ def _checkpoint(folder: Path, fingerprint: str) -> Path | None:
         found = max(whole, key=_step, default=None)
     wait_for_all()
     if is_main():
-        for left in folder.glob("*"):  # of a finished one: an adapter and a whole model differ
+        for left in folder.glob("*"):  # an earlier result: an adapter's files differ from a model's
             if left.is_file() and left.suffix != ".jsonl":
                 left.unlink()
         if found is None:
             shutil.rmtree(place, ignore_errors=True)
         write_whole(mark, fingerprint)
-        for name in ("log.jsonl", "probe.jsonl"):  # what came after the checkpoint comes again
+        for name in ("log.jsonl", "probe.jsonl"):  # steps after the checkpoint are repeated
             rows = read_rows(folder / name) if found else []
             kept = [row for row in rows if row["step"] <= _step(found)]
             write_whole(folder / name, json_lines(kept))
@@ -174,18 +174,18 @@ def _step(checkpoint: Path) -> int:
 
 
 def _save(trainer, model: Model, settings: Training, folder: Path) -> None:
-    """The adapter, or with method=full the whole model, as safetensors."""
+    """Save the adapter, or with method=full the whole model, as safetensors."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if settings.method == "lora":
         policy.peft_config["default"].base_model_name_or_path = model_folder(model.path)
-    if trainer.sharded:  # gathers what is spread over the processes
+    if trainer.sharded:  # gathers the weights from the processes
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
     elif is_main() and settings.method == "lora":
-        # Embeddings are not trained; left on "auto", peft would ask the hub if they were resized.
+        # Embeddings are not trained; with "auto", peft would ask the hub whether they were resized.
         policy.save_pretrained(str(folder), save_embedding_layers=False)
     elif is_main():
         policy.save_pretrained(str(folder))
         trainer.processing_class.save_pretrained(str(folder))
     wait_for_all()
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty template

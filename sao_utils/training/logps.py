@@ -1,4 +1,4 @@
-"""What the base model gives the answers of pairs: for notebooks that look into a loss."""
+"""The base model's log-probabilities of the answers in pairs, for notebooks that examine a loss."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sao_utils.training.encoding import token_rows
 
 
 def own_engine(run: Run) -> Engine:
-    """The base model in this process, with a `model` and `device` to look into.
+    """An engine with the base model in this process, whose `model` and `device` can be inspected.
 
-    Where the recipe generates by another engine (vLLM), in 4 bit if training is.
+    If the recipe generates with another engine (vLLM), the model is quantised as in training.
     """
     model = run.recipe.model
     if model.engine != "transformers":
@@ -25,10 +25,11 @@ def own_engine(run: Run) -> Engine:
 
 
 def pair_logps(run: Run, pairs: list[dict]) -> list[dict]:
-    """The log-probabilities of the answers of pairs: SimPO's and DPO's raw material.
+    """The log-probabilities of the answers in pairs, from which SimPO and DPO compute their losses.
 
     Returns:
-        A row a pair: {logp_chosen, len_chosen, logp_rejected, len_rejected}; sums in nats, tokens.
+        One row per pair: {logp_chosen, len_chosen, logp_rejected, len_rejected}; sums in nats, lengths
+        in tokens.
     """
     import torch
 

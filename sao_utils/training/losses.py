@@ -1,8 +1,8 @@
-"""Log-probabilities of answers without full logits, and the losses that are made of them.
+"""Log-probabilities of answers without full logits, and the losses computed from them.
 
-The logits of a pair are what fills a consumer GPU: Gemma-2 has 256,000 of them a token, in float32
-a gigabyte for a thousand tokens, and a plain loss keeps several copies. Here a few rows at a time
-are computed, used and thrown away, and only of the tokens that are learned from.
+The logits of a pair are what fills a consumer GPU: Gemma-2 has 256,000 of them per token, in float32
+a gigabyte for a thousand tokens, and a plain loss keeps several copies. Here the logits of a few rows
+at a time are computed, used and discarded, and only for the tokens that are learned from.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from sao_utils.training.memory import CHUNK_BYTES
 
 
 def simpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, beta: float, gamma: float):
-    """SimPO's loss, one value a pair (Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6).
+    """SimPO's loss, one value per pair (Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6).
 
         L = -log sigmoid(beta/|y_w| log p(y_w|x) - beta/|y_l| log p(y_l|x) - gamma)
 
-    The reward of an answer is its mean log-probability a token times beta: there is no reference
+    The reward of an answer is its mean log-probability per token times beta: there is no reference
     model, and a long answer is not rewarded for its length.
 
     Args:
         logp_chosen, logp_rejected: summed log-probability of each answer, tensors [pairs], nats.
         len_chosen, len_rejected: tokens of each answer, its end token included, tensors [pairs].
         beta: scale of the reward.
-        gamma: the raw margin by which the chosen reward should lead (not gamma/beta).
+        gamma: the raw margin by which the chosen reward should exceed the rejected one (not gamma/beta).
     """
     lead = logp_chosen / len_chosen - logp_rejected / len_rejected
     return -logsigmoid(beta * (lead - gamma / beta))
 
 
 def dpo_loss(logp_chosen, logp_rejected, ref_chosen, ref_rejected, beta: float):
-    """DPO's loss, one value a pair (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+    """DPO's loss, one value per pair (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
         L = -log sigmoid(beta log p(y_w|x)/p_ref(y_w|x) - beta log p(y_l|x)/p_ref(y_l|x))
 
     Args:
         logp_chosen, logp_rejected: summed log-probability of each answer, tensors [pairs], nats.
-        ref_chosen, ref_rejected: the same by the model before training.
+        ref_chosen, ref_rejected: the same under the model before training.
         beta: scale of the reward.
     """
     return -logsigmoid(beta * ((logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)))
 
 
 def orpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, lam: float):
-    """ORPO's loss, one value a pair (Hong, Lee, Thorne 2024, arXiv 2403.07691, equations 6 and 7).
+    """ORPO's loss, one value per pair (Hong, Lee, Thorne 2024, arXiv 2403.07691, equations 6 and 7).
 
         L = -m_w - lam log sigmoid(log odds(y_w) - log odds(y_l)),  odds = e^m / (1 - e^m)
 
@@ -68,10 +68,10 @@ def orpo_loss(logp_chosen, len_chosen, logp_rejected, len_rejected, lam: float):
 def token_logps(hidden, weight, targets, softcap=None):
     """Log-probability of each target under softmax(softcap(hidden @ weight.T)).
 
-    The logits exist for a chunk of rows at a time (`CHUNK_BYTES`), in float32. With a frozen head the
-    gradient of a row, but for a factor, is known as soon as its logits are: it is kept instead of
-    them ([N, H]), and the backward pass multiplies it. With a head that is trained the backward pass
-    computes the logits again.
+    The logits exist for only one chunk of rows at a time (`CHUNK_BYTES`), in float32. With a frozen
+    head, a row's gradient is known up to a factor as soon as its logits are: it is kept instead of them
+    ([N, H]), and the backward pass multiplies it by that factor. With a trained head the backward pass
+    recomputes the logits.
 
     Args:
         hidden: [N, H], the last hidden state at the positions that predict the targets.

@@ -1,4 +1,4 @@
-"""Memory of training: what it needs by part, and the token budget that fits into what is free.
+"""Memory of training: how much each part needs, and the token budget that fits into free memory.
 
 Arithmetic on a model's shape, shared by the trainer and by `sao plan`; needs neither torch nor
 weights. Compared with runs on a CPU (tests/training/test_memory.py); a GPU has not been measured.
@@ -11,24 +11,24 @@ from typing import NamedTuple
 from sao_utils.recipe import Training
 from sao_utils.training.shapes import GIB, Shape
 
-#: float32 logits that are held at a time, in bytes, on a CPU and on a GPU (whose big matrix products
-#: need more rows to be efficient). The backward pass holds about twice as much.
+#: Bytes of float32 logits held at a time, on a CPU and on a GPU (whose large matrix products need more
+#: rows to be efficient). The backward pass holds about twice as much.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**28}
 #: Share of the free memory that one step may fill.
 FILLED = 0.7
-#: Token budgets that "auto" chooses from, the best first: more tokens make larger matrix products, but
-#: no longer faster ones on a CPU.
+#: Token budgets that "auto" chooses from, best first: more tokens make larger matrix products, but
+#: beyond a point no faster ones on a CPU.
 BUDGETS = {"cuda": (16_384, 8192, 4096, 2048, 1024, 512), "cpu": (4096, 2048, 1024, 512)}
-#: Below this a smaller budget costs speed: rather are activations computed twice.
+#: A budget below this costs speed; computing activations twice is then preferred.
 FAST = {"cuda": 2048, "cpu": 512}
 
 
 class Choice(NamedTuple):
     """How a step is cut into forward passes.
 
-    budget: tokens of a forward pass; a pair that is longer goes alone.
+    budget: tokens of a forward pass; a longer pair gets a pass of its own.
     twice: whether activations are computed twice (gradient checkpointing).
-    reason: why, in words.
+    reason: a text that explains the choice.
     """
 
     budget: int
@@ -45,28 +45,28 @@ def step_bytes(
     dtype: str = "bfloat16",
     device: str = "cuda",
 ) -> dict[str, float]:
-    """Bytes that the largest forward and backward pass of a step needs beside weights and states.
+    """Bytes that a step's largest forward and backward pass needs besides weights and optimiser states.
 
-    "activations" are what is kept between the two; "working" is the larger of a layer's backward pass
-    and the chunked loss.
+    "activations" is what is kept between the two; "working" is the larger of what a layer's backward
+    pass and the chunked loss need.
 
     Args:
-        tokens: of that pass. longest: of the longest sequence, by default half of it.
-        twice: with gradient checkpointing only the input of each layer is kept.
-        dtype: what is computed in, "float32" or 16 bit.
+        tokens: of that pass. longest: tokens of the longest sequence, by default half of `tokens`.
+        twice: gradient checkpointing: only the input of each layer is kept.
+        dtype: of the computation, "float32" or a 16-bit type.
     """
     full, size = settings.method == "full", 4 if dtype == "float32" else 2
     each = shape.kept_bytes(full, dtype)
     kept, layer = each * shape.layers * tokens, 0.0
     if twice:
         kept, layer = (4 if full else size) * shape.width * shape.layers * tokens, each * tokens
-    layer += size * tokens * (3 * shape.inner + 2 * shape.width)  # gradients inside of a layer
-    if settings.quantisation == "nf4" or full:  # one matrix unpacked, or in 16 bit
+    layer += size * tokens * (3 * shape.inner + 2 * shape.width)  # gradients within a layer
+    if settings.quantisation == "nf4" or full:  # one matrix, unpacked or cast to 16 bit
         layer += size * shape.width * shape.inner
-    if shape.softcap:  # scores are computed again, with their gradients
+    if shape.softcap:  # scores are recomputed, with their gradients
         layer += 8 * size * shape.heads * (longest or tokens // 2) ** 2
     loss = CHUNK_BYTES[device] * (3.5 if shape.softcap else 2.5) + size * tokens * shape.width
-    if full:  # the head's gradient is summed in float32, and the head stands there in 16 bit
+    if full:  # the head's gradient, summed in float32, and a 16-bit copy of the head
         loss += (4 if size == 4 else 6) * shape.vocabulary * shape.width
     return {"activations": kept, "working": max(layer, loss)}
 
@@ -80,14 +80,15 @@ def training_memory_bytes(
     processes: int = 1,
     **options,
 ) -> dict[str, float]:
-    """Bytes by part that training needs at most on each device; without what libraries take.
+    """Most bytes by part that training needs on each device, without what libraries take.
 
-    "weights": frozen ones, as they are stored. "trained": each weight is float32 with its gradient,
-    Adam's two moments (8 bytes, in 8 bit 2) and, to compute in 16 bit, a copy; several processes share
-    it with method=full (FSDP). "activations" and "working": `step_bytes`, with its arguments.
+    "weights": the frozen weights, as stored. "trained": each trained weight is float32 and has a
+    gradient, Adam's two moments (8 bytes; 2 in 8-bit Adam) and, for computing in 16 bit, a copy; with
+    method=full, processes share this (FSDP). "activations" and "working": see `step_bytes`, which takes
+    the further arguments.
 
     Raises:
-        ValueError: an architecture that is not known.
+        ValueError: the architecture is not known.
     """
     full = settings.method == "full"
     adam = 2 if settings.optimiser == "paged_adamw_8bit" else 8
@@ -106,9 +107,9 @@ def choose(
     dtype: str = "bfloat16",
     device: str = "cuda",
 ) -> Choice:
-    """The token budget and whether activations are computed twice, by the free memory.
+    """Choose the token budget, and whether activations are computed twice, by the free memory.
 
-    What the recipe sets stays as it is. "auto" takes the largest budget that fits: first of those that
+    What the recipe sets is kept. "auto" takes the largest budget that fits: first among those that
     cost no speed, then with activations computed twice.
 
     Args:

@@ -1,4 +1,4 @@
-"""Base and adapter as one model in 16 bit, on request."""
+"""Merges base and adapter into one 16-bit model, on request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sao_utils.training.fit import read_done
 def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
     """Write base + adapter as one model in 16 bit: float16 if model.dtype says so, else bfloat16.
 
-    Nothing else uses it: what is evaluated is base + adapter. Merging into 4-bit weights would be off
-    by a tenth, so it is never done.
+    Nothing in the kit uses the merged model: evaluation uses base + adapter. Merging into 4-bit weights
+    would be off by a tenth, so it is never done.
 
     Raises:
         ValueError: the adapter is not trained, or all weights were (then there is nothing to merge).
@@ -29,7 +29,7 @@ def merge(run: Run, arm: Arm, seed: int, folder: Path) -> Path:
         raise ValueError(f"{arm}-{seed} is a whole model already: {adapter}")
     model = run.recipe.model
     dtype = torch.float16 if model.dtype == "float16" else torch.bfloat16
-    # Added up in float32 and rounded once.
+    # Merged in float32, and rounded only once.
     base = load_model(model.model_copy(update={"dtype": "float32", "quantisation": "none"}))
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.to(dtype).save_pretrained(str(folder))

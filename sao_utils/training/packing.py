@@ -1,8 +1,8 @@
 """Microbatches without padding: pairs packed into one row up to a budget of tokens.
 
-The sequences of a packed row do not see each other: positions start anew, and attention goes
-sequence by sequence. Where both answers of a pair follow one copy of their prompt, the prompt is
-computed once. A model whose attention cannot be replaced gets batches padded to like lengths instead.
+The sequences of a packed row do not see each other: positions restart, and attention is computed
+sequence by sequence. If both answers of a pair share one copy of their prompt, it is computed only
+once. A model whose attention cannot be replaced gets padded batches of similar lengths instead.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ATTENTION = "sao_packed"  # the name under which transformers knows `packed_atte
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What the model is fed for some pairs, and where their answers are.
+    """The model's inputs for some pairs, and where their answers are.
 
     inputs: keyword arguments of the model's forward ([1, tokens] packed, [sequences, longest] padded).
     rows: [N] positions in the flattened batch whose hidden states predict the answers' tokens.
-    targets: [N] those tokens. owner: [N] the answer each belongs to: 2 * pair, + 1 for the rejected.
-    pairs: how many pairs. fed: tokens fed to the model, padding included.
+    targets: [N] those tokens. owner: [N] the answer each belongs to: 2 * pair, + 1 if rejected.
+    pairs: number of pairs. fed: tokens fed to the model, padding included.
     """
 
     inputs: dict
@@ -32,7 +32,7 @@ class Microbatch:
 
 
 def cost(row: dict, share_prompt: bool) -> int:
-    """Tokens of a pair {prompt_ids, chosen_ids, rejected_ids} in a packed row."""
+    """Tokens that a pair {prompt_ids, chosen_ids, rejected_ids} takes in a packed row."""
     prompts = len(row["prompt_ids"]) * (1 if share_prompt else 2)
     return prompts + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
@@ -43,15 +43,15 @@ def longest(row: dict) -> int:
 
 
 def plan(sizes: list[int], budget: int, at_least: int = 1, padded: bool = False) -> list[list[int]]:
-    """Indices of the pairs of each microbatch: first fit, the largest first.
+    """Indices of the pairs of each microbatch, by first fit, largest first.
 
-    A pair over the budget goes alone.
+    A pair over the budget gets a microbatch of its own.
 
     Args:
         sizes: tokens of each pair (`cost`); with `padded`, of its longer sequence (`longest`).
         budget: tokens of a microbatch, padding included.
-        at_least: so many microbatches, but no more than there are pairs: processes that share a
-            model must all take the same number.
+        at_least: the least number of microbatches, but no more than there are pairs: processes that
+            share a model must all have the same number.
     """
     bins: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -71,7 +71,7 @@ def plan(sizes: list[int], budget: int, at_least: int = 1, padded: bool = False)
 
 
 def pack(pairs: list[dict], share_prompt: bool) -> Microbatch:
-    """Pairs in one row [1, tokens], each sequence apart from the others."""
+    """Pairs packed into one row [1, tokens], whose sequences do not see each other."""
     import torch
 
     ids, positions, segments, rows, targets, owner = [], [], [], [], [], []
@@ -105,7 +105,7 @@ def pack(pairs: list[dict], share_prompt: bool) -> Microbatch:
 
 
 def pad(pairs: list[dict]) -> Microbatch:
-    """Pairs as sequences padded on the right, [2 * pairs, longest], chosen and rejected in turn."""
+    """Pairs as right-padded sequences, [2 * pairs, longest], chosen and rejected alternating."""
     import torch
 
     sequences = [
@@ -135,9 +135,9 @@ def pad(pairs: list[dict]) -> Microbatch:
 
 @contextmanager
 def packed(model):
-    """Let a model attend within packed sequences: around forward AND backward.
+    """Let a model attend within packed sequences only. Use it around both forward AND backward.
 
-    (Gradient checkpointing computes the forward pass again during the backward pass.)
+    (Gradient checkpointing repeats the forward pass during the backward pass.)
     """
     from transformers import AttentionInterface
 
@@ -164,7 +164,7 @@ def packed_attention(
     packed_segments: list[tuple[int, int, int, int]] = (),
     **_,
 ):
-    """Causal attention inside of each segment of a packed row, in transformers' calling convention.
+    """Causal attention within each segment of a packed row, in transformers' calling convention.
 
     Args:
         query, key, value: [1, heads, tokens, head size] (key and value may have fewer heads).
@@ -183,7 +183,7 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    # One split for all: the backward pass of a slice writes zeros as long as the whole row.
+    # Split once, do not slice: the backward pass of each slice would write zeros for the whole row.
     lengths = [end - start for start, end, *_ in packed_segments]
     queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
     at = {start: k for k, (start, *_) in enumerate(packed_segments)}
@@ -198,7 +198,7 @@ def packed_attention(
         drop = dropout if module.training else 0.0
         plain = window is None and columns == lengths[k] and not softcap
         allowed = None if plain else _causal(lengths[k], columns, window, query.device)
-        if softcap:  # its scores are large: they are computed again instead of kept
+        if softcap:  # its scores are large: they are recomputed instead of kept
             part = checkpoint(
                 _capped, q, *seen, allowed, scaling, softcap, drop, use_reentrant=False
             )
@@ -211,7 +211,7 @@ def packed_attention(
 
 
 def _causal(rows: int, columns: int, window: int | None, device):
-    """[rows, columns], True where a token may look; the last row sees the last column."""
+    """Mask [rows, columns], True where a token may attend; the last row sees the last column."""
     import torch
 
     row = torch.arange(columns - rows, columns, device=device)[:, None]

@@ -1,4 +1,4 @@
-"""The processes of one training, as `accelerate launch` starts them; a single one by default."""
+"""The processes of one training, as started by `accelerate launch`; by default there is only one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_main() -> bool:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return once every process has reached this point."""
     if world_size() > 1:
         from accelerate import PartialState
 
@@ -24,7 +24,7 @@ def wait_for_all() -> None:
 
 
 def agreed(flag: bool) -> bool:
-    """The first process's flag, for all processes: their clocks differ."""
+    """The first process's flag, returned in all processes, since their clocks differ."""
     if world_size() == 1:
         return flag
     from accelerate.utils import broadcast_object_list

@@ -1,7 +1,7 @@
 """A small reward model, trained by trl's RewardTrainer on pairs whose better answer is known.
 
-SynPO's scorers, PairRM and ArmoRM, are reward models that somebody trained on human preferences (arXiv
-2410.06961, section 3.1). In the tiny world the oracle stands for those people. The settings are ours.
+SynPO's scorers, PairRM and ArmoRM, are reward models trained by others on human preferences (arXiv
+2410.06961, section 3.1). In the tiny world the oracle stands in for the humans. The settings are ours.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SETTINGS = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batc
 
 
 def fit_reward(base: Model, pairs: list[dict], seed: int, folder: Path) -> Path:
-    """Train a reward model from a language model, unless the same is there already.
+    """Train a reward model from a language model, unless the same one is already there.
 
-    The loss is that of Bradley and Terry, so that the difference of two rewards is the log-odds, in nats,
-    that the first answer is the better one. It runs on the CPU, with the same weights for the same seed.
-    done.json is written last: a training that was killed begins anew.
+    The loss is Bradley and Terry's, so the difference of two rewards is the log-odds, in nats, that the
+    first answer is better. Training runs on the CPU, and the same seed gives the same weights. done.json
+    is written last; a training that was killed starts over.
 
     Args:
         base: a small model on this machine, such as the tiny one; all its weights are trained.
@@ -46,7 +46,7 @@ def fit_reward(base: Model, pairs: list[dict], seed: int, folder: Path) -> Path:
         trainer.train()
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        # No seconds: a model's name, so its scores' ids, hash every .json beside its weights.
+        # No seconds: the model's name, and so its scores' ids, hash every .json beside its weights.
         done = {"fingerprint": fingerprint, "seed": seed, "pairs": len(pairs)}
         write_whole(folder / "done.json", json.dumps(done | {"steps": trainer.state.global_step}))
     print(f"Trained {folder.name} in {time.time() - started:.0f} s", flush=True)

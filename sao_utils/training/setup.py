@@ -1,4 +1,4 @@
-"""The trainer of a training: base model, adapter, and every setting of trl and transformers."""
+"""Builds the trainer: base model, adapter, and every setting of trl and transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_trainer(
 ):
     """The trainer with model, data and every setting in place; `.train()` runs it.
 
-    A model with an adapter (or with the folder of a whole model that was trained) goes on from there.
+    If the model has an adapter (or the folder of a fully trained model), training continues from it.
     """
     from transformers import AutoConfig, set_seed
 
@@ -38,7 +38,7 @@ def make_trainer(
     config = AutoConfig.from_pretrained(
         loading.model_folder(model.path), revision=model.revision, trust_remote_code=False
     )
-    # Before the weights: faults show at once.
+    # Before loading the weights, so that faults show at once.
     rows = token_rows(pairs, tokenizer, algorithm, context_limit(config))
     reports = reporters(settings.report_to, folder)
     start = loading.own_adapter(model)
@@ -73,10 +73,10 @@ def make_trainer(
 
 
 def reporters(names: Sequence[str], folder: Path) -> list:
-    """transformers' callbacks of the services that a training reports to, each a run of its own there.
+    """transformers' callbacks for the services that a training reports to, as a separate run in each.
 
     Raises:
-        RuntimeError: a service's package is not installed (`open_run` says so earlier).
+        RuntimeError: a service's package is not installed (`open_run` reports this earlier).
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -85,17 +85,17 @@ def reporters(names: Sequence[str], folder: Path) -> list:
         import wandb
 
         os.environ.setdefault("WANDB_PROJECT", "sao")
-        wandb.finish()  # of the training before, which its callback leaves open
+        wandb.finish()  # the previous training's run, which its callback leaves open
     for callback in made:
-        if getattr(callback, "logging_dir", "") is None:  # else by checkpoints: cleared away
+        if getattr(callback, "logging_dir", "") is None:  # else beside checkpoints, and deleted
             callback.logging_dir = str(folder / "tensorboard")
     return made
 
 
 def training_precision(model: Model) -> tuple[str, str]:
-    """The dtype to train in on this machine, and why: the engines'.
+    """The dtype to train in on this machine, the same as the engines', and why.
 
-    Without a GPU float32, unless model.dtype=auto: what a recipe says of a GPU is not meant for a CPU.
+    Without a GPU it is float32, unless model.dtype=auto: a recipe's dtype for a GPU is not meant for a CPU.
     """
     import torch
 
@@ -107,8 +107,8 @@ def training_precision(model: Model) -> tuple[str, str]:
 def load_base(model: Model, settings: Training):
     """The base model for training: plain, or in 4 bit (QLoRA).
 
-    With method=full the weights are float32 and only computed with in fewer bits: a step of a
-    learning rate of 1e-6 is too small for a 16-bit weight to move at all.
+    With method=full the weights are kept in float32 and only the computation uses fewer bits: at a
+    learning rate of 1e-6, a step is too small to change a 16-bit weight at all.
     """
     import torch
 
@@ -122,10 +122,10 @@ def load_base(model: Model, settings: Training):
 
 
 def add_adapter(base, settings: Training, start: Path | None = None):
-    """A LoRA adapter in float32 on all linear layers of a model but its output head.
+    """The model with a float32 LoRA adapter on all its linear layers except the output head.
 
     Args:
-        start: the folder of a trained adapter to go on from; by default a new one.
+        start: the folder of a trained adapter to continue from; by default the adapter is new.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -142,10 +142,10 @@ def add_adapter(base, settings: Training, start: Path | None = None):
 
 
 def _check_start(adapter: Path, settings: Training) -> None:
-    """A training that goes on from an adapter has that adapter's shape.
+    """Check that the recipe has the LoRA rank and alpha of the adapter that training continues from.
 
     Raises:
-        RecipeError: the recipe wants another one, which would silently have no effect.
+        RecipeError: they differ; the recipe's values would silently have no effect.
     """
     from peft import PeftConfig
 
@@ -170,12 +170,12 @@ def pair_trainer(
     callbacks: Sequence = (),
     **arguments,
 ):
-    """The trainer of a loaded model on rows of token ids (see `token_rows`).
+    """The trainer for a loaded model and rows of token ids (see `token_rows`).
 
     Args:
-        policy: a causal language model of transformers, or peft's wrapping of one.
-        tokenizer: is saved beside whole models; None will do for a benchmark.
-        arguments: further ones of transformers' TrainingArguments.
+        policy: a causal language model of transformers, or peft's wrapper around one.
+        tokenizer: saved beside whole models; a benchmark may pass None.
+        arguments: further arguments for transformers' TrainingArguments.
     """
     import torch
     from transformers import PrinterCallback, TrainingArguments
@@ -195,13 +195,13 @@ def pair_trainer(
         per_device_train_batch_size=1,  # one batch is a whole step: see PairTrainer
         learning_rate=settings.sft_learning_rate if algorithm == "sft" else settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_ratio,  # a number below 1 is a share of the steps
+        warmup_steps=settings.warmup_ratio,  # below 1, a share of the steps
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch" if settings.optimiser == "adamw" else settings.optimiser,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # by default a NaN is hidden in a mean of earlier losses
+        logging_nan_inf_filter=False,  # by default a mean of earlier losses would hide a NaN
         save_strategy="no",  # by time instead: see Watch
-        save_total_limit=2,  # while one is written, the one before is whole
+        save_total_limit=2,  # while one is being written, the previous one is complete
         report_to=[],
         disable_tqdm=True,
         **arguments,
@@ -222,13 +222,13 @@ def pair_trainer(
 
 
 def _choose_memory(policy, rows: list[dict], settings: Training, cuda: bool) -> memory.Choice:
-    """Token budget and gradient checkpointing by what is free now; prints the choice and its reason."""
+    """Token budget and gradient checkpointing by what is free now; prints what "auto" chose, and why."""
     import psutil
     import torch
 
     longest = max(packing.cost(row, settings.share_prompt) for row in rows)
-    # A trained weight still wants its gradient, Adam's two moments and a 16-bit copy; weights that a
-    # GPU lacks will be spread to it.
+    # Still to be allocated for each trained weight: its gradient, Adam's two moments and a 16-bit copy.
+    # Weights that are still on the CPU will be moved to the GPU.
     coming = 0
     for weight in policy.parameters():
         coming += 14 * weight.numel() * weight.requires_grad

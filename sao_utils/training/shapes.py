@@ -1,7 +1,7 @@
-"""What a model's shape costs: parameters, bytes of weights, KV cache and activations.
+"""What a model of a given shape costs: parameters, and bytes of weights, KV cache and activations.
 
-Arithmetic on a config.json; needs neither torch nor weights. "Values" are numbers of 16 bit unless
-a function says otherwise.
+Arithmetic on a config.json; needs neither torch nor weights. "Values" are 16-bit numbers unless a
+function says otherwise.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 GIB = 2**30
 
-#: Bytes of a weight. 4 bit: NF4 with double quantisation keeps one 8-bit scale for 64 weights and one
-#: float32 for 256 of those scales (QLoRA, Dettmers et al. 2023, section 3); AWQ and GPTQ a 16-bit scale
-#: and a 4-bit zero for 128 weights.
+#: Bytes of a weight. 4 bit: NF4 with double quantisation keeps one 8-bit scale per 64 weights and one
+#: float32 per 256 of those scales (QLoRA, Dettmers et al. 2023, section 3); AWQ and GPTQ keep a 16-bit
+#: scale and a 4-bit zero point per 128 weights.
 WEIGHT_BYTES = {
     "float32": 4.0,
     "bfloat16": 2.0,
@@ -24,8 +24,8 @@ WEIGHT_BYTES = {
     "gptq": 0.5 + 2.5 / 128,
 }
 
-#: model_type -> what sets a family apart: norms of a layer, biases of query, key and value (None: if
-#: config.attention_bias says so), norms of each head's query and key.
+#: model_type -> what distinguishes a family: norms per layer; whether query, key and value have biases
+#: (None: as config.attention_bias says); whether each head's query and key are normed.
 FAMILIES = {
     "llama": (2, None, False),
     "mistral": (2, False, False),
@@ -38,7 +38,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a decoder that its cost depends on."""
+    """The properties of a decoder on which its cost depends."""
 
     family: str
     vocabulary: int
@@ -50,12 +50,12 @@ class Shape:
     inner: int  # of the gated feed-forward layer
     tied: bool
     biased: bool
-    softcap: bool  # of attention scores: they stand in memory as a whole
+    softcap: bool  # on attention scores, which are then held in memory as a whole
     context: int | None
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers, the output head left out: what is quantised and adapted."""
+        """Weights of the linear layers except the output head: those that are quantised and adapted."""
         return self.layers * sum(rows * columns for rows, columns in self.projections())
 
     def projections(self) -> list[tuple[int, int]]:
@@ -69,7 +69,7 @@ class Shape:
         """All parameters of the model.
 
         Raises:
-            ValueError: an architecture that is not known here.
+            ValueError: the architecture is not known here.
         """
         if self.family not in FAMILIES:
             raise ValueError(
@@ -79,7 +79,7 @@ class Shape:
         small = norms * self.width + (2 * self.head if head_norms else 0)
         if biased or self.biased:
             small += (self.heads + 2 * self.kv_heads) * self.head
-            small += 0 if biased else self.width  # attention_bias: of the output, too
+            small += 0 if biased else self.width  # attention_bias: the output projection's, too
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)  # and the output head
         return embeddings + self.linear + self.layers * small + self.width
 
@@ -89,16 +89,16 @@ class Shape:
         return self.linear * each + (self.parameters - self.linear) * WEIGHT_BYTES[dtype]
 
     def kv_bytes(self, dtype: str = "bfloat16") -> float:
-        """Bytes of the KV cache for a token."""
+        """Bytes of the KV cache per token."""
         return 2 * self.layers * self.kv_heads * self.head * WEIGHT_BYTES[dtype]
 
     def kept_bytes(self, full: bool = False, dtype: str = "bfloat16") -> float:
-        """Bytes that a layer keeps of a token for the backward pass, as packed rows are trained.
+        """Bytes that a layer keeps per token for the backward pass, when packed rows are trained.
 
-        In 16 bit: each norm its input in float32 (2 values), an adapter a copy of its layer's input,
-        attention query, repeated key and value, also behind a shared prompt. Training all weights
-        (`full`) keeps the residual stream in float32. Checked against what autograd keeps, on a CPU, in
-        tests/plan/test_costs.py.
+        In 16 bit, each norm keeps its input in float32 (2 values), an adapter a copy of its layer's
+        input, and attention the query and the repeated key and value, also behind a shared prompt.
+        Training all weights (`full`) keeps the residual stream in float32. Checked against what
+        autograd keeps, on a CPU, in tests/plan/test_costs.py.
         """
         norms, queries = FAMILIES.get(self.family, (2,))[0], self.heads * self.head
         if dtype == "float32":
@@ -109,19 +109,19 @@ class Shape:
         return 2 * (wide * self.width + query * queries + 4 * self.inner)
 
     def adapter(self, rank: int) -> int:
-        """Parameters of a LoRA adapter on all linear layers but the output head."""
+        """Parameters of a LoRA adapter on all linear layers except the output head."""
         return self.layers * rank * sum(rows + columns for rows, columns in self.projections())
 
 
 def shape_of(config) -> Shape:
-    """The shape that a config describes: a config.json as a dict, or transformers' own object.
+    """The shape that a config describes: a config.json as a dict, or transformers' config object.
 
     Raises:
-        ValueError: it lacks a number that decoders have.
+        ValueError: it lacks a number that every decoder has.
     """
     if isinstance(config, dict):
         read = (config.get("text_config") or config).get
-    else:  # by attribute: some architectures have names of their own for these
+    else:  # by attribute: some architectures map their own names to these
 
         def read(key, default=None):
             return getattr(config.get_text_config(), key, default)

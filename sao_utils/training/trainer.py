@@ -1,11 +1,11 @@
 """The trainer: transformers' loop, with packed batches and chunked log-probabilities.
 
-What is transformers' stays: optimiser, schedule, checkpoints, mixed precision, FSDP.
-What is replaced: a batch is a whole optimiser step, packed by a budget of tokens instead of padded,
-and log-probabilities are computed on the answers' tokens only, in chunks. The tests compare losses
-and gradients with trl's trainers.
+Kept from transformers: optimiser, schedule, checkpoints, mixed precision, FSDP.
+Replaced: a batch is a whole optimiser step, packed up to a budget of tokens instead of padded, and
+log-probabilities are computed for the answers' tokens only, in chunks. The tests compare losses and
+gradients with trl's trainers.
 
-Importing this module costs seconds: `fit` does so when it trains.
+Importing this module takes seconds, so `fit` does it only when it trains.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from sao_utils.training.watch import COUNTS, MEASURES
 
 
 class _Steps:
-    """Batch sampler: of every optimiser step the indices of this process's pairs.
+    """Batch sampler: for every optimiser step, the indices of this process's pairs.
 
-    The order depends on seed and epoch only, not on the number of processes. A process for which the
-    last step has no pair gets index `pairs`, the row of weight 0: it must take part in the
+    The order depends only on seed and epoch, not on the number of processes. A process that gets no
+    pair in the last step gets index `pairs`, the row with weight 0, since it must take part in the
     communication.
     """
 
@@ -55,11 +55,11 @@ class _Steps:
 
 
 def answer_logps(model, rows, targets, **inputs):
-    """Log-probabilities of the targets, [N] float32, by a causal language model of transformers.
+    """Log-probabilities of the targets, [N] float32, under a causal language model of transformers.
 
     Args:
         rows: [N], positions in the flattened batch that predict the targets [N].
-        inputs: of the model's backbone.
+        inputs: keyword arguments of the model's backbone.
     """
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings().weight
@@ -69,13 +69,13 @@ def answer_logps(model, rows, targets, **inputs):
 
 
 def _full_logps(model, rows, targets, **inputs):
-    """The same by the model's own logits, all of them."""
+    """The same as `answer_logps`, from the model's own full logits."""
     logits = model(**inputs).logits.flatten(0, 1)[rows]
     return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def summed_logps(score, microbatch: packing.Microbatch, device):
-    """Summed log-probability and length of each answer, [2 * pairs]: chosen and rejected in turn.
+    """Summed log-probability and length of each answer, [2 * pairs], chosen and rejected alternating.
 
     Args:
         score: takes rows, targets and the inputs of a microbatch, as `answer_logps` does.
@@ -95,7 +95,7 @@ def _inner(policy):
 def add_scoring(policy) -> None:
     """Let `policy(rows=..., targets=..., **inputs)` return `answer_logps`.
 
-    A forward pass must go through the outermost module: what FSDP and DDP do hangs on it.
+    A forward pass must go through the outermost module, to which FSDP and DDP attach their hooks.
     """
     model = _inner(policy)
     original = model.forward
@@ -113,8 +113,8 @@ def add_scoring(policy) -> None:
 class PairTrainer(Trainer):
     """Trains on pairs {prompt_ids, chosen_ids, rejected_ids}; rejected_ids are empty for SFT.
 
-    A batch is all pairs of an optimiser step; `training_step` makes its microbatches. `row` is what
-    the log gets of the last step: see `watch.MEASURES` and `watch.COUNTS`.
+    A batch is all pairs of an optimiser step; `training_step` splits it into microbatches. `row` holds
+    what is logged of the last step: see `watch.MEASURES` and `watch.COUNTS`.
     """
 
     def __init__(self, policy, tokenizer, rows, settings, algorithm, arguments, callbacks=()):
@@ -162,7 +162,7 @@ class PairTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=steps, collate_fn=list)
 
     def _microbatches(self, batch: list[dict]):
-        """The microbatches of a step, and their pairs."""
+        """Yields (microbatch, its pairs) for a step."""
         budget, sharing = self.settings.token_budget, self.settings.share_prompt
 
         def split(at_least=1):
@@ -191,10 +191,10 @@ class PairTrainer(Trainer):
     # ------------------------------------------------------------------ a step
 
     def training_step(self, model, batch, num_items_in_batch=None):
-        """Forward and backward of all microbatches of a step; returns the mean loss, detached.
+        """Forward and backward pass of all microbatches of a step; returns the mean loss, detached.
 
-        The gradient is that of the mean over the pairs of the step (SFT: over their tokens), over
-        all processes, however they are packed.
+        The gradient is that of the mean over the step's pairs (SFT: over their tokens) in all
+        processes, however they are packed.
         """
         model.train()
         sft = self.algorithm == "sft"
@@ -208,7 +208,7 @@ class PairTrainer(Trainer):
             for k, (microbatch, group) in enumerate(microbatches):
                 last = k == len(microbatches) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)
-                plain = last or self.sharded  # else whole gradients would stand on every GPU
+                plain = last or self.sharded  # under FSDP, no_sync keeps whole gradients on each GPU
                 with nullcontext() if plain else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss, metrics = self._loss(model, microbatch, group)
@@ -228,8 +228,8 @@ class PairTrainer(Trainer):
         return summed[0] / total
 
     def _loss(self, model, microbatch, group):
-        """Summed loss of a microbatch, and [loss, rewards chosen, rejected, margin, accuracy, tokens
-        of chosen, of rejected], sums over its pairs."""
+        """Summed loss of a microbatch, and [loss, chosen reward, rejected reward, margin, accuracy,
+        chosen tokens, rejected tokens], each summed over its pairs."""
         settings = self.settings
         sums, lengths = self._logps(model, microbatch)
         weight = sums.new_tensor([pair.get("weight", 1.0) for pair in group])
@@ -258,7 +258,7 @@ class PairTrainer(Trainer):
         return (losses * weight).sum(), torch.stack(kept)
 
     def _over_processes(self, values):
-        """The sums of values over all processes, float32."""
+        """Each value summed over all processes, float32."""
         tensor = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, "sum")
 
@@ -269,7 +269,7 @@ class PairTrainer(Trainer):
 
     @contextmanager
     def _quiet(self):
-        """The model in evaluation mode and without gradients, then as it was."""
+        """The model in evaluation mode and without gradients; its mode is restored afterwards."""
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
@@ -277,8 +277,8 @@ class PairTrainer(Trainer):
         self.model.train(training)
 
     def _check_scoring(self) -> None:
-        """Compare with the model's own logits on a few tokens: an architecture may do more to its
-        attention or its logits than is known here. Falls back to padding, or refuses."""
+        """Compare `_logps` with the model's own logits on a few tokens: an architecture may do more to
+        its attention or logits than this trainer knows. Falls back to padding, or else refuses."""
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
         rows = [{key: row[key][:12] for key in keys} for row in self.train_dataset[:2]]
         padded = packing.pad(rows)
@@ -287,7 +287,7 @@ class PairTrainer(Trainer):
         with self._quiet():
             device = self.accelerator.device
             truth, lengths = summed_logps(partial(_full_logps, self.model), padded, device)
-            if not truth.isfinite().all():  # broken weights: the first step will say so
+            if not truth.isfinite().all():  # broken weights: the first step will report it
                 return
             for self.packed in (True, False):
                 made = packing.pack(rows, self.settings.share_prompt) if self.packed else padded
@@ -308,7 +308,7 @@ class PairTrainer(Trainer):
         )
 
     def _add_reference(self) -> None:
-        """DPO compares with the model before training: its log-probabilities, once for all pairs."""
+        """Add DPO's reference to all pairs, once: log-probabilities under the model before training."""
         if self.sharded:
             raise TrainingFailed(
                 "training.algorithm=dpo does not run under FSDP here: its reference is "
@@ -325,7 +325,7 @@ class PairTrainer(Trainer):
     # ------------------------------------------------------------------ the loop's loose ends
 
     def floating_point_ops(self, inputs) -> int:
-        return 0  # an estimate that nobody reads, and that wants padded tensors
+        return 0  # an estimate that is not used here, and that needs padded tensors
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step

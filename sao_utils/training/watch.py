@@ -1,6 +1,6 @@
-"""What happens between the steps: log, checkpoints by the clock, probe, estimate of the time left.
+"""What happens between steps: logging, checkpoints by the clock, probes, an estimate of the time left.
 
-Importing this module costs seconds: `fit` does so when it trains.
+Importing this module takes seconds, so `fit` does it only when it trains.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Watch(TrainerCallback):
         rows: list[dict],
         watch: Callable[[list[dict]], None] | None = None,
     ):
-        """Args: pairs as in `fit`, their rows of token ids, and who is given the log at each step."""
+        """Args: pairs and watch: as in `fit`; rows: the token ids of the pairs (`token_rows`)."""
         self.folder, self.settings, self.tokenizer, self.watch = folder, settings, tokenizer, watch
         self.chats = list({p["prompt"][0]["content"]: p["prompt"] for p in pairs}.values())
         self.tokens = settings.epochs * sum(cost(row, settings.share_prompt) for row in rows)
         self.answer = max(max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
-        self.probed = 0, frozenset()  # prompts, steps
+        self.probed = 0, frozenset()  # number of prompts, steps
         self.probing = 0.0  # seconds of the last probe
 
     def on_train_begin(self, args, state, control, model=None, **_):
@@ -73,11 +73,11 @@ class Watch(TrainerCallback):
         self.saved = time.time()
 
     def on_log(self, args, state, control, logs=None, model=None, **_):
-        if "loss" not in logs:  # the summary at the end
+        if "loss" not in logs:  # the final summary
             return
         gradient = logs.get("grad_norm")
         finite = math.isfinite(gradient or 0.0)
-        # With float16 a gradient may overflow: the scaler skips that step and goes on.
+        # In float16 a gradient may overflow: the scaler then skips that step.
         if not math.isfinite(logs["loss"]) or not (finite or args.fp16):
             raise TrainingFailed(
                 f"Training stopped at step {state.global_step} of {state.max_steps}: the loss is "
@@ -90,7 +90,7 @@ class Watch(TrainerCallback):
             return
         row = {"step": state.global_step, "loss": logs["loss"]}
         row |= {key: logs.get(key) for key in (*MEASURES, "learning_rate", *COUNTS)}
-        row["grad_norm"] = gradient if finite else None  # Infinity is no JSON
+        row["grad_norm"] = gradient if finite else None  # JSON has no Infinity
         _append(self.folder / "log.jsonl", [{**row, "seconds": round(self.seconds, 4)}])
         self._probe(state, model)
         if self.watch:
@@ -106,7 +106,7 @@ class Watch(TrainerCallback):
             self.probing = time.time() - began
 
     def _estimate(self, state) -> str:
-        """The line that says how long a training takes: steps and probes."""
+        """A line that says how long the training takes, probes included."""
         now, (prompts, probed) = state.global_step, self.probed
         left = self.seconds * (state.max_steps - now)
         left += self.probing * sum(step >= now for step in probed)
