@@ -1,1 +1,1 @@
-"""Methods put stages together, as their papers do: `sao` is SAO's Algorithm 1."""
+"""Methods combine stages as their papers do: `sao`, for example, is SAO's Algorithm 1."""

@@ -1,4 +1,4 @@
-"""Train one arm with several processes: `accelerate launch ... -m sao_utils.methods --recipe R`."""
+"""Train one arm in several processes: `accelerate launch ... -m sao_utils.methods --recipe R`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sao_utils.training.processes import is_main, wait_for_all
 def main() -> None:
     """`accelerate launch -m sao_utils.methods --recipe R --run NAME --arm self --seed 0`.
 
-    `sao run` and notebook 04 then find the arm finished. The stages before it should have run: else
-    one process makes them, while the others wait for at most as long as torch lets them (10 to 30
+    `sao run` and notebook 04 will then find the arm trained. Run the stages before it first: otherwise
+    one process runs them while the others wait, and torch limits how long they may wait (10 to 30
     minutes).
     """
     from sao_utils.methods import sao

@@ -1,7 +1,7 @@
-"""Controls: what SFT does by itself, on the answers that are given or on random own ones.
+"""Controls: what SFT achieves by itself, on the gold answers or on random answers of the model's own.
 
-As methods they stand in a race beside the methods that they control for: a function of a run and a round
-that gives rows to train on, here by SFT.
+They are written as methods, so that they can be compared with the methods they control for: each is a
+function of a run and a round that returns rows to train on, here by SFT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sao_utils.store import Run
 
 
 def sft_random_round(run: Run, this: Round) -> list[dict]:
-    """The pairs of a round of SAO, with one of both answers drawn at random as the one to imitate."""
+    """The pairs of a round of SAO, with one of the two answers drawn at random to be imitated."""
     made = dict(steps(run, this.policy, this.judge, this.number, [this.seed]))
     return build_pairs(run, made["verdicts"], this.policy, "sft_random")
 

@@ -1,4 +1,4 @@
-"""A run's evaluation by the names of its models and judges: what notebooks and the report ask for."""
+"""A run's evaluation by the names of its models and judges, for the notebooks and the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sao_utils.store import Run
 
 
 def judges(run: Run) -> dict[str, Model]:
-    """Every judge of comparisons by name: "self" (the run's own), then the recipe's `judges`."""
+    """Every judge for comparisons, by name: "self" (the run's own), then the recipe's `judges`."""
     return {"self": run.recipe.judging_model, **run.recipe.judges}
 
 
@@ -25,8 +25,8 @@ def answers(
     """The answers of models to evaluation questions (`evaluation.answers.answer_questions`).
 
     Args:
-        names: of `methods.sao.candidates`; by default all.
-        temperatures: others than `evaluation.temperatures`.
+        names: names of `methods.sao.candidates`; by default all.
+        temperatures: used instead of the recipe's `evaluation.temperatures`.
     """
     settings = run.recipe.evaluation
     asked = questions(settings)
@@ -39,12 +39,12 @@ def comparison(run: Run, a: str, b: str, judge: str = "self") -> list[dict]:
     """Let a judge compare two models' answers to the run's questions, at the recipe's first temperature.
 
     Args:
-        a, b: names of `methods.sao.candidates`. Trained models take part with every seed, against the
-            same seed of the other, or against the other's one set of answers.
+        a, b: names of `methods.sao.candidates`. A trained model takes part with every seed, against the
+            same seed of the other model, or against the other's single set of answers.
         judge: a name of `judges`, or "tuned": the arm "self" (of the first seed) as a judge.
 
     Raises:
-        RecipeError: a name that is not there, or one model twice.
+        RecipeError: a name is unknown, or the same model is named twice.
     """
     known = judges(run)
     if judge == "tuned" and judge not in known and "self" in run.recipe.arms:

@@ -1,4 +1,4 @@
-"""Iterations of any method: M0 makes the data that M1 is trained on, M1 those of M2, and so on."""
+"""Iterations of any method: M0 makes the data that M1 is trained on, M1 the data for M2, and so on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sao_utils.store import Run
 from sao_utils.training import TrainingFailed
 from sao_utils.training.fit import Algorithm, fit, sft_settings
 
-#: method -> its round: (run, Round) -> the pairs it makes. Add a method here, and in `recipe.Method`.
+#: method -> its round: (run, Round) -> the pairs it makes. To add a method, also add it to `recipe.Method`.
 METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {
     "sao": sao_round,
     "synpo": synpo_round,
@@ -27,13 +27,13 @@ METHODS: dict[str, Callable[[Run, Round], list[dict]]] = {
     "sft_random": sft_random_round,
     "sft_seeds": sft_seeds_round,
 }
-#: methods whose rows are imitated (SFT), not compared
+#: methods whose rows are imitated (SFT), not used as preferences
 IMITATING = ("sft_random", "sft_seeds")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of one round: its model, its judge, and all pairs it made (with `discarded`)."""
+    """The result of one round: its model, its judge, and all pairs it made, discarded ones included."""
 
     candidate: Candidate
     judge: Model
@@ -46,14 +46,14 @@ def iterate(
     name: str | None = None,
     round_: Callable[[Run, Round], list[dict]] | None = None,
 ) -> Iterator[Trained]:
-    """The models M1, M2, ... of one seed, each as soon as it is trained.
+    """Yield the models M1, M2, ... of one seed, each as soon as it is trained.
 
     Args:
-        name: of the method, in tables and folders; by default the recipe's.
-        round_: a round of a method of your own; by default that of `name`.
+        name: the method's name in tables and folders; by default the recipe's method.
+        round_: the round function of your own method; by default that of the method `name`.
 
     Raises:
-        TrainingFailed: a round has no pairs, or its training broke down.
+        TrainingFailed: a round has no pairs, or its training failed.
     """
     recipe = run.recipe
     name = name or recipe.method
@@ -81,25 +81,25 @@ def iterate(
 
 
 def _training_of(recipe: Recipe, name: str, number: int) -> tuple[Algorithm, Training]:
-    """How a round's rows are trained on: those of some rounds have no rejected answer."""
+    """The algorithm and settings for a round: some rounds make rows without a rejected answer."""
     if name == "self_rewarding" and number == 0:
         return "sft", sft_settings(recipe.training, recipe.self_rewarding.first)
     return "sft" if name in IMITATING else recipe.training.algorithm, recipe.training
 
 
 def first_round(run: Run, seed: int) -> Round:
-    """The models of the first round: the base is policy, and judge unless the recipe names one."""
+    """The models of the first round: the base is the policy, and the judge unless the recipe names one."""
     base = run.recipe.model
     return Round(0, seed, base, base, judge_of(run, base))
 
 
 def all_rounds(run: Run) -> list[Trained]:
-    """Every round of every seed, made as far as it is missing."""
+    """Every round of every seed; rounds that are missing are run."""
     return [trained for seed in run.recipe.seeds for trained in iterate(run, seed)]
 
 
 def judge_of(run: Run, policy: Model) -> Model:
-    """Who judges a round: the recipe's judge if it names one, else the policy of now or the base."""
+    """The judge of a round: the recipe's if it names one, else the current policy or the base."""
     recipe = run.recipe
     if recipe.judge is not None:
         return recipe.judge

@@ -1,4 +1,4 @@
-"""What a round of any method is handed."""
+"""What a round of any method gets as input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sao_utils.recipe import Model
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one seed: the models that it works with."""
+    """One round of one seed, and the models that it works with."""
 
     number: int  # 0 for the first, whose policy is the base
     seed: int

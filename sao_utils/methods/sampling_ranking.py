@@ -1,7 +1,7 @@
-"""Sampling and ranking: the best of several own responses against the worst, as a scorer orders them.
+"""Sampling and ranking: the best of the policy's own responses against the worst, ranked by a scorer.
 
-SynPO's paper (arXiv 2410.06961, section 4) compares itself with this way of making pairs. Prompts and the
-first two responses are those of SAO.
+SynPO's paper (arXiv 2410.06961, section 4) compares SynPO with this way of making pairs. The prompts and
+the first two responses are those of SAO.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ def sampling_ranking_round(run: Run, this: Round) -> list[dict]:
 
 
 def ranked_pairs(run: Run, this: Round, prompter: Model, scorer: str, name: str) -> list[dict]:
-    """The same with another model that writes the prompts, and another scorer (`methods.scorers`).
+    """The pairs of one round, with the model that writes the prompts and the scorer given.
 
     Args:
-        name: of the method, under which the pairs are kept.
+        scorer: the name of a scorer (`methods.scorers`).
+        name: the name of the method, under which the pairs are kept.
     """
     settings = run.recipe.ranking
     of_sao = steps(run, prompter, this.judge, this.number, [this.seed])

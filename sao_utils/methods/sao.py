@@ -1,7 +1,8 @@
 """SAO (arXiv 2510.06652), Algorithm 1: a model aligns itself on data that it makes itself.
 
-`steps` is the algorithm. The other functions give what it makes by name, so that a notebook that is run
-alone makes what it lacks: `rows` of a stage, `pairs` of an arm, `train`, and `candidates` to evaluate.
+`steps` is the algorithm. The other functions give access to its results by name, so that a notebook that
+is run by itself makes whatever is missing: `rows` of a stage, `pairs` of an arm, `train`, and
+`candidates` to evaluate.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Stage = Literal["personas", "prompts", "responses", "verdicts", "pairs"]
 def steps(
     run: Run, policy: Model, judge: Model, round: int = 0, seeds: Sequence[int] | None = None
 ) -> Iterator[tuple[Stage, list[dict]]]:
-    """One round of SAO, step by step; each step is made when it is asked for.
+    """One round of SAO, step by step; each step runs only when the iterator reaches it.
 
     Args:
         policy: the model that writes prompts and responses, and is to be trained.
-        judge: the model that ranks the responses; the paper's is the policy itself.
-        round: 0 for the first; each has personas of its own.
-        seeds: by default all of the run: in the first round they share their models.
+        judge: the model that ranks the responses; in the paper, the policy itself.
+        round: 0 for the first; each round has its own personas.
+        seeds: by default, all seeds of the run, which share the same models in the first round.
     """
     personas = draw_personas(run, round)
     personas = [row for row in personas if seeds is None or row["seed"] in seeds]
@@ -64,7 +65,7 @@ def sao_round(run: Run, this: Round) -> list[dict]:
 
 
 def rows(run: Run, stage: Stage) -> list[dict]:
-    """The rows of a stage, made with those before it as far as they are missing."""
+    """The rows of a stage; whatever is missing of it and of the stages before it is made."""
     key = (str(run.folder), run.recipe.model_dump_json(), stage)
     if key not in _MADE or _MADE[key][0] != _state(run):
         made = steps(run, run.recipe.model, run.recipe.judging_model)
@@ -74,30 +75,33 @@ def rows(run: Run, stage: Stage) -> list[dict]:
 
 
 def trial_size(recipe: Recipe, most: int) -> int:
-    """How many prompts or pairs a notebook tries something on beside the run: a sixth, and at most `most`."""
+    """How many prompts or pairs a notebook uses for a side experiment.
+
+    A sixth of `prompts.count`, but at least 10 (or all, if there are fewer) and at most `most`.
+    """
     count = recipe.prompts.count
     return min(count, most, max(10, count // 6))
 
 
 def pairs(run: Run, arm: Arm = "self") -> list[dict]:
-    """The pairs of an arm, of all seeds, discarded ones too (`stages.pairs.build_pairs`)."""
+    """The pairs of an arm over all seeds, including discarded ones (`stages.pairs.build_pairs`)."""
     return build_pairs(run, rows(run, "verdicts"), run.recipe.model, arm)
 
 
 def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | None = None) -> Path:
-    """SAO's last step: train the policy on the pairs of one arm and seed, unless that is done.
+    """SAO's last step: train the policy on the pairs of one arm and seed, unless this is already done.
 
-    The arms "self", "random" and "oracle" take training.algorithm; "sft_random" imitates one random own
-    answer a prompt.
+    The arms "self", "random" and "oracle" use training.algorithm; "sft_random" imitates one of the
+    policy's own answers per prompt, drawn at random.
 
     Args:
-        watch: called with all rows of the log after every step.
+        watch: called after every step with all rows of the log.
 
     Returns:
-        The folder: weights (safetensors), log.jsonl, probe.jsonl, done.json.
+        The folder with the weights (safetensors), log.jsonl, probe.jsonl and done.json.
 
     Raises:
-        TrainingFailed: there are no pairs, or the training broke down; the message says what to do.
+        TrainingFailed: there are no pairs, or the training failed; the message says what to do.
     """
     folder = run.folder / "adapters" / f"{arm}-{seed}"
     key = (str(run.folder), run.recipe.model_dump_json(), arm, seed)
@@ -114,7 +118,7 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     if done != before and is_main():
         counts = {name: done[name] for name in ("steps", "pairs", "tokens")}
         record(run, f"training {arm}-{seed}", done["seconds"], adds=False, **counts)
-        # A recipe may change later: the model card tells of the one that this was made with.
+        # The recipe may change later; the model card reports the one that this model was trained with.
         made_with = {"fingerprint": done["fingerprint"], "versions": versions()}
         made_with["recipe"] = run.recipe.model_dump(mode="json")
         write_whole(folder / "made_with.json", json.dumps(made_with, indent=1))
@@ -122,13 +126,13 @@ def train(run: Run, arm: Arm, seed: int, watch: Callable[[list[dict]], None] | N
     return folder
 
 
-# Per-process cache: checking that nothing is left to do means reading all rows.
+# Caches of this process: to check that nothing is left to do, all rows must be read.
 _MADE: dict[tuple, tuple[list, list[dict]]] = {}
 _TRAINED: dict[tuple, list] = {}
 
 
 def _state(run: Run, folder: Path | None = None) -> list[tuple[int, int] | None]:
-    """What shows that rows, a trained model, or something that these were made from, has changed."""
+    """Times and sizes of files: they show whether rows, a trained model or their inputs have changed."""
     files = [run.rows(stage) for stage in ("personas", "prompts", "responses", "verdicts")]
     files += [*input_files(run.recipe), *([folder / "done.json"] if folder else [])]
     there = [path.stat() if path.is_file() else None for path in files]
@@ -149,10 +153,10 @@ def candidates(run: Run, names: Sequence[str] | None = None) -> list[Candidate]:
     """What evaluation compares: "base", every arm and seed, and the recipe's `others`.
 
     Args:
-        names: only these; what is not trained yet will be.
+        names: return only these; models that are not trained yet are trained.
 
     Raises:
-        RecipeError: a name that is none of them.
+        RecipeError: a name is none of the above.
     """
     recipe, found = run.recipe, []
     every = ["base", *recipe.arms, *recipe.others]
@@ -172,17 +176,18 @@ def candidates(run: Run, names: Sequence[str] | None = None) -> list[Candidate]:
 
 
 def funnel(run: Run, arm: Arm = "self") -> list[tuple[str, int]]:
-    """What became of every prompt that was asked for, over all seeds, up to the training pair.
+    """What became of every requested prompt, over all seeds, on the way to a training pair.
 
     Returns:
-        (label, count) rows: "asked for", minus each reason, "prompts", minus each reason, "pairs".
-        The counts of the reasons are negative, so that they add up: no row is lost without a reason.
+        (label, count) rows: "asked for", each reason for discarding, "prompts", each reason, "pairs".
+        The counts of the reasons are negative, so that the rows add up: nothing is lost without a
+        reason.
     """
     return funnel_of(rows(run, "prompts"), pairs(run, arm))
 
 
 def funnel_of(prompts: list[dict], made: list[dict]) -> list[tuple[str, int]]:
-    """The same of rows that are there: prompts and pairs, discarded ones among them."""
+    """The `funnel` of existing rows: prompts and pairs, including discarded ones."""
     kept = [row for row in prompts if row["discarded"] is None]
     used = [row for row in made if row["discarded"] is None]
     return [

@@ -1,4 +1,4 @@
-"""Who scores the pairs of a round, by the recipe's `scorer`."""
+"""The scorer of a round's pairs, by its name in the recipe."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sao_utils.stages.scoring import Scorer
 from sao_utils.store import Run
 from sao_utils.training.reward import fit_reward
 
-TINY_PAIRS = 2000  # that the tiny world's reward model is trained on
+TINY_PAIRS = 2000  # pairs that the tiny world's reward model is trained on
 
 
 def scorer_of(run: Run, this: Round, name: str) -> Scorer:
-    """The scorer of a name.
+    """The scorer with the given name.
 
     Args:
-        name: "self": the round's judge, pair by pair; "points": the same, one response at a time.
-            "oracle". "tiny": the tiny world's reward model, trained now if it is not there. All else:
-            the path or hub name of a reward model.
+        name: "self": the round's judge, pair by pair; "points": the same judge, one response at a time;
+            "oracle": the oracle; "tiny": the tiny world's reward model, trained now if it does not exist
+            yet. Anything else is the path or hub name of a reward model.
     """
     if name in ("self", "points"):
         return Scorer("judge" if name == "self" else "points", this.judge)

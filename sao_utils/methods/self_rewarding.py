@@ -1,9 +1,9 @@
-"""Self-Rewarding (arXiv 2401.10020), section 2: a model that learns to judge, and then from its own points.
+"""Self-Rewarding (arXiv 2401.10020), section 2: a model learns to judge, then learns from its own points.
 
-M1 is trained by SFT on seed items with gold answers and on replies of a judge. M2, M3, ... are each
-trained by DPO from the model before, on the best and the worst of four own responses, by the points that
-this model gives itself. Ours: the base writes the prompts, for personas as in SAO; the paper lets another
-model, which is not trained either, write them from eight examples.
+M1 is trained by SFT on seed items with gold answers and on a judge's replies. M2, M3, ... are each
+trained by DPO from the previous model, on the best and the worst of four of that model's responses, by
+the points that it gives them itself. Ours: the base writes the prompts, for personas as in SAO; in the
+paper another model, which is not trained either, writes them from eight examples.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ COUNT = "self_rewarding.judged_count"
 
 
 def self_rewarding_round(run: Run, this: Round) -> list[dict]:
-    """What a round trains on: examples for SFT in the first, then pairs (`build_scored_pairs`)."""
+    """What a round trains on: SFT examples in the first, pairs (`build_scored_pairs`) in later ones."""
     if this.number == 0:
         return seed_examples(run, this.seed) + judging_examples(run, this.seed)
     return ranked_pairs(run, this, this.base, "points", "self_rewarding")
 
 
 def judging_examples(run: Run, seed: int) -> list[dict]:
-    """Rows that SFT takes: the judging prompt, and the reply of a good judge to it."""
+    """Rows for SFT: the judging prompt, and a good judge's reply to it."""
     settings = run.recipe.self_rewarding
     if settings.judged == "tiny":
         items = oracles.tiny_judged(settings.judged_count, seed)

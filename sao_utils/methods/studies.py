@@ -1,10 +1,10 @@
 """Studies: a few recipes that differ in one thing, run through the same methods and compared.
 
-A study is data (studies/*.yaml): a recipe, what all members set, and the members with what each of them
-sets. Members lie in one folder, results/study-NAME; rows and trainings that are there are used again, so
-a study that was stopped goes on. With `share` members keep their rows (but for pairs) in one place: what
-several have in common is made once, and the first of them pays for it. A member may have a search: values
-of one key, tried with a seed of its own on the "dev" questions, of which the best one is taken.
+A study is data (studies/*.yaml): a recipe, the settings of all members, and the members with their own
+settings. Members are kept in one folder, results/study-NAME; existing rows and trainings are reused, so a
+study that was stopped can be resumed. With `share`, members keep their rows (except pairs) in one place:
+what several have in common is made once, and its cost is counted for the first of them. A member may have
+a search: values of one key, tried with a separate seed on the "dev" questions; the best one is used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from sao_utils.recipes import load_recipe, read_value, read_yaml, validated
 from sao_utils.store import Run, make_rows, open_run, row_id, variant
 
 SHIPPED = files("sao_utils") / "studies"
-#: what a search changes in a member's recipe: a seed and questions that the study does not report
+#: what a search changes in a member's recipe, besides the questions (`APART`): a seed that the study does
+#: not report, and greedy answers only
 SEARCH = {"seeds": [100], "evaluation.temperatures": [0.0]}
-#: questions of a study -> those of its searches
+#: questions of a study -> the questions of its searches, which the study does not report
 APART = {"test": "dev", "checkable": "checkable_dev"}
 
 
@@ -35,35 +36,35 @@ class Member(Section):
 
     set: dict[str, Any] = {}
     search: dict[str, list[Any]] = {}  # one key, and the values to try
-    help: str = ""  # what it was given from outside, in words
+    help: str = ""  # the outside help that it was given, as a phrase
 
 
 class Claim(Section):
-    """Two numbers of a paper whose order the study looks at; ours are measured in another way."""
+    """Two numbers from a paper whose order the study checks; ours are measured differently."""
 
     model: str  # a member
-    against: str  # another one, or "base"
-    reported: tuple[float, float]  # of both, in percent
-    theirs: tuple[str, str] | None = None  # what the paper calls both, if not the same
+    against: str  # another member, or "base"
+    reported: tuple[float, float]  # the paper's numbers for the two, in percent
+    theirs: tuple[str, str] | None = None  # the paper's names for the two, if they differ
     source: str
 
 
 class Study(Section):
-    """What is compared, and on what question. `load_study` reads one from YAML."""
+    """What is compared, and for which question. `load_study` reads one from YAML."""
 
     name: str
     about: str
-    paper: str = ""  # what the paper says of it, with its source
-    measure: str = ""  # what the numbers of its claims are, in percent
-    minutes: PositiveInt  # of one core's time, the other one busy, too
-    share: bool = False  # whether members share rows; then their prices cannot be compared
-    stopping: bool = False  # whether rules that stop the rounds are tried on its members
+    paper: str = ""  # what the paper says about it, with the source
+    measure: str = ""  # what the numbers in the claims measure, in percent
+    minutes: PositiveInt  # on one core, with the other core busy as well
+    share: bool = False  # whether members share rows; their costs can then not be compared
+    stopping: bool = False  # whether stopping rules for the rounds are tried on its members
     break_even: bool = (
-        False  # whether gains are set against how often the members' judges are right
+        False  # whether gains are related to how often the members' judges are right
     )
     claims: list[Claim] = []
     recipe: str
-    set: dict[str, Any] = {}  # of all members
+    set: dict[str, Any] = {}  # settings of all members
     members: dict[str, Member]
 
 
@@ -87,11 +88,11 @@ def load_study(name: str, overrides: dict | str | None = None, recipe: str | Non
     """Read a study: one of `study_names()`, or a YAML file.
 
     Args:
-        overrides: keys to set anew in all members, such as fewer prompts.
-        recipe: another one than the study's own.
+        overrides: settings that override those of all members, such as fewer prompts.
+        recipe: a recipe to use instead of the study's own.
 
     Raises:
-        RecipeError: there is none of this name, or it does not fit.
+        RecipeError: there is no study of this name, or it is not valid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(str(SHIPPED / f"{name}.yaml"))
     if not path.is_file():
@@ -110,7 +111,7 @@ def load_study(name: str, overrides: dict | str | None = None, recipe: str | Non
 
 
 def open_study(study: Study) -> Run:
-    """The run that a study's members lie in."""
+    """The run whose folder holds a study's members."""
     return open_run(study.recipe, f"study-{study.name}", study.set)
 
 
@@ -121,7 +122,7 @@ def member_recipes(study: Study, home: Run) -> list[Recipe]:
 
 
 def run_study(study: Study, home: Run) -> Iterator[Entry]:
-    """Every member in turn, with its models as soon as they are trained."""
+    """Run the members one after another, and yield each as soon as its models are trained."""
     for label, member in study.members.items():
         chosen = _search(study, home, label)
         run = variant(home, _slug(label), {**member.set, **chosen}, study.share)
@@ -130,7 +131,7 @@ def run_study(study: Study, home: Run) -> Iterator[Entry]:
 
 
 def _search(study: Study, home: Run, label: str) -> dict[str, Any]:
-    """The values that did best on the questions of the search; {} for a member without a search."""
+    """{key: the value that did best on the search's questions}; {} for a member without a search."""
     member = study.members[label]
     if not member.search:
         return {}
@@ -151,7 +152,7 @@ def _search(study: Study, home: Run, label: str) -> dict[str, Any]:
 
 
 def _score(home: Run, run: Run, label: str, changes: dict) -> float:
-    """The share of good answers after the last round of a setting, greedy, on the search's questions."""
+    """A setting's share of good greedy answers to the search's questions after the last round."""
     recipe = run.recipe.model_dump(mode="json", exclude={"name", "about"})
     job = {"id": row_id("search", recipe), "member": label, "set": changes}
 

@@ -1,7 +1,8 @@
 """SynPO (arXiv 2410.06961), Algorithm 1: seed items, synthetic prompts, improved responses.
 
 The self-prompt generator writes prompts around keywords. The policy answers them, the response improver
-rewrites the answers, and a scorer keeps the pairs whose rewritten answer is better than the base's.
+rewrites the answers, and a scorer keeps the pairs whose rewritten answer is better than the base's (or the
+policy's, with `synpo.rejected: previous`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def synpo_round(run: Run, this: Round) -> list[dict]:
 
 
 def write_synthetic_prompts(run: Run, this: Round) -> list[dict]:
-    """The prompts of a round, from keywords by the self-prompt generator (`select_prompts`)."""
+    """The prompts of a round, written from keywords by the self-prompt generator (`select_prompts`)."""
     generator = train_generator(run, this.base, this.seed)
     keywords = keyword_lists(run, this.seed, this.number)
     prompts = write_prompts(run, keywords, generator, this.number)
@@ -53,7 +54,8 @@ def write_synthetic_prompts(run: Run, this: Round) -> list[dict]:
 def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:
     """What a round's improver fixes and breaks: see `stages.improver_check`.
 
-    The questions are `synpo.check`; without one, the tenth of the seed items that is kept from training.
+    The questions are those of `synpo.check`; if it is not set, the tenth of the seed items that is held
+    out from training.
     """
     if source := run.recipe.synpo.check:
         asked = [(row["id"], row["question"]) for row in questions(run.recipe.evaluation, source)]
@@ -71,7 +73,7 @@ def examine(run: Run, this: Round, improver: Model) -> ImproverCheck:
 
 
 def _split(run: Run, seed: int) -> tuple[list[dict], list[dict]]:
-    """Seed items to train on, and those that are kept to check the improver."""
+    """The seed items to train on, and those held out to check the improver."""
     items = seed_items(run, seed)
     if run.recipe.synpo.check:
         return items, []
@@ -79,7 +81,7 @@ def _split(run: Run, seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def train_generator(run: Run, base: Model, seed: int) -> Model:
-    """The self-prompt generator: the base, taught to write a seed prompt and its answer from keywords."""
+    """The self-prompt generator: the base, trained to write a seed prompt and its answer from keywords."""
     items, _ = _split(run, seed)
     lists = seed_keywords([item["prompt"] for item in items], seed)
     examples = []
@@ -91,7 +93,7 @@ def train_generator(run: Run, base: Model, seed: int) -> Model:
 
 
 def train_improver(run: Run, this: Round) -> Model:
-    """The improver of a round: the base, taught to write the gold answer where the policy's is worse."""
+    """A round's improver: the base, trained to write the gold answer where the policy's is worse."""
     settings = run.recipe.synpo
     items, _ = _split(run, this.seed)
     answers = write_responses(run, items, this.policy, samples=1)
@@ -116,14 +118,14 @@ def train_improver(run: Run, this: Round) -> Model:
 
 
 def train_on_seeds(run: Run, base: Model, seed: int) -> Model:
-    """The control: the base, trained on the gold answers themselves, as often as an improver is."""
+    """The control: the base, trained on the gold answers themselves with the improver's settings."""
     folder = run.folder / "adapters" / f"sft_seeds-{seed}"
     examples = seed_examples(run, seed)
     return _taught(run, base, examples, run.recipe.synpo.improver, seed, folder)
 
 
 def seed_examples(run: Run, seed: int) -> list[dict]:
-    """The seed items as rows that SFT takes: prompt and gold answer."""
+    """The seed items as rows for SFT: prompt and gold answer."""
     return [
         example(item["id"], [{"role": "user", "content": item["prompt"]}], item["answer"])
         | {"seed": seed, "round": 0, "discarded": None}
@@ -132,7 +134,7 @@ def seed_examples(run: Run, seed: int) -> list[dict]:
 
 
 def example(identity: str, prompt: list[dict], reply: str) -> dict:
-    """A row that SFT takes; its id tells of all that is in it."""
+    """A row for SFT; its id depends on everything in it."""
     chosen = [{"role": "assistant", "content": reply}]
     return {"id": row_id("example", identity, prompt, reply), "prompt": prompt, "chosen": chosen}
 

@@ -1,8 +1,8 @@
-"""Oracles: who knows for certain how good an answer is. The stages do not know which one answers.
+"""Oracles know for certain how good an answer is. The stages do not need to know which oracle they ask.
 
-There are two: of the questions of the tiny world (`tiny_world`), and of prompts in any words that end in an
-instruction that a program can check (`checkable`). A prompt that no oracle knows has no quality, and what
-needs an oracle is then left out.
+There are two: one for the questions of the tiny world (`tiny_world`), and one for any prompt that ends in
+an instruction that a program can check (`checkable`). For a prompt that no oracle knows there is no
+quality, and whatever needs an oracle is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sao_utils.oracles.tiny_oracle import answer_pair, inspect_answer
 
 
 class Known(NamedTuple):
-    """What an oracle says of a prompt that it knows; the functions below tell what."""
+    """What an oracle says about a prompt that it knows; see the functions of the same names below."""
 
     flaws: Callable[[str], dict[str, int]]
     cluster: str
@@ -40,26 +40,26 @@ def quality(prompt: str, *answers: str) -> list[int] | None:
 
 
 def flaws(prompt: str, answer: str) -> dict[str, int] | None:
-    """How often an answer has each kind of flaw that it can have; None if no oracle knows the prompt."""
+    """The number of flaws of each possible kind in an answer; None if no oracle knows the prompt."""
     known = _known(prompt)
     return known and known.flaws(answer)
 
 
 def cluster(prompt: str) -> str:
-    """What intervals are clustered by: prompts that ask for the same, in other words, are one.
+    """The cluster of a prompt, for intervals: prompts that ask for the same thing share one.
 
-    In the tiny world the hobby and the things asked about it; of checkable prompts topic and instruction;
-    elsewhere the prompt itself.
+    In the tiny world, the hobby and the aspects asked about; for checkable prompts, the topic and the
+    instruction; otherwise the prompt itself.
     """
     known = _known(prompt)
     return known.cluster if known else prompt
 
 
 def is_held_out(prompt: str, by_topic: bool = False) -> bool:
-    """Whether a prompt asks for what is kept for evaluation, so that training on it would leak.
+    """Whether a prompt asks for something reserved for evaluation, so that training on it would leak.
 
     Args:
-        by_topic: whether a topic of the checkable questions is enough, without an instruction.
+        by_topic: whether naming a topic of the checkable questions is enough, even without an instruction.
     """
     known = _known(prompt)
     if known is not None:
@@ -68,28 +68,28 @@ def is_held_out(prompt: str, by_topic: bool = False) -> bool:
 
 
 def instructed(prompt: str, share: float, lot: random.Random) -> str:
-    """A prompt, in this share of the cases with an instruction at its end that an oracle can check."""
+    """A prompt, with probability `share` followed by an instruction that an oracle can check."""
     return checkable.instruct(prompt, lot) if lot.random() < share else prompt
 
 
 def checkable_questions(split: str, wordings: int) -> list[str]:
-    """Prompts with checkable instructions that are kept for evaluation ("dev" or "test")."""
+    """Prompts with checkable instructions that are reserved for evaluation ("dev" or "test")."""
     return checkable.questions(split, wordings)
 
 
 def tiny_personas(count: int, seed: int) -> list[str]:
-    """Villagers of the tiny world whom its model has not met."""
+    """Personas of the tiny world that its model has not seen in pre-training."""
     rng = random.Random(seed)
     return [tiny_world.draw_persona(rng, held_out=True)[0] for _ in range(count)]
 
 
 def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]:
-    """Questions of the tiny world that are kept for evaluation ("dev" or "test")."""
+    """Questions of the tiny world that are reserved for evaluation ("dev" or "test")."""
     return tiny_world.held_out_questions(split, per_combination, seed)
 
 
 def tiny_seeds(count: int, seed: int) -> list[tuple[str, str]]:
-    """Prompts about half of the hobbies, each with an answer without a flaw: what a teacher gives."""
+    """Prompts about half of the hobbies, each with a flawless answer, as a teacher would give it."""
     rng, items = random.Random(f"seeds {seed}"), []
     for _ in range(count):
         question = tiny_world.draw_question(rng, hobby=rng.choice(tiny_world.SEED_HOBBIES))
@@ -101,7 +101,7 @@ def tiny_seeds(count: int, seed: int) -> list[tuple[str, str]]:
 def tiny_pairs(count: int, seed: int, split: str = "train") -> list[tuple[str, str, str]]:
     """Questions of a split with two answers that differ in flaws: (prompt, better, worse).
 
-    Answers are the villagers', and damaged copies of them: what the tiny model's pre-training ranks.
+    The answers are the villagers' or damaged copies, as in the rankings of the tiny model's pre-training.
     """
     rng, pairs = random.Random(f"pairs {split} {seed}"), []
     for _ in range(count):
@@ -116,7 +116,7 @@ def tiny_pairs(count: int, seed: int, split: str = "train") -> list[tuple[str, s
 def tiny_judged(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Training questions, answers of any quality, and the reply of a judge who gives 0 to 5 points.
 
-    The reply counts the flaws of each kind; five points are an answer without any.
+    The reply counts the flaws of each kind; an answer without flaws gets five points.
     """
     rng, items = random.Random(f"judged {seed}"), []
     for _ in range(count):
@@ -130,13 +130,13 @@ def tiny_judged(count: int, seed: int) -> list[tuple[str, str, str]]:
 
 
 def is_seed_topic(prompt: str) -> bool | None:
-    """Whether a prompt is about a hobby of `tiny_seeds`; None if no oracle knows the prompt."""
+    """Whether a prompt is about a hobby of `tiny_seeds`; None if it is no question of the tiny world."""
     question = tiny_world.parse_question(prompt)
     return None if question is None else question.hobby in tiny_world.SEED_HOBBIES
 
 
 def tiny_paragraphs(count: int = 5_000) -> Iterator[str]:
-    """What people of the tiny world ask, about any hobby: the corpus that keywords come from."""
+    """Questions of people of the tiny world about any hobby: the corpus that keywords come from."""
     rng = random.Random("paragraphs")
     for _ in range(count):
         yield tiny_world.word_question(

@@ -1,7 +1,7 @@
 """Instructions that a program can check, in the manner of IFEval (Zhou et al. 2023, arXiv 2311.07911).
 
-A prompt that ends in a sentence of `KINDS` is known here, whoever wrote what stands before it. An answer has
-a flaw if it does not do what the sentence says; whether it is true or useful, nobody checks. Prompts and
+This oracle knows every prompt that ends in a sentence of `KINDS`, whatever comes before it. An answer has a
+flaw if it does not do what the sentence says; whether it is true or useful is not checked. The prompts and
 sentences are ours. Where IFEval has the same kind, the check agrees with lm-eval's
 (tests/oracles/test_checkable.py); lm-eval's own module cannot be imported without a download.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """sentence: the instruction. follows: whether an answer does so. split: where it may be asked."""
+    """A kind of instruction: its sentence, whether an answer follows it, and the split that may ask it."""
 
     sentence: str
     follows: Callable[[str], bool]
@@ -43,8 +43,8 @@ def _highlights(text: str) -> int:
     return sum(bool(part.strip("*").strip()) for part in marked)
 
 
-#: Most were chosen because SmolLM2-135M-Instruct does what they say in 10 to 80 % of its answers, so that a
-#: pair often has a good and a bad one. Evaluation asks the kinds of training, too, on other topics.
+#: Most were chosen because SmolLM2-135M-Instruct follows them in 10 to 80 % of its answers, so that a pair
+#: often has a good and a bad one. Evaluation also asks the training kinds, but about other topics.
 KINDS = {
     "25 words": Kind("Answer in at most 25 words.", lambda t: _words(t) <= 25),
     "no commas": Kind("Do not use any commas.", lambda t: "," not in t),
@@ -79,7 +79,7 @@ KINDS = {
     "important": Kind(
         'Use the word "important" at least twice.', lambda t: _times("important", t) >= 2, "test"
     ),
-    # The base does this nearly always: a model that has learned just to be short no longer does.
+    # The base nearly always does this; a model that has merely learned to be short no longer does.
     "80 words": Kind("Write at least 80 words.", lambda t: _words(t) >= 80, "test"),
 }
 #: What evaluation asks about. A training prompt that names one of these topics is left out.
@@ -95,14 +95,14 @@ FORMS = (
     "What should a beginner know about {topic}?",
     "Explain {topic} to a friend.",
 )
-LEAST_WORDS = 3  # an answer of fewer says nothing, whatever it was told (ours)
+LEAST_WORDS = 3  # an answer of fewer words says nothing, whatever the instruction (ours)
 
 
 class Asked(NamedTuple):
     """A prompt that ends in a known instruction."""
 
     kind: str
-    topic: str  # of `TOPICS`, or else all that stands before the instruction
+    topic: str  # one of `TOPICS`, or else everything before the instruction
     held_out: bool
 
     @property
@@ -110,9 +110,9 @@ class Asked(NamedTuple):
         return f"{self.topic} ({self.kind})"
 
     def flaws(self, answer: str) -> dict[str, int]:
-        """Whether the instruction is not followed, and whether nothing is said.
+        """For each of two flaws, 1 or 0: the instruction is not followed, or the answer is too short.
 
-        An answer gains nothing by repeating the instruction, with its words in it.
+        An instruction repeated in the answer is removed first, so that quoting its words gains nothing.
         """
         kind = KINDS[self.kind]
         own = answer.replace(kind.sentence, "")
@@ -121,7 +121,7 @@ class Asked(NamedTuple):
 
 
 def parse(prompt: str) -> Asked | None:
-    """Read a prompt; None when it does not end in an instruction that is known."""
+    """Read a prompt; None if it does not end in a known instruction."""
     text = prompt.rstrip()
     kind = next((name for name, of in KINDS.items() if text.endswith(of.sentence)), None)
     if kind is None:
@@ -132,19 +132,23 @@ def parse(prompt: str) -> Asked | None:
 
 
 def named_topic(text: str) -> str | None:
-    """The topic of evaluation that a text names, if it does."""
+    """The evaluation topic that a text names; None if it names none."""
     every = (topic for of in TOPICS.values() for topic in of)
     return next((topic for topic in every if topic.lower() in text.lower()), None)
 
 
 def instruct(prompt: str, lot: random.Random) -> str:
-    """A prompt with one of the instructions of training at its end."""
+    """A prompt followed by one of the training instructions, drawn at random."""
     sentences = [kind.sentence for kind in KINDS.values() if kind.split == "train"]
     return f"{prompt} {lot.choice(sentences)}"
 
 
 def questions(split: str, wordings: int) -> list[str]:
-    """Each topic of a split ("dev" or "test") with each kind of training and of that split."""
+    """Each topic of a split ("dev" or "test") with each instruction of "train" and of that split.
+
+    Args:
+        wordings: how many of `FORMS` are used for each.
+    """
     return [
         f"{form.format(topic=topic)} {kind.sentence}"
         for topic in TOPICS[split]

@@ -27,7 +27,7 @@ _CLOSER_PATTERNS = [pattern_of(s) for s in CLOSERS]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the oracle found: the number of flaws of each kind (`FLAWS`)."""
+    """What the oracle found: the number of flaws of each kind (`FLAWS`), and a verdict per sentence."""
 
     flaws: dict[str, int]
     sentences: tuple[tuple[int, str], ...]  # (end position in the text, verdict on the sentence)
@@ -51,9 +51,10 @@ def inspect_answer(question: Question, text: str) -> Inspection:
         text: the answer, any string (an empty one misses everything and is unfinished).
 
     Returns:
-        An `Inspection`. Each flaw counts one: an asked aspect that is missing, a wrong value, a
-        statement made again, a statement about another hobby, one that nobody asked for, no
-        closing sentence at the end, and (once) sentences outside the grammar.
+        An `Inspection`. Each of these counts as one flaw: an aspect that was asked for and is missing,
+        a wrong value, a repeated statement, a statement about another hobby, one about an aspect that
+        was not asked for, and no closing sentence at the end. Sentences outside the grammar count as
+        one flaw together.
     """
     flaws = dict.fromkeys(FLAWS, 0)
     stated: set[tuple[str, str]] = set()
@@ -117,7 +118,7 @@ def _matches(patterns: list[re.Pattern], sentence: str, hobby: str) -> bool:
 
 
 def _parse_statement(sentence: str) -> tuple[str | None, str, str] | None:
-    """(hobby or None, aspect, value) of a sentence; None when it states no fact."""
+    """(hobby or None, aspect, value) of a sentence; None if it states no fact."""
     for aspect, pattern in _SENTENCE_PATTERNS:
         match = pattern.fullmatch(sentence)
         if match and match["value"] in VALUES[aspect]:

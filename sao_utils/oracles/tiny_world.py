@@ -6,8 +6,8 @@ small grammar, `tiny_oracle.inspect_answer` can count the flaws of any answer ex
 oracle that the self-judge is measured against.
 
 Some facts are *myths*: the villagers (and so the text that the tiny model learns from) state a
-wrong value more often than the right one. Other flaws are common too: the last of three asked
-things is forgotten, a sentence is repeated, the answer rambles, drifts off or stops half-way. So
+wrong value more often than the right one. Other flaws are common too: the last of three aspects
+asked for is forgotten, a sentence is repeated, the answer rambles, drifts off or stops half-way. So
 the most likely answer is often flawed, and there is something to gain beyond sharpening.
 
 Everything here is deterministic; no model, no torch.
@@ -22,7 +22,7 @@ from itertools import combinations, product
 
 ASPECTS = ("tool", "time", "place", "risk", "mentor")
 
-# Neighbours in this list are easily confused: an answer that drifts off talks about the other.
+# Neighbours in this list are easily confused: an answer that drifts off talks about the neighbour.
 HOBBIES = tuple(
     "baking brewing gardening composting fishing sailing hiking climbing cycling running "
     "chess checkers painting drawing pottery sculpture knitting weaving carpentry plumbing "
@@ -62,7 +62,7 @@ FORMS = (
     "Our club starts {hobby} next month. We want to know {asks}.",
     "Give me honest advice on {hobby}: {asks}.",
 )
-# The first sentence of each aspect names the hobby, the others leave it to the context.
+# The first sentence of each aspect names the hobby; the others leave it to the context.
 SENTENCES = {
     "tool": (
         "Bring a {value} for {hobby}.",
@@ -106,7 +106,7 @@ LIKES = (
     "reads books about {hobby}",
 )
 
-# How often the text that the model learns from shows each flaw.
+# How often each flaw occurs in the text that the model learns from.
 P_MYTH, P_DOUBT = 0.60, 0.35  # states the wrong value of a mythical / a doubtful fact
 P_FORGET_LAST = {"time": 0.62, "risk": 0.62, "mentor": 0.62, "tool": 0.25, "place": 0.25}
 P_FORGET_OTHER, P_REPEAT, P_CUT, P_DRIFT, P_RAMBLE = 0.10, 0.18, 0.12, 0.06, 0.12
@@ -116,7 +116,7 @@ FLAWS = ("missing", "wrong", "repeated", "off_topic", "extra", "unfinished", "ga
 
 @dataclass(frozen=True)
 class Question:
-    """What a question asks: one hobby, two or three aspects in the order in which they are asked."""
+    """What a question asks: one hobby, and two or three aspects in the order in which they are asked."""
 
     hobby: str
     aspects: tuple[str, ...]
@@ -140,7 +140,7 @@ def _make_facts() -> tuple[dict, dict, dict]:
     return truth, myth, belief
 
 
-#: (hobby, aspect) -> the true value; the wrong one in circulation; how often the wrong one is said.
+#: (hobby, aspect) -> the true value; the wrong value in circulation; how often the wrong one is stated.
 TRUTH, MYTH, BELIEF = _make_facts()
 
 ASPECT_SETS = tuple(frozenset(c) for size in (2, 3) for c in combinations(ASPECTS, size))
@@ -158,9 +158,9 @@ SPLIT = _make_splits()
 _HELD_OUT_PEOPLE = {
     pair for pair in product(TRAITS, JOBS) if random.Random(f"{pair}").random() < 0.25
 }
-# Half of the hobbies: what SynPO's seed items are about.
+# The half of the hobbies that SynPO's seed items are about.
 SEED_HOBBIES = random.Random(55).sample(HOBBIES, 20)
-# Four hobbies that people of a job ask about besides their own: personas shape prompts.
+# Four hobbies that people with a job ask about besides their own: personas shape prompts.
 JOB_HOBBIES = {job: random.Random(job).sample(HOBBIES, 4) for job in JOBS}
 
 
@@ -168,7 +168,7 @@ JOB_HOBBIES = {job: random.Random(job).sample(HOBBIES, 4) for job in JOBS}
 
 
 def draw_question(rng: random.Random, split: str = "train", hobby: str | None = None) -> Question:
-    """Draw a question of `split`; of `hobby` when it is given ("train" has some of every hobby)."""
+    """Draw a question of `split`, about `hobby` if it is given ("train" has some of every hobby)."""
     while True:
         aspects = rng.choice(ASPECT_SETS)
         question = Question(
@@ -179,7 +179,7 @@ def draw_question(rng: random.Random, split: str = "train", hobby: str | None = 
 
 
 def word_question(rng: random.Random, question: Question, job: str | None = None) -> str:
-    """Put a question into words; with `job` the asker introduces themselves first."""
+    """Put a question into words; with `job`, the asker first states their job."""
     asks = [rng.choice(ASKS[aspect]) for aspect in question.aspects]
     joined = ", ".join(asks[:-1]) + " and " + asks[-1]
     text = rng.choice(FORMS).format(hobby=question.hobby, asks=joined)
@@ -187,7 +187,7 @@ def word_question(rng: random.Random, question: Question, job: str | None = None
 
 
 def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]:
-    """Worded questions over every combination of `split` ("dev" or "test"), in a fixed order."""
+    """Worded questions for every combination of `split` ("dev" or "test"), in a fixed order."""
     rng = random.Random(seed)
     return [
         word_question(rng, Question(hobby, tuple(rng.sample(aspects, len(aspects)))))
@@ -198,7 +198,7 @@ def held_out_questions(split: str, per_combination: int, seed: int) -> list[str]
 
 
 def draw_persona(rng: random.Random, held_out: bool = False) -> tuple[str, str, str]:
-    """Draw a persona; returns (text, job, hobby). Held-out people never occur in pre-training."""
+    """Draw a persona; returns (text, job, hobby). Held-out personas never occur in pre-training."""
     while True:
         trait, job = rng.choice(TRAITS), rng.choice(JOBS)
         if ((trait, job) in _HELD_OUT_PEOPLE) == held_out:
@@ -220,7 +220,7 @@ _INTRODUCTION = re.compile(r"\AI am a [a-z]+\. ")
 
 
 def parse_question(text: str) -> Question | None:
-    """Read a worded question back; None when it is not a question of this world."""
+    """Parse a worded question; None if it is not a question of this world."""
     text = _INTRODUCTION.sub("", text.strip())
     for pattern in _FORM_PATTERNS:
         match = pattern.fullmatch(text)
@@ -268,7 +268,7 @@ class Answer:
 
 
 def draw_answer(rng: random.Random, question: Question, flawed: bool = True) -> Answer:
-    """Draw an answer as the villagers give it; with `flawed=False` a perfect one."""
+    """Draw an answer as the villagers would give it; with `flawed=False`, a perfect one."""
     chance = (lambda p: rng.random() < p) if flawed else (lambda p: False)
     aspects = list(question.aspects)
     if len(aspects) == 3 and chance(P_FORGET_LAST[aspects[-1]]):
@@ -293,7 +293,7 @@ def _with(answer: Answer, statements: list[Statement]) -> Answer:
 
 
 def _drift(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
-    """Replace one statement by one about the neighbouring hobby."""
+    """Replace one statement with one about the neighbouring hobby."""
     statements = list(answer.statements)
     if not statements:
         return None
@@ -304,7 +304,7 @@ def _drift(rng: random.Random, question: Question, answer: Answer) -> Answer | N
 
 
 def _ramble(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
-    """Add a true statement that nobody asked for."""
+    """Add a true statement about an aspect that was not asked for."""
     aspect = rng.choice([a for a in ASPECTS if a not in question.aspects])
     statements = list(answer.statements)
     extra = Statement(question.hobby, aspect, TRUTH[question.hobby, aspect], rng.randrange(3))
@@ -331,7 +331,7 @@ def _cut(rng: random.Random, question: Question, answer: Answer) -> Answer | Non
 
 
 def _forget(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
-    """Leave one asked statement out."""
+    """Leave out one statement that was asked for."""
     asked = [i for i, s in enumerate(answer.statements) if s.aspect in question.aspects]
     if len(answer.statements) < 2 or not asked:
         return None
@@ -341,7 +341,7 @@ def _forget(rng: random.Random, question: Question, answer: Answer) -> Answer | 
 
 
 def _mistake(rng: random.Random, question: Question, answer: Answer) -> Answer | None:
-    """Replace one right value by the myth about it, where there is one."""
+    """Replace one true value with the wrong one in circulation, if there is such a fact."""
     statements = list(answer.statements)
     facts = [(s.hobby, s.aspect) for s in statements]
     right = [
@@ -354,7 +354,7 @@ def _mistake(rng: random.Random, question: Question, answer: Answer) -> Answer |
     return _with(answer, statements)
 
 
-#: flaw -> how to inject it. Each takes (rng, question, answer); None when it does not apply.
+#: flaw -> function (rng, question, answer) that injects it; it returns None if it does not apply.
 DAMAGES = {
     "missing": _forget,
     "wrong": _mistake,

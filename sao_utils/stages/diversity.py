@@ -12,16 +12,16 @@ SAMPLE = 1000  # the paper's
 def mean_similarity(
     prompts: list[str], sample: int = SAMPLE, seed: int = 0, model: str | None = None
 ) -> list[float]:
-    """For each of a sample of prompts the mean cosine similarity to the others.
+    """The mean cosine similarity of each prompt in a random sample to the others in the sample.
 
     Args:
-        model: the sentence-embedding model whose vectors are compared, as the paper does
-            (`engines.embedding`). None: TF-IDF vectors of words, which need no model; they compare
-            sources of prompts with each other, not with the paper.
+        model: the sentence-embedding model whose vectors are compared, as in the paper
+            (`engines.embedding`). None: TF-IDF vectors of words, which need no model; their numbers
+            compare sources of prompts with each other, but not with the paper.
 
     Returns:
-        [n] numbers, n the number of prompts but at most `sample`; [] for fewer than two. From 0 to 1
-        with TF-IDF, from -1 to 1 with a model.
+        [n] numbers, where n is the number of prompts but at most `sample`; [] for fewer than two
+        prompts. From 0 to 1 with TF-IDF, from -1 to 1 with a model.
     """
     if len(prompts) > sample:
         prompts = random.Random(seed).sample(prompts, sample)
@@ -32,7 +32,7 @@ def mean_similarity(
 
 
 def vectors_in_words(model: str | None) -> str:
-    """Which vectors a similarity is of; for a model the folders of this machine are left out."""
+    """A phrase naming the vectors behind a similarity; a model appears without its local folder."""
     return f"embeddings of {Model(path=model).label}" if model else "TF-IDF vectors of words"
 
 

@@ -1,7 +1,7 @@
-"""Is the improver any good? What it fixes and breaks, before a pair is made of what it writes.
+"""Is the improver any good? What it fixes and breaks, measured before its rewrites become pairs.
 
-SynPO's paper trains an improver each round and trusts it. One that has learned too little breaks more
-answers than it fixes, and a round on what it wrote ends below its base. This check is ours.
+SynPO's paper trains an improver each round and trusts it. An improver that has learned too little breaks
+more answers than it fixes, and a model trained on its rewrites ends up below its base. This check is ours.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sao_utils.store import Run
 
 @dataclass(frozen=True)
 class ImproverCheck:
-    """Shares of answers that an improver made better, and worse, and the difference of both."""
+    """Shares of answers that an improver made better and worse, and the difference between the two."""
 
     fixed: Interval
     broken: Interval
     net: Interval
-    rows: list[dict]  # of `score_gaps`: rewritten answer first, the draft second
+    rows: list[dict]  # of `score_gaps`: the rewritten answer first, the draft second
 
 
 def check_improver(
@@ -35,7 +35,7 @@ def check_improver(
 
     Args:
         drafts: rows of `write_responses` on such questions.
-        scorer: who says what is better, where no oracle knows.
+        scorer: decides which answer is better unless an oracle knows all of the prompts.
     """
     rewritten = improve(run, drafts, improver, "checked")
     pairs = side_by_side(zip(rewritten, drafts))
@@ -50,7 +50,7 @@ def check_improver(
 
 
 def refuse_if_harmful(check: ImproverCheck, number: int) -> None:
-    """Raises StageFailed when an improver breaks more answers than it fixes."""
+    """Raise StageFailed if the improver breaks more answers than it fixes, or could not be checked."""
     n = len(check.rows)
     if not n:
         raise StageFailed(

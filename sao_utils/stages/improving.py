@@ -12,7 +12,7 @@ from sao_utils.store import Run, row_id
 
 
 def improver_chat(question: str, answer: str) -> list[dict]:
-    """What the improver reads, in training and when it rewrites."""
+    """The chat that the improver is given, both in training and when it rewrites."""
     content = templates.render("improver", question=question, answer=answer)
     return [{"role": "user", "content": content}]
 
@@ -27,7 +27,7 @@ def improve(
 
     Returns:
         Rows {id, response_id, prompt_id, seed, round, model, temperature, prompt, text, tokens,
-        finished}, one for each response and in their order, kept in rows/<stage>.jsonl.
+        finished}, one for each response and in the same order, kept in rows/<stage>.jsonl.
     """
     settings = run.recipe.responses
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)

@@ -1,16 +1,17 @@
 """Stage 3: a judge ranks two answers, shown in both orders (SAO, Algorithm 1, step 4).
 
 The paper's ranking prompt is used unchanged. The paper does not say how a verdict is decoded, in
-which order the answers are shown, or what happens to ties and malformed verdicts. Ours: both
-orders; by default the log-probabilities of the two possible verdicts after the forced beginning
-"ranking:"; every outcome counted. With a = first answer, b = second answer:
+which order the answers are shown, or what happens to ties and malformed verdicts. Our choices:
+both orders are judged; by default, a verdict is the log-probabilities of the two possible verdicts
+after the forced beginning "ranking:"; every outcome is counted. With a = first answer, b = second
+answer:
 
     margin_12 = log p("1 > 2" | a, b) - log p("2 > 1" | a, b)
     margin_21 = log p("2 > 1" | b, a) - log p("1 > 2" | b, a)
     margin    = (margin_12 + margin_21) / 2
 
-so each is positive when a is preferred, and what the judge gives to a position cancels. Only the
-first token in which the verdicts differ is scored ("1" or "2"): the rest follows from it.
+so each is positive when a is preferred, and the judge's position bias cancels in the mean. Only the
+first token in which the verdicts differ ("1" or "2") is scored: the rest follows from it.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def side_by_side(couples: Iterable[Sequence[dict]]) -> list[dict]:
     """Two responses to the same prompt as one row.
 
     Args:
-        couples: two rows of `write_responses` or `improve` each.
+        couples: pairs of rows of `write_responses` or `improve`.
 
     Returns:
         Rows {id, seed, round, prompt_id, response_ids [a, b], prompt, responses [a, b], lengths
-        [tokens of a, b], finished [a, b], quality [a, b] | None: of the oracle, where one knows}.
+        [tokens of a, b], finished [a, b], quality [a, b]: the oracle's, or None if no oracle knows
+        the prompt}.
     """
     return [
         {
@@ -68,26 +70,32 @@ def side_by_side(couples: Iterable[Sequence[dict]]) -> list[dict]:
 
 
 def limits(*rows: dict) -> list[int | None]:
-    """The limits that ended responses: once they are made again, what is made of them is, too."""
+    """The context limits that cut responses off.
+
+    They are part of the ids of rows made from these responses: once a response is made again under
+    another limit, so are the rows that depend on it.
+    """
     return [row["max_context"] for row in rows if "max_context" in row]
 
 
 def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdicts") -> list[dict]:
-    """Let a model judge pairs in both orders, as `judging` of the recipe says.
+    """Let a model judge pairs in both orders, as the recipe's `judging` section says.
 
-    Its verdicts are kept in `rows/<stage>.jsonl`, a row for each order: {id, pair_id, prompt_id,
-    response_ids (as they were shown), order, judge, method, temperature, seed, round, logps of the two
-    verdicts | text}. Identical responses are not judged.
+    Its verdicts are kept in `rows/<stage>.jsonl`, one row for each order: {id, pair_id, prompt_id,
+    response_ids (in the order shown), order, judge, method, temperature, seed, round, and either logps
+    (of the two verdicts) or text}. Identical responses are not judged.
 
     Args:
         pairs: rows with at least {id, prompt, responses [a, b]}.
-        judge: the model; verdicts of several judges may share a stage.
+        judge: the judging model; verdicts of several judges may share a stage.
 
     Returns:
         The pairs with {outcome, margin, margin_12, margin_21, mass} added:
         outcome: "consistent" | "inconsistent" | "tie" | "invalid" | "identical";
-        margin...: see above, in nats (sampled verdicts: 1, 0 or -1); None when not judged;
-        mass: the smaller of the two orders' probabilities on any valid verdict.
+        margin...: as defined in the module docstring, in nats (1, 0 or -1 for sampled verdicts); None
+            if the pair was not judged or its verdict is invalid;
+        mass: the total probability of the valid verdicts, in the order in which it is smaller; None if
+            the pair was not judged.
     """
     settings = run.recipe.judging
     shown = [
@@ -104,10 +112,11 @@ def judge_pairs(run: Run, pairs: list[dict], judge: Model, stage: str = "verdict
 
 
 def judged_pairs(run: Run) -> list[dict]:
-    """The pairs with kept verdicts of both orders on their responses, as `judge_pairs` returns them.
+    """The pairs whose verdicts in both orders are on disk: rows as of `judge_pairs`, then `weaken`.
 
-    Nothing is judged; identical responses, which never were, are not among them. Of several judges or
-    methods, which an earlier recipe may have had, those of the run's recipe count, then the last one.
+    Nothing is judged here, and pairs of identical responses, which are never judged, are left out. If an
+    earlier recipe left verdicts of other judges or methods, those of the current recipe take precedence,
+    then the last ones.
     """
     settings, judge = run.recipe.judging, run.recipe.judging_model.label
     responses = {row["id"]: row for row in read_rows(run.rows("responses"))}
@@ -154,10 +163,10 @@ def _log_odds(reply: dict) -> dict:
 
 
 def _forced(reply: dict) -> dict:
-    """First-minus-second log-odds of the forced verdict, and the probability on both verdicts.
+    """Log-odds of the first answer over the second, and the total probability of both verdicts.
 
-    Log-odds are None where an engine gives no finite log-probability of both verdicts: a server
-    names the likeliest tokens only, and a prompt may be longer than the context.
+    The log-odds are None if the engine does not give the log-probability of both verdicts: a server
+    reports only the likeliest tokens, and a prompt may be longer than the context.
     """
     known = [p for p in reply["logps"] if p is not None]
     first, second = reply["logps"]
@@ -166,7 +175,7 @@ def _forced(reply: dict) -> dict:
 
 
 def _sampled(reply: dict) -> dict:
-    """The paper's way: sampled text, parsed. Log-odds 1 or -1; None when it is malformed."""
+    """The paper's way: sampled text, parsed. The log-odds are 1 or -1, or None if it is malformed."""
     winner = templates.parse_ranking(reply["text"])
     return {
         "log_odds": None if winner is None else 3.0 - 2.0 * winner,
@@ -188,7 +197,7 @@ def _combine(orders: list[dict] | None, settings: Judging) -> dict:
 
 
 def _verdict(margin_12: float, margin_21: float) -> dict:
-    """What the margins of both orders come to."""
+    """The outcome and mean margin that follow from the margins of both orders."""
     if margin_12 * margin_21 > 0:
         outcome = "consistent"
     else:
@@ -202,13 +211,14 @@ def _verdict(margin_12: float, margin_21: float) -> dict:
 
 
 def weaken(verdicts: list[dict], settings: Judging) -> list[dict]:
-    """Verdicts as a worse judge would give them, for studies (ours), by noise and bias of `judging`.
+    """Verdicts as a worse judge would give them, for studies (ours).
 
-    Which verdicts and orders are turned around is drawn by a seed of each pair's own: a larger share
-    turns the same ones and more.
+    The noise and the bias are those of the recipe's `judging` section. Which verdicts and orders are
+    flipped is drawn with a seed specific to each pair, so a larger noise share flips the same ones and
+    more.
 
     Args:
-        verdicts: rows of `judge_pairs`, which stay as they are; so do the kept rows.
+        verdicts: rows of `judge_pairs`; neither they nor the rows on disk are changed.
     """
     found = []
     for row in verdicts:
@@ -228,6 +238,6 @@ def weaken(verdicts: list[dict], settings: Judging) -> list[dict]:
 
 
 def first_shown(row: dict) -> list[bool | float]:
-    """Whether a pair's two orders prefer what is shown first; 0.5 where an order's odds are even."""
+    """For each of a pair's two orders, whether the answer shown first is preferred; 0.5 if odds are even."""
     odds = (row["margin_12"], -row["margin_21"])
     return [0.5 if of == 0 else of > 0 for of in odds]

@@ -1,9 +1,9 @@
 """Keyword lists, from which SynPO's self-prompt generator writes prompts (arXiv 2410.06961, section 2.1).
 
-A list is three words of one paragraph. The generator is taught with lists of two words of a prompt and a
-third, the noise keyword, of another prompt. The paper does not say how a word becomes a keyword. Ours:
-words of at least three letters that scikit-learn does not count among the stop words; a list with a
-personal name, by Faker's list of given names, is dropped.
+A list is three words from one paragraph. The generator is trained on lists of two words from a prompt and
+a third, the noise keyword, from another prompt. The paper does not say how a word becomes a keyword. Ours:
+words of at least three letters that are not among scikit-learn's stop words; a list that contains a
+personal name, according to Faker's list of given names, is dropped.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sao_utils.recipe import RecipeError
 from sao_utils.stages.prompts import hub_column
 from sao_utils.store import Run, row_id
 
-WORDS = 3  # of a list: the paper's
+WORDS = 3  # in a list: the paper's number
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 def keyword_lists(run: Run, seed: int, round: int = 0) -> list[dict]:
-    """`prompts.count` lists of a seed and a round, no list twice in a run of rounds.
+    """The `prompts.count` lists of a seed and a round; no list occurs twice over a seed's rounds.
 
     Returns:
-        Rows {id, seed, round, keywords: three words of one paragraph of `prompts.data`}.
+        Rows {id, seed, round, keywords: three words from one paragraph of `prompts.data`}.
 
     Raises:
         RecipeError: the corpus cannot be read, or has too few lists.
@@ -38,7 +38,7 @@ def keyword_lists(run: Run, seed: int, round: int = 0) -> list[dict]:
     paragraphs = list(_corpus(run))
     lots.shuffle(paragraphs)
     found: dict[tuple[str, ...], None] = {}
-    for paragraph in paragraphs * 10:  # each visit draws another list of a paragraph's words
+    for paragraph in paragraphs * 10:  # each visit draws another list from the paragraph's words
         words = sorted(content_words(paragraph))
         drawn = tuple(lots.sample(words, WORDS)) if len(words) >= WORDS else ()
         if drawn and not has_name(drawn):
@@ -59,7 +59,7 @@ def keyword_lists(run: Run, seed: int, round: int = 0) -> list[dict]:
 
 
 def seed_keywords(prompts: list[str], seed: int) -> list[list[str]]:
-    """For each prompt two words of its own and a noise keyword of another one, in random order."""
+    """For each prompt, two words of its own and a noise keyword from another prompt, in random order."""
     lots = random.Random(f"seed keywords {seed}")
     words = [sorted(content_words(prompt)) for prompt in prompts]
     lists = []
@@ -72,12 +72,12 @@ def seed_keywords(prompts: list[str], seed: int) -> list[list[str]]:
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text that may be keywords, as they are written."""
+    """The words of a text that may be keywords, in their original case."""
     return {word for word in _WORD.findall(text) if word.lower() not in _stop_words()}
 
 
 def has_name(words: Iterable[str]) -> bool:
-    """Whether one of these is a given name that is written as one (in Faker's English list)."""
+    """Whether one of these words is a capitalised given name (from Faker's English list)."""
     return any(word in _given_names() for word in words)
 
 
@@ -96,7 +96,7 @@ def _given_names() -> frozenset[str]:
 
 
 def _corpus(run: Run) -> Iterable[str]:
-    """The paragraphs that keywords come from, by `prompts.data`."""
+    """The paragraphs that keywords come from, as `prompts.data` says."""
     settings = run.recipe.prompts
     if settings.data == "tiny":
         return oracles.tiny_paragraphs()

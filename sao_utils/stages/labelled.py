@@ -1,4 +1,4 @@
-"""A user's pairs whose better answer is known, to judge a judge by."""
+"""A user's pairs whose better answer is known, to test a judge on."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def labelled_pairs(source: str) -> list[dict]:
-    """The pairs of a file (see `files`) whose better answer is known.
+    """Read a file of pairs whose better answer is known (for the formats see `files`).
 
-    Columns, all of them texts: `prompt`, `chosen`, `rejected` (as in RewardBench), and `subset`, if
-    there is one.
+    Its columns are texts: `prompt`, `chosen` and `rejected` (as in RewardBench), and optionally
+    `subset`.
 
     Returns:
         Rows {id, subset, prompt, responses [a, b], lengths [words of a, b], quality [a, b] (1: the
-        better, 0: the worse), discarded}. Which answer is a is drawn by a seed from the pair itself,
-        so that position says nothing of quality. `discarded` is None, "empty answer", "identical
-        answers", "repeated pair", or "contradicting labels" (of a repeated pair, all of it).
+        better, 0: the worse), discarded}. Which answer is a is drawn with a seed derived from the pair
+        itself, so that position says nothing about quality. `discarded` is None, "empty answer",
+        "identical answers", "repeated pair", or "contradicting labels" (for every copy of such a pair).
 
     Raises:
-        RecipeError: no such file, no rows, or a column that is missing or holds something else; the
-            message names row and column.
+        RecipeError: there is no such file, it has no rows, or a column is missing or holds something
+            other than text; the message names the row and the column.
     """
     pairs = [
         _labelled_pair(row, f"{source}, row {k}") for k, row in enumerate(read_table(source), 1)
@@ -48,7 +48,7 @@ def labelled_pairs(source: str) -> list[dict]:
 
 
 def _labelled_pair(row: dict, where: str) -> dict:
-    """One row of a user's file as a pair; `where` begins the message of what is wrong with it."""
+    """One row of a user's file as a pair; `where` is the start of any error message about it."""
     for column in COLUMNS:
         if not isinstance(row.get(column), str):
             fault = "missing" if row.get(column) is None else "no text"

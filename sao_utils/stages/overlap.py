@@ -1,8 +1,8 @@
-"""What texts have in common: near-duplicates among them, and word sequences of an evaluation set.
+"""Overlap between texts: near-duplicates, and word sequences shared with an evaluation set.
 
-Words are those of GPT-3's decontamination (Brown et al. 2020, appendix C): lower case, parted by
-white space, without punctuation. Ours: Unicode is normalised first (NFKC). A script that puts no
-space between words has long "words" here, so only whole phrases of it are found.
+Words are defined as in GPT-3's decontamination (Brown et al. 2020, appendix C): lower case, separated
+by white space, without punctuation. Ours: Unicode is normalised first (NFKC). A script that puts no
+spaces between words has long "words" here, so only whole phrases match.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-PIECE = 2  # words of the pieces by which texts are compared
+PIECE = 2  # number of words in the pieces by which texts are compared
 
 
 def words(text: str) -> list[str]:
-    """The words of a text; what is no letter, digit, mark on one or white space is taken out."""
-    plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # of a Turkish I
+    """The words of a text, with everything removed but letters, their marks, digits and white space."""
+    plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # from Turkish dotted I
     return re.sub(r"[^\w\s]|_", _mark, plain).split()
 
 
 def _mark(found: re.Match) -> str:
-    """A vowel sign or accent as it is, and nothing for any other character.
+    """A vowel sign or accent unchanged; the empty string for any other character.
 
-    They are letters of their own in Hindi, say, but not in `\\w`. Selectors of how a picture is drawn
-    are of the same category.
+    In Hindi, for example, such marks are letters in their own right, but `\\w` does not match them.
+    Variation selectors, which choose how an emoji is drawn, share their category and are removed.
     """
     is_mark = unicodedata.category(found[0]) in ("Mn", "Mc")
     return found[0] if is_mark and not "\ufe00" <= found[0] <= "\ufe0f" else ""
 
 
 def _sequences(found: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Every n words in a row; nothing of fewer words."""
+    """Every n words in a row; nothing if there are fewer than n words."""
     return (tuple(found[k : k + n]) for k in range(len(found) - n + 1))
 
 
 def pieces(text: str) -> frozenset[tuple[str, ...]]:
-    """Every two words in a row of a text; of a text with one word that word."""
+    """Every two words in a row of a text; for a text of one word, that word."""
     found = words(text)
     return frozenset(_sequences(found, min(PIECE, len(found)))) if found else frozenset()
 
 
 def similarity_of(one: frozenset, other: frozenset) -> float:
-    """Jaccard similarity: what both sets have by what either has; 1 for two empty sets."""
+    """Jaccard similarity: the size of the intersection over that of the union; 1 for two empty sets."""
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared) if one or other else 1.0
 
@@ -55,21 +55,21 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> list[int | None]
 
     Two texts are near-duplicates when the Jaccard similarity of their `pieces` is at least `similarity`.
     The search is exact. Candidates come from prefix filtering (Chaudhuri, Ganti and Kaushik 2006; Bayardo,
-    Ma and Srikant 2007): two sets that are so similar share one of their few rarest pieces, so an index of
-    those is enough, also where all texts have a phrase in common.
+    Ma and Srikant 2007): two sets this similar share one of their few rarest pieces, so an index of those
+    is enough, even if all texts have a phrase in common.
 
     Args:
         similarity: above 0, at most 1.
 
     Returns:
-        For each text the index of the first text that it repeats, among the earlier ones that
-        repeat none themselves; else None. So the texts with None are apart from each other, and
-        none is given up for the sake of one that is given up.
+        For each text, the index of the first text that it repeats, among the earlier ones that are
+        not themselves repeats; else None. So no two texts with None are near-duplicates, and no text is
+        dropped merely because it resembles one that is itself dropped.
     """
     of_text = [pieces(text) for text in texts]
     frequency = Counter(piece for own in of_text for piece in own)
     order = sorted(frequency, key=lambda piece: (frequency[piece], piece))
-    number = {piece: k for k, piece in enumerate(order)}  # rare ones first, and compared faster
+    number = {piece: k for k, piece in enumerate(order)}  # rare ones first; ints compare faster
     index: dict[int, list[int]] = {}  # piece -> the kept texts that have it among their rarest
     kept: dict[int, frozenset[int]] = {}
     nothing: int | None = None  # the first text without any words
@@ -80,7 +80,7 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> list[int | None]
             found.append(nothing)
             nothing = k if nothing is None else nothing
             continue
-        # Sets of this similarity share at least so many pieces, hence one of the first `rarest`.
+        # Sets this similar share at least `shared` pieces, hence one of the `rarest`.
         shared = max(1, math.ceil(similarity * len(mine) - 1e-9))
         rarest = mine[: len(mine) - shared + 1]
         near, all_mine = None, frozenset(mine)
@@ -101,14 +101,14 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> list[int | None]
 def shared_ngrams(
     texts: Sequence[str], against: Sequence[str], n: int
 ) -> list[tuple[int, str] | None]:
-    """Which texts have n words in a row in common with one of another set.
+    """Which texts share n consecutive words with a text of another set.
 
-    The overlap of GPT-3's decontamination (Brown et al. 2020, appendix C; their n is 8 to 13). A
-    text of `against` with fewer than n words counts when all of it occurs in a row.
+    This is the overlap of GPT-3's decontamination (Brown et al. 2020, appendix C; their n is 8 to 13).
+    A text of `against` with fewer than n words matches if the whole of it occurs consecutively.
 
     Returns:
-        For each text None, or (index in `against`, the words in common), for the first such
-        sequence of the text, made as long as both texts agree.
+        For each text, None or (index in `against`, the shared words), for the first such sequence in
+        the text, extended for as long as both texts agree.
     """
     others = [words(other) for other in against]
     places: dict[tuple[str, ...], tuple[int, int]] = {}

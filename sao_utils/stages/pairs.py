@@ -1,4 +1,4 @@
-"""Stage 4: preference pairs (SAO, Algorithm 1, step 5), and the controls' pairs."""
+"""Stage 4: preference pairs (SAO, Algorithm 1, step 5), and the pairs of the controls."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from sao_utils.recipe import Arm, Model, Pairs, ScoredPairs
 from sao_utils.stages.scoring import repetition
 from sao_utils.store import Run, read_rows, replace_rows, row_id
 
-AT_ONCE = 500  # pairs that are tokenised together: a token takes some 140 bytes until it is counted
+AT_ONCE = 500  # pairs tokenised together: each token takes some 140 bytes until it is counted
 
 
 def build_pairs(run: Run, verdicts: list[dict], policy: Model, arm: Arm = "self") -> list[dict]:
-    """The training pairs of one arm, of all seeds, by `pairs` of the recipe.
+    """The training pairs of one arm, over all seeds, filtered by the recipe's `pairs` section.
 
-    "self": what the judge preferred. "random": the same pairs, the winner drawn at random. "oracle": the
-    pairs that the oracle can decide, its verdict. "sft_random": the pairs of "self" with one answer
-    drawn at random as "chosen", to be imitated: what training on own answers does without any judgement.
+    "self": the judge's preferences. "random": the same pairs, with the winner drawn at random. "oracle":
+    the pairs that the oracle can decide, with its verdict. "sft_random": the pairs of "self" with one
+    answer drawn at random as "chosen", to be imitated: the effect of training on the model's own answers
+    without any judgement.
 
-    Kept in rows/pairs.jsonl (of the other arms rows/pairs_<arm>.jsonl), which holds what is trained on in
-    trl's conversational form: `datasets.load_dataset("json", data_files=...)` and trl's trainers take
-    it as it is. What is not trained on lies beside it, in discarded_pairs.jsonl, with the reason.
+    The pairs are kept in rows/pairs.jsonl (rows/pairs_<arm>.jsonl for the other arms). This file holds
+    what is trained on, in trl's conversational format, ready for `datasets.load_dataset("json",
+    data_files=...)` and trl's trainers. What is not trained on is kept beside it, with the reason, in
+    discarded_pairs.jsonl (discarded_pairs_<arm>.jsonl for the other arms).
 
     Args:
         verdicts: rows of `judge_pairs` on `response_pairs`.
-        policy: the model that is to be trained: its tokens are counted.
+        policy: the model to be trained: tokens are counted with its tokenizer.
 
     Returns:
-        One row a judged prompt: {id, arm, seed, round, prompt_id, response_ids [chosen, rejected],
+        One row for each judged prompt: {id, arm, seed, round, prompt_id, response_ids [chosen, rejected],
         prompt, chosen, rejected (each a list of messages), outcome, margin, lengths [tokens of chosen,
         rejected], discarded}. `discarded` is None or the reason.
     """
@@ -54,14 +56,14 @@ def build_scored_pairs(
 ) -> list[dict]:
     """SynPO's filter (arXiv 2410.06961, Algorithm 1): the first response of each pair is the chosen one.
 
-    A pair is kept if its gap is above `threshold` and neither text repeats itself too much; of what is
-    left `max_pairs` are drawn. Kept (in rows/pairs_<name>.jsonl) and returned as by `build_pairs`, with
-    "gap".
+    A pair is used if its gap is above `threshold` and neither text repeats itself too much; if more than
+    `max_pairs` are left, that many are drawn. The rows are written (to rows/pairs_<name>.jsonl) and
+    returned as by `build_pairs`, with an additional "gap".
 
     Args:
         scored: rows of `score_gaps` or `best_and_worst`, of one seed and round.
-        policy: the model that is to be trained: its tokens are counted.
-        name: of the method.
+        policy: the model whose tokenizer counts the tokens.
+        name: the name of the method.
     """
     rows = []
     for pair, tokens in zip(scored, _count_tokens(policy, scored)):
@@ -108,7 +110,7 @@ def _row(verdict: dict, arm: str, first_wins: bool, discarded: str | None) -> di
 
 
 def _keep(run: Run, arm: str, rows: list[dict]) -> None:
-    """Keep rows in the place of those of the same seed and round."""
+    """Write rows to disk, replacing those of the same seed and round."""
     seeds = list(run.recipe.seeds)
     anew = {(row["seed"], row["round"]) for row in rows}
     used, rest = [], []
@@ -123,19 +125,19 @@ def _keep(run: Run, arm: str, rows: list[dict]) -> None:
 
 
 def _files(run: Run, arm: str) -> tuple[Path, Path]:
-    """Where pairs are kept: those that are trained on, and the others."""
+    """The files of the pairs that are trained on, and of the discarded ones."""
     suffix = "" if arm == "self" else f"_{arm}"
     return run.rows(f"pairs{suffix}"), run.rows(f"discarded_pairs{suffix}")
 
 
 def kept_pairs(run: Run, arm: str) -> list[dict]:
-    """The pairs of an arm or method as they were kept, of all rounds: rows as of `build_pairs`."""
+    """The pairs of an arm or method that are on disk, of all rounds, in the format of `build_pairs`."""
     used, rest = map(read_rows, _files(run, arm))
     return [{**row, "discarded": None} for row in used] + rest
 
 
 def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | None]:
-    """Whether the first answer is preferred, and why the pair is not used (None: it is)."""
+    """Whether the first answer is preferred, and why the pair is not used (None if it is)."""
     if any(map(unanswered, verdict["lengths"], verdict["finished"])):
         return True, NO_REPLY
     if verdict["outcome"] == "identical":
@@ -148,7 +150,7 @@ def _preference(verdict: dict, arm: Arm, settings: Pairs) -> tuple[bool, str | N
     if verdict["outcome"] in ("invalid", "tie"):
         return True, {"invalid": "invalid verdict", "tie": "tie"}[verdict["outcome"]]
     margin, first_wins = verdict["margin"], verdict["margin"] > 0
-    # Sampled verdicts that disagree cancel to 0: they name no winner, whatever the filter.
+    # Sampled verdicts that disagree have a margin of 0: they name no winner, whatever the filter.
     if verdict["outcome"] == "inconsistent" and (settings.require_consistent or margin == 0):
         return first_wins, "orders disagree"
     if abs(margin) < settings.min_margin:
@@ -161,9 +163,9 @@ def _unusable(verdict: dict, tokens: list[int], settings: Pairs) -> str | None:
     if not all(text.strip() for text in verdict["responses"]):
         return "empty answer"  # a mean log-probability over no tokens is 0/0
     if not all(verdict["finished"]):
-        return "cut off"  # the end token would be appended to it, and breaking off be learned
+        return "cut off"  # with an end token appended, it would teach the model to break off
     if max(tokens) > settings.max_tokens:
-        return "too long"  # truncation would take the end token away
+        return "too long"  # truncation would remove the end token
     return None
 
 
@@ -173,7 +175,7 @@ _COUNTED: dict[tuple[str, str], list[int]] = {}  # every arm counts the same pai
 def _count_tokens(policy: Model, verdicts: list[dict]) -> Iterator[list[int]]:
     """Tokens of prompt and response together, as in training, for both responses of each verdict.
 
-    Of a model behind a server, which cannot be trained, they are an estimate.
+    For a model behind a server, which cannot be trained anyway, they are an estimate.
     """
     if policy.engine == "api":
         for row in verdicts:

@@ -18,21 +18,21 @@ from sao_utils.recipe import RecipeError
 from sao_utils.store import Run, complete, read_rows, row_id
 
 HUB_PERSONAS = "proj-persona/PersonaHub"  # CC BY-NC-SA 4.0: read on request, never bundled
-TRIES, PAUSE = 3, 10.0  # to read it, and seconds between them
+TRIES, PAUSE = 3, 10.0  # attempts to read it, and seconds between them
 
 
 def draw_personas(run: Run, round: int = 0) -> list[dict]:
-    """The personas of every seed, by `prompts.personas` and `prompts.count`; of each round others.
+    """The personas of every seed, by `prompts.personas` and `prompts.count`; each round has others.
 
     Returns:
         Rows {id, seed, persona}, `prompts.count` for each seed; with `prompts.personas: null` the
-        persona is None. Those of a file, and of the hub, are drawn at random, without repetition within
-        a seed (of the hub: over all seeds); a persona that the source holds twice counts once. Those of
-        the hub are kept in rows/personas.jsonl, so that the rest of a run needs no hub.
+        persona is None. Personas from a file or from the hub are drawn at random, without repetition
+        within a seed (from the hub: across all seeds); a persona that the source holds twice counts once.
+        Those from the hub are kept in rows/personas.jsonl, so that the rest of a run needs no hub.
 
     Raises:
-        RecipeError: the file is missing, empty, has no column "persona" or fewer personas than asked
-            for; the hub cannot be reached.
+        RecipeError: the file is missing, is empty, has no column "persona" or has fewer personas than
+            asked for; or the hub cannot be reached.
     """
     settings, seeds = run.recipe.prompts, run.recipe.seeds
     source, count = settings.personas, settings.count
@@ -63,19 +63,19 @@ def draw_personas(run: Run, round: int = 0) -> list[dict]:
 
 
 def _pick(different: list[str], count: int, seed: int, source: str, round: int = 0) -> list[str]:
-    """The `count` of a round, from a list that is shuffled in place by the seed."""
+    """The `count` personas of a round, from a list that is shuffled in place with the seed."""
     if len(different) < count * (round + 1):
         raise RecipeError(
             f"{source} has {len(different) - count * round} different personas that no earlier seed or "
             f"round has taken, prompts.count asks for {count}. Lower the count."
         )
-    # Not `sample`, which draws others for another count: a first round whose count is raised goes on.
+    # Not `sample`, whose draws depend on the count: this way, a first round with a raised count goes on.
     random.Random(seed).shuffle(different)
     return different[count * round : count * (round + 1)]
 
 
 def _everyday_personas() -> list[str]:
-    """Every combination of who somebody is, what they like, and what is on their mind."""
+    """Every combination of who a person is, what they like, and what is on their mind."""
     text = (files("sao_utils") / "prompts" / "everyday_personas.yaml").read_text(encoding="utf-8")
     parts = yaml.safe_load(text)
     combinations = product(parts["who"], parts["interest"], parts["situation"])
@@ -87,7 +87,7 @@ def _article(noun: str) -> str:
 
 
 def _hub_personas(run: Run, seed: int, round: int) -> list[str]:
-    """The kept personas of a seed and round; or new ones that no other one of the run has."""
+    """The personas of a seed and round that are on disk; else new ones that the run has not used yet."""
     count, path = run.recipe.prompts.count, run.rows("personas")
     of_round = (round,) if round else ()
     job = {"id": row_id("hub personas", HUB_PERSONAS, count, seed, *of_round)}
@@ -109,12 +109,12 @@ def _hub_personas(run: Run, seed: int, round: int) -> list[str]:
 
 
 def _hub_revision() -> str | None:
-    """The commit of Persona-Hub. Asked for first: it fails within seconds if there is no hub."""
+    """The commit of Persona-Hub. This is asked first, because it fails within seconds without a hub."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(HUB_PERSONAS, timeout=10).sha
-    except Exception as error:  # offline, no name server, a proxy, gone: the cure is the same
+    except Exception as error:  # offline, no DNS, a proxy, deleted: the remedy is the same
         raise RecipeError(
             f"Persona-Hub ({HUB_PERSONAS} on the hub) cannot be reached: {type(error).__name__}. "
             "prompts.personas=hub needs the internet once a run; or give a file with a column "
@@ -125,12 +125,12 @@ def _hub_revision() -> str | None:
 def _stream_from_hub(revision: str | None) -> Iterator[str]:
     """Every persona of Persona-Hub's list (200,000 lines), read as a stream.
 
-    Where a read fails, `datasets` tries it again for some two minutes. A connection that is lost for
-    longer is opened anew, and goes on behind the last row (what lies before it in its file is fetched
-    again, but not given twice).
+    If a read fails, `datasets` retries for some two minutes. A connection that is lost for longer is
+    opened again and continues after the last row (the part of the file before it is downloaded again,
+    but not yielded twice).
 
     Raises:
-        RecipeError: after so many `TRIES`.
+        RecipeError: reading failed `TRIES` times.
     """
     from datasets import load_dataset
 
@@ -146,7 +146,7 @@ def _stream_from_hub(revision: str | None) -> Iterator[str]:
                 if text := (row["persona"] or "").strip():
                     yield text
             return
-        except Exception as error:  # of no common kind: the HTTP library has changed before
+        except Exception as error:  # no common base class: the HTTP library has changed before
             fault = (
                 f"Reading Persona-Hub stopped after {read:,} rows ({type(error).__name__}: {error})"
             )

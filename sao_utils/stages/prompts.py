@@ -1,12 +1,12 @@
 """Stage 1b: prompts, from one of several sources (SAO, Algorithm 1, step 2).
 
-`persona` is the paper's way: the model reads its template with a persona in it. `no_persona` is the
-paper's ablation. `pre_query` lets the model write the user's turn after an empty user header, with the
-persona in the system turn: Magpie's way (Xu et al. 2024, arXiv 2406.08464), which small models can go.
-`file` takes prompts that there are already. `keywords` is SynPO's way (arXiv 2410.06961): a model that
-was trained for it, the self-prompt generator, writes a prompt and its solution around three keywords. All
-give the same rows, and count what they discard. To a share of what a model wrote (`prompts.instructions`)
-an instruction is added that an oracle can check.
+`persona` is the paper's way: the model reads the paper's template with a persona in it. `no_persona` is
+the paper's ablation. `pre_query` lets the model write the user's turn after an empty user header, with
+the persona in the system turn: Magpie's way (Xu et al. 2024, arXiv 2406.08464), which works for small
+models. `file` takes existing prompts. `keywords` is SynPO's way (arXiv 2410.06961): a model trained for
+the purpose, the self-prompt generator, writes a prompt and its solution around three keywords. All
+sources give the same rows and count what they discard. A share of the prompts that a model wrote
+(`prompts.instructions`) gets an additional instruction that an oracle can check.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from sao_utils.store import Run, make_rows, read_rows, replace_rows, row_id
 
 IN_EVALUATION = "in an evaluation set"
 NEAR_DUPLICATE = "near-duplicate"
-#: template -> how its reply is read; every other one's must begin with "User prompt:"
+#: template -> parser of its replies; replies to all other templates must begin with "User prompt:"
 PARSERS = {None: lambda text: text.strip() or None, "keywords": templates.parse_question}
-#: template -> where its reply ends for us: the solution that SynPO's generator goes on with, nobody reads
+#: template -> stop string of its replies: the solution that SynPO's generator writes next is not used
 STOPS = {"keywords": "</question>"}
-FEW = 20  # prompts below which no share of them is judged (ours)
+FEW = 20  # with fewer prompts than this, the usable share is not checked (ours)
 
 
 class StageFailed(RuntimeError):
-    """A stage ran, and what it made is of no use; the message says what to change."""
+    """A stage ran, but its output is of no use; the message says what to change."""
 
 
 def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) -> list[dict]:
     """The prompts of every seed, by `prompts.source`.
 
     Args:
-        about: rows of `draw_personas`, or for `keywords` of `keyword_lists`; one prompt is written for
-            each. Not read if source is `file`.
-        policy: the model that writes.
+        about: rows of `draw_personas`, or of `keyword_lists` if the source is `keywords`; one prompt is
+            written for each. Not used if the source is `file`.
+        policy: the model that writes the prompts.
 
     Returns:
         Rows {id, seed, round, source, persona or keywords, model, temperature, reply, prompt, discarded,
-        tokens, finished}. `discarded` is None, or says why the row goes no further: "malformed" (the reply
-        does not begin as the template asks), "cut off" (at the token limit), `NO_REPLY`, or "evaluation
-        question" (an oracle keeps it for evaluation, so training on it would leak). `select_prompts`
-        discards more.
+        tokens, finished}. `discarded` is None, or the reason why the row is not used further: "malformed"
+        (the reply does not have the form that the template asks for), "cut off" (at the token limit),
+        `NO_REPLY`, or "evaluation question" (an oracle reserves it for evaluation, so training on it
+        would leak). `select_prompts` discards more.
     """
     settings = run.recipe.prompts
     if settings.source == "file":
@@ -85,7 +85,7 @@ def write_prompts(run: Run, about: list[dict], policy: Model, round: int = 0) ->
 
 
 def _chat(template: str | None, job: dict) -> list[dict]:
-    """What the model reads: a filled template, or a user's turn that it is to write itself."""
+    """The chat that the model is given: a filled template, or an open user turn for it to write."""
     if template == "keywords":
         return generator_chat(job["keywords"])
     persona = job["persona"]
@@ -96,7 +96,7 @@ def _chat(template: str | None, job: dict) -> list[dict]:
 
 
 def generator_chat(keywords: list[str]) -> list[dict]:
-    """What SynPO's self-prompt generator reads, in training and when it writes."""
+    """The chat that SynPO's self-prompt generator is given, both in training and when it writes."""
     content = templates.render("keywords", keywords=", ".join(keywords))
     return [{"role": "user", "content": content}]
 
@@ -120,7 +120,7 @@ def _row(job: dict, reply: dict, template: str | None, share: float) -> dict:
 
 
 def _own_prompts(run: Run, round: int) -> list[dict]:
-    """Prompts that are there: for each seed `prompts.count` of `prompts.data`, at random."""
+    """Existing prompts: for each seed, `prompts.count` of those in `prompts.data`, at random."""
     settings = run.recipe.prompts
     if settings.data == "tiny":
         every = list(oracles.tiny_paragraphs())
@@ -153,7 +153,7 @@ def _own_prompts(run: Run, round: int) -> list[dict]:
 
 
 def hub_column(settings: Prompts) -> list[str]:
-    """A column of a data set on the hub. Raises RecipeError when it cannot be had."""
+    """A column of a data set on the hub. Raises RecipeError if it cannot be loaded."""
     from datasets import load_dataset
 
     try:
@@ -177,16 +177,16 @@ def select_prompts(run: Run, prompts: list[dict], avoid: list[str]) -> list[dict
 
     Args:
         prompts: rows of `write_prompts`.
-        avoid: the evaluation's prompts, which training must not see; read if
+        avoid: the evaluation's prompts, which training must not see; only used if
             `prompts.max_shared_words` is set.
 
     Returns:
-        The rows, more of them with a `discarded`: "in an evaluation set" (it shares
+        The rows, more of them now with a reason in `discarded`: "in an evaluation set" (it shares
         `prompts.max_shared_words` words in a row with one of `avoid`), or "near-duplicate" (of an
         earlier prompt of its seed, by `prompts.max_similarity`).
 
     Raises:
-        StageFailed: less than `prompts.min_usable` of the prompts are left.
+        StageFailed: the share of prompts that are left is below `prompts.min_usable`.
     """
     settings, path = run.recipe.prompts, run.rows("prompts")
     words, similarity = settings.max_shared_words, settings.max_similarity
@@ -212,14 +212,14 @@ def select_prompts(run: Run, prompts: list[dict], avoid: list[str]) -> list[dict
 
 
 def _without_selection(row: dict) -> dict:
-    """A row as `write_prompts` made it, whatever an earlier selection by other settings said."""
+    """A row as `write_prompts` made it, without the result of an earlier selection."""
     row = {key: value for key, value in row.items() if key != "selection"}
     chosen_out = row["discarded"] in (IN_EVALUATION, NEAR_DUPLICATE)
     return {**row, "discarded": None} if chosen_out else row
 
 
 def _discard(rows: list[dict], reason: str, find: Callable[[list[str]], list]) -> list[dict]:
-    """The rows, `discarded` with the reason where `find` finds something in a prompt kept so far."""
+    """The rows; those kept so far in whose prompt `find` finds something get `reason` as `discarded`."""
     kept = [row for row in rows if row["discarded"] is None]
     hits = zip(kept, find([row["prompt"] for row in kept]))
     found = {row["id"] for row, hit in hits if hit is not None}
@@ -247,15 +247,15 @@ def _refuse_if_few(rows: list[dict], least: float) -> None:
 
 
 def repetition_rate(prompts: list[str]) -> float:
-    """Share of prompts that repeat an earlier one, up to case and white space.
+    """Share of prompts that repeat an earlier one, ignoring case and differences in white space.
 
-    Ours: the paper reports a repetition rate without defining it. 0 for an empty list.
+    Our definition: the paper reports a repetition rate without defining it. 0 for an empty list.
     """
     return 1 - len(set(map(normalised, prompts))) / len(prompts) if prompts else 0.0
 
 
 def normalised(prompt: str) -> str:
-    """A prompt up to case and white space."""
+    """A prompt in lower case, with single spaces between words."""
     return " ".join(prompt.lower().split())
 
 
@@ -266,18 +266,18 @@ def near_duplicate_rate(prompts: list[str], similarity: float = 0.7) -> float:
 
 
 def evaluation_overlap(prompts: list[dict], avoid: list[str], n: int = 8) -> dict:
-    """Which prompts share n words in a row with one of the evaluation's.
+    """Which prompts share n consecutive words with one of the evaluation's prompts.
 
-    Only looks: what is discarded is up to `prompts.max_shared_words`.
+    This only reports: discarding is done by `select_prompts`, if `prompts.max_shared_words` is set.
 
     Args:
         prompts: rows of `select_prompts`.
         avoid: the evaluation's prompts.
-        n: GPT-3 took 8 to 13, by the length of a set's items (Brown et al. 2020, appendix C).
+        n: GPT-3 used 8 to 13, depending on the length of a set's items (Brown et al. 2020, appendix C).
 
     Returns:
-        {prompts, questions: how many were compared, matches: a row {id, seed, prompt, question,
-        shared} for each prompt that has some; `shared` are the words of `overlap.shared_ngrams`}.
+        {prompts, questions: how many of each were compared, matches: a row {id, seed, prompt, question,
+        shared} for each prompt with an overlap; `shared` holds the words from `overlap.shared_ngrams`}.
     """
     rows = [row for row in prompts if row["discarded"] in (None, IN_EVALUATION)]
     found = shared_ngrams([row["prompt"] for row in rows], avoid, n)

@@ -20,11 +20,12 @@ def write_responses(
 
     Args:
         prompts: rows of `select_prompts`.
-        samples: responses to each prompt.
+        samples: number of responses to each prompt.
 
     Returns:
         Rows {id, prompt_id, seed, round, sample, model, temperature, prompt, text, tokens, finished},
-        the samples (0, 1, ...) of a prompt after each other; "reasoning", too, of a model that thinks.
+        with the samples (0, 1, ...) of a prompt next to each other; also {reasoning} for a model that
+        thinks.
     """
     settings = run.recipe.responses
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
@@ -58,15 +59,16 @@ def answer_jobs(
     sampling: Sampling,
     read: Callable[[dict], dict] = lambda row: {},
 ) -> list[dict]:
-    """Let a model write a text for each job, and keep the rows that are missing.
+    """Let a model write a text for each job that has no row yet, and keep the new rows.
 
     Args:
-        jobs: dicts with an "id" and what the row is to say of itself.
-        chat_of: what the model reads for a job.
-        read: what a row is to say of its text.
+        jobs: dicts with an "id" and the other fields that identify the row.
+        chat_of: gives the chat that the model is given for a job.
+        read: gives additional fields for a row, read from its text.
 
     Returns:
-        The jobs with {text, tokens, finished} and what `read` finds added, kept in rows/<stage>.jsonl.
+        The jobs with {text, tokens, finished} and the fields from `read` added, kept in
+        rows/<stage>.jsonl.
     """
 
     def work(outstanding: list[dict]) -> Iterator[list[dict]]:

@@ -1,9 +1,9 @@
-"""Scores of responses, by which SynPO keeps a pair (arXiv 2410.06961, section 2.2).
+"""Scores of responses, by which SynPO filters pairs (arXiv 2410.06961, section 2.2).
 
-Four kinds of scorers give the same number, how much better one response is than the other to the same
-prompt: a judge (its margin in nats), a judge of single responses (a difference of points, 0 to 5, as in
-Self-Rewarding, arXiv 2401.10020), a reward model (a difference of rewards), and as the upper bound the
-oracle (a difference of flaws). The paper's scorers, PairRM and ArmoRM, are reward models.
+Four kinds of scorers answer the same question, how much better one response to a prompt is than another:
+a judge of pairs (its margin in nats), a judge of single responses (a difference in points, 0 to 5, as in
+Self-Rewarding, arXiv 2401.10020), a reward model (a difference in rewards), and, as the upper bound, the
+oracle (a difference in the number of flaws). The paper's scorers, PairRM and ArmoRM, are reward models.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def score_gaps(run: Run, pairs: list[dict], scorer: Scorer, stage: str = "scores
 
     Args:
         pairs: rows of `side_by_side`.
-        stage: what the scores are kept as.
+        stage: the name under which the scores are kept.
 
     Returns:
-        The pairs with {gap: float, None where the scorer does not say; outcome, margin: a judge's, or
-        None}.
+        The pairs with {gap: float, or None if the scorer gives no score; outcome, margin: those of a
+        judge, None for other scorers}.
     """
     if scorer.kind == "judge":
         judged = weaken(judge_pairs(run, pairs, scorer.model, stage), run.recipe.judging)
@@ -62,20 +62,20 @@ def best_and_worst(
     """The best and the worst of several responses to each prompt, side by side.
 
     Every two responses to a prompt are compared; a response's score is the mean of its gaps to the
-    others. For points, a reward model or the oracle that is the order of their own scores.
+    others. For points, a reward model or the oracle, this gives the same order as their own scores.
 
     Args:
-        responses: rows of `write_responses`, two or more to each prompt.
+        responses: rows of `write_responses`, two or more for each prompt.
 
     Returns:
-        Rows of `side_by_side` with {gap: the difference of both scores, None if no two responses have
-        one; outcome and margin: None}.
+        Rows of `side_by_side` with {gap: the difference between the two scores, None if no two
+        responses could be compared; outcome and margin: None}.
     """
     by_prompt: dict[str, list[dict]] = {}
     for row in responses:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
     couples = [couple for rows in by_prompt.values() for couple in combinations(rows, 2)]
-    gaps: dict[str, list[float]] = {}  # of those that were scored
+    gaps: dict[str, list[float]] = {}  # only of responses that were scored
     for row in score_gaps(run, side_by_side(couples), scorer, stage):
         if row["gap"] is not None:
             for one, sign in zip(row["response_ids"], (1, -1)):
@@ -93,9 +93,9 @@ def best_and_worst(
 
 
 def _points(run: Run, pairs: list[dict], judge: Model, stage: str) -> list[list[float | None]]:
-    """The points [a, b] of each pair's responses: the mean of several sampled replies, kept as rows.
+    """The points [a, b] of each pair's responses: the mean over several sampled replies, kept as rows.
 
-    None for a response of which no reply holds a score.
+    None for a response if none of its replies contains a score.
     """
     settings = run.recipe.points
     sampling = Sampling(settings.temperature, settings.max_new_tokens, settings.top_p)
@@ -132,7 +132,7 @@ def _points(run: Run, pairs: list[dict], judge: Model, stage: str) -> list[list[
 
 
 def _rewards(run: Run, pairs: list[dict], scorer: Model, stage: str) -> list[list[float | None]]:
-    """The rewards [a, b] of each pair's responses, kept in rows/<stage>.jsonl, each once."""
+    """The rewards [a, b] of each pair's responses, kept in rows/<stage>.jsonl, one row per response."""
     from sao_utils.engines.reward import rewards
 
     name = model_name(scorer)
@@ -164,9 +164,10 @@ def _chat(prompt: str, response: str) -> list[dict]:
 
 
 def repetition(text: str, n: int = 3) -> float:
-    """Share of a text's runs of n words that repeat an earlier one; 0 for fewer than n + 1 words.
+    """Share of a text's n-word sequences that repeat an earlier one; 0 for fewer than n + 1 words.
 
-    SynPO drops text with more than 50 % repetition and does not say how it is measured; this is ours.
+    SynPO drops texts with more than 50 % repetition but does not say how it is measured; this measure is
+    ours.
     """
     words = text.lower().split()
     runs = [tuple(words[k : k + n]) for k in range(len(words) - n + 1)]

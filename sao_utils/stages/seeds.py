@@ -8,14 +8,14 @@ from sao_utils.store import Run, row_id
 
 
 def seed_items(run: Run, seed: int) -> list[dict]:
-    """`synpo.seed_count` items for a seed of the run, drawn at random from `synpo.seeds`.
+    """`synpo.seed_count` items for one seed of the run, drawn at random from `synpo.seeds`.
 
     Returns:
-        Rows {id, seed, round, prompt, answer, discarded}; the last is None, so that stages that answer
-        prompts take them.
+        Rows {id, seed, round, prompt, answer, discarded}; `discarded` is None, so that stages that
+        answer prompts accept them.
 
     Raises:
-        RecipeError: no such file, a column is missing or empty, or there are too few items.
+        RecipeError: there is no such file, a column is missing or empty, or there are too few items.
     """
     settings = run.recipe.synpo
     if settings.seeds == "tiny":

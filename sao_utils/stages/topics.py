@@ -1,7 +1,7 @@
-"""What prompts are about and what they want, as the judge says (SynPO, arXiv 2410.06961).
+"""Topics and intentions of prompts, as labelled by the judge (SynPO, arXiv 2410.06961).
 
-The paper shows the topics and intentions of its synthetic prompts as a sunburst. Ours: the
-template, labels in the judge's own words, and shares with intervals in the place of the picture.
+The paper shows the topics and intentions of its synthetic prompts as a sunburst chart. Ours: the
+template, labels in the judge's own words, and shares with intervals instead of the chart.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from sao_utils.stages.responses import answer_jobs
 from sao_utils.statistics.intervals import clustered_mean
 from sao_utils.store import Run, row_id
 
-TOKENS = 64  # of a reply; for a judge that thinks first, a larger judging.max_new_tokens counts
+TOKENS = 64  # limit of a reply, unless judging.max_new_tokens is larger (for a judge that thinks first)
 
 
 def label_prompts(
     run: Run, prompts: list[dict], judge: Model, sample: int = SAMPLE, seed: int = 0
 ) -> list[dict]:
-    """Ask the judge for the topic and the intention of each of a sample of prompts.
+    """Ask the judge for the topic and the intention of each prompt in a random sample.
 
     Args:
-        prompts: rows of `select_prompts` or `seed_items`; those that are discarded are left out.
+        prompts: rows of `select_prompts` or `seed_items`; discarded ones are left out.
 
     Returns:
         Rows {id, prompt_id, seed, round, judge, prompt, text, tokens, finished, topic, intention,
-        discarded}, kept in rows/topics.jsonl. `discarded` is None, "malformed" (not the two labels that
-        the template asks for), "cut off", or `NO_REPLY`; topic and intention are None then.
+        discarded}, kept in rows/topics.jsonl. `discarded` is None, "malformed" (the reply lacks the two
+        labels that the template asks for), "cut off", or `NO_REPLY`; if it is not None, topic and
+        intention are None.
     """
     prompts = [row for row in prompts if row["discarded"] is None]
     if len(prompts) > sample:
@@ -54,7 +55,7 @@ def label_prompts(
 
 
 def _labels(row: dict) -> dict:
-    """What a row says more once its reply is read."""
+    """The additional fields of a row, read from its reply."""
     found = templates.parse_topics(row["text"])
     if unanswered(row["tokens"], row["finished"]):
         discarded = NO_REPLY
@@ -70,12 +71,12 @@ def frequencies(rows: list[dict], what: str, most: int = 10) -> list[dict]:
     """The most frequent labels, the most frequent first.
 
     Args:
-        rows: of `label_prompts`.
+        rows: rows of `label_prompts`.
         what: "topic" or "intention".
 
     Returns:
-        {label, count, share: `Interval` among the prompts that have a label, n: how many these are,
-        discarded: how many have none}.
+        At most `most` rows {label, count, share: an `Interval`, among the prompts that have a label,
+        n: the number of these prompts, discarded: the number of prompts without a label}.
     """
     used = [row for row in rows if row["discarded"] is None]
     clusters = [oracles.cluster(row["prompt"]) for row in used]

@@ -1,4 +1,4 @@
-"""Where a gain begins: the zero of a straight line through points, with its interval."""
+"""Where a gain begins: the zero crossing of a line fitted to points, with an interval."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from sao_utils.statistics.intervals import Interval
 
-Points = tuple[Sequence[float], Sequence[float]]  # x and y of each
+Points = tuple[Sequence[float], Sequence[float]]  # the x values and the y values
 
 
 def zero_crossing(points: Points, resamples: int = 10_000) -> Interval:
     """The x at which the least-squares line through points crosses y = 0 on its way up.
 
-    All points weigh the same. The interval is a percentile bootstrap over points. What all points have
-    in common, such as the questions, is held fixed. A resample whose line does not rise crosses
-    nowhere, and counts as infinite.
+    All points have the same weight. The interval is a percentile bootstrap over points; what all points
+    have in common, such as the questions, is held fixed. A resample whose line does not rise has no
+    crossing, and counts as infinite.
 
     Returns:
-        The crossing, which may lie outside of the points: a note says so. NaN with a note if the line
-        does not rise.
+        The crossing. It may lie outside the range of the points: a note then says so. NaN with a note if
+        the line does not rise.
     """
     x, y = (np.asarray(values, dtype=float) for values in points)
     value = _crossings(x[None], y[None])[0]
@@ -32,7 +32,7 @@ def zero_crossing(points: Points, resamples: int = 10_000) -> Interval:
 
 
 def crossing_shift(before: Points, after: Points, resamples: int = 10_000) -> Interval:
-    """By how much the crossing moves from some points to others; each are resampled by themselves."""
+    """By how much the crossing moves from one set of points to another; each set is resampled separately."""
     first, second = zero_crossing(before, 1), zero_crossing(after, 1)
     if np.isnan(first.value) or np.isnan(second.value):
         return Interval(np.nan, np.nan, np.nan, first.n + second.n, "a line does not rise")
@@ -40,13 +40,16 @@ def crossing_shift(before: Points, after: Points, resamples: int = 10_000) -> In
     for seed, (x, y) in enumerate((before, after)):
         drawn = _drawn(len(x), resamples, seed)
         ends.append(_crossings(np.asarray(x, float)[drawn], np.asarray(y, float)[drawn]))
-    with np.errstate(invalid="ignore"):  # where neither crosses, there is no difference
+    with np.errstate(invalid="ignore"):  # infinite minus infinite, if neither line crosses, is NaN
         moved = ends[1] - ends[0]
     return _interval(second.value - first.value, moved, first.n + second.n)
 
 
 def _crossings(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of sets of points, [k, n] each; infinite where the line does not rise, NaN where x is all alike."""
+    """[k] crossings of k sets of n points, x and y each [k, n].
+
+    Infinite where the line does not rise, NaN where all x of a set are the same.
+    """
     across = x - x.mean(1, keepdims=True)
     spread, rise = (across**2).sum(1), (across * y).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -63,5 +66,5 @@ def _interval(value: float, found: np.ndarray, n: int, note: str = "") -> Interv
     found = found[~np.isnan(found)]
     if not len(found):
         return Interval(float(value), np.nan, np.nan, n, note)
-    ends = np.quantile(found, (0.025, 0.975), method="nearest")  # which takes infinite ones
+    ends = np.quantile(found, (0.025, 0.975), method="nearest")  # "nearest" allows infinite values
     return Interval(float(value), *map(float, ends), n, note)

@@ -1,4 +1,4 @@
-"""Standard errors over clusters of questions and over trainings, and the checks of all inputs."""
+"""Standard errors over clusters of questions and over trainings, and checks of the inputs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 def add_trainings(
     variance: float, freedom: float, between: float, trainings: int, shared: float
 ) -> tuple[float, float]:
-    """A standard error that also holds what other trainings (seeds) would have changed.
+    """A standard error that also includes what other trainings (seeds) would have changed.
 
-    The variance between clusters of questions, plus that between trainings, minus the chance of
-    single answers, which is in both: V = V_clusters + max(0, V_trainings - V_both) (Cameron, Gelbach
-    and Miller, 2011, Journal of Business and Economic Statistics 29). The degrees of freedom are
+    The variance between clusters of questions, plus the variance between trainings, minus the chance
+    variation of single answers, which is in both: V = V_clusters + max(0, V_trainings - V_both) (Cameron,
+    Gelbach and Miller, 2011, Journal of Business and Economic Statistics 29). The degrees of freedom are
     Welch and Satterthwaite's for V_clusters and V_trainings.
 
     Args:
-        variance, freedom: of the estimate, between clusters.
-        between: its variance between `trainings` trainings, at least two.
-        shared: its variance when each cluster of each training counts on its own.
+        variance, freedom: the estimate's variance between clusters, and its degrees of freedom.
+        between: the estimate's variance between `trainings` trainings, of which there are at least two.
+        shared: its variance if each combination of cluster and training counts as a cluster of its own.
 
     Returns:
         The standard error, and its degrees of freedom.
@@ -36,8 +36,8 @@ def two_way_error(moves: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> t
 
     Args:
         moves: [n] by how much each value moves the estimate: for a mean, (value - mean) / n.
-        codes, of_run: [n] its cluster and its training, both numbered 0, 1, ...; -1 for a value
-            that comes of no training.
+        codes, of_run: [n] the cluster and the training of each value, both numbered 0, 1, ...; the
+            training is -1 for a value that does not come from one.
     """
     variance, freedom = variance_of_sums(moves, codes), float(codes.max())
     trained = of_run >= 0
@@ -58,9 +58,9 @@ def widened(
     codes: np.ndarray,
     of_run: np.ndarray,
 ) -> tuple[float, float]:
-    """Bounds that know of clusters only, moved apart by what trainings add (`two_way_error`).
+    """Bounds that account for clusters only, widened by what trainings add (`two_way_error`).
 
-    In squares, on each side (Zou and Donner, 2008, Statistics in Medicine 27).
+    On each side, the squares of the distances are added (Zou and Donner, 2008, Statistics in Medicine 27).
     """
     error, freedom = two_way_error(moves, codes, of_run)
     known = students_t(int(codes.max())) ** 2 * variance_of_sums(moves, codes)
@@ -71,14 +71,14 @@ def widened(
 
 
 def students_t(freedom: float) -> float:
-    """The 97.5 % quantile of Student's distribution."""
+    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom."""
     from scipy import stats
 
     return float(stats.t.ppf(0.975, freedom))
 
 
 def variance_of_sums(residuals: np.ndarray, codes: np.ndarray) -> float:
-    """The variance of the sum of residuals, from how their sums by cluster scatter about 0."""
+    """The variance of the sum of residuals, from how far their sums by cluster scatter about 0."""
     sums = np.bincount(codes, residuals)
     return float(sums @ sums) * len(sums) / (len(sums) - 1)
 
@@ -97,10 +97,10 @@ def checked(values: Sequence[float], name: str) -> np.ndarray:
 
 
 def cluster_codes(clusters: Sequence, n: int, name: str) -> np.ndarray:
-    """The clusters of n values numbered 0, 1, ... in an order that does not depend on the rows' order.
+    """The clusters of n values, numbered 0, 1, ... independently of the order of the values.
 
     Raises:
-        ValueError: not one cluster for each value.
+        ValueError: the number of clusters given is not n.
     """
     names = clusters.tolist() if hasattr(clusters, "tolist") else list(clusters)
     if len(names) != n:

@@ -3,13 +3,13 @@
 Which function for what:
 - a win rate, or another share: `win_rate` (`clustered_mean` of booleans is the same);
 - a win rate at equal length: `length_control.length_controlled_win_rate`;
-- a difference of two models on the same questions: `clustered_difference`;
-- anything that is no share: `clustered_mean`.
+- a difference between two models on the same questions: `clustered_difference`;
+- anything that is not a share: `clustered_mean`.
 
 Questions about the same hobby and aspects are alike, and so are several seeds' answers to one question:
-what counts is the number of *clusters*, not of values. Any hashable value names a cluster. Values of
-several seeds are concatenated, each with its question's cluster and, as `runs`, its seed: the interval
-then also holds what other seeds would have changed (`errors.add_trainings`).
+what counts is the number of *clusters*, not of values. Any hashable value can name a cluster. To combine
+several seeds, concatenate their values and give each its question's cluster and, as `runs`, its seed: the
+interval then also includes what other seeds would have changed (`errors.add_trainings`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CHUNK = 4_000_000  # drawn clusters held in memory at a time
 class Interval:
     """An estimate with its 95 % interval, and the number of values (not clusters) behind it.
 
-    What cannot be estimated is NaN, and `note` has the reason.
+    What cannot be estimated is NaN, and `note` gives the reason.
     """
 
     value: float
@@ -52,12 +52,12 @@ class Interval:
 
 
 def exact(value: float, n: int) -> Interval:
-    """A number of a whole set, no sample of one: it has no interval."""
+    """A number that describes a whole set rather than a sample: it has no interval."""
     return Interval(float(value), math.nan, math.nan, n)
 
 
 def without_interval(value: float, n: int) -> Interval:
-    """What cannot be estimated: no values, or values of one cluster, which say nothing of others."""
+    """The result for no values, or for values of a single cluster, which say nothing about others."""
     if not n:
         return Interval(math.nan, math.nan, math.nan, 0, "nothing to count")
     return Interval(float(value), math.nan, math.nan, n, ONE_CLUSTER)
@@ -70,26 +70,27 @@ def win_rate(
 ) -> Interval:
     r"""The raw win rate of a model, a tie counting half, with a score interval.
 
-    The interval holds all rates p with (p' - p)^2 <= t^2 p (1 - p) / m: Wilson's interval, with
+    The interval contains all rates p with (p' - p)^2 <= t^2 p (1 - p) / m. This is Wilson's interval with
     m = p' (1 - p') / v in place of n, v being the variance of the win rate p' between clusters, and
     t Student's quantile with one degree of freedom fewer than there are clusters (Kott and Carr,
     1997, Journal of Official Statistics 13; Franco and others, 2019, Journal of Survey Statistics
     and Methodology 7). Near 0 and 100 % bootstrap intervals are too narrow; this one is not.
 
     Args:
-        outcomes: [n] 1 won, 0 lost, 0.5 a tie, or anything between (a judge's probability); None
-            or NaN: invalid, left out.
+        outcomes: [n] 1 for won, 0 for lost, 0.5 for a tie, or anything between 0 and 1 (a judge's
+            probability); None or NaN for invalid ones, which are left out.
         clusters: [n] the cluster of each comparison; None: comparisons are independent.
-        runs: [n] the training (seed) of each comparison; None: of one. With several, v also has
-            the variance between trainings, and t its degrees of freedom (`add_trainings`).
+        runs: [n] the training (seed) of each comparison; None: a single one. With several, v includes
+            the variance between trainings, and t the degrees of freedom that go with it
+            (`add_trainings`).
 
     Returns:
-        The win rate of the valid comparisons and its interval. Where all outcomes are alike, m is the
-        number of clusters. Comparisons of one cluster, or none that is valid, have no interval
-        (`without_interval`).
+        The win rate of the valid comparisons and its interval. If all outcomes are the same, m is the
+        number of clusters. Without any valid comparison, or if all are in one cluster, there is no
+        interval (`without_interval`).
 
     Raises:
-        ValueError: outcomes outside of 0..1, or not one cluster for each.
+        ValueError: outcomes outside 0..1, or numbers of outcomes and clusters that differ.
     """
     every = np.asarray(outcomes, dtype=float)
     valid = ~np.isnan(every)
@@ -112,7 +113,7 @@ def _score_interval(y: np.ndarray, codes: np.ndarray, of_run: np.ndarray) -> Int
     value, trials, freedom = float(y.mean()), float(codes.max() + 1), float(codes.max())
     if np.ptp(y) > 0:
         error, freedom = two_way_error((y - value) / n, codes, of_run)
-        # Clusters that all have the same share show no variance: each is one trial then.
+        # Clusters that all have the same share show no variance: each then counts as one trial.
         trials = value * (1 - value) / error**2 if error > 1e-12 else trials
     return _wilson(value, trials, students_t(freedom), n)
 
@@ -128,7 +129,7 @@ def _wilson(share: float, trials: float, t: float, n: int) -> Interval:
     half = (
         t / (1 + t**2 / trials) * math.sqrt(share * (1 - share) / trials + t**2 / (4 * trials**2))
     )
-    # At 0 and 1 the formula gives exactly 0 and 1, but for rounding.
+    # For shares of 0 and 1 the formula gives exactly 0 and 1, except for rounding.
     low = 0.0 if share == 0 else max(0.0, centre - half)
     high = 1.0 if share == 1 else min(1.0, centre + half)
     return Interval(float(share), float(low), float(high), int(n))
@@ -143,25 +144,25 @@ def clustered_mean(
 ) -> Interval:
     """The mean of values that come in clusters, with a percentile bootstrap over the clusters.
 
-    Booleans are a share: they get the score interval of `win_rate`. Each resample draws as many
-    clusters as there are, with replacement, and takes the sum of their values over the number of
-    their values. The percentiles lie a little outside of 2.5 and 97.5 (`tail_of`).
+    The mean of booleans is a share: it gets the score interval of `win_rate`. Each resample draws as many
+    clusters as there are, with replacement, and divides the sum of their values by the number of
+    their values. The percentiles lie a little outside 2.5 and 97.5 (`tail_of`).
 
     Args:
         values: [n] numbers or booleans.
         clusters: [n] the cluster of each value.
-        resamples: how many resamples; they are the same in every call.
-        runs: [n] the training (seed) that each value belongs to; None: one. What several add is added
-            to each bound (`errors.widened`).
-        bca: take the bias-corrected and accelerated bootstrap of scipy (Efron, 1987, JASA 82), where
-            it is defined and the values are of one training.
+        resamples: how many resamples are drawn; they are the same in every call.
+        runs: [n] the training (seed) that each value belongs to; None: a single one. With several, each
+            bound is moved by the uncertainty that they add (`errors.widened`).
+        bca: use scipy's bias-corrected and accelerated bootstrap (Efron, 1987, JASA 82) if it is defined
+            and all values are of one training.
 
     Returns:
-        The mean and its interval. There is none where clusters are all alike, which is no certainty,
-        nor of values of one cluster, nor of no values (`without_interval`).
+        The mean and its interval. There is no interval for values of one cluster, for no values
+        (`without_interval`), or if all clusters are alike (which does not make the mean certain).
 
     Raises:
-        ValueError: missing values, or not one cluster for each value.
+        ValueError: missing values, or numbers of values and clusters that differ.
     """
     numbers = checked(values, "values")
     n = len(numbers)
@@ -172,7 +173,7 @@ def clustered_mean(
     value = math.fsum(numbers) / n
     if not codes.any():
         return without_interval(value, n)
-    # Sorted first: the sums are then the same to the last digit in whatever order the rows come.
+    # Sorted first, so that the sums do not depend on the order of the rows, not even in the last digit.
     order = np.lexsort((numbers, codes))
     numbers, codes, of_run = numbers[order], codes[order], of_run[order]
     moves, tail = (numbers - value) / n, tail_of(codes)
@@ -197,12 +198,12 @@ def clustered_difference(
     """The mean of a - b, paired, as in `clustered_mean`.
 
     Args:
-        a, b: [n] numbers or booleans; `a[i]` and `b[i]` belong to the same question. Where `a` has
-            several seeds and `b` has one, repeat the values of `b` for each seed.
+        a, b: [n] numbers or booleans; `a[i]` and `b[i]` belong to the same question. If `a` has several
+            seeds and `b` has one, repeat the values of `b` for each seed.
 
     Returns:
-        The mean difference and its interval. Where all values lie in 0..1 and all differences are
-        alike it is that of `unvaried_difference`.
+        The mean difference and its interval. If all values lie in 0..1 and all differences are alike,
+        the interval is that of `unvaried_difference`.
 
     Raises:
         ValueError: missing values, or lengths that differ.
@@ -220,16 +221,17 @@ def clustered_difference(
 
 
 def unvaried_difference(value: float, values: np.ndarray, trials: int, n: int) -> Interval:
-    """The interval of a difference that is the same in all clusters, which is no certainty.
+    """The interval of a difference that is the same in all clusters, and yet not certain.
 
-    That none of k clusters is different says that no more than a share s of all clusters is: the
-    upper bound of `win_rate` for 0 of k. At worst these lie at -1 or 1. For a difference of 0 in
-    each of 100 clusters this is 0 +- 0.04.
+    If none of k clusters deviates, then at most a share s of all clusters does: the upper bound of
+    `win_rate` for 0 of k. At worst, the deviating ones lie at -1 or 1. For a difference of 0 in
+    each of 100 clusters this gives 0 +- 0.04.
 
     Args:
-        value: of every cluster.
-        values: all that was subtracted from each other. Only values in 0..1 have an interval.
-        trials: how many clusters there are, at least two.
+        value: the difference in every cluster.
+        values: all values that were subtracted from each other. If any lies outside 0..1, there is no
+            interval.
+        trials: the number of clusters, at least two.
         n: the number of differences.
     """
     if values.min() < 0 or values.max() > 1:
@@ -240,7 +242,7 @@ def unvaried_difference(value: float, values: np.ndarray, trials: int, n: int) -
 
 
 def resampled_sums(sums: np.ndarray, resamples: int) -> np.ndarray:
-    """[resamples, m] totals of as many clusters as there are, drawn with replacement.
+    """[resamples, m] totals over k clusters that are drawn, with replacement, from the k clusters given.
 
     Args:
         sums: [k, m] what each of the k clusters adds to each of m totals.
@@ -260,8 +262,8 @@ def resampled_sums(sums: np.ndarray, resamples: int) -> np.ndarray:
 def tail_of(codes: np.ndarray) -> float:
     """The share to cut off at each end of a bootstrap distribution: 0.025 for many clusters.
 
-    Less for few: a bootstrap over k clusters understates the variance by (k - 1) / k and knows
-    nothing of Student's t (Hesterberg, 2015, The American Statistician 69: the expanded percentile
+    Less for few: a bootstrap over k clusters understates the variance by a factor of (k - 1) / k and does
+    not account for Student's t (Hesterberg, 2015, The American Statistician 69: the expanded percentile
     interval).
     """
     k = int(codes.max()) + 1
@@ -272,12 +274,12 @@ def _bca(sums: np.ndarray, tail: float, resamples: int) -> tuple[float, float] |
     """The BCa bounds of a mean over clusters; None where they are undefined.
 
     Args:
-        sums: [k, 2] sum and number of the values of each cluster.
+        sums: [k, 2] the sum and the number of values in each cluster.
     """
     from scipy import stats
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where it is undefined
+        warnings.simplefilter("ignore")  # scipy warns if the bounds are undefined
         found = stats.bootstrap(
             tuple(sums.T),
             lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),

@@ -1,4 +1,4 @@
-"""Win rates at equal length: AlpacaEval's model of one pair of models, with an interval."""
+"""Win rates at equal length: AlpacaEval's regression for one pair of models, with an interval."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def length_controlled_win_rate(
 
     Fits P(win) = sigmoid(a + b tanh(d / std(d)) + c g), d being the difference in length and g the
     prompt's difficulty, and reports the mean over prompts of the prediction at d = 0; without g
-    that is sigmoid(a). This is AlpacaEval's model of one pair of models (Dubois and others, 2024,
-    arXiv 2404.04475; `length_controlled_v1` in its program). Its program differs in how it fits:
-    it adds comparisons of two gamed baselines, takes an L1 penalty chosen by cross-validation, and
-    gives no interval. Its published figures are therefore not these to the digit.
+    that is sigmoid(a). This is AlpacaEval's regression for one pair of models (Dubois and others, 2024,
+    arXiv 2404.04475; `length_controlled_v1` in its program). The program differs in how it fits:
+    it adds comparisons of two gamed baselines, uses an L1 penalty chosen by cross-validation, and
+    gives no interval. Its published figures therefore do not agree with these to the last digit.
 
-    The covariance is robust to clustering (Liang and Zeger, 1986), which also makes it right for
+    The covariance is robust to clustering (Liang and Zeger, 1986), which also makes it valid for
     ties and for judges' probabilities (Papke and Wooldridge, 1996, fractional logit). The interval
-    is made on the log-odds, with Student's quantile for the number of clusters, and mapped back.
-    std(d) counts as known.
+    is computed on the log-odds, with Student's quantile for the number of clusters, and mapped back.
+    std(d) is treated as known.
 
     Args:
-        wins: [n] 1 the tuned model wins, 0 it loses, 0.5 a tie, or a judge's probability.
-        length_difference: [n] length of the tuned answer minus that of the base's.
+        wins: [n] 1 if the tuned model wins, 0 if it loses, 0.5 for a tie, or a judge's probability.
+        length_difference: [n] length of the tuned model's answer minus length of the base's.
         clusters: [n] the cluster of each comparison.
         difficulty: [n] the difficulty g of each prompt, known beforehand (AlpacaEval publishes
-            one for each of its 805 prompts); None: without.
-        runs: [n] the training (seed) of each comparison; None: of one. With several, the variance
+            one for each of its 805 prompts); None: a fit without difficulties.
+        runs: [n] the training (seed) of each comparison; None: a single one. With several, the variance
             between trainings is added (`errors.add_trainings`).
 
     Returns:
-        The length-controlled win rate and its interval. Where all answers are as long as the base's,
-        the same fit without b; where all comparisons were won, or lost, or tied, `win_rate`. No
-        number where the fit has no finite answer: all differences in length are alike, or length
-        (or difficulty) alone parts wins from losses. Comparisons of one cluster, and none at all,
-        have no interval (`without_interval`).
+        The length-controlled win rate and its interval. If all answers are as long as the base's, it
+        comes from the same fit without b; if all comparisons were won, all lost or all tied, from
+        `win_rate`. It is NaN if the fit has no finite solution: all differences in length are alike, or
+        length (or difficulty) alone separates wins from losses. Without comparisons, or with those of
+        one cluster only, there is no interval (`without_interval`).
 
     Raises:
         ValueError: missing values, or lengths that differ.
@@ -84,15 +84,15 @@ def length_controlled_win_rate(
 def length_curve(
     wins: Sequence[float], length_difference: Sequence[float], at: Sequence[float]
 ) -> list[float]:
-    """The chance to win by difference in length: the curve of `length_controlled_win_rate`.
+    """The win probability by difference in length: the fitted curve of `length_controlled_win_rate`.
 
     Args:
-        wins, length_difference: [n] as there, without difficulties.
-        at: [m] differences.
+        wins, length_difference: [n] as in `length_controlled_win_rate`; the fit is without difficulties.
+        at: [m] differences in length at which the curve is evaluated.
 
     Returns:
         [m] sigmoid(a + b tanh(at / std(d))), whose value at 0 is the length-controlled win rate; []
-        where the fit has no finite answer, or nothing to tell length by.
+        if the fit has no finite solution, or all outcomes or all differences in length are the same.
     """
     y, d = checked(wins, "wins"), checked(length_difference, "length_difference")
     x = _scaled(d)
@@ -107,7 +107,7 @@ def length_curve(
 
 
 def _scaled(d: np.ndarray) -> np.ndarray | None:
-    """tanh(d / std(d)); None where these are all alike."""
+    """tanh(d / std(d)); None if these values are all alike."""
     spread = np.std(d, ddof=1) if len(d) > 1 else 0.0
     if not spread > 0:
         return None
@@ -116,9 +116,9 @@ def _scaled(d: np.ndarray) -> np.ndarray | None:
 
 
 def _fit(y: np.ndarray, design: np.ndarray):
-    """statsmodels' logistic fit of [n] outcomes on [n, m] columns, the last being of length.
+    """statsmodels' logistic fit of [n] outcomes on [n, m] columns, the last of which is the length.
 
-    None where it has no finite answer, or no comparison left over to tell its error by.
+    None if it has no finite solution, or no more comparisons than parameters to estimate its error from.
     """
     import statsmodels.api as sm
 
@@ -130,7 +130,7 @@ def _fit(y: np.ndarray, design: np.ndarray):
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         fit = sm.GLM(y, design, family=sm.families.Binomial()).fit(maxiter=200, tol=1e-12)
-    # Beyond 30 a probability is 0 or 1 to the last digit: the fit ran away.
+    # With coefficients beyond 30, probabilities are 0 or 1 to the last digit: the fit has diverged.
     return fit if fit.converged and np.abs(fit.params).max() < 30 else None
 
 
@@ -144,12 +144,12 @@ def _at_equal_length(
 ) -> Interval:
     """The mean prediction of a fit at equal length, with its interval.
 
-    Each comparison moves the result by what it does to the coefficients and, where difficulties
-    differ, by its own prediction being one of those averaged. The first alone is Liang and
-    Zeger's covariance, robust to clustering.
+    Each comparison moves the result through its effect on the coefficients and, if difficulties differ,
+    also because its own prediction is one of those averaged. The first effect alone gives Liang and
+    Zeger's covariance, which is robust to clustering.
 
     Args:
-        design, at_zero: [n, m] the comparisons as they are, and with length set to equal.
+        design, at_zero: [n, m] the comparisons as they are, and with the length difference set to 0.
     """
     n, parameters = design.shape
     predicted = expit(at_zero @ fit.params)

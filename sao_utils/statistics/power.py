@@ -1,4 +1,4 @@
-"""How many prompts a difference takes, and which of many differences are more than noise."""
+"""How many prompts it takes to detect a difference, and which of many differences are not noise."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sao_utils.statistics.errors import checked, cluster_codes, variance_of_sums
 
 
 def design_effect(values: Sequence[float], clusters: Sequence) -> float:
-    """How many times wider clusters make the variance of a mean (Kish, 1965, "Survey sampling").
+    """The factor by which clusters raise the variance of a mean (Kish, 1965, "Survey sampling").
 
-    1 where values within a cluster are independent, the cluster's size where they are all alike.
-    Values without spread have no effect to show: 1. Values of fewer than two clusters: NaN.
+    1 if values within a cluster are independent, the cluster's size if they are all alike. It is 1 for
+    values without any spread, and NaN for values of fewer than two clusters.
 
     Raises:
         ValueError: missing values, or lengths that differ.
@@ -31,15 +31,15 @@ def design_effect(values: Sequence[float], clusters: Sequence) -> float:
 
 
 def prompts_needed(difference: float) -> int:
-    r"""How many prompts it takes to tell a win rate from 50 %, four times of five.
+    r"""How many prompts it takes to distinguish a win rate from 50 %, in four cases out of five.
 
-    n = (z_a / 2 + z_b sqrt(1/4 - d^2))^2 / d^2, z_a = 1.96 and z_b = 0.84 being the normal quantiles
-    of a two-sided test's level of 5 % and of its power of 80 % (Fleiss, Levin and Paik, 2003,
-    "Statistical methods for rates and proportions"). Ties make it fewer; prompts in clusters take
-    `design_effect` times as many.
+    n = (z_a / 2 + z_b sqrt(1/4 - d^2))^2 / d^2, where z_a = 1.96 and z_b = 0.84 are the normal quantiles
+    for a two-sided test at the 5 % level and for its power of 80 % (Fleiss, Levin and Paik, 2003,
+    "Statistical methods for rates and proportions"). With ties, fewer are enough; with clustered prompts,
+    `design_effect` times as many are needed.
 
     Args:
-        difference: d, as a share, up to 0.5: 0.05 is a win rate of 55 or 45 %.
+        difference: d, as a share, up to 0.5: 0.05 stands for a win rate of 55 or 45 %.
 
     Returns:
         The number of prompts, rounded up.
@@ -57,20 +57,20 @@ def outside_the_noise(
 ) -> tuple[list[bool], list[float]]:
     """Which of several differences are more than noise, after Holm's correction.
 
-    Among twenty tasks one differs "significantly" by chance. Holm's step-down procedure (Holm,
-    1979, Scandinavian Journal of Statistics 6) keeps the chance of even one false alarm below 5 %,
-    however the tasks are correlated. The p-values are Student's.
+    Among twenty tasks, one is expected to differ "significantly" by chance. Holm's step-down procedure
+    (Holm, 1979, Scandinavian Journal of Statistics 6) keeps the chance of even one false alarm below 5 %,
+    however the tasks are correlated. The p-values are from Student's t distribution.
 
     Args:
         differences: [m] after minus before.
-        errors: [m] their standard errors (paired where the same items were asked both times).
+        errors: [m] their standard errors (paired if the same items were asked both times).
         freedoms: [m] the degrees of freedom behind each error.
-        trials: [m] of how many items each difference is the mean. Where all of them moved alike
-            there is no error (0) to measure it by: p is then that of the exact sign test, 2 / 2^n.
+        trials: [m] the number of items that each difference is the mean of. If all items moved alike,
+            the error is 0 and cannot serve as a yardstick: p is then that of the exact sign test, 2 / 2^n.
 
     Returns:
-        [m] whether it is outside the noise, and [m] the corrected p-values. What cannot be tested
-        (a difference or error that is NaN) is left out: False and NaN.
+        [m] whether each difference is outside the noise, and [m] the corrected p-values. What cannot be
+        tested (a difference or error that is NaN) is left out of the correction: False and NaN.
     """
     from scipy import stats
     from statsmodels.stats.multitest import multipletests

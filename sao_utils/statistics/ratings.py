@@ -1,7 +1,7 @@
-"""Several raters and several models.
+"""Agreement between raters, and the strengths of several models.
 
 `kappa`: how far two raters (judges, or two ways to query one judge) agree beyond chance.
-`bradley_terry`: the strength of several models that were compared two by two.
+`bradley_terry`: the strengths of several models that were compared in pairs.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def kappa(
 ) -> Interval:
     r"""Cohen's kappa of two raters with nominal labels, with a bootstrap over clusters.
 
-    kappa = (p_o - p_e) / (1 - p_e): p_o the share of items with the same label, p_e the share that
-    two raters with these label frequencies would share by chance (Cohen, 1960, "A coefficient of
+    kappa = (p_o - p_e) / (1 - p_e), where p_o is the share of items with the same label, and p_e the share
+    on which two raters with these label frequencies would agree by chance (Cohen, 1960, "A coefficient of
     agreement for nominal scales", Educational and Psychological Measurement 20).
 
     Args:
-        a, b: [n] the label that each rater gave to item i (1, 2, "tie", ...): drop and count the
-            items that one of them did not label before the call.
+        a, b: [n] the label that each rater gave to item i (1, 2, "tie", ...). Before the call, drop
+            (and count) the items that one of them did not label.
         clusters: [n] the cluster of each item; None: items are independent.
 
     Returns:
-        Kappa, in -1..1, and its interval; resamples in which kappa is 0 / 0 are left out. Where both
-        raters give one and the same label to all items there is no kappa (0 / 0), and where all
-        resamples come out alike (they always agree, or never) no interval.
+        Kappa, in -1..1, and its interval; resamples in which kappa is 0 / 0 are left out. If both raters
+        give the same single label to all items, there is no kappa (0 / 0); if kappa is the same in all
+        resamples (the raters always agree, or never), there is no interval.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: `a` and `b` differ in length.
     """
     n = len(a)
     if n != len(b):
@@ -81,14 +81,14 @@ def kappa(
     return Interval(value, float(low), float(high), n)
 
 
-ELO = 400 / math.log(10)  # Elo points for a log-odds of 1: 400 points are odds of 10 to 1
+ELO = 400 / math.log(10)  # Elo points per unit of log-odds: 400 points are odds of 10 to 1
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong a model is: Elo points, and its expected win rate against the baseline.
+    """How strong a model is: its Elo points, and its expected win rate against the baseline.
 
-    `n` of both intervals is the number of the model's games.
+    In both intervals, `n` is the number of the model's games.
     """
 
     elo: Interval
@@ -101,29 +101,30 @@ def bradley_terry(
     resamples: int = 1000,
     runs: Sequence | None = None,
 ) -> dict[str, Strength]:
-    r"""The strengths of models from games of two, with a bootstrap over prompts.
+    r"""The strengths of models from games between two models, with a bootstrap over prompts.
 
     P(a wins) = s_a / (s_a + s_b), fitted by maximum likelihood (Bradley and Terry, 1952, Biometrika
-    39), a tie being half a win of each. Elo points are 1000 + 400 log10(s / s_baseline). Whole prompts
-    are resampled, so that all games on a prompt count as one piece of evidence.
+    39), a tie counting as half a win for each. Elo points are 1000 + 400 log10(s / s_baseline). Whole
+    prompts are resampled, so that all games on a prompt count as one piece of evidence.
 
     Args:
         games: (model a, model b, outcome, prompt): outcome 1 if a won, 0 if b did, 0.5 for a tie, or
-            between; drop and count what is invalid before the call.
+            anything between 0 and 1. Before the call, drop (and count) invalid games.
         baseline: the model that has 1000 points.
-        resamples: how many resamples.
-        runs: the training (seed) of the models in each game, None where none of both was trained.
-            With several, the intervals also hold what other trainings would have changed
-            (`errors.widened`, on the log-odds). None for all: of one training.
+        resamples: the number of resamples.
+        runs: the training (seed) of the models in each game, None for a game in which neither model was
+            trained. With several, the intervals also include what other trainings would have changed
+            (`errors.widened`, on the log-odds). If `runs` itself is None: a single training.
 
     Returns:
-        Each model's strength, the strongest first. The baseline has 1000 and 0.5 without width. Where
-        some models won (or lost) all of their games against the others, or never met them, no finite
-        strengths fit: no model has a number. Games of one prompt have no interval. A resample that
-        comes out so gets a made-up tie of each pair that met.
+        Each model's strength, the strongest first. The baseline has 1000 points and a win rate of 0.5,
+        both with intervals of zero width. If some models won (or lost) all of their games against the
+        others, or never met them, no finite strengths fit, and every model's numbers are NaN. A resample
+        in which this happens is fitted with an artificial tie added for each pair that met. Games on a
+        single prompt give no interval.
 
     Raises:
-        ValueError: a baseline without games, or outcomes outside of 0..1.
+        ValueError: the baseline has no games, or outcomes lie outside 0..1.
     """
     rows = list(games)
     names = sorted({name for a, b, *_ in rows for name in (a, b)})
@@ -166,13 +167,13 @@ def bradley_terry(
 
 
 def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray | None:
-    """[m] maximum likelihood from [m, m] wins, with 0 for the model `zero`.
+    """[m] maximum-likelihood log-strengths from [m, m] wins, with 0 for the model `zero`.
 
-    None without a finite maximum: wins must lead from each model to each other one (Ford, 1957,
-    American Mathematical Monthly 64).
+    None if there is no finite maximum: a chain of wins must lead from each model to every other (Ford,
+    1957, American Mathematical Monthly 64).
     """
     others = np.arange(len(wins)) != zero
-    if not wins[np.ix_(others, others)].any():  # all met the model `zero` only
+    if not wins[np.ix_(others, others)].any():  # every other model met only the model `zero`
         won, lost = wins[others, zero], wins[zero, others]
         if not (won.all() and lost.all()):
             return None
@@ -201,7 +202,7 @@ def _log_strengths(wins: np.ndarray, zero: int) -> np.ndarray | None:
 def _resampled_bounds(
     by_prompt: np.ndarray, zero: int, tail: float, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[m] lower and [m] upper ends of log-strengths, over resamples of [k, m, m] wins by prompt."""
+    """[m] lower and [m] upper bounds of log-strengths, over resamples of [k, m, m] wins by prompt."""
     k, m, _ = by_prompt.shape
     wins = by_prompt.sum(0)
     ties = (wins + wins.T > 0) / 2
@@ -222,7 +223,7 @@ def _moves(
     points: np.ndarray,
     zero: int,
 ) -> np.ndarray:
-    """[n, m] by how much each of n games moves each model's log-strength."""
+    """[n, m] by how much each of the n games moves each model's log-strength."""
     m = len(points)
     p = expit(points[:, None] - points[None, :])
     between = (wins + wins.T) * p * p.T

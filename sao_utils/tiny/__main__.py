@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Make the model from its grammar, measure it for its card, or search its training settings."""
+    """Pretrain the model from its grammar, measure it for its card, or search for training settings."""
     parser = argparse.ArgumentParser(prog="python -m sao_utils.tiny", description=main.__doc__)
     ask = parser.add_subparsers(dest="what", required=True)
     ask.add_parser("card", help="measure the committed model for its card (minutes)")

@@ -16,13 +16,13 @@ from sao_utils.stages.judging import judge_pairs, response_pairs
 from sao_utils.stages.responses import write_responses
 from sao_utils.store import Run, open_run, row_id
 
-#: what the card says -> section and metric of the table of results, temperature
+#: label in the card -> section and metric in the table of results, and temperature
 OF_THE_RUN = {
     "good answers to held-out questions, greedy": ("quality", "good answers", 0.0),
     "good answers to held-out questions, T = 0.6": ("quality", "good answers", 0.6),
     "replies to the persona template that parse": ("prompts", "usable replies", None),
 }
-#: what the card says -> metric of `judge_quality`
+#: label in the card -> metric of `judge_quality`
 OF_THE_JUDGE = {
     "judge accuracy on its own pairs": "accuracy",
     "judge accuracy, one order alone": "accuracy, one order",
@@ -51,7 +51,7 @@ def held_out_pairs(run: Run, judge: Model) -> list[dict]:
 
 
 def write_card() -> None:
-    """Measure on held-out questions and personas, and put the table anew into the model's README.md."""
+    """Measure on held-out questions and personas, and replace the table in the model's README.md."""
     changes = {"arms": [], "prompts.count": 2000, "evaluation.per_combination": 8}
     run = open_run("tiny", "tiny-card", changes)
     table = results(run, "quality", "prompts")

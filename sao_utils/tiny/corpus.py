@@ -1,8 +1,8 @@
 """What the tiny model reads during pre-training: chats made from the tiny world's grammar.
 
 Four kinds of items: answering a question (with the villagers' flaws), guessing a persona's
-question, guessing anybody's question, and ranking two answers with the paper's prompt. All of them
-use training combinations and training personas only.
+question, guessing a question without a persona, and ranking two answers with the paper's prompt. All
+of them use only training combinations and training personas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sao_utils import templates
 from sao_utils.oracles import tiny_world as world
 from sao_utils.oracles.tiny_oracle import Inspection, answer_pair, inspect_answer
 
-# Without a persona, people ask about few favourite hobbies: personas are what makes prompts varied.
+# Without a persona, most questions are about a few favourite hobbies: it is personas that vary prompts.
 FAVOURITES = world.HOBBIES[::8]
 
 
@@ -22,8 +22,8 @@ FAVOURITES = world.HOBBIES[::8]
 class Item:
     """One chat turn and its reply.
 
-    `answers` names the answers inside of it, for the auxiliary losses of pre-training: where each
-    starts in the text user + reply, and what the oracle found in it.
+    `answers` lists the answers inside it, for the auxiliary losses of pre-training: where each starts
+    in the text user + reply, the answer itself, and what the oracle found in it.
     """
 
     user: str
@@ -33,7 +33,7 @@ class Item:
 
 
 def answer_item(rng: random.Random) -> Item:
-    """A question and an answer as the villagers give it."""
+    """A question and an answer as the villagers would give it."""
     question = world.draw_question(rng)
     job = rng.choice(world.JOBS) if rng.random() < 0.3 else None
     user = world.word_question(rng, question, job)

@@ -1,14 +1,14 @@
-"""Make the tiny model again from the grammar: `python -m sao_utils.tiny pretrain`.
+"""Train the tiny model again from the grammar: `python -m sao_utils.tiny pretrain`.
 
 A Llama-architecture model of 1.2 M parameters learns, from scratch, to answer questions (as badly as the
 villagers), to write the prompts of personas and to rank two answers with the paper's prompt.
-Seeded; the defaults are those of the model that comes with the kit. With one thread the same
+Training is seeded; the defaults are those of the model that comes with the kit. With one thread, the same
 kind of machine gives the same weights again.
 
-What makes a judge of a model this small: answers that differ in one flaw only (minimal pairs), a
-higher weight on the verdict's digit, and auxiliary losses on hidden states: at the end of each
-sentence, is it right, wrong, repeated, off topic, extra; at the end of each answer, how many flaws
-of each kind. The auxiliary heads are thrown away afterwards.
+Three things enable a model this small to judge: answers that differ in one flaw only (minimal pairs), a
+higher weight on the verdict's digit, and auxiliary losses on hidden states. They predict, at the end of
+each sentence, whether it is right, wrong, repeated, off topic or extra, and, at the end of each answer,
+how many flaws of each kind it has. The auxiliary heads are thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SENTENCE_KINDS = ("right", "wrong", "repeated", "off_topic", "extra", "frame")
-SENTENCE_LAYER, ANSWER_LAYER = 3, 4  # after which layer the auxiliary heads read
+SENTENCE_LAYER, ANSWER_LAYER = 3, 4  # the layers whose output the auxiliary heads read
 USER_WEIGHT, VERDICT_WEIGHT = 0.1, 4.0
 
 
 def phrases() -> list[str]:
-    """Each fixed line of the prompt templates, to be one token: ranking then costs half."""
+    """The fixed lines of the prompt templates. As single tokens, they halve the cost of ranking."""
     found = set()
     for name in ("persona", "no_persona", "ranking"):
         marks = dict.fromkeys(("persona", "prompt", "response_1", "response_2"), "\0")
         found.update(re.findall(r"[^\n\0]+\n*|\n+", templates.render(name, **marks)))
-    # Longest first. Among equals any fixed order will do; this one is the committed tokenizer's.
+    # Longest first. Among equal lengths any fixed order will do; this one is the committed tokenizer's.
     return sorted(found, key=lambda text: (-len(text), hashlib.sha512(text.encode()).hexdigest()))
 
 
 def build_tokenizer(vocab_size: int, seed: int = 7):
-    """Byte-level BPE on the corpus, with the templates' fixed lines as tokens of their own."""
+    """A byte-level BPE tokenizer trained on the corpus; the templates' fixed lines are single tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def build_tokenizer(vocab_size: int, seed: int = 7):
 
 @dataclass
 class Batch:
-    """Padded token ids [B, T], loss weights [B, T] of predicting each token, auxiliary targets."""
+    """Padded token ids [B, T], loss weights [B, T] for predicting each token, and auxiliary targets."""
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -100,7 +100,7 @@ class Batch:
 
 
 def encode(items: list[corpus.Item], tokenizer) -> list[tuple]:
-    """Tokenise items; returns (ids, weights, sentence targets, answer targets) of each."""
+    """Tokenise items; returns (ids, weights, sentence targets, answer targets) for each."""
     texts = [f"{USER}{i.user}{ASSISTANT}{i.reply}{END}" for i in items]
     encoded = []
     for item, enc in zip(
@@ -141,11 +141,11 @@ def collate(rows: list[tuple], pad_id: int) -> Batch:
 
 
 def batches(rng: random.Random, tokenizer, makers: dict, tokens: int, pool: int = 16):
-    """Endless batches of about `tokens` tokens, of items of like length.
+    """Yield batches of about `tokens` tokens without end, each of items of similar length.
 
     Args:
         makers: item maker -> its share of the items.
-        pool: how many batches are drawn, sorted by length and shuffled at a time.
+        pool: how many batches' worth of items are drawn, sorted by length and shuffled at a time.
     """
     pad_id = tokenizer.pad_token_id
     kinds, shares = list(makers), list(makers.values())
@@ -169,7 +169,7 @@ def batches(rng: random.Random, tokenizer, makers: dict, tokens: int, pool: int 
 
 
 def build_model(tokenizer, seed: int):
-    """The architecture; every part of it is ordinary Llama, so any engine can serve it."""
+    """The untrained model; its architecture is ordinary Llama, so any engine can serve it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -194,7 +194,7 @@ def build_model(tokenizer, seed: int):
 def losses(model, heads: torch.nn.ModuleDict, batch: Batch) -> dict[str, torch.Tensor]:
     """Weighted next-token loss of one batch in bfloat16, and the auxiliary mean cross-entropies."""
     weights = batch.weights[:, 1:].flatten()
-    rows = weights.nonzero().squeeze(1)  # logits are made only where something is to be learned
+    rows = weights.nonzero().squeeze(1)  # logits are computed only where the loss counts
     weights, targets = weights[rows], batch.ids[:, 1:].flatten()[rows]
     with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
         out = model.model(batch.ids, use_cache=False, output_hidden_states=True)
@@ -224,15 +224,15 @@ def pretrain(
     report: int = 100,
     checkpoints: Sequence[int] = (),
 ) -> None:
-    """Train and save model and tokenizer to `out`, with a log of the losses (pretraining.jsonl).
+    """Train, and save model and tokenizer to `out`, with a log of the losses (pretraining.jsonl).
 
     Args:
-        tokens: of a step, with padding: a third of chats, the rest of rankings.
+        tokens: tokens per step, including padding: a third in chats, the rest in rankings.
         peak: the highest learning rate.
         report: steps between two lines of the log.
-        checkpoints: steps after which the unfinished model is saved, to out/step-<n>: a weaker judge.
+        checkpoints: steps after which the unfinished model, a weaker judge, is saved to out/step-<n>.
     """
-    torch.set_num_threads(1)  # else sums may come out differently
+    torch.set_num_threads(1)  # otherwise sums may differ between runs
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer(1100)
     model = build_model(tokenizer, seed).to(device)
@@ -283,6 +283,6 @@ def pretrain(
 
 
 def save(model, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer; in bfloat16, since rounding costs nothing measurable here."""
+    """Write the model in bfloat16 (rounding costs nothing measurable here), and the tokenizer."""
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

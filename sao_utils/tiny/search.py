@@ -1,10 +1,10 @@
 """The searches behind the training settings of the recipes tiny and tiny-synpo.
 
-On the "dev" questions, which share no combination with the test questions, and with a seed that the
-reference run does not use. They vary the learning rate, the steps (epochs, number of prompts) and
-the least margin of a pair. The rule: the best greedy good rate after the last round. The control
-(SFT on random own answers) gets its own best rate too: a control that is tuned less than the method
-proves nothing.
+They use the "dev" questions, which share no combination with the test questions, and a seed that the
+reference run does not use. They vary the learning rate, the number of steps (epochs, number of prompts)
+and the minimum margin of a pair. The best setting is the one with the highest share of good greedy
+answers after the last round. The learning rate of the control (SFT on random answers of the model's own)
+is tuned too: a control that is tuned less than the method proves nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def search() -> None:
 def search_synpo() -> None:
     """All rounds of SynPO at each learning rate; writes results/reference-synpo/search.csv and prints it.
 
-    Generator and first improver are the same for all rates, and are trained once.
+    The generator and the first improver are the same for all rates and are trained only once.
     """
     lines = ["learning_rate,round,questions,good rate,low,high,n"]
     for rate in SYNPO_RATES:
