@@ -59,9 +59,7 @@ class Study(Section):
     minutes: PositiveInt  # on one core, with the other core busy as well
     share: bool = False  # whether members share rows; their costs can then not be compared
     stopping: bool = False  # whether stopping rules for the rounds are tried on its members
-    break_even: bool = (
-        False  # whether gains are related to how often the members' judges are right
-    )
+    break_even: bool = False  # whether gains are related to how often judges are right
     claims: list[Claim] = []
     recipe: str
     set: dict[str, Any] = {}  # settings of all members

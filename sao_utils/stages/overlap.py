@@ -19,7 +19,7 @@ PIECE = 2  # number of words in the pieces by which texts are compared
 
 def words(text: str) -> list[str]:
     """The words of a text, with everything removed but letters, their marks, digits and white space."""
-    plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # from Turkish dotted I
+    plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # Turkish dotted I
     return re.sub(r"[^\w\s]|_", _mark, plain).split()
 
 

@@ -18,7 +18,8 @@ from sao_utils.stages.responses import answer_jobs
 from sao_utils.statistics.intervals import clustered_mean
 from sao_utils.store import Run, row_id
 
-TOKENS = 64  # limit of a reply, unless judging.max_new_tokens is larger (for a judge that thinks first)
+#: limit of a reply, unless judging.max_new_tokens is larger (for a judge that thinks first)
+TOKENS = 64
 
 
 def label_prompts(
