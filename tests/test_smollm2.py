@@ -48,12 +48,13 @@ def killed_and_finished(model, tmp_path_factory):
         Its folder, and the rows that it had when it was killed: by stage, bytes.
     """
     place = tmp_path_factory.mktemp("smollm2")
-    asked = questions(load_recipe("laptop").evaluation)[::11]  # eleven, each of another kind
+    asked = questions(load_recipe("laptop").evaluation)[::17]  # eight, each of another kind
     file = place / "questions.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["question"]}) + "\n" for row in asked))
     changes = {
         "model.path": model,
         "prompts.count": 20,  # eight of them lead to a pair that the oracle can decide
+        "responses.max_new_tokens": 144,
         "evaluation.max_new_tokens": 64,
         "evaluation.questions": file,
         "evaluation.bootstrap": 500,
@@ -103,7 +104,7 @@ def test_every_number_has_its_n_and_interval_and_the_weights_are_named(killed_an
     known = table[table["value"].notna() & table["low"].notna()]
     assert len(known) > 50
     assert (known["low"] <= known["value"]).all() and (known["value"] <= known["high"]).all()
-    # Eleven questions decide nothing: an interval that says otherwise would be wrong.
+    # Eight questions decide nothing: an interval that says otherwise would be wrong.
     good = select(known, section="quality", against=None, seed=None)
     assert set(good["model"]) == {"base", "self", "random", "sft_random", "oracle"}
     assert (good["high"] - good["low"] > 0.2).all()
