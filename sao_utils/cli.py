@@ -154,7 +154,9 @@ def study(
     with _resumable():
         found = load_study(name, _overrides(set_))
         home = open_study(found)
-        _agree_to_pay(home, yes, member_recipes(found, home), " of its members, more with searches")
+        _agree_to_pay(
+            home, yes, member_recipes(found, home), " of all members (searches cost extra)"
+        )
         study_table(found, home)
     typer.echo((home.folder / "tables" / "results.md").read_text(encoding="utf-8"))
     typer.echo(f"The report is {write_page(home.folder)}")

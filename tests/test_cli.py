@@ -242,7 +242,10 @@ def test_a_study_of_which_one_member_pays_a_server_names_the_price_and_asks(fold
     (tmp_path / "paid.yaml").write_text(json.dumps({**of, "members": {"own": {}, "gpt": paid}}))
     done = CliRunner().invoke(app, ["study", str(tmp_path / "paid.yaml")], input="n\n")
     assert done.exit_code == 1 and "Go on?" in done.output
-    assert "A whole run of its members" in done.output and "judge" in done.output
+    assert (
+        "A whole run of all members (searches cost extra) pays" in done.output
+        and "judge" in done.output
+    )
 
 
 # ---------------------------------------------------------------------- what was trained
