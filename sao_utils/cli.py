@@ -28,8 +28,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 ArmName = Annotated[str, typer.Option(help="Which model of the run.")]
 Seed = Annotated[int, typer.Option(help="Seed of the model.")]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key.")
 ]
 
 app = typer.Typer(
