@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = engines.measurements(shapes, device, options.repeats)
     else:
         promises = f"training-{device}"
-        name = promises if device == "cuda" else device  # cuda.csv is gpu's
+        name = promises if device == "cuda" else device  # cuda.csv belongs to the benchmark "gpu"
         caps = options.cap_gib if device == "cuda" else ()
         shapes = shapes or (training.ON_GPU if device == "cuda" else training.ON_CPU)
         measured = training.measurements(shapes, device, caps, options.repeats)
