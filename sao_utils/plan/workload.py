@@ -330,7 +330,7 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         size = BENCHMARKS[name]
         prompts, turns = size["prompts"], size["turns"]
         prompts = min(prompts, settings.benchmark_limit or prompts)
-        asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # with earlier turns
+        asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # and earlier turns
         lengths = Lengths(asked + answers * usual, usual, asked + answers * limit, limit)
         for who, model, count in _compared(recipe):
             rows = count * prompts * turns
