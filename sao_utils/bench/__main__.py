@@ -1,8 +1,8 @@
-"""Measure speed and memory on this machine's GPU, or without one its CPU, beside a named peer.
+"""Measure speed and memory on this machine's GPU, or on its CPU if it has none, beside a named peer.
 
 training: steps on pairs (sao_utils/bench/training.py); engines: generation and judging (engines.py);
-gpu: the most important parts of both, SmolLM2's loop and NF4, in twelve minutes of a GPU (gpu.py).
-Results go to results/benchmarks/: rows as .csv, versions and hardware as .json, a picture.
+gpu: the most important parts of both, SmolLM2's loop and NF4, in twelve minutes on a GPU (gpu.py).
+Results go to results/benchmarks/: rows as .csv, versions and hardware as .json, and a figure.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = engines.measurements(shapes, device, options.repeats)
     else:
         promises = f"training-{device}"
-        name = promises if device == "cuda" else device  # cuda.csv is gpu's
+        name = promises if device == "cuda" else device  # cuda.csv belongs to the benchmark "gpu"
         caps = options.cap_gib if device == "cuda" else ()
         shapes = shapes or (training.ON_GPU if device == "cuda" else training.ON_CPU)
         measured = training.measurements(shapes, device, caps, options.repeats)
@@ -57,11 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict] = []
     for row in measured:
         rows.append(row)
-        results.keep(folder, name, rows)  # at once: a kill leaves what there is
+        results.keep(folder, name, rows)  # after every row, so that a killed run keeps its rows
     bars = results.bars(rows, promises)
     print(results.table(rows).to_string(index=False), results.bar_lines(bars), sep="\n")
     if options.benchmark != "engines":
-        with suppress(ModuleNotFoundError):  # of matplotlib, which a borrowed GPU may lack
+        with suppress(ModuleNotFoundError):  # matplotlib, which a borrowed GPU machine may lack
             from sao_utils.report.figures import style
 
             write_whole(folder / f"{name}.svg", style.as_svg(results.picture(rows)))

@@ -1,7 +1,7 @@
-"""What the benchmarks of training compare: this trainer, trl's CPOTrainer and Liger's SimPO loss.
+"""What the training benchmarks compare: this trainer, trl's CPOTrainer and Liger's SimPO loss.
 
-Each as a loss of hidden states, or as one step of pairs; trl's trainer as shipped and with trl's own
-fused head.
+They are compared as a loss on hidden states (the loss stage) and as one step on pairs; trl's trainer
+runs both as shipped and with trl's own fused head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPO, FUSED, LIGER = "CPOTrainer", "CPOTrainer + fused head", "Liger"
 
 
 def _simpo(means):
-    """SimPO's loss of mean log-probabilities [2 * pairs], the chosen ones first."""
+    """SimPO's loss from mean log-probabilities [2 * pairs], all chosen ones first."""
     from sao_utils.training.losses import simpo_loss
 
     chosen, rejected = means.chunk(2)
@@ -43,7 +43,7 @@ def _loss_of_cpo(hidden, weight, labels):
 
     needed = 3.5 * 4 * labels.numel() * len(weight)  # bytes: several copies of the float32 logits
     if not hidden.is_cuda and needed > 0.9 * psutil.virtual_memory().available:
-        raise MemoryError  # else the system kills the process, and a notebook's kernel with it
+        raise MemoryError  # else the system would kill the process, and with it a notebook's kernel
     logits = (hidden @ weight.T).float()  # with mixed precision, accelerate makes outputs float32
     return _simpo(CPOTrainer.get_batch_logps(logits, labels, average_log_prob=True))
 
@@ -56,8 +56,8 @@ def _loss_of_liger(hidden, weight, labels):
     return loss(weight, hidden[:, :-1].contiguous(), labels[:, 1:].contiguous())[0]
 
 
-#: contender -> its loss of hidden states [2, tokens, width], the head's weight [vocabulary, width] and
-#: labels [2, tokens], -100 where nothing is learned; the chosen sequence first
+#: contender -> its loss as a function of hidden states [2, tokens, width], the head's weight
+#: [vocabulary, width] and labels [2, tokens], -100 where nothing is learned; the chosen sequence is first
 LOSSES = {PACKED: _loss_ours, CPO: _loss_of_cpo, LIGER: _loss_of_liger}
 
 
@@ -65,13 +65,13 @@ LOSSES = {PACKED: _loss_ours, CPO: _loss_of_cpo, LIGER: _loss_of_liger}
 
 
 def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folder: Path):
-    """A function that does one step of the pairs with this project's trainer.
+    """A function that runs one step on the pairs with this project's trainer.
 
-    It returns "loss" with what was counted.
+    The function returns a dict of "loss" and the trainer's counts.
 
     Args:
         budget: tokens of a packed microbatch.
-        folder: for what the trainer wants to write.
+        folder: where the trainer may write.
     """
     from sao_utils.recipe import Training
     from sao_utils.training.setup import pair_trainer
@@ -108,7 +108,7 @@ def ours(policy, pairs: list[dict], share: bool, budget: int, device: str, folde
 def _mixed_precision(model, device: str):
     """What accelerate does to a model's forward in `train()` with bf16: autocast, outputs in float32.
 
-    By hand, since accelerators of several precisions cannot live in one process.
+    Done by hand, since accelerators of different precisions cannot coexist in one process.
     """
     import torch
 
@@ -124,12 +124,12 @@ def _mixed_precision(model, device: str):
 
 
 def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folder: Path):
-    """A function that does one step with trl's CPOTrainer, microbatches of `batch` pairs."""
+    """A function that runs one step with trl's CPOTrainer, in microbatches of `batch` pairs."""
     import datasets
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Stock(CPOTrainer):
-        """CPOTrainer as shipped, on data that is tokenised already."""
+        """CPOTrainer as shipped, on data that is already tokenised."""
 
         @staticmethod
         def tokenize_row(feature):
@@ -142,7 +142,7 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
             ids, mask, labels = (batch[f"concatenated_{name}"] for name in names)
             output = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             means = output.log_probs.sum(-1) / (labels[:, 1:] != -100).sum(-1)
-            none = means.new_zeros(1)  # the logits, of which only the mean is logged
+            none = means.new_zeros(1)  # in place of the logits, of which only the mean is logged
             return *means.chunk(2), none, none, none[0]
 
     config = CPOConfig(
@@ -159,13 +159,13 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
         save_strategy="no",
         remove_unused_columns=False,
     )
-    # Only the padding token of a tokenizer is asked for.
+    # The trainer uses nothing of a tokenizer but its padding token.
     tokens = SimpleNamespace(pad_token_id=0, pad_token="<pad>", eos_token_id=2, bos_token_id=1)
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_list([{"input_ids": [0]}])
     kind = Fused if fused else Stock
     trainer = kind(policy, config, train_dataset=data, processing_class=tokens)
-    trainer.current_gradient_accumulation_steps = 1  # else set by `train()`
+    trainer.current_gradient_accumulation_steps = 1  # normally set by `train()`
 
     def step():
         policy.zero_grad(set_to_none=True)
@@ -181,7 +181,7 @@ def stock(policy, pairs: list[dict], fused: bool, batch: int, device: str, folde
 
 
 def _tokenised(pair: dict) -> dict:
-    """A pair in the columns of CPOTrainer's own `tokenize_row`."""
+    """A pair with the columns that CPOTrainer's own `tokenize_row` makes."""
     made = {}
     for side in ("chosen", "rejected"):
         prompt, answer = pair["prompt_ids"], pair[f"{side}_ids"]

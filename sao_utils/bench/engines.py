@@ -1,8 +1,8 @@
 """Benchmarks of generation and judging: `python -m sao_utils.bench engines`.
 
-What the kit costs over one raw call of its engine on the embedded tiny model, interleaved. On a GPU also
-replies and verdicts a second and peak memory by batch size, with random weights in the true shapes of
-models; only shapes matter for time and memory.
+Measures the kit's overhead over one raw call of its engine, on the embedded tiny model, interleaved. On a
+GPU also replies and verdicts per second and peak memory by batch size, for models of real shapes with
+random weights, since only shapes matter for time and memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sao_utils.bench.models import random_base
 from sao_utils.training.shapes import GIB
 
 STAGE, RAW = "stage write_responses", "one raw call"
-PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as facts assumed of real models
+PROMPT, REPLY, JUDGED = 60, 375, 930  # tokens, as assumed of real models
 BATCHES = (8, 32, 128)
 ON_GPU = ("qwen2.5-1.5b", "gemma-2-9b")
 
 
 def measurements(shapes, device: str, repeats: int) -> Iterator[dict]:
-    """The overhead, and models of these shapes with 16-bit and with NF4 weights."""
+    """Rows for the overhead, and for models of these shapes with 16-bit and with NF4 weights."""
     yield from attempt({"measurement": "overhead"}, overhead, 1500, repeats)
     for shape in shapes:
         for nf4 in (False, True):
@@ -32,13 +32,13 @@ def measurements(shapes, device: str, repeats: int) -> Iterator[dict]:
 
 
 def overhead(personas: int, repeats: int) -> list[dict]:
-    """The stage that answers prompts beside a raw call of its engine with the same rows.
+    """Compare the stage that answers prompts with a raw call of its engine on the same rows.
 
-    The stage makes ids and seeds, keeps each batch on disk (fsync) and writes the manifest.
+    The stage also makes ids and seeds, writes each batch to disk (fsync) and writes the manifest.
 
     Returns:
-        A row each. Of the stage: ratio, its throughput over the raw call's in wall time (which tells of
-        other programs, too), and cpu_ratio, the same in CPU time.
+        One row for each. The stage's row has "ratio", its throughput over the raw call's in wall time
+        (which also reflects other programs), and "cpu_ratio", the same in CPU time.
     """
     from sao_utils.engines.base import Sampling
     from sao_utils.engines.registry import load_engine, unload_engines
@@ -85,14 +85,14 @@ def overhead(personas: int, repeats: int) -> list[dict]:
 def by_batch(
     shape: str, nf4: bool, device: str, batches=BATCHES, tokens=(PROMPT, REPLY, JUDGED)
 ) -> Iterator[dict]:
-    """Generation and judging with random weights of a shape, a row a batch size.
+    """Generation and judging by a model of this shape with random weights, one row per batch size.
 
     Args:
-        tokens: of a prompt, a reply (random weights never end one) and a judge's prompt.
+        tokens: of a prompt, a reply (always of full length here) and a judge's prompt.
 
     Yields:
-        Rows whose peak_bytes holds everything on the device, weights included, and whose planned_bytes
-        are what `sao plan` predicts for it.
+        Rows with peak_bytes, for everything on the device, weights included, and planned_bytes, what
+        `sao plan` predicts for it.
     """
     from sao_utils.engines.base import Sampling, encode
     from sao_utils.engines.loading import load_tokenizer
@@ -109,7 +109,7 @@ def by_batch(
     model = Model(path="tiny", dtype=dtype, quantisation="nf4" if nf4 else "none")
 
     def chat(wanted: int):
-        """A prompt of about so many tokens, and the exact number of them."""
+        """A prompt of about the wanted number of tokens, and its exact number."""
         one = [{"role": "user", "content": "the " * max(1, wanted - 2)}]
         return one, len(encode([one], engine.tokenizer)[0])
 
@@ -125,7 +125,7 @@ def by_batch(
         scored = list(engine.choose([one] * rows, "ranking:", (" 1 > 2", " 2 > 1")))
         return {"rows": sum(map(len, scored)), "tokens": rows * length}
 
-    generate(1, 2)  # the first call of anything is slow
+    generate(1, 2)  # warms up: the first call is slow
     jobs = (
         ("generate", generate, generation_memory, (prompt, reply)),
         ("judge", judge, judging_memory, (judged,)),
@@ -142,7 +142,7 @@ def by_batch(
 
 
 def with_speed(row: dict) -> dict:
-    """A row with tokens and rows a second, where it was measured."""
+    """The row, with tokens and rows per second if its time was measured."""
     if row.get("seconds"):
         row["rows_per_second"] = row["rows"] / row["seconds"]
         row["tokens_per_second"] = row["tokens"] / row["seconds"]

@@ -1,8 +1,9 @@
-"""What a GPU has to show, in at most twelve minutes: `python -m sao_utils.bench gpu`.
+"""All measurements that need a GPU, in at most twelve minutes: `python -m sao_utils.bench gpu`.
 
-Each part runs in a process of its own with its own time limit, and its rows are kept as they come: a part
-that dies or runs over is a row that says so, and the others go on. There need be no network, and beside
-torch, transformers, accelerate and pandas only pydantic, trl (with datasets), peft and bitsandbytes.
+Each part runs in its own process with its own time limit, and its rows are kept as they come. A part that
+dies or exceeds its limit yields a row that says so, and the others go on. No network is needed, and
+besides torch, transformers, accelerate and pandas only pydantic, trl (with datasets), peft and
+bitsandbytes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def measurements(device: str, small: bool) -> Iterator[dict]:
     """The rows of all parts.
 
     Args:
-        small: at shapes that take seconds, also on a CPU: a trial of the program.
+        small: use shapes that take seconds, even on a CPU, to try out the program.
     """
     for name, (part, seconds) in PARTS.items():
         yield from in_process(name, part, seconds, device, small)
 
 
 def in_process(name: str, part: Callable, seconds: float, *arguments) -> Iterator[dict]:
-    """The rows that `part(*arguments)` yields in a process of its own, for at most so many seconds.
+    """The rows that `part(*arguments)` yields in a process of its own, within a time limit in seconds.
 
     If it fails, dies or is not done by then, the last row says so.
     """
@@ -40,7 +41,7 @@ def in_process(name: str, part: Callable, seconds: float, *arguments) -> Iterato
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(there, name, part, *arguments))
     process.start()
-    there.close()  # so that the end of the process is the end of the rows
+    there.close()  # so that the rows end when the process does
     try:
         while here.poll(max(0.0, until - time.monotonic())):
             yield here.recv()
@@ -61,11 +62,11 @@ def _send_rows(to, name: str, part: Callable, *arguments) -> None:
 
 # ---------------------------------------------------------------------------- the parts
 
-TRAINING = "training self-0"  # as `sao plan` calls the stage; its rows are steps
+TRAINING = "training self-0"  # `sao plan`'s name of the stage; here its rows are steps
 
 
 def loop(device: str, small: bool) -> Iterator[dict]:
-    """A round of SAO on real text in bfloat16: speed of its stages, peaks beside those of `sao plan`."""
+    """A round of SAO on real text in bfloat16: speed of its stages, and peak memory beside `sao plan`'s."""
     from sao_utils.engines.base import Sampling, encode
     from sao_utils.engines.registry import load_engine
     from sao_utils.methods import sao
@@ -77,7 +78,7 @@ def loop(device: str, small: bool) -> Iterator[dict]:
 
     changes = {"training.probe_steps": 0, "training.batch_size": 8}
     large = {"model.dtype": "bfloat16", "model.batch_tokens": 65_536, "prompts.count": 320}
-    # Not "auto": the peak of a budget that a step does not fill would say nothing of the estimate.
+    # Not "auto": if a step does not fill the budget, its peak says nothing about the estimate.
     changes |= {"prompts.count": 40} if small else {**large, "training.token_budget": 2048}
     recipe = load_recipe("tiny" if small else "laptop", changes)
     card = None
@@ -85,14 +86,14 @@ def loop(device: str, small: bool) -> Iterator[dict]:
         import torch
 
         total = torch.cuda.get_device_properties(0).total_memory / GIB
-        card = replace(gpus()["H200"], memory=total)  # the memory is all that the estimates take
+        card = replace(gpus()["H200"], memory=total)  # the memory estimates use nothing else of it
     estimates = {
         stage.work.stage: sum(stage.memory.values()) * GIB for stage in plan(recipe, card).stages
     }
     engine = load_engine(recipe.model)
     list(engine.generate([[{"role": "user", "content": "Hi"}]], Sampling(0.0, 4), [0]))  # warms up
     tokenizer = engine.tokenizer
-    del engine  # training frees what nobody holds
+    del engine  # so that training can free it
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, Path(folder))
         run.rows("prompts").parent.mkdir()
@@ -105,10 +106,10 @@ def loop(device: str, small: bool) -> Iterator[dict]:
         for stage in ("prompts", "responses", "verdicts", TRAINING):
             row = measure(partial(make, stage), device, whole=True)
             made = row.pop("made", [])
-            if stage == TRAINING:  # by its own clock: without the time that loading takes
+            if stage == TRAINING:  # timed by its own log, which excludes loading
                 row["seconds"] = sum(step["seconds"] for step in made)
                 count, tokens = len(made), sum(step["real_tokens"] for step in made)
-            elif stage == "verdicts":  # what is read, in both orders
+            elif stage == "verdicts":  # tokens read, in both orders
                 texts = [ranking_prompt(one["prompt"], *one["responses"]) for one in made]
                 chats = [[{"role": "user", "content": text}] for text in texts]
                 count, tokens = 2 * len(made), 2 * sum(map(len, encode(chats, tokenizer)))
@@ -120,7 +121,7 @@ def loop(device: str, small: bool) -> Iterator[dict]:
 
 
 def nf4(device: str, small: bool) -> Iterator[dict]:
-    """QLoRA's loss and gradients on this device beside a CPU's: the same NF4 weights, in float32."""
+    """QLoRA's loss and gradients on this device compared with a CPU's: same NF4 weights, float32."""
     for shape in ("trial-gemma2",) if small else ("small-llama", "small-gemma2"):
         with tempfile.TemporaryDirectory() as folder:
             random_base(shape, "cpu", nf4=False)[0].save_pretrained(folder)
@@ -136,7 +137,7 @@ def nf4(device: str, small: bool) -> Iterator[dict]:
 
 
 def _gradients(folder: str, device: str) -> tuple[float, list]:
-    """SimPO's loss of a pair of random tokens, and its gradient for each weight of a random adapter."""
+    """SimPO's loss on a pair of random tokens, and its gradient for each weight of a random adapter."""
     import torch
 
     from sao_utils.bench.contenders import LOSSES, PACKED
@@ -147,7 +148,7 @@ def _gradients(folder: str, device: str) -> tuple[float, list]:
     model = load_model(Model(path=folder, dtype="float32", quantisation="nf4"), device)
     settings = Training(learning_rate=1e-5, sft_learning_rate=1e-5, batch_size=1)
     policy = add_adapter(model, settings)
-    draw = torch.Generator().manual_seed(0)  # a CPU's: another device has other random numbers
+    draw = torch.Generator().manual_seed(0)  # on the CPU: other devices draw other numbers
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data.copy_(0.05 * torch.randn(weight.shape, generator=draw))
@@ -161,7 +162,7 @@ def _gradients(folder: str, device: str) -> tuple[float, list]:
 
 
 def train(device: str, small: bool) -> Iterator[dict]:
-    """The loss stage and the whole step beside trl's CPOTrainer, at Gemma-2-9B's shapes and 23 GiB."""
+    """The loss stage and the whole step beside trl's CPOTrainer, with Gemma-2-9B's shape in 23 GiB."""
     shape, caps = ("trial-gemma2", ()) if small else ("gemma-2-9b", (23.0,))
     tokens, repeats, pairs, batches = (64, 1, 4, (2,)) if small else (2048, 3, 16, (1, 4))
     yield from training.counts(training.lengths(128), training.BUDGET)
@@ -173,7 +174,7 @@ def train(device: str, small: bool) -> Iterator[dict]:
 
 
 def write(device: str, small: bool) -> Iterator[dict]:
-    """The transformers engine's tokens a second, with random weights in true shapes."""
+    """The transformers engine's tokens per second, for models of real shapes with random weights."""
     real = (("smollm2-135m", False), ("qwen2.5-1.5b", False), ("gemma-2-9b", False))
     for shape, four_bit in (("trial-gemma2", True),) if small else (*real, ("gemma-2-9b", True)):
         batches, tokens = ((2,), (12, 4, 20)) if small else ((32, 128), (60, 128, 930))
@@ -182,5 +183,5 @@ def write(device: str, small: bool) -> Iterator[dict]:
         yield from attempt(base, engines.by_batch, *arguments)
 
 
-#: name -> what measures it, and the seconds that it may take
+#: name -> the function that measures it, and its time limit in seconds
 PARTS = {"loop": (loop, 170), "nf4": (nf4, 90), "training": (train, 300), "engines": (write, 160)}

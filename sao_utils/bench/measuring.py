@@ -1,7 +1,7 @@
 """How the benchmarks measure: time and peak memory of contenders that take turns.
 
-Contenders run in turn in one process, so that a busy minute of the machine meets all of them. One
-that is not installed, fails or runs out of memory is a row with a status, and the rest goes on.
+Contenders run in turn in one process, so that a busy minute of the machine affects all of them. One
+that is not installed, fails or runs out of memory yields a row with a status, and the others go on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def measure(work: Callable[[], dict], device: str, whole: bool = False) -> dict:
     """Call `work` once; it returns a dict of findings.
 
     Returns:
-        its findings with "status", "seconds" (wall), "cpu_seconds" and "peak_bytes": above what was
-        held before, or on a GPU with `whole` everything; None where it cannot be measured.
+        Its findings with "status", "seconds" (wall), "cpu_seconds" and "peak_bytes": the memory above
+        what was held before, or on a GPU with `whole` all of it; None where it cannot be measured.
+        If the call fails, only "status".
     """
     import torch
 
@@ -67,7 +68,7 @@ def measure(work: Callable[[], dict], device: str, whole: bool = False) -> dict:
 
 
 def _begin(device: str) -> int | None:
-    """Empty the caches, start the peak anew, and return what is held now, bytes."""
+    """Empty the caches, reset the peak, and return the bytes held now; None if they cannot be measured."""
     import torch
 
     gc.collect()
@@ -76,17 +77,17 @@ def _begin(device: str) -> int | None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with suppress(OSError, AttributeError):  # only Linux counts the peak of a process
+    with suppress(OSError, AttributeError):  # only Linux records the peak of a process
         import ctypes
 
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept would hide a peak
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed but unreturned memory would hide a peak
         Path("/proc/self/clear_refs").write_text("5")
         return _memory("VmRSS")
     return None
 
 
 def _memory(key: str) -> int:
-    """A value of Linux's account of this process, bytes."""
+    """A value from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -94,15 +95,16 @@ def _memory(key: str) -> int:
 def interleaved(
     keys: Iterable, prepare: Callable, device: str, repeats: int, whole: bool = False
 ) -> dict:
-    """Measure contenders in turn, `repeats` times; one that failed is not tried again.
+    """Measure contenders in turn, `repeats` times; one that has failed is not tried again.
 
     Args:
-        keys: of the contenders.
-        prepare: prepares the contender of a key and returns what is to be measured, a function without
-            arguments that returns a dict of findings.
+        keys: one per contender.
+        prepare: takes a key and returns the function to be measured, which takes no arguments and
+            returns a dict of findings.
+        whole: as in `measure`.
 
     Returns:
-        key -> findings: medians of the times and the peak, so that a slow first call does not count.
+        key -> findings, with medians of the times and the peak, so that a slow first call does not count.
     """
     found, ready = {}, {}
     for key in keys:

@@ -1,11 +1,11 @@
-"""Models with random weights in true shapes, and pairs of random tokens: only shapes matter for speed."""
+"""Models of real shapes with random weights, and pairs of random tokens: only shapes matter for speed."""
 
 from __future__ import annotations
 
 import warnings
 
 #: name -> model type; vocabulary, width, MLP, layers, heads, key-value heads, head width; tied head?
-#: The first group is for CPUs, the second for GPUs, the last for a trial of the program in seconds.
+#: The first group is for CPUs, the second for GPUs, the last for trying out the program in seconds.
 SHAPES = {
     "small-llama": ("llama", (32_000, 256, 768, 2, 4, 2, 64), False),
     "small-qwen2": ("qwen2", (151_936, 256, 768, 2, 4, 2, 64), True),
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def random_policy(shape: str, device: str):
-    """A model of a shape with random weights and a LoRA adapter, and how its weights are kept.
+    """A model of the given shape with random weights and a LoRA adapter, and how its weights are stored.
 
     On a GPU the weights are NF4, with gradient checkpointing. On a CPU they are float32.
 
@@ -33,7 +33,7 @@ def random_policy(shape: str, device: str):
 
     base, kept = random_base(shape, device, nf4=device == "cuda")
     if device == "cuda":
-        with warnings.catch_warnings():  # transformers 5.23 renames it
+        with warnings.catch_warnings():  # transformers 5.23 renames the method
             warnings.simplefilter("ignore", FutureWarning)
             base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -43,24 +43,24 @@ def random_policy(shape: str, device: str):
 
 
 def random_base(shape: str, device: str, nf4: bool):
-    """A model of a shape with random weights, and how they are kept: see `random_policy`.
+    """A model of the given shape with random weights, and how they are stored: see `random_policy`.
 
-    It is made layer by layer, so that the 16-bit model need not fit. Without NF4 its weights are
-    bfloat16 on a GPU, float32 on a CPU.
+    It is built layer by layer, so that the 16-bit model need not fit into memory. Without NF4 its
+    weights are bfloat16 on a GPU, float32 on a CPU.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sao_utils.engines.registry import free_gpu
 
-    free_gpu()  # of the model before this one
+    free_gpu()  # releases the previous model
     kind, sizes, tied = SHAPES[shape]
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     options = dict(zip([*names, "num_key_value_heads", "head_dim"], sizes))
     options |= dict(tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False)
     options |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if kind == "qwen2":
-        options.pop("head_dim")  # it has no such setting
+        options.pop("head_dim")  # qwen2 has no such setting
     whole = AutoConfig.for_model(kind, **options)
     first = AutoConfig.for_model(kind, **{**options, "num_hidden_layers": 1})
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -77,7 +77,7 @@ def random_base(shape: str, device: str, nf4: bool):
         with torch.device(device):
             new = layer(base.config, index).to(dtype)
         layers.append(_in_nf4(new, dtype) if nf4 else new)
-    base.is_loaded_in_4bit = nf4  # peft asks
+    base.is_loaded_in_4bit = nf4  # peft checks it
     with torch.no_grad():
         base.get_input_embeddings().weight.normal_(std=sizes[1] ** -0.5)
         base.get_output_embeddings().weight.normal_(std=sizes[1] ** -0.5)
@@ -86,7 +86,7 @@ def random_base(shape: str, device: str, nf4: bool):
 
 
 def _in_nf4(module, dtype):
-    """A layer with its linear maps in NF4 with double quantisation, as in training."""
+    """The layer with its linear maps in NF4 with double quantisation, as in training."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -105,7 +105,7 @@ def _in_nf4(module, dtype):
 
 
 def random_pairs(sizes: list[tuple[int, int, int]], vocabulary: int, seed: int = 0) -> list[dict]:
-    """Pairs of these lengths with random tokens, as `training.pair_trainer` takes them."""
+    """Pairs of these lengths with random tokens, in the form that `setup.pair_trainer` takes."""
     import numpy as np
 
     draw = np.random.default_rng(seed).integers

@@ -1,4 +1,4 @@
-"""What the benchmarks came to: the bars, a table, a picture, and files in results/benchmarks/."""
+"""Results of the benchmarks: the bars, a table, a figure, and files in results/benchmarks/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
     "ratio cpu_ratio loss loss_difference gradient_difference padded_ratio head_ratio microbatches "
     "repeats status"
 ).split()
-#: column -> what the table for readers calls it
+#: column -> its name in the table for readers
 FACTS = {
     "peak_ratio": "memory",
     "speed_ratio": "speed",
@@ -43,7 +43,7 @@ FACTS = {
 def bars(rows: list[dict], benchmark: str) -> list[dict]:
     """What bars.yaml promises of a benchmark's rows: "bar", "limit", "value" and "met".
 
-    "value" and "met" are None where there is nothing to compare: not measured.
+    "value" and "met" are None where the rows needed were not measured.
     """
     promises = yaml.safe_load(Path(__file__).with_name("bars.yaml").read_text("utf-8"))
     frame = pd.DataFrame(rows, columns=COLUMNS)
@@ -71,7 +71,7 @@ def bars(rows: list[dict], benchmark: str) -> list[dict]:
 
 
 def bar_lines(found: list[dict]) -> str:
-    """The bars, one a line."""
+    """The bars as text, one per line."""
     words = {True: "met", False: "NOT met", None: "not measured"}
     lines = []
     for one in found:
@@ -95,7 +95,7 @@ def keep(folder: Path, name: str, rows: list[dict]) -> None:
 
 
 def kept(name: str) -> tuple[dict, list[dict]] | None:
-    """What `keep` wrote of a checkout's results: the JSON, the rows. None when there is nothing."""
+    """What `keep` wrote to this checkout's results: the JSON and the rows. None if there is nothing."""
     folder = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
     path = folder / f"{name}.csv"
     if not path.exists():
@@ -108,7 +108,7 @@ def kept(name: str) -> tuple[dict, list[dict]] | None:
 
 
 def table(rows: list[dict]):
-    """The rows as a data frame for a reader: texts, columns in words."""
+    """The rows as a data frame for readers: values as text, readable column names."""
     frame = pd.DataFrame(rows)
     for key in (key for key in FACTS if key in frame):
         values = frame.pop(key) / (GIB if key.endswith("bytes") else 1)
@@ -120,7 +120,7 @@ def table(rows: list[dict]):
 
 
 def picture(rows: list[dict]):
-    """Peak memory of the loss stage and speed of the step, each at its best; a matplotlib figure."""
+    """A matplotlib figure: peak memory of the loss stage, and each contender's best speed of the step."""
     from matplotlib import pyplot
     from matplotlib import style as styles
 
@@ -140,7 +140,7 @@ def picture(rows: list[dict]):
     )
     with styles.context(["default", style.STYLE]):
         figure, axes = pyplot.subplots(2, figsize=(8, 1.6 + 0.2 * len(pair) + 0.2 * len(step)))
-        pyplot.close(figure)  # a notebook shall show it once
+        pyplot.close(figure)  # so that a notebook shows it only once
         for place, (some, key, title, label) in zip(axes, parts):
             of_each = some.groupby(["vocabulary", "contender"], sort=False)
             values = of_each[key].max().dropna()

@@ -1,10 +1,10 @@
 """Benchmarks of the training step: `python -m sao_utils.bench training`, also notebook 10.
 
-The contenders (`contenders`) run interleaved. Times depend on the machine, so what counts are ratios;
+The contenders (`contenders`) run interleaved. Times depend on the machine, so what matters is ratios;
 counts of tokens and rows have no noise at all.
 
-On a CPU the models are narrow with a true vocabulary, lengths and token budget are a quarter, and
-tokens/s are those of a second of CPU time; on a GPU all is true.
+On a CPU the models are narrow but with a real vocabulary, lengths and token budget are a quarter of the
+real ones, and tokens/s are per second of CPU time; on a GPU everything has its real size.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ON_GPU = ("qwen2.5-1.5b", "llama-3-8b", "gemma-2-9b")
 def lengths(n: int, seed: int = 0) -> list[tuple[int, int, int]]:
     """Tokens of prompt, chosen and rejected answer of n pairs: the same for the same seed.
 
-    Answers are lognormal, mean 375, standard deviation 0.7 of it, at most 2,048 with the prompt. The
-    two answers to one prompt are alike in length (correlation 0.8 of the logarithms), which is
-    the kinder assumption for trainers that pad.
+    Answer lengths are lognormal with mean 375 and a standard deviation of 0.7 of that; prompt and answer
+    have at most 2,048. The two answers to one prompt have similar lengths (their logarithms correlate at
+    0.8), which is the kinder assumption for trainers that pad.
     """
     import numpy as np
 
@@ -51,7 +51,7 @@ def real_tokens(sizes: list[tuple[int, int, int]]) -> int:
 
 
 def padded_counts(sizes: list[tuple[int, int, int]], batch: int) -> dict:
-    """What a trainer feeds that pads each microbatch, and computes logits at every position."""
+    """Counts for a trainer that pads each microbatch and computes logits at every position."""
     batches = [sizes[i : i + batch] for i in range(0, len(sizes), batch)]
     fed = sum(2 * len(b) * max(p + max(c, r) for p, c, r in b) for b in batches)
     answers = sum(c + r for _, c, r in sizes)
@@ -81,11 +81,12 @@ def counts(sizes: list[tuple[int, int, int]], budget: int) -> list[dict]:
 def loss_stage(
     shape: str, device: str, tokens: int, repeats: int, which: Iterable[str] = tuple(LOSSES)
 ) -> list[dict]:
-    """Peak memory, time and loss of the stage from hidden states to their gradient, frozen head.
+    """Peak memory, time and loss of the stage from hidden states to their gradient, with a frozen head.
+
+    Gemma-2's softcap is left out here, since Liger has none.
 
     Args:
-        tokens: hidden rows of one pair: two sequences of tokens / 2, each with a prompt of 60. The
-            softcap of Gemma-2 is left out here: Liger has none.
+        tokens: hidden rows of one pair: two sequences of tokens / 2, each with a prompt of 60.
         which: contenders.
     """
     import torch
@@ -116,19 +117,19 @@ def loss_stage(
 def whole_step(
     policy, sizes, device: str, repeats: int, budget: int, batches: Sequence[int]
 ) -> list[dict]:
-    """Forward and backward pass of one step of pairs, all contenders and batch sizes in turn.
+    """Forward and backward pass of one step on pairs, for all contenders and batch sizes in turn.
 
     Args:
         sizes: tokens of (prompt, chosen, rejected) of the step's pairs.
         budget: tokens of a packed microbatch.
-        batches: pairs a microbatch, for contenders that pad.
+        batches: pairs per microbatch, for contenders that pad.
     """
     vocabulary = policy.config.vocab_size
     pairs = random_pairs(sizes, vocabulary)
     keys = [(PACKED, len(pairs)), (SHARED, len(pairs))]
     keys += [(name, batch) for batch in batches for name in (CPO, FUSED)]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of renamed arguments
+        warnings.simplefilter("ignore", FutureWarning)  # about renamed arguments
 
         def prepare(key: tuple[str, int]):
             contender, batch = key
@@ -149,9 +150,9 @@ def whole_step(
 
 
 def with_ratios(rows: list[dict], device: str) -> list[dict]:
-    """Set tokens/s, and the ratios to CPOTrainer at its fastest batch size.
+    """Add tokens/s, and the ratios to CPOTrainer at its fastest batch size.
 
-    On a CPU seconds are those of CPU time: wall time there tells of other programs, too.
+    On a CPU, seconds are of CPU time, since wall time there also reflects other programs.
     """
     clock = "cpu_seconds" if device == "cpu" else "seconds"
     ran = [row for row in rows if row["status"] == "ok"]
@@ -174,7 +175,7 @@ def with_ratios(rows: list[dict], device: str) -> list[dict]:
 
 
 def quick() -> Iterator[dict]:
-    """The ratios on a CPU in under a minute."""
+    """Rows with the ratios, on a CPU in under a minute."""
     yield from counts(lengths(128), BUDGET)
     yield from loss_stage("quick-gemma2", "cpu", 2048, 1, (PACKED, CPO))
     for tokens in (512, 4096):
@@ -183,11 +184,11 @@ def quick() -> Iterator[dict]:
 
 
 def measurements(shapes, device: str, caps: Sequence[float], repeats: int) -> Iterator[dict]:
-    """All measurements; one that fails as a whole is a row that says why.
+    """Rows of all measurements; one that fails as a whole yields a row that says why.
 
     Args:
         shapes: of the models, keys of SHAPES.
-        caps: GiB of GPU memory that may be used, as on smaller GPUs.
+        caps: GiB of GPU memory that may be used, to imitate smaller GPUs.
     """
     yield from counts(lengths(128), BUDGET)
     for shape in shapes:
@@ -209,11 +210,11 @@ def whole_steps(
     pairs: int,
     batches: Sequence[int],
 ) -> Iterator[dict]:
-    """One pair of the longest sequences, and one step of pairs, under each cap of memory.
+    """One pair of the longest sequences, and one step on pairs, under each memory cap.
 
     Args:
         caps: GiB of GPU memory that may be used. One pair is also measured without a cap.
-        pairs: of the step. batches: pairs a microbatch, for contenders that pad.
+        pairs: number of pairs in the step. batches: pairs per microbatch, for contenders that pad.
     """
     shrink = 1 if device == "cuda" else 4
     policy, weights = random_policy(shape, device)
@@ -230,7 +231,7 @@ def whole_steps(
 
 
 def _cap(gib: float | None, device: str) -> None:
-    """Let this process use only so much GPU memory."""
+    """Let this process use at most `gib` of GPU memory; None lifts the cap."""
     if device == "cuda":
         import torch
 

@@ -48,8 +48,8 @@ ADVICE = {
 class ApiEngine:
     """Asks an OpenAI-compatible server, `model.concurrency` requests at a time.
 
-    The key comes from the environment variable that `model.key_variable` names; if that is not set,
-    no key is sent. The key never leaves the client: no row, message or manifest contains it.
+    The key comes from the environment variable that `model.key_variable` names; if the recipe names none,
+    no key is sent. The key stays in the client object: no row, message or manifest contains it.
     """
 
     tokenizer = None  # the server tokenises

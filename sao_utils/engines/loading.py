@@ -30,7 +30,7 @@ def model_folder(path: str) -> str:
 def model_name(model: Model, adapter: Path | None = None) -> str:
     """A name that changes when the model does; part of the id of every row made with it.
 
-    `adapter` is the folder of a trained adapter, or of a fully trained model. For a local model the
+    `adapter` is the folder of a trained adapter, or of a fully fine-tuned model. For a local model the
     name is a hash of its files (weights, tokenizer, template), with the dtype.
     """
     adapter = adapter or own_adapter(model)
@@ -72,7 +72,7 @@ def _digest_of_state(state: tuple[tuple[str, int, int], ...]) -> str:
 
 def load_tokenizer(model: Model):
     """The tokenizer of a model, set to pad on the left. Raises EngineError if it is missing."""
-    # With engine=api the path may be a name that only the server knows; here it must be found.
+    # With engine=api `find` would not look, as the path may be a name that only the server knows.
     find(model.model_copy(update={"engine": "transformers"}), weights=False)
     from transformers import AutoTokenizer
 

@@ -27,7 +27,7 @@ FEW = 8  # for fewer rows, do not thin out a batch or give up on a model that co
 
 
 def transformers_engine(model: Model, adapter: Path | None) -> TransformersEngine:
-    """Load a model with the adapter in a folder, or the fully trained model in that folder instead."""
+    """Load a model with the adapter in a folder, or the fully fine-tuned model in that folder."""
     import torch
 
     tokenizer = load_tokenizer(model)

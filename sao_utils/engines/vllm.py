@@ -59,7 +59,7 @@ class VllmEngine:
         self.adapter = {"name": name, "path": str(adapter.resolve())} if lora else None
         self.rank = _lora_rank(adapter) if lora else 0
         self.weights = model_name(model) if lora else name
-        if adapter and not lora:  # a fully trained model
+        if adapter and not lora:  # a fully fine-tuned model
             model = model.model_copy(update={"path": str(adapter), "revision": None})
         self.arguments = _engine_arguments(model)
         self._child()

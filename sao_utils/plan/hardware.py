@@ -1,4 +1,4 @@
-"""What is planned for: the GPUs and the architectures that are known. Sizes are GiB."""
+"""What a plan is for: the known GPUs and model architectures. Sizes are in GiB."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class Gpu:
 
 
 def gpus() -> dict[str, Gpu]:
-    """The GPUs that are known, by the name that `--gpu` takes."""
+    """The known GPUs, by the name that `--gpu` takes."""
     return {str(name): Gpu(str(name), **values) for name, values in data("gpus").items()}
 
 
 def data(name: str) -> dict:
-    """What a YAML file of this folder holds."""
+    """The content of a YAML file in this folder."""
     text = (files("sao_utils") / "plan" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The GPU of that name; without a name the one of this machine, None if it has none.
+    """The GPU of that name; without a name, this machine's GPU, or None if it has none.
 
     Raises:
-        ValueError: a GPU that gpus.yaml does not know.
+        ValueError: the GPU is not in gpus.yaml.
     """
     known, own = gpus(), gpu_name() if name is None else None
     if name is None and own is None:
@@ -59,13 +59,13 @@ def model_shape(model: Model) -> Shape:
     """The shape of a model, from its folder, the hub's cache, or architectures.yaml.
 
     Raises:
-        ValueError: it is in none of these.
+        ValueError: none of these has it.
     """
     return shape_of(architecture(model))
 
 
 def architecture(model: Model) -> dict:
-    """The config.json of a model. Errors as of `model_shape`."""
+    """The config.json of a model, as a dict. Raises as `model_shape` does."""
     from huggingface_hub import try_to_load_from_cache
 
     from sao_utils.engines.loading import model_folder

@@ -1,4 +1,4 @@
-"""How fast a model is on this machine, from a trial of about a minute: a few rows of each stage."""
+"""How fast a model runs on this machine, from a trial of about a minute: a few rows of each stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ WORDS = "the model reads and writes some words of no meaning so that its speed c
 
 
 def measured(recipe: Recipe) -> dict[str, dict]:
-    """Seconds of ROWS rows of each stage that asks the model, and of a training step of ROWS pairs.
+    """Seconds that ROWS rows take in each stage that asks the model, and a training step of ROWS pairs.
 
     Returns:
-        In the form of a manifest's stages: stage -> {seconds, made, tokens}. Stages that do the same
+        The form of a manifest's stages: stage -> {seconds, made, tokens}. Stages that do the same work
         share a trial, as do all trainings.
 
     Raises:
-        ValueError: another engine than transformers, which may cost money or wants a GPU.
-        EngineError: the model is not there.
+        ValueError: an engine other than transformers, which may cost money or need a GPU.
+        EngineError: the model is missing.
     """
     if recipe.model.engine != "transformers":
         raise ValueError(
@@ -55,7 +55,7 @@ def measured(recipe: Recipe) -> dict[str, dict]:
 
 
 def _timed(work: Callable[[int], Iterator]) -> dict:
-    """Seconds of some work on ROWS rows, after one row, since the first call of anything is slow."""
+    """Time some work on ROWS rows, after a warm-up on one row: {seconds, made}."""
     list(work(1))
     start = time.monotonic()
     made = sum(len(batch) for batch in work(ROWS))

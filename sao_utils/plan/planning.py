@@ -1,6 +1,6 @@
 """What a recipe will take, before anything runs: rows, tokens, hours, memory, disk, money.
 
-`workload` counts what is asked of which model; `memory` and `hours` say what that costs.
+`workload` counts the requests to each model; `memory` and `hours` say what they cost.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sao_utils.training.shapes import GIB
 
 #: The committed run of a checkout, whose times hold for the tiny model on two CPU cores.
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
-#: Compute capability from which on vLLM runs, and a GPU has bfloat16.
+#: Least compute capability for vLLM and for bfloat16.
 CAPABILITY = 8.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, or part of one. hours: None where they are not known. memory: GiB by part; empty
-    where a server does the work."""
+    """One stage, or part of one. hours: None if not known. memory: GiB by part; empty if a server does
+    the work."""
 
     work: Work
     hours: float | None
@@ -38,8 +38,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """machine: in words. disk: GiB by kind. problems: what does not fit, with keys to try. notes: what is
-    assumed."""
+    """machine: its description. disk: GiB by kind. problems: what does not fit, with keys to try. notes:
+    assumptions, and models still to be fetched."""
 
     recipe: Recipe
     machine: str
@@ -53,16 +53,16 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
     """Plan a run of a recipe.
 
     Args:
-        gpu: of which kind (`find_gpu`); None: a CPU, for which only the tiny recipe has times, those
-            of the committed reference run, unless we `measure`.
-        measure: whether the model is tried on this machine for a minute (`measure.measured`), so that a
+        gpu: the kind of GPU (`find_gpu`); None for a CPU. On a CPU only the tiny recipe has times, those
+            of the committed reference run, unless `measure` is set.
+        measure: whether to try the model on this machine for a minute (`measure.measured`), so that a
             CPU has times, too.
         processes: GPUs that train together; one of them generates.
 
     Raises:
         ValueError: a model's shape is not known, or its engine cannot be measured.
-        EngineError: the model that is to be measured is not there.
-        RecipeError: a file that the recipe names is not there, or cannot be read.
+        EngineError: the model to be measured is missing.
+        RecipeError: a file that the recipe names is missing or cannot be read.
     """
     works, times = work_of(recipe), {}
     if gpu is None and measure:
@@ -90,9 +90,9 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
 
 
 def actual(folder: Path) -> dict[str, dict]:
-    """What the manifest in the folder of a run says of each stage; {} if nothing has run.
+    """What the manifest in a run's folder says of each stage; {} if nothing has run.
 
-    What notebooks tried beside the run is added up as "variants".
+    What notebooks tried beside the run is summed up as "variants".
     """
     path = folder / "manifest.json"
     if not path.is_file():
@@ -132,7 +132,7 @@ def _stage(work: Work, recipe: Recipe, gpu: Gpu | None, processes: int, times: d
 
 
 def _hours_as_measured(work: Work, times: dict[str, dict]) -> float | None:
-    """By the seconds a row, in training a token, of such a stage; None if there is none."""
+    """Hours from the measured seconds per row (in training, per token) of such a stage; None if none."""
     arm = work.stage.split("-")[0]
     alike = [row for name, row in times.items() if name.split("-")[0] == arm]
     if not alike and work.trains:  # a trial trains one arm only
@@ -144,7 +144,7 @@ def _hours_as_measured(work: Work, times: dict[str, dict]) -> float | None:
 
 # ---------------------------------------------------------------------------- what does not fit
 
-#: What a model does -> what to try where its memory does not suffice.
+#: What a model does -> what to try if memory does not suffice.
 KEYS = {
     "transformers": "{who}.quantisation=nf4, or a smaller {who}.batch_tokens or {who}.path",
     "vllm": "{who}.quantisation=fp8, or a smaller {who}.max_context or {who}.path",
@@ -157,7 +157,7 @@ KEYS = {
 
 
 def _lacking(stages: list[Stage], recipe: Recipe, gpu: Gpu | None) -> list[str]:
-    """The largest lack of memory of each model and of training, with keys to try."""
+    """The largest shortage of memory of each model and of training, with keys to try."""
     worst: dict[tuple, tuple[float, str]] = {}
     for stage in stages:
         work, need, room = stage.work, sum(stage.memory.values()), room_gib(gpu)
@@ -197,7 +197,7 @@ def _misfits(recipe: Recipe, gpu: Gpu | None) -> list[str]:
 
 
 def _disk(recipe: Recipe, works: list[Work]) -> dict[str, float]:
-    """GiB by kind; rows at five bytes a token that was written, and 500 a row."""
+    """GiB by kind; rows are counted at five bytes per token written, plus 500 per row."""
     disk = {"rows": sum(work.rows * (500 + 5 * work.lengths.written) for work in works) / GIB}
     models = {work.model.path: work.model for work in works if work.model.engine != "api"}
     for path, model in models.items():

@@ -7,7 +7,7 @@ from sao_utils.plan.workload import bill
 
 
 def render(made: Plan, actual: dict | None = None) -> str:
-    """A plan as lines of text; beside it what a run's manifest says, if one is given.
+    """A plan as text, with what a run's manifest says beside it, if one is given.
 
     Args:
         actual: the stages of a run (`planning.actual`): name -> {seconds, made or pairs, tokens}.
@@ -44,7 +44,7 @@ def render(made: Plan, actual: dict | None = None) -> str:
 
 
 def bill_lines(owed: dict[str, tuple[float, float]], of: str = "") -> list[str]:
-    """Who is paid how much (`workload.bill`) for a run (or `of` what); the most it can cost first."""
+    """Lines on who is paid how much (`workload.bill`) for a run (`of` says which); the total comes first."""
     about, most = (sum(amounts) for amounts in zip(*owed.values()))
     lines = [
         f"A whole run{of} pays servers at most US$ {most:,.2f}, with every reply as long as it may be; "
@@ -56,7 +56,7 @@ def bill_lines(owed: dict[str, tuple[float, float]], of: str = "") -> list[str]:
 
 
 def _cells(stages: list[Stage]) -> list[str]:
-    """Rows, tokens, time, memory and price of stages together."""
+    """Cells for several stages together: rows, tokens, time, memory and price."""
     known = [stage.hours for stage in stages if stage.hours is not None]
     peak = max(sum(stage.memory.values()) for stage in stages)
     paid = [stage.work.dollars[0] for stage in stages if stage.work.dollars]
@@ -71,7 +71,7 @@ def _cells(stages: list[Stage]) -> list[str]:
 
 
 def _actual(name: str, actual: dict) -> list[str]:
-    """The cells of what a run took beside a stage, and beneath all."""
+    """Cells with what a run took: headings, for one stage, or the total for "all"."""
     if not name:
         return ["rows made", "tokens", "time taken"]
     if name == "all":

@@ -1,6 +1,6 @@
-"""What a run of rounds asks of which model: SAO's iterations, and SynPO.
+"""What a run in rounds asks of each model: SAO's iterations, and SynPO.
 
-As in `workload`: counts follow the method, lengths and what filters keep are assumed.
+As in `workload`, counts follow the method, while lengths and what filters keep are assumed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from sao_utils.recipe import Recipe
 from sao_utils.stages.diversity import SAMPLE
 from sao_utils.stages.topics import TOKENS
 
-#: Shares that no run has measured for SynPO: of the seeds whose gold answer is better, of pairs kept.
+#: Shares assumed for SynPO, which no run has measured: seeds whose gold answer is better, pairs kept.
 BETTER, KEPT = 0.6, 0.5
-KEYWORDS = 8  # tokens of three
-JUSTIFIED = 100  # tokens of a judge's reply with points; the prompt asks for up to 100 words
+KEYWORDS = 8  # tokens of three keywords
+JUSTIFIED = 100  # tokens of a judge's reply that gives points; its prompt asks for up to 100 words
 LABELS = 12  # tokens of a topic and an intention
 
 
 def work_of(recipe: Recipe) -> list[Work]:
-    """What a run of a recipe asks of its models: of one round (`workload`), or of several.
+    """What a run of a recipe asks of its models, in one round (`workload`) or in several.
 
     Raises:
-        RecipeError: a file that the recipe names is not there, or cannot be read.
+        RecipeError: a file that the recipe names is missing or cannot be read.
     """
     if recipe.iterated:
         return [work for work in rounds_work(recipe, rates_of(recipe)) if work.rows]
@@ -47,7 +47,7 @@ def work_of(recipe: Recipe) -> list[Work]:
 
 
 def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
-    """What all rounds of all seeds ask of the recipe's models, in order, and their evaluation."""
+    """What all rounds of all seeds ask of the recipe's models, in order, and then their evaluation."""
     of_method = _synpo_round if recipe.method == "synpo" else _sao_round
     works = list(_generator(recipe, rates)) if recipe.method == "synpo" else []
     pairs = 0
@@ -58,14 +58,14 @@ def rounds_work(recipe: Recipe, rates: Rates) -> list[Work]:
         imitates, epochs = recipe.method in IMITATING, recipe.training.epochs
         if recipe.method == "self_rewarding" and not number:
             imitates, epochs = True, recipe.self_rewarding.first.epochs
-        read = rates.pair * (0.5 if imitates else 1.0) * epochs  # one answer of each pair
+        read = rates.pair * (0.5 if imitates else 1.0) * epochs  # SFT: one answer per pair
         works += trainings(recipe, f"{recipe.method}-round{number + 1}", pairs, read)
     return [*works, *_topics(recipe, rates), *answer_work(recipe, rates)]
 
 
 def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], int]:
-    """A round of SAO, or of a method that makes its pairs from the same prompts."""
-    if recipe.method == "sft_seeds":  # which makes nothing
+    """The work of a round of SAO, or of a method that makes its pairs from the same prompts; new pairs."""
+    if recipe.method == "sft_seeds":  # it generates nothing
         return [], recipe.synpo.seed_count
     if recipe.method == "self_rewarding" and not number:
         return [], recipe.synpo.seed_count + recipe.self_rewarding.judged_count
@@ -74,7 +74,7 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
     if recipe.method in ("sampling_ranking", "self_rewarding"):
         n = recipe.ranking.samples
         scorer = "points" if recipe.method == "self_rewarding" else recipe.ranking.scorer
-        pairs_of_n = n * (n - 1) / 2 if scorer == "self" else 0  # every two are compared
+        pairs_of_n = n * (n - 1) / 2 if scorer == "self" else 0  # every two responses are compared
         several = {"responses": n / 2, "verdicts": pairs_of_n}
         if scorer == "points":
             works.append(_points(recipe, rates, works[1].rows * n / 2, works[1].most_rows * n / 2))
@@ -85,7 +85,7 @@ def _sao_round(recipe: Recipe, rates: Rates, number: int) -> tuple[list[Work], i
 
 
 def _points(recipe: Recipe, rates: Rates, responses: float, most: float) -> Work:
-    """Replies of the judge with the points of single responses (how many, and at most)."""
+    """The judge's replies that give points to single responses; `responses` of them, `most` at most."""
     settings, judge = recipe.points, recipe.judging_model
     around = estimated_tokens(templates.source(settings.template))
     limit = prompt_limit(recipe) + recipe.responses.max_new_tokens
@@ -140,7 +140,7 @@ def _topics(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
 
 def _generator(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """The trainings on the seeds alone, once."""
+    """The trainings on the seeds alone, which happen once."""
     settings, answered = recipe.synpo, rates.prompt + rates.response
     read = estimated_tokens(templates.source("keywords")) + KEYWORDS + answered
     yield from trainings(recipe, "generator", settings.seed_count, read * settings.generator.epochs)

@@ -1,8 +1,8 @@
-"""What a run asks of which model, before it asks: requests, their tokens, and what servers get for them.
+"""What a run will ask of each model: requests, their tokens, and what servers charge for them.
 
-The counts follow the notebooks 01 to 06. Lengths and what filters keep are assumed (`Rates`); those of
-benchmarks are in evaluation/benchmarks.yaml, those of tasks in sizes.yaml. A price has two numbers: what
-such lengths cost, and the most that can be bought, with every reply as long as it may be.
+The counts follow notebooks 01 to 06. Lengths and what filters keep are assumed (`Rates`); those of
+benchmarks are in evaluation/benchmarks.yaml, those of tasks in sizes.yaml. A price has two numbers: the
+cost at these lengths, and the most it can be, with every reply as long as it may be.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from sao_utils.stages.responses import PER_PROMPT
 
 #: Tokens that a server puts around the messages of a request; assumed, and more than most take.
 AROUND = 10
-#: Tokens of a verdict that is written: "ranking: 1 > 2" and its end.
+#: Tokens of a written verdict: "ranking: 1 > 2" and the end token.
 SHORT_VERDICT = 8
-#: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona and of
-#: a file of two, other temperatures, prompts of each, and pairs that are judged by sampling. All but the
-#: file and the temperatures are at most so many (`sao.trial_size`).
+#: What notebooks 01 to 03 try beside the run, in its folder variants/: prompts without a persona, prompts
+#: from a file of two, other temperatures, prompts for each of these, and pairs judged by sampling. WITHOUT,
+#: TRIED and SAMPLED are upper limits (`sao.trial_size`).
 WITHOUT, OWN, TEMPERATURES, TRIED, SAMPLED = 400, 2, 2, 100, 150
-LABELLED = 2  # pairs that notebook 03 labels itself where the recipe names no file
-_UNKNOWN = {"items": 1, "passes": 0, "read": 0}  # a task that sizes.yaml does not hold
+LABELLED = 2  # pairs that notebook 03 labels itself if the recipe names no file
+_UNKNOWN = {"items": 1, "passes": 0, "read": 0}  # a task that is not in sizes.yaml
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What is assumed of lengths (tokens) and of what the filters keep (shares)."""
+    """Assumed lengths (tokens), and assumed shares that the filters keep."""
 
     source: str = "assumed"
     instruction: float = 90  # the persona template with its persona
     prompt: float = 60
     response: float = 375
     prompts_kept: float = 0.95
-    judged: float = 1.0  # of the prompts: those whose two answers differ
+    judged: float = 1.0  # of the prompts: those whose two responses differ
     pairs_kept: float = 0.6
     differing: float = 1.0  # of the answers to evaluation questions: those that differ
-    compared: float = 1.0  # the same of benchmarks
+    compared: float = 1.0  # the same for benchmarks
 
     @property
     def verdict(self) -> float:
@@ -57,12 +57,12 @@ class Rates:
 
     @property
     def pair(self) -> float:
-        """Tokens that a pair has in training."""
+        """Tokens of a pair in training."""
         return PER_PROMPT * (self.prompt + self.response)
 
 
 class Lengths(NamedTuple):
-    """Tokens that are read and written for a request, in the mean and at most."""
+    """Tokens read and written for a request, on average and at most."""
 
     read: float
     written: float
@@ -75,11 +75,11 @@ class Work:
     """Requests of one kind to one model, or one training.
 
     Attributes:
-        stage: as a run's manifest names it; `part` of it: a benchmark, a task.
-        who: the key of the recipe with the model.
-        rows: as a run's manifest counts them; `most_rows` if nothing is dropped on the way.
-        lengths: of a request; of a training, of a pair in all epochs, and of one of its answers at most.
-        requests: that a row stands for: a task of lm-eval has a row for each model.
+        stage: as named in a run's manifest; `part` is a part of it: a benchmark, a task.
+        who: the recipe's key for the model.
+        rows: as counted in a run's manifest; `most_rows` if nothing is dropped on the way.
+        lengths: of a request; for a training, of a pair in all epochs, and at most of one of its answers.
+        requests: how many a row stands for: a task of lm-eval has one row per model.
     """
 
     stage: str
@@ -93,7 +93,7 @@ class Work:
 
     @property
     def label(self) -> str:
-        """The part, and who does it unless it is the run's own model or judge."""
+        """The part, and the model's key unless it is the run's own model or judge."""
         who = "" if self.who in ("model", "judge") else self.who
         return ", ".join(filter(None, (self.part, who)))
 
@@ -103,12 +103,12 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Written, or where a model does not write, read."""
+        """Tokens written or, if the model writes nothing, read."""
         return round(self.rows * self.requests * (self.lengths.written or self.lengths.read))
 
     @property
     def dollars(self) -> tuple[float, float] | None:
-        """US$ at these lengths, and at most; None without a price."""
+        """US$ at these lengths, and at most; None if the model has no price."""
         if not self.model.priced:
             return None
         read, written, most_read, most_written = self.lengths
@@ -122,17 +122,17 @@ def workload(recipe: Recipe) -> list[Work]:
     """What a run of a recipe asks of its models, in order.
 
     Raises:
-        RecipeError: a file that the recipe names is not there, or cannot be read.
+        RecipeError: a file that the recipe names is missing or cannot be read.
     """
     rates = rates_of(recipe)
     parts = [round_work, notebook_work]
-    if recipe.model.engine != "api":  # else nothing is trained, and notebooks 01 to 03 are all
+    if recipe.model.engine != "api":  # else nothing is trained: only notebooks 01 to 03
         parts += [training_work, answer_work, task_work, benchmark_work]
     return [work for part in parts for work in part(recipe, rates) if work.rows]
 
 
 def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
-    """Key of the recipe -> US$ for each server with a price: at the assumed lengths, and at most."""
+    """The recipe's key for each server with a price -> US$ at the assumed lengths, and at most."""
     owed: dict[str, tuple[float, float]] = {}
     for work in works:
         if work.dollars:
@@ -142,7 +142,7 @@ def bill(works: list[Work]) -> dict[str, tuple[float, float]]:
 
 
 def rates_of(recipe: Recipe) -> Rates:
-    """Those of models that have been measured (sizes.yaml), for others assumed."""
+    """Measured rates for a model listed in sizes.yaml, assumed ones for others."""
     measured = data("sizes")["rates"]
     if recipe.model.path in measured:
         return Rates(**measured[recipe.model.path])
@@ -152,7 +152,7 @@ def rates_of(recipe: Recipe) -> Rates:
 
 
 def prompt_limit(recipe: Recipe) -> float:
-    """Tokens of a prompt, at most: as many as may be written, or as the longest in a file has."""
+    """Most tokens of a prompt: as many as may be generated, or as the longest in the recipe's file."""
     settings, texts = recipe.prompts, []
     if settings.source == "file" and is_table(settings.data):
         texts = read_column(settings.data, settings.column)
@@ -179,7 +179,7 @@ def round_work(recipe: Recipe, rates: Rates) -> tuple[Work, Work, Work]:
 
 
 def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """What notebooks 01 to 03 try beside the run, and pairs with known labels."""
+    """What notebooks 01 to 03 try beside the run, and verdicts on pairs with known labels."""
     rows, most = 2 * LABELLED, {}
     if recipe.judging.labelled:
         pairs = labelled_pairs(recipe.judging.labelled)
@@ -201,7 +201,7 @@ def notebook_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
 
 def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """A training of each arm and seed."""
+    """One training per arm and seed."""
     pairs = round(recipe.prompts.count * rates.prompts_kept * rates.pairs_kept)
     for arm in recipe.arms:
         share = 0.5 if arm == "sft_random" else 1.0  # one answer of each pair
@@ -209,7 +209,7 @@ def training_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
 
 def trainings(recipe: Recipe, name: str, rows: int, read: float) -> Iterator[Work]:
-    """A training of each seed, which reads so many tokens of each row, in all epochs."""
+    """One training per seed, on `rows` rows; `read`: tokens per row, over all epochs."""
     for seed in recipe.seeds:
         lengths = Lengths(read, 0, recipe.pairs.max_tokens, 0)
         yield Work(f"training {name}-{seed}", "model", recipe.model, rows, lengths)
@@ -226,11 +226,11 @@ def verdicts_work(
     limit: int | None = None,
     prompt: float | None = None,
 ) -> Work:
-    """Verdicts with the ranking prompt, each order a row.
+    """Verdicts with the ranking prompt; each order of a pair is a row.
 
     Args:
-        who: the key of the recipe with the judge, by default the run's own.
-        limit, prompt: tokens of a response and of a prompt, at most; by default of the run's.
+        who: the recipe's key for the judge; by default the run's own.
+        limit, prompt: most tokens of a response and of a prompt; by default the run's.
     """
     who = who or own_judge(recipe)
     written = _short_verdict(recipe.models[who])
@@ -245,12 +245,12 @@ def verdicts_work(
 
 
 def own_judge(recipe: Recipe) -> str:
-    """The key of the recipe with the judge of its pairs."""
+    """The recipe's key for the judge of its pairs."""
     return "judge" if recipe.judge else "model"
 
 
 def _short_verdict(model: Model) -> tuple[int, int]:
-    """Tokens that a judge writes to choose, in the mean and at most: none but by a server."""
+    """Tokens that a judge writes to choose, on average and at most; only servers write any."""
     return (SHORT_VERDICT, VERDICT_TOKENS) if model.engine == "api" else (0, 0)
 
 
@@ -258,8 +258,8 @@ def _short_verdict(model: Model) -> tuple[int, int]:
 
 
 def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, int]]:
-    """(key of the recipe, model, how many): base and tuned models, and each of `others`."""
-    if recipe.iterated:  # the base and every round's model; SynPO trains on the seeds alone, too
+    """(recipe's key, model, how many): the base with its tuned models, and each of `others`."""
+    if recipe.iterated:  # the base and each round's model; SynPO also trains on the seeds alone
         rounds = recipe.rounds + (recipe.method == "synpo")
         return [("model", recipe.model, 1 + rounds * len(recipe.seeds))]
     arms = len(recipe.arms) if controls or "self" not in recipe.arms else 1
@@ -268,7 +268,7 @@ def _compared(recipe: Recipe, controls: bool = False) -> list[tuple[str, Model, 
 
 
 def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """Answers to the run's own questions, and the comparisons that the notebooks make of them."""
+    """Answers to the run's own questions, and the comparisons of them that the notebooks make."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
     count, question = questions_of(recipe)
     compared = _compared(recipe, controls=True)
@@ -290,7 +290,7 @@ def answer_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
 
 def questions_of(recipe: Recipe) -> tuple[int, float]:
-    """How many questions the evaluation has, and their tokens in the mean."""
+    """How many questions the evaluation has, and their mean number of tokens."""
     source = recipe.evaluation.questions
     if source in BENCHMARKS:
         return BENCHMARKS[source]["prompts"], BENCHMARKS[source]["question"]
@@ -302,9 +302,9 @@ def questions_of(recipe: Recipe) -> tuple[int, float]:
 
 
 def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """What lm-eval asks the base, the tuned models and others with weights, by transformers.
+    """What lm-eval asks the base, the tuned models and others with weights, using transformers.
 
-    A task whose size is not known has no requests.
+    A task of unknown size gets no requests.
     """
     known, limit = data("sizes")["tasks"], recipe.evaluation.task_limit
     in_16_bit = {"engine": "transformers", "quantisation": "none"}
@@ -322,7 +322,7 @@ def task_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
 
 
 def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
-    """Answers to the benchmarks by every model compared, and verdicts by every judge."""
+    """Answers to the benchmarks by every model compared, and verdicts on them by every judge."""
     settings, limit = recipe.evaluation, recipe.evaluation.max_new_tokens
     usual, models = min(rates.response, limit), sum(n for _, _, n in _compared(recipe))
     judges = [own_judge(recipe), *(f"judges.{name}" for name in recipe.judges)]
@@ -330,7 +330,7 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         size = BENCHMARKS[name]
         prompts, turns = size["prompts"], size["turns"]
         prompts = min(prompts, settings.benchmark_limit or prompts)
-        asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # with earlier turns
+        asked, answers = size["question"] * (turns + 1) / 2, (turns - 1) / 2  # and earlier turns
         lengths = Lengths(asked + answers * usual, usual, asked + answers * limit, limit)
         for who, model, count in _compared(recipe):
             rows = count * prompts * turns
@@ -341,7 +341,7 @@ def benchmark_work(recipe: Recipe, rates: Rates) -> Iterator[Work]:
         for who in judges:
             model = recipe.models[who]
             written = (size["argued"], size["most"]) if "argued" in size else _short_verdict(model)
-            # A second request holds the first reply.
+            # A retry's prompt contains the first reply.
             most_read = shown + answers * limit + retries * written[1] / 2
             lengths = Lengths(shown + answers * usual, written[0], most_read, written[1])
             most_rows = most * (1 + retries)

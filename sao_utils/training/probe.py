@@ -26,7 +26,7 @@ def plan_probes(
         every: training.probe_steps. prompts: training.probe_prompts, or fewer if there are fewer.
         steps, tokens: of the whole training. answer: tokens of the longest answer in the pairs.
     """
-    room = int(SHARE * tokens / (COST[device] * min(TOKENS, answer)))  # answers
+    room = int(SHARE * tokens / (COST[device] * min(TOKENS, answer)))  # answers, at most
     all_steps = frozenset({*range(0, steps + 1, every or 1), steps})
     few = min(prompts, room // 2)
     if not every or few < min(prompts, 2):

@@ -26,7 +26,7 @@ def make_trainer(
 ):
     """The trainer with model, data and every setting in place; `.train()` runs it.
 
-    If the model has an adapter (or the folder of a fully trained model), training continues from it.
+    If the model has an adapter (or the folder of a fully fine-tuned model), training continues from it.
     """
     from transformers import AutoConfig, set_seed
 

@@ -208,8 +208,7 @@ class PairTrainer(Trainer):
             for k, (microbatch, group) in enumerate(microbatches):
                 last = k == len(microbatches) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)
-                # Under FSDP, no_sync keeps whole gradients on each GPU.
-                plain = last or self.sharded
+                plain = last or self.sharded  # FSDP's no_sync keeps whole gradients on each GPU
                 with nullcontext() if plain else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         loss, metrics = self._loss(model, microbatch, group)
