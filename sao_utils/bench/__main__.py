@@ -22,11 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     ask = argparse.ArgumentParser(prog="python -m sao_utils.bench", description=__doc__)
     ask.add_argument("benchmark", choices=("training", "engines", "gpu"))
-    ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="of a GPU's memory")
-    ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="of the models")
+    ask.add_argument("--cap-gib", type=float, nargs="*", default=[23.0], help="caps on GPU memory")
+    ask.add_argument("--shapes", nargs="*", choices=SHAPES, help="model shapes to measure")
     ask.add_argument("--repeats", type=int, default=3)
     ask.add_argument(
-        "--small", action="store_true", help="of gpu: a trial in a minute, also on a CPU"
+        "--small", action="store_true", help="for gpu: a trial of a minute, on a CPU too"
     )
     options = ask.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = options.shapes
     if options.benchmark == "gpu":
         if shapes:
-            ask.error("--shapes is of training and engines: gpu has its own.")
+            ask.error("--shapes is for training and engines; gpu has shapes of its own.")
         if device == "cpu" and not options.small:
             sys.exit("There is no GPU here: nothing was measured.")
         name, promises = device + ("-small" if options.small else ""), "training-cuda"

@@ -133,10 +133,10 @@ def picture(rows: list[dict]):
     ran["peak_gib"] = ran["peak_bytes"] / GIB
     pair = ran.query("measurement == 'loss stage' and tokens == 2048")
     step = ran.query("measurement == 'step'")
-    title = "Loss stage of one pair, 2,048 tokens: the less the better"
+    title = "Loss stage of one pair, 2,048 tokens: lower is better"
     parts = (
         (pair, "peak_gib", title, "peak, GiB"),
-        (step, "speed_ratio", "One step of pairs: the more the better", f"tokens/s, 1 = {CPO}"),
+        (step, "speed_ratio", "One step of pairs: higher is better", f"tokens/s, 1 = {CPO}"),
     )
     with styles.context(["default", style.STYLE]):
         figure, axes = pyplot.subplots(2, figsize=(8, 1.6 + 0.2 * len(pair) + 0.2 * len(step)))

@@ -33,7 +33,7 @@ RETRIES = 10  # by the client, after the delay the server asks for, else 0.5 to 
 REFUSALS = (400, 413, 422)  # HTTP statuses for a bad request, or one too long or disallowed
 HARMLESS = "Hi"
 KEY = "Check the key in the environment variable that model.key_variable names."
-SETTING = "It refuses a harmless question, too: change the setting that it names."
+SETTING = "The server refuses even a harmless question: change the setting that it names."
 ADVICE = {
     400: SETTING,
     401: KEY,
@@ -62,8 +62,8 @@ class ApiEngine:
         key = os.environ.get(model.key_variable) if model.key_variable else "no key is sent"
         if not key:
             raise EngineError(
-                f"{model.url} wants a key: set the environment variable {model.key_variable} (another "
-                "name: model.key_variable). Never write a key into a recipe or a notebook."
+                f"{model.url} needs a key: set the environment variable {model.key_variable} (or name "
+                "another one in model.key_variable). Never write a key into a recipe or a notebook."
             )
         self.model = model
         self._client = openai.OpenAI(api_key=key, base_url=model.url, max_retries=RETRIES)
@@ -76,8 +76,8 @@ class ApiEngine:
     def generate(self, chats: list[Chat], sampling: Sampling, seeds: list[int]):
         if chats and chats[0][-1].get("open"):
             raise EngineError(
-                "prompts.source=pre_query needs the weights: a server writes no user's turn. Set "
-                "model.engine to transformers or vllm, or take another source."
+                "prompts.source=pre_query needs the weights: a server cannot write the user's turn. Set "
+                "model.engine to transformers or vllm, or take another prompts.source."
             )
 
         def reply(i: int) -> Completion:
@@ -180,8 +180,8 @@ class ApiEngine:
         if self._refused:
             print(
                 f"{self.model.url} refused {len(self._refused)} of {count} rows; they get no reply and "
-                f"count as discarded. It said last: {self._refused[-1]}\nIf it takes longer rows by "
-                "now, another model.max_context asks them again.",
+                f"count as discarded. Its last words: {self._refused[-1]}\nIf it takes longer rows by "
+                "now, change model.max_context, and they are asked again.",
                 flush=True,
             )
         if fault:

@@ -197,8 +197,8 @@ def over_long(prompts: list[list[int]], limit: float) -> list[int]:
     if found:
         print(
             f"{len(found)} of {len(prompts)} prompts are longer than the context of {limit} tokens; "
-            "they get no reply and count as discarded. If the model takes more, a larger max_context "
-            "of it asks them again.",
+            "they get no reply and count as discarded. If the model takes more, raise its "
+            "max_context, and they are asked again.",
             flush=True,
         )
     return found

@@ -27,7 +27,7 @@ def measured(recipe: Recipe) -> dict[str, dict]:
     """
     if recipe.model.engine != "transformers":
         raise ValueError(
-            f"A trial on this CPU takes model.engine=transformers, not {recipe.model.engine}."
+            f"--measure works with model.engine=transformers only, not {recipe.model.engine}."
         )
     from sao_utils import templates
     from sao_utils.engines.base import Sampling

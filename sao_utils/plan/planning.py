@@ -78,7 +78,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, processes: int = 1, measure: bo
             "with a real GPU."
         )
     elif not times:
-        speed = "Hours on a CPU take a trial of a minute: --measure. --gpu plans for a GPU."
+        speed = "Hours on this CPU need a trial of a minute (--measure); --gpu plans for a GPU."
     else:
         source = "a trial on this machine" if measure else "the reference run on two CPU cores"
         speed = f"Hours: by {source}."

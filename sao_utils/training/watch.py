@@ -82,7 +82,7 @@ class Watch(TrainerCallback):
             raise TrainingFailed(
                 f"Training stopped at step {state.global_step} of {state.max_steps}: the loss is "
                 f"{logs['loss']}, its gradient {gradient}. No adapter was saved; checkpoints are "
-                "kept. At the first step the base model itself gives no numbers: check its weights, "
+                "kept. If this is the first step, the base model itself computes NaN: check its weights, "
                 "or try another model.dtype (float16 overflows easily). Later, try a lower learning "
                 f"rate (it is {args.learning_rate:g}) or a longer warm-up (training.warmup_ratio)."
             )
