@@ -181,7 +181,7 @@ def test_hours_on_a_cpu_are_from_a_trial(monkeypatch):
     monkeypatch.setattr(planning, "REFERENCE", planning.REFERENCE / "none")
     made = plan(recipe)
     assert {stage.hours for stage in made.stages} == {None}
-    assert "Hours on a CPU take a trial" in render(made)
+    assert "Hours on this CPU need a trial" in render(made)
     for name in ("ROWS", "TOKENS"):
         monkeypatch.setattr(measure, name, 2)
     hours = {s.work.stage: s.hours for s in plan(recipe, measure=True).stages}
@@ -208,4 +208,4 @@ def test_a_trial_wants_a_model_that_is_here_and_asks_no_server(results):
     trial = ("plan", "--measure", "--recipe")
     assert "sao fetch smollm2" in sao(*trial, "laptop", code=2)
     far = [f"--set=model.{key}={value}" for key, value in FAR.items()]
-    assert "model.engine=transformers, not api" in sao(*trial, "tiny", *far, code=2)
+    assert "model.engine=transformers only, not api" in sao(*trial, "tiny", *far, code=2)
