@@ -57,7 +57,7 @@ NO_REPLY = "no reply: too long, refused, or NaN"
 
 def unanswered(tokens: int, finished: bool) -> bool:
     """Whether a model gave no reply: the prompt fills its context, a server refused it, or the model
-    computed NaN. The engine has printed which of these it was, and for how many rows.
+    computed NaN (the engine has printed which of these, and for how many rows); or nothing but reasoning.
 
     A reply that a model did give has at least one token, or ended by itself.
     """

@@ -105,7 +105,7 @@ def pack(pairs: list[dict], share_prompt: bool) -> Microbatch:
 
 
 def pad(pairs: list[dict]) -> Microbatch:
-    """Pairs as right-padded sequences, [2 * pairs, longest], chosen and rejected alternating."""
+    """Pairs as right-padded sequences, [sequences, longest]; of pairs, chosen and rejected alternate."""
     import torch
 
     sequences = [
