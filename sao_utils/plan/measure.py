@@ -18,8 +18,8 @@ def measured(recipe: Recipe) -> dict[str, dict]:
     """Seconds that ROWS rows take in each stage that asks the model, and a training step of ROWS pairs.
 
     Returns:
-        The form of a manifest's stages: stage -> {seconds, made}, of trainings {seconds, pairs, tokens}. Stages that do the same work
-        share a trial, as do all trainings.
+        In the form of a manifest's stages: stage -> {seconds, made}, or {seconds, pairs, tokens} for
+        trainings. Stages that do the same work share a trial, as do all trainings.
 
     Raises:
         ValueError: an engine other than transformers, which may cost money or need a GPU.
