@@ -1,14 +1,15 @@
-"""AlpacaEval 2.0: one answer a prompt against GPT-4-Turbo's, judged by log-probability.
+"""AlpacaEval 2.0: one answer per prompt against GPT-4-Turbo's, judged by log-probability.
 
 The protocol is that of the annotator `weighted_alpaca_eval_gpt4_turbo` of the program alpaca_eval
 0.6 (github.com/tatsu-lab/alpaca_eval; length control: Dubois and others, 2024, arXiv 2404.04475).
-The two answers are shown in one order, drawn by a seed from the instruction. The judge names the
-better model, m (shown first) or M; with p = p(m) / (p(m) + p(M)) its preference is 2 - p, from 1
-(the reference, when that is shown first) to 2. The win rate is the mean preference - 1.
+The two answers are shown in one order, drawn with a seed derived from the instruction. The judge names
+the better model, m (shown first) or M. With p = p(m) / (p(m) + p(M)), its preference is 2 - p if the
+reference is shown first, else 1 + p: from 1 (the reference is better) to 2 (the model is better). The
+win rate is the mean preference - 1.
 
 The 805 prompts with the reference answers (alpaca_eval_gpt4_baseline.json), the judge's template
 (alpaca_eval_clf.txt), and the annotations of gamed baselines with the prompts' difficulties
-(df_gamed.csv) are other people's: `benchmark_files.official_file` finds them.
+(df_gamed.csv) are third-party files: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ CHOICES = ("m", "M")
 
 
 def load(settings: Evaluation) -> dict:
-    """The benchmark as `benchmarks.load` describes it, with {gamed}: df_gamed.csv, None without it.
+    """The benchmark as `benchmarks.load` describes it, with {gamed: df_gamed.csv, or None}.
 
     Raises:
-        RecipeError: the prompts or the judge's template are not there.
+        RecipeError: the prompts or the judge's template are missing.
     """
     items = official_questions(settings, "alpaca_eval")
     template = needed_file(settings, "alpaca_eval", "alpaca_eval_clf.txt")
@@ -52,7 +53,7 @@ def load(settings: Evaluation) -> dict:
 
 
 def _messages(template: str) -> list[dict]:
-    """The chat that a template in ChatML stands for."""
+    """The chat that a ChatML template describes."""
     found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", template, re.DOTALL)
     return [{"role": role, "content": text.strip()} for role, text in found]
 
@@ -64,16 +65,17 @@ def _show(messages: list[dict], instruction: str, first: str, second: str) -> di
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: alpaca_eval's draw, by its seed 0."""
+    """Whether the model's answer is shown first: alpaca_eval's draw, with its seed 0."""
     rng = random.Random(f"is_switched_outputs{instruction}0")
     return rng.choices([False, True], k=1)[0]
 
 
 def preference(logps: Sequence[float | None], switched: bool) -> float | None:
-    """The preference from 1 (reference) to 2 (model); None where the judge names neither.
+    """The preference, from 1 (reference) to 2 (model); None if the judge names neither.
 
     Args:
-        logps: log-probabilities of m (shown first) and M; None for one that is missing.
+        logps: log-probabilities of m (shown first) and M; None for a missing one.
+        switched: whether the model's answer is shown first.
     """
     first, second = (-math.inf if p is None else p for p in logps)
     top = max(first, second)
@@ -84,7 +86,7 @@ def preference(logps: Sequence[float | None], switched: bool) -> float | None:
 
 
 def requests(benchmark: dict, item: dict, turns: list[str]) -> list[dict]:
-    """One request to the judge; none where the answer is the reference's own: a tie, as there."""
+    """One request to the judge; none if answer and reference are identical: a tie, as in alpaca_eval."""
     instruction, reference, output = item["turns"][0], benchmark["baseline"][item["id"]], turns[0]
     if output == reference:
         return []
@@ -95,8 +97,8 @@ def requests(benchmark: dict, item: dict, turns: list[str]) -> list[dict]:
 def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judge) -> list[dict]:
     """One annotation in alpaca_eval's format.
 
-    `preference` is None where the judge failed; `mass` the probability that it gave to m and M
-    together, None where it was not asked.
+    `preference` is None if the judge failed; `mass` is the total probability that it gave to m and M,
+    None if it was not asked.
     """
     instruction = item["turns"][0]
     switched, value, mass = is_switched(instruction), 1.5, None
@@ -121,13 +123,13 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
 
 
 def verdicts(annotations: list[dict]) -> list[tuple]:
-    """(prompt, preference or None) of each verdict; identical answers, not judged, are left out."""
+    """(prompt, preference or None) for each verdict; identical answers are not judged and left out."""
     asked = [row for row in annotations if row["output_1"] != row["output_2"]]
     return [(row["index"], row["preference"]) for row in asked]
 
 
 def _difficulties(gamed: pd.DataFrame, index: list[int]) -> np.ndarray:
-    """[n] of the prompts with these places among the 805."""
+    """[n] the difficulties of the prompts with these positions among the 805."""
     known = gamed.drop_duplicates("index").set_index("index")["instruction_difficulty"]
     return known[index].to_numpy()
 
@@ -136,10 +138,12 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
     """The figures of AlpacaEval's leaderboard from one model's annotations, with intervals.
 
     Returns:
-        Shares: win_rate; lc_win_rate_published (`published_fit`; it has no interval: NaN) with gamed
-        baselines; lc_win_rate (`length_control.length_controlled_win_rate`, lengths in characters;
-        with the prompts' difficulties where there are gamed baselines); first_rate, how often the
-        answer shown first was preferred. {} without a valid preference.
+        Shares, {} without a valid preference:
+        win_rate;
+        lc_win_rate_published: by `published_fit`, only if df_gamed.csv is there; it has no interval (NaN);
+        lc_win_rate: by `length_control.length_controlled_win_rate`, with lengths in characters, and with
+            the prompts' difficulties if df_gamed.csv is there;
+        first_rate: how often the answer shown first was preferred (even preferences are left out).
     """
     valid = [of for of in zip(annotations, _outcomes(annotations)) if not math.isnan(of[1])]
     if not valid:
@@ -159,24 +163,24 @@ def figures(annotations: list[dict], benchmark: dict) -> dict[str, Interval]:
 
 
 def _outcomes(annotations: list[dict]) -> list[float]:
-    """Of each annotation 1 where the model won, 0 where it lost; NaN where the judge failed.
+    """For each annotation, from 0 (the model lost) to 1 (it won); NaN if the judge failed.
 
-    Older files write a tie, a preference of 1.5, as 0.
+    In older files, a tie (a preference of 1.5) is written as 0.
     """
     preferences = np.array([row["preference"] for row in annotations], float)
     return np.where(preferences == 0, 0.5, preferences - 1).tolist()
 
 
 def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
-    r"""The length-controlled win rate as alpaca_eval's program fits it: a share, without interval.
+    r"""The length-controlled win rate as alpaca_eval's program fits it: a share, without an interval.
 
-    The model of `length_control.length_controlled_win_rate` with difficulties, fitted together with
-    annotations of two gamed baselines that have no intercept and a weight of 0.1 each, with an L1
-    penalty; its strength is chosen among ten by five-fold cross-validation (`length_controlled_v1`;
-    Dubois and others, 2024, section 3.2).
+    The model of `length_control.length_controlled_win_rate` with difficulties, fitted with an L1 penalty
+    to the annotations together with those of two gamed baselines, which have no intercept and a weight of
+    0.1 each. The penalty's strength is chosen from ten values by five-fold cross-validation
+    (`length_controlled_v1`; Dubois and others, 2024, section 3.2).
 
     Args:
-        annotations: of one model, `index` being the prompt's place among the 805.
+        annotations: those of one model, `index` being the prompt's position among the 805.
         gamed: the program's file df_gamed.csv.
     """
     n = len(annotations)
@@ -196,9 +200,9 @@ def published_fit(annotations: list[dict], gamed: pd.DataFrame) -> float:
 
 
 def _cross_validated(x: np.ndarray, y: np.ndarray, weight: np.ndarray):
-    """scikit-learn's logistic regression of shares y [n] on x [n, features], L1 penalised.
+    """scikit-learn's L1-penalised logistic regression of shares y [n] on x [n, features].
 
-    A share counts as two weighted labels, both in the same fold.
+    A share counts as two weighted labels (1 and 0), both in the same fold.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
@@ -221,13 +225,13 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, weight: np.ndarray):
 
     strengths, scores = np.logspace(-4, 4, 10), []
     for train, test in GroupKFold(5).split(x, label, group):
-        draws = np.random.RandomState(123)  # of a fold's ten fits: scores may be all but equal
+        draws = np.random.RandomState(123)  # shared by a fold's ten fits: scores may be nearly equal
         scores.append([score(fit(c, train, draws), test) for c in strengths])
     return fit(strengths[int(np.argmax(np.mean(scores, axis=0)))], slice(None), 123)
 
 
 def files(benchmark: dict, answers: dict[str, dict], annotations: dict, judge: str) -> dict:
-    """What alpaca_eval reads, as {path: rows}: model_outputs.json and annotations.json a model."""
+    """The files that alpaca_eval reads, {path: rows}: model_outputs.json, annotations.json per model."""
     written = {}
     for model, given in answers.items():
         written[f"{model}/model_outputs.json"] = [

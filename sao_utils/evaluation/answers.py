@@ -1,4 +1,4 @@
-"""Stage 6: answers of base, tuned and other models to evaluation questions."""
+"""Stage 6: answers of the base, the tuned and other models to evaluation questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sao_utils.store import Run
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that evaluation compares, by its name in tables."""
+    """A model that evaluation compares, with its name in tables."""
 
     name: str
     seed: int | None
@@ -36,8 +36,8 @@ def answer_questions(
 
     Returns:
         Rows {id, model, seed, round, weights, temperature, question_id, question, combination, text,
-        tokens, finished, quality, good}, kept in rows/answers.jsonl but for the last two, which are the
-        oracle's: None where it has no say.
+        tokens, finished, quality, good}, kept in rows/answers.jsonl except for the last two, which come
+        from the oracle and are None if no oracle knows the question.
     """
     settings, rows = run.recipe.evaluation, []
     for candidate in candidates:

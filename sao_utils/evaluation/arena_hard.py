@@ -1,16 +1,16 @@
-"""Arena-Hard v0.1: two games a prompt against a baseline, verdicts with five labels, Bradley-Terry.
+"""Arena-Hard v0.1: two games per prompt against a baseline, verdicts with five labels, Bradley-Terry.
 
 The protocol is that of github.com/lmarena/arena-hard-auto at v0.1 (Li and others, 2024, arXiv
 2406.11939): in game 1 the baseline's answer is A, in game 2 the model's. The judge argues at
-temperature 0 and ends with a label. All labels that it writes must be one and the same, else the
-game does not count; without any label it is asked once to go on (in our words, not the program's).
+temperature 0 and ends with a label. All labels that it writes must be the same, otherwise the game
+does not count; if it writes none, it is asked once to go on (in our words, not the program's).
 A>>B and B>>A count as three games. The score is the win rate against the baseline that the
-Bradley-Terry fit expects. Here each model meets the baseline alone, and that is its share of the
-votes, a tie giving half of one. The interval is ours, that of any win rate (`intervals.win_rate`),
-over prompts; the program resamples single games (docs/evaluation.md).
+Bradley-Terry fit expects. As each model here meets only the baseline, this is its share of the
+votes, a tie counting half. The interval is ours: that of any win rate (`intervals.win_rate`), over
+prompts, whereas the program resamples single games (docs/evaluation.md).
 
 The 500 prompts (question.jsonl), the baseline's answers (model_answer/gpt-4-0314.jsonl) and the
-judge's prompt (judge_config.yaml) are other people's: `benchmark_files.official_file` finds them.
+judge's prompt (judge_config.yaml) are third-party files: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load(settings: Evaluation) -> dict:
     """The benchmark as `benchmarks.load` describes it.
 
     Raises:
-        RecipeError: the prompts, the baseline's answers or the judge's prompt are not there.
+        RecipeError: the prompts, the baseline's answers or the judge's prompt are missing.
     """
     items = official_questions(settings, "arena_hard")
     given = official_rows(settings, "arena_hard", f"model_answer/{BASELINE}.jsonl")
@@ -67,13 +67,13 @@ def _show(system: str, template: str, question: str, a: str, b: str) -> dict:
 
 
 def read_label(text: str) -> str | None:
-    """The label of a verdict; None where there is none, or several that differ."""
+    """The label of a verdict; None if there is none, or if there are several that differ."""
     found = set(_LABEL.findall(text))
     return found.pop() if len(found) == 1 else None
 
 
 def argue(send: Callable[[list[dict]], list[dict]], requests: list[dict]) -> list[dict]:
-    """The judge's verdicts {text}; one without a label is asked once to go on, and added to."""
+    """The judge's verdicts {text}; if one has no label, the judge is asked once to continue it."""
     texts = [reply["text"] for reply in send(requests)]
     silent = [k for k, text in enumerate(texts) if text and not _LABEL.search(text)]
     more = []
@@ -105,7 +105,7 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
 
 
 def verdicts(judgments: list[dict]) -> list[tuple]:
-    """(question id, outcome for A, or None) of each game."""
+    """(question id, outcome for A or None) for each game."""
     return [
         (row["question_id"], LABELS.get(game["score"], (None,))[0])
         for row in judgments
@@ -117,8 +117,8 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
     """The figures of one model, with intervals, as shares; {} without a valid game.
 
     Returns:
-        score: the win rate against the baseline (n counts games); first_rate: how often A won of
-        decided games.
+        score: the win rate against the baseline (n counts games); first_rate: the share of decided
+        games that A won.
     """
     games, votes = 0, []
     for row in judgments:
@@ -139,7 +139,7 @@ def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
 
 
 def files(benchmark: dict, answers: dict[str, dict], judgments: dict, judge: str) -> dict:
-    """What Arena-Hard's program reads, as {path: rows}: model_answer and model_judgment."""
+    """The files that Arena-Hard's program reads, as {path: rows}: model_answer and model_judgment."""
     written = answer_files(
         benchmark, answers, lambda text, tokens: {"content": text, "token_len": tokens}
     )

@@ -1,4 +1,4 @@
-"""Files of published benchmarks: those of others, which are no part of the kit, and those we write."""
+"""Files of published benchmarks: third-party ones, which are not part of the kit, and those we write."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sao_utils.disk import write_whole
 from sao_utils.files import read_table
 from sao_utils.recipe import Evaluation, RecipeError
 
-#: benchmark -> what it is (benchmarks.yaml)
+#: benchmark -> its description (benchmarks.yaml)
 BENCHMARKS: dict[str, dict] = yaml.safe_load(
     (files("sao_utils") / "evaluation" / "benchmarks.yaml").read_text(encoding="utf-8")
 )
-#: published benchmark -> its folder beside others
+#: published benchmark -> its subfolder in a folder that holds several benchmarks
 OFFICIAL = {name: of["folder"] for name, of in BENCHMARKS.items() if "folder" in of}
-#: (benchmark, file) -> its address, at a fixed commit, and its SHA-256
+#: (benchmark, file) -> its URL at a fixed commit, and its SHA-256
 PINNED = {(name, file): pin for name in OFFICIAL for file, pin in BENCHMARKS[name]["files"].items()}
 
 
 def official_file(settings: Evaluation, benchmark: str, name: str) -> Path | None:
-    """A file of a published benchmark; None where there is none.
+    """A file of a published benchmark; None if `evaluation.data` is not set or does not have it.
 
-    With `evaluation.data: hub` it is downloaded once, from where its authors have it (`PINNED`), into
-    the hub's cache; else it comes from the folder named: from its subfolder `OFFICIAL[benchmark]`,
-    or from itself.
+    With `evaluation.data: hub`, it is downloaded once from its authors' address (`PINNED`) into the hub's
+    cache. Otherwise `evaluation.data` is a folder: the file is looked up in its subfolder
+    `OFFICIAL[benchmark]`, then in the folder itself.
 
     Raises:
-        RecipeError: the file could not be downloaded, or is not the one that is pinned.
+        RecipeError: the file could not be downloaded, or does not have the pinned SHA-256.
     """
     if settings.data is None:
         return None
@@ -58,10 +58,10 @@ def _downloaded(benchmark: str, name: str) -> Path:
         f"Download {address} where there is a network, and set evaluation.data to a folder with "
         f"{every} in it."
     )
-    try:  # the hub's session knows HF_HUB_OFFLINE and proxies; a token goes to none of these
+    try:  # the hub's session respects HF_HUB_OFFLINE and proxies; no token is sent to these addresses
         response = get_session().get(address, timeout=60)
         hf_raise_for_status(response)
-    except Exception as error:  # of whichever HTTP library this version of the hub's has
+    except Exception as error:  # its class depends on the HTTP library that huggingface_hub uses
         raise RecipeError(
             f"Could not get {name} of {benchmark} ({type(error).__name__}). {by_hand}"
         ) from None
@@ -72,7 +72,7 @@ def _downloaded(benchmark: str, name: str) -> Path:
 
 
 def needed_file(settings: Evaluation, benchmark: str, name: str) -> Path:
-    """A file of a published benchmark. Raises RecipeError where there is none: what to give."""
+    """A file of a published benchmark. Raises RecipeError, saying what to provide, if it is missing."""
     path = official_file(settings, benchmark, name)
     if path is None:
         raise RecipeError(
@@ -83,15 +83,15 @@ def needed_file(settings: Evaluation, benchmark: str, name: str) -> Path:
 
 
 def official_rows(settings: Evaluation, benchmark: str, name: str) -> list[dict]:
-    """The rows of a benchmark's .json or .jsonl file. Raises RecipeError where there is none."""
+    """The rows of a benchmark's .json or .jsonl file. Raises RecipeError if it is missing."""
     return read_table(str(needed_file(settings, benchmark, name)))
 
 
 def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
-    """A benchmark's questions, in its order: rows {id, turns [text, ...], category} and its own keys.
+    """A benchmark's questions in its own order: rows {id, turns [text, ...], category} and its own keys.
 
     Raises:
-        RecipeError: the file is not there (the message says what to give), or not the benchmark's.
+        RecipeError: the file is missing (the message says what to provide), or is not the benchmark's.
     """
     name = "alpaca_eval_gpt4_baseline.json" if benchmark == "alpaca_eval" else "question.jsonl"
     found = []
@@ -113,10 +113,10 @@ def official_questions(settings: Evaluation, benchmark: str) -> list[dict]:
 def answer_files(
     benchmark: dict, answers: dict[str, dict], turn: Callable[[str, int], object]
 ) -> dict[str, list[dict]]:
-    """Answers as Arena-Hard's program and FastChat read them, as {path: rows}.
+    """Answers in the format that Arena-Hard's program and FastChat read, as {path: rows}.
 
     Args:
-        turn: what stands for an answer, given its text and its number of tokens.
+        turn: gives the entry for one answer from its text and its number of tokens.
     """
     written = {}
     for model, given in answers.items():
@@ -129,7 +129,7 @@ def answer_files(
                 "answer_id": answer["id"],
                 "model_id": model,
                 "choices": [{"index": 0, "turns": turns}],
-                "tstamp": 0.0,  # the same answers, the same file
+                "tstamp": 0.0,  # so that the same answers give the same file
             }
             rows.append(row)
         written[f"model_answer/{model}.jsonl"] = rows

@@ -1,19 +1,19 @@
 """Published benchmarks, and the tiny world's counterparts of them, through the same code.
 
-Here models answer and judges judge. How is said by a protocol: a module (`alpaca_eval`, `arena_hard`,
+Here models answer and judges judge. A protocol defines how: a module (`alpaca_eval`, `arena_hard`,
 `mt_bench`) with
 
 - load(settings): the benchmark;
-- requests(benchmark, item, turns): what a judge is asked about a model's answer to an item;
+- requests(benchmark, item, turns): what a judge is asked about a model's answers to an item;
 - judgments(benchmark, item, turns, judged, model, judge): rows in the format of the benchmark's own
   program, from pairs (request, reply);
-- verdicts(judgments): (id of the item, verdict or None where it is invalid) for each;
+- verdicts(judgments): (id of the item, verdict, or None if invalid) for each verdict;
 - figures(judgments, benchmark): metric -> interval;
-- files(benchmark, answers, judgments, judge): what the program reads, as {path: rows}.
+- files(benchmark, answers, judgments, judge): the files that the program reads, as {path: rows}.
 
-A judge of the recipe is any model: figures are comparable with published ones only with the published
-judge and where a row has no note, and worth something where it has no remarks. The counterparts show
-the machinery at work; they are no evidence about large models.
+A judge in the recipe can be any model. Figures are comparable with published ones only if the judge is
+the published one and the row has no note, and trustworthy only if it has no remarks. The counterparts
+show the machinery at work; they are no evidence about large models.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sao_utils.recipe import Evaluation, Model, RecipeError
 from sao_utils.statistics.intervals import win_rate
 from sao_utils.store import Run
 
-#: benchmark -> how it is judged, scored and written down.
+#: benchmark -> the protocol by which it is judged, scored and written to files
 PROTOCOLS: dict[str, ModuleType] = {
     "alpaca_eval": alpaca_eval,
     "arena_hard": arena_hard,
@@ -46,7 +46,7 @@ PROTOCOLS: dict[str, ModuleType] = {
     "tiny_mt": mt_bench,
 }
 DIFFERS = "protocol differs: "
-#: metric -> how it differs from the program's
+#: metric -> how it differs from that of the benchmark's own program
 METRICS = {
     "lc_win_rate": "length control by an unpenalised fit without alpaca_eval's gamed baselines"
 }
@@ -54,15 +54,16 @@ LOW_MASS = 0.5  # probability on m and M below which a preference is doubtful (o
 
 
 def load(settings: Evaluation, name: str) -> dict:
-    """A benchmark.
+    """Load a benchmark by name.
 
     Returns:
-        {items: rows {id, turns, category}, show: gives a request to the judge, notes: how the
-        protocol differs from the published one}, and where answers are compared {baseline: id ->
-        text, baseline_name}. `ask`, if it is there, sends requests and returns the verdicts.
+        {items: rows {id, turns, category}, show: a function that makes a request to the judge, notes: how
+        the protocol differs from the published one}, and, for benchmarks that compare answers,
+        {baseline: id -> text, baseline_name}. `ask`, if present, is a function that sends requests and
+        returns the verdicts.
 
     Raises:
-        RecipeError: its files are not there, or lack something.
+        RecipeError: its files are missing or incomplete.
     """
     published = BENCHMARKS[name]
     try:
@@ -106,19 +107,19 @@ def run_benchmark(
     files that the benchmark's own program reads go to benchmarks/<name>/.
 
     Args:
-        candidates: "base" must be one for tiny_arena.
-        judges: by name; the oracle judges tiny_mt.
-        leave_out: first turns of items that shall not count; the benchmark's own files are then not
-            written.
+        candidates: for tiny_arena, "base" must be among them.
+        judges: judges by name; not used for tiny_mt, which the oracle judges.
+        leave_out: first turns of items that are excluded; if it is given, the benchmark's own files are
+            not written.
 
     Returns:
         Rows {benchmark, model, judge, metric, interval, note: how the protocol differs from the
-        published one, but for the judge, remarks: sentences on what makes it doubtful}. Rates are
-        shares, grades 1 to 10; valid_rate is the share of verdicts that count. A model of several
-        seeds is "<arm>-<seed>".
+        published one, apart from the judge, remarks: sentences on what makes the figure doubtful}. Rates
+        are shares, grades 1 to 10; valid_rate is the share of verdicts that count. In a run of several
+        seeds, a trained model is named "<arm>-<seed>".
 
     Raises:
-        RecipeError: the benchmark's files are not there.
+        RecipeError: the benchmark's files are missing.
     """
     benchmark, protocol = load(run.recipe.evaluation, name), PROTOCOLS[name]
     out = leave_out or ()
@@ -161,8 +162,8 @@ def judge_answers(
 
     Args:
         send: sends requests to the judge; see `engines.requests.replies`.
-        answers: as of `write_answers`.
-        judge: its name.
+        answers: in the format of `write_answers`.
+        judge: the judge's name.
     """
     jobs = [
         (model, item, protocol.requests(benchmark, item, given[item["id"]]["turns"]))
@@ -220,10 +221,10 @@ def _rows(
 def write_answers(
     run: Run, name: str, benchmark: dict, candidates: Sequence[Candidate]
 ) -> dict[str, dict]:
-    """Every candidate's answers, each turn after its own earlier answers.
+    """Every candidate's answers; each turn continues the conversation with the candidate's own answers.
 
     Returns:
-        model -> id -> {id (of the last reply), turns [text], tokens [n]}.
+        model -> item's id -> {id (of the last reply), turns [text], tokens [n]}, one entry per turn.
     """
     settings, several = run.recipe.evaluation, len(run.recipe.seeds) > 1
     given: dict[str, dict] = {}
@@ -256,13 +257,13 @@ def write_answers(
 
 
 def temperature(settings: Evaluation, name: str, item: dict) -> float:
-    """The temperature for an item's answers: the benchmark's own, else the recipe's first."""
+    """The temperature for answers to an item: the benchmark's own, else the recipe's first."""
     own = BENCHMARKS[name].get("temperature", settings.temperatures[0])
     return own.get(item["category"], 0.7) if isinstance(own, dict) else own
 
 
 def _sender(run: Run, judge: Model | None, merge: bool) -> Callable[[list[dict]], list[dict]]:
-    """What sends requests to a judge; with `merge` a system turn becomes the user turn's beginning."""
+    """A function that sends requests to a judge; with `merge`, system turns are merged (`merge_system`)."""
 
     def send(requests: list[dict]) -> list[dict]:
         if merge:
@@ -273,13 +274,13 @@ def _sender(run: Run, judge: Model | None, merge: bool) -> Callable[[list[dict]]
 
 
 def merge_system(chat: list[dict]) -> list[dict]:
-    """The chat with the system turn's text before that of the first user turn."""
+    """The chat with the system turn's text moved to the start of the first user turn."""
     system, user, *rest = chat
     return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def knows_system(model: Model) -> bool:
-    """Whether the chat template takes a system turn; Gemma's does not. A server's is not known."""
+    """Whether the chat template accepts a system turn (Gemma's does not). A server's is assumed to."""
     if model.engine == "api":
         return True
     from jinja2 import TemplateError

@@ -1,8 +1,8 @@
-"""Comparisons: two models' answers to the same questions, any judge, and what its verdicts add up to.
+"""Comparisons of two models' answers to the same questions by any judge, and what its verdicts add up to.
 
-A judge sees both answers with the paper's ranking prompt, in both orders (`stages.judging`). A question
-is won where both orders agree, and half won where they disagree, tie, or the answers are the same (ours:
-the papers do not say).
+A judge sees both answers in the paper's ranking prompt, in both orders (`stages.judging`). A question is
+won or lost if both orders agree, and counts as half won if they disagree or tie, or if the answers are
+identical (our choice: the papers do not say).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sao_utils.statistics.length_control import length_controlled_win_rate
 from sao_utils.statistics.ratings import Strength, bradley_terry
 from sao_utils.store import Run, row_id
 
-#: metric -> the outcome of `judge_pairs` that it is the share of
+#: metric -> the outcome of `judge_pairs` whose share it is
 OUTCOMES = {
     "won in both orders": "consistent",
     "orders disagree": "inconsistent",
@@ -30,15 +30,16 @@ def compare_answers(
 
     Args:
         answers_a, answers_b: rows of `answer_questions`, each of one model at one temperature. Trained
-            models take part with every seed, against the same seed of the other, or its only answers.
+            models take part with every seed, against the same seed of the other model, or against the
+            other's only set of answers.
         judge: the judge's name in tables.
-        model: the judge.
+        model: the judge itself.
 
     Returns:
-        A row a question and seed: {id, model (a), opponent (b), judge, seed, temperature, question_id,
+        One row per question and seed: {id, model (a), opponent (b), judge, seed, temperature, question_id,
         combination, prompt, responses [a, b], response_ids, lengths [tokens of a, b], win}, and the
-        keys of `judge_pairs`. `win` is 1 or 0 where both orders agree, 0.5 for identical answers, ties
-        and disagreeing orders, None for invalid verdicts.
+        keys of `judge_pairs`. `win` is 1 or 0 if both orders agree, 0.5 for identical answers, ties and
+        orders that disagree, and None for invalid verdicts.
     """
     of_a, of_b = (
         {(row["seed"], row["question_id"]): row for row in rows} for rows in (answers_a, answers_b)
@@ -78,20 +79,20 @@ def _win(row: dict) -> float | None:
 
 
 def valid(rows: list[dict]) -> list[dict]:
-    """The rows of a comparison that have a valid verdict."""
+    """The rows of a comparison without those whose verdict is invalid."""
     return [row for row in rows if row["win"] is not None]
 
 
 def rate(rows: list[dict]) -> Interval:
-    """The win rate of a comparison, by its valid verdicts (`intervals.win_rate`)."""
+    """The win rate of a comparison over its valid verdicts (`intervals.win_rate`)."""
     of = valid(rows)
     return win_rate(_column(of, "win"), _column(of, "combination"), _column(of, "seed"))
 
 
 def rate_at_equal_length(rows: list[dict]) -> Interval:
-    """The length-controlled win rate of a comparison, by its valid verdicts (`length_control`).
+    """The length-controlled win rate of a comparison over its valid verdicts (`length_control`).
 
-    Length is counted in characters, as AlpacaEval does: a judge is shown text, and two models may cut
+    Length is counted in characters, as in AlpacaEval: a judge is shown text, and two models may split
     the same text into different tokens.
     """
     of = valid(rows)
@@ -109,12 +110,13 @@ def _longer(rows: list[dict]) -> list[int]:
 
 
 def scores(rows: list[dict], resamples: int) -> dict[str, Interval]:
-    """What one comparison came to beside its win rates, by metric. n counts rows: questions times seeds.
+    """The results of a comparison apart from its win rates, by metric. n counts questions times seeds.
 
     Returns:
-        Of valid verdicts, if there are any: the shares of `OUTCOMES`, and "first position", the share of
-        verdicts, two a question, that prefer what is shown first. Of all questions: "valid verdicts",
-        "empty answers", "empty answers of the opponent", "length difference" (characters of a minus b).
+        Over valid verdicts, if there are any: the shares of `OUTCOMES`, and "first position", the share
+        of single verdicts (two per question, which n counts here) that prefer the answer shown first.
+        Over all questions: "valid verdicts", "empty answers", "empty answers of the opponent", and
+        "length difference" (characters of a minus those of b).
     """
 
     def mean(values: list, of: list[dict]) -> Interval:
@@ -142,14 +144,14 @@ def scores(rows: list[dict], resamples: int) -> dict[str, Interval]:
 def difference_in_win_rate(
     rows_a: list[dict], rows_b: list[dict], resamples: int
 ) -> dict[int | None, Interval]:
-    """How much more often one model wins against an opponent than another does, paired by question.
+    """How much more often one model wins against an opponent than another model does, paired by question.
 
     Args:
         rows_a, rows_b: the two models' comparisons with the same opponent, by the same judge.
 
     Returns:
-        seed -> difference of shares; None: over all trainings. {} if no question is judged validly in
-        both.
+        seed -> difference between the win rates (as shares); the key None stands for all trainings
+        together. {} if no question has a valid verdict in both.
     """
     wins = {(row["seed"], row["question_id"]): row for row in rows_b}
     pairs = [
@@ -179,11 +181,11 @@ def strengths(comparisons: list[list[dict]], resamples: int) -> dict[str, Streng
     """The strengths of several models (Bradley-Terry, `ratings.bradley_terry`), the strongest first.
 
     Args:
-        comparisons: rows of `compare_answers`, by one judge; "base" takes part.
+        comparisons: rows of `compare_answers`, all by one judge; "base" must take part.
 
     Returns:
-        model -> elo (base: 1000) and win_rate (expected against base); n is the number of valid verdicts.
-        {} if there is none.
+        model -> elo (base: 1000) and win_rate (expected, against base); n is the number of the model's
+        valid verdicts. {} if there are none at all.
     """
     rows = [row for of in comparisons for row in valid(of)]
     if not rows:
@@ -207,9 +209,10 @@ def doubts(judge: str, invalid: int, asked: int, first: float, what: str = "prom
     """What makes a judge's verdicts doubtful, in plain sentences; [] if nothing does.
 
     Args:
-        judge: its name.
-        invalid, asked: how many verdicts are not valid, of how many `what`.
-        first: the share of its verdicts that prefer what is shown first.
+        judge: the judge's name.
+        invalid, asked: the number of invalid verdicts, and the number of verdicts asked for.
+        first: the share of the judge's verdicts that prefer the answer shown first.
+        what: what `asked` counts, for the sentence.
     """
     found = []
     if invalid > asked / 20:

@@ -10,26 +10,27 @@ from sao_utils.stages.judging import ORDERS, first_shown
 from sao_utils.statistics.intervals import Interval, clustered_difference, clustered_mean, win_rate
 from sao_utils.statistics.ratings import kappa
 
-ABOUT_EQUAL = 0.1  # lengths that differ by less than this share of the longer (ours)
+ABOUT_EQUAL = 0.1  # lengths that differ by at most this share of the longer one (ours)
 LENGTHS = ("longer", "about equal", "shorter")
 
 
 def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, Interval]:
-    """How right and how biased a judge is on pairs (rows of `stages.judging.judge_pairs`), by metric.
+    """How accurate and how biased a judge is on pairs (rows of `stages.judging.judge_pairs`), by metric.
 
-    Of all judged pairs: "valid verdicts"; "consistent verdicts", whose orders agree; "probability on the
-    verdicts", the mean (of the smaller of both orders). Of the valid ones: "flip rate", share whose
-    orders name different answers; "first position", how often the answer shown first wins; "longer
-    answer chosen, all pairs".
+    Over all judged pairs: "valid verdicts"; "consistent verdicts": those whose orders agree; "probability
+    on the verdicts": the mean over pairs of the smaller of the two orders' masses. Over pairs with a valid
+    verdict: "flip rate": the share whose orders name different answers; "first position": how often the
+    answer shown first wins; "longer answer chosen, all pairs".
 
-    Of pairs whose better answer is known: "flip rate, unequal quality"; "accuracy", share where the mean
-    of both orders names it; "accuracy, one order"; "accuracy, better answer first" and "second": of the
-    order that shows it there; "accuracy, better answer longer", "about equal", "shorter"; "accuracy:
-    <subset>" of each subset of labelled pairs; "longer answer chosen" and "longer answer better": how
-    often the judge prefers it, and how often it is the better one; "length bias": the first minus the
-    second, paired. A margin of 0 is half right.
+    Over pairs whose better answer is known: "flip rate, unequal quality"; "accuracy": the share in which
+    the mean of both orders names the better answer; "accuracy, one order"; "accuracy, better answer first"
+    and "accuracy, better answer second": that of the order which shows it there; "accuracy, better answer
+    longer", "... about equal", "... shorter"; "accuracy: <subset>" for each subset of labelled pairs;
+    "longer answer chosen" and "longer answer better": how often the judge prefers the longer answer, and
+    how often it is the better one; "length bias": the former minus the latter, paired. A margin of 0
+    counts as half right.
 
-    Clustered by question combination, or by prompt where no oracle knows it. What has no pairs has no key.
+    Clusters are question combinations, or prompts that no oracle knows. Metrics without pairs are absent.
     """
     judged = [
         {**row, "combination": cluster(row["prompt"])}
@@ -49,7 +50,7 @@ def judge_quality(verdicts: list[dict], resamples: int = 10_000) -> dict[str, In
     right = itemgetter("right")
     add("valid verdicts", judged, lambda row: row["outcome"] != "invalid")
     add("consistent verdicts", judged, lambda row: row["outcome"] == "consistent")
-    if judged:  # a mass may be a hair above 1: no share
+    if judged:  # not `win_rate`: rounding may put a mass slightly above 1
         masses = [row["mass"] for row in judged]
         mean = clustered_mean(masses, _combinations(judged), resamples)
         found["probability on the verdicts"] = mean
@@ -81,16 +82,17 @@ def _combinations(rows: list[dict]) -> list[str]:
 
 
 def known_pairs(verdicts: list[dict]) -> list[dict]:
-    """What is known of a judge's errors, a row for each pair with a known better answer.
+    """What is known about a judge's errors: one row for each pair whose better answer is known.
 
-    Only judged pairs of different quality count. A margin of 0 is half right.
+    Only pairs of different quality with a valid verdict count. A margin of 0 is half right.
 
     Returns:
         Rows {combination: the cluster; right: whether the mean margin names the better answer;
-        right_12, right_21: the same for each order alone; better_first, better_second: for the order in
-        which the better answer is shown first, second; longer_better, longer_chosen: whether the longer
-        answer is the better, the preferred one (None for equal lengths); better_is: "longer", "about
-        equal" (`ABOUT_EQUAL`) or "shorter"; subset: of a labelled pair, else None}.
+        right_12, right_21: the same for each order alone; better_first, better_second: the same for the
+        order in which the better answer is shown first or second; longer_better, longer_chosen: whether
+        the longer answer is the better one, or the preferred one (None for equal lengths); better_is:
+        "longer", "about equal" (`ABOUT_EQUAL`) or "shorter", the length of the better answer compared
+        with the other's; subset: that of a labelled pair, else None}.
     """
     found = []
     for row in verdicts:
@@ -123,7 +125,7 @@ def _chooses_longer(row: dict) -> bool | float:
 
 
 def _agrees(first: bool, margin: float) -> bool | float:
-    """Whether a margin prefers the first answer if `first`, else the second; 0.5 for a margin of 0."""
+    """Whether a margin prefers the first answer (if `first`) or the second (if not); 0.5 if it is 0."""
     return 0.5 if margin == 0 else (margin > 0) == first
 
 
@@ -133,13 +135,14 @@ def judges_agree(
     """How far two judges, or two ways to query one judge, agree on the same pairs.
 
     Args:
-        rows_a, rows_b: rows of `judge_pairs`; matched by id. Pairs that one of them did not judge, or
-            not validly, are left out: n says how many are compared.
+        rows_a, rows_b: rows of `judge_pairs`, matched by id. Pairs without a valid verdict from both are
+            left out: n says how many are compared.
 
     Returns:
-        "agreement", "kappa" (Cohen's): of the verdict on a pair, which is a, b, or neither (a tie, or
-        orders that disagree); "agreement, one order", "kappa, one order": of the two verdicts that each
-        judge gave, one an order. {} when nothing can be compared.
+        "agreement" and "kappa" (Cohen's) of the verdicts on pairs, each of which is a, b, or neither (a
+        tie, or orders that disagree); "agreement, one order" and "kappa, one order" of the single
+        verdicts, of which each judge gave two per pair, one for each order. {} if nothing can be
+        compared.
     """
     other = {row["id"]: row for row in rows_b if row["margin"] is not None}
     both = [

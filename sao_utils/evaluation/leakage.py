@@ -1,7 +1,8 @@
-"""Leakage: which evaluation questions were, in part, already among the prompts trained on.
+"""Leakage: which evaluation questions occur, wholly or partly, among the prompts trained on.
 
 A model that was trained on a question may know it by heart, and its score then says little. How much
-two texts must have in common is a choice, so a strict and a wide answer stand side by side (`OVERLAPS`).
+two texts must have in common is a choice, so a strict and a lenient criterion are both reported
+(`OVERLAPS`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from sao_utils.evaluation.tasks import tasks_of
 from sao_utils.stages.overlap import shared_ngrams, words
 from sao_utils.store import Run
 
-Hit = tuple[int, str] | None  # index of the training prompt, and the words in common
+Hit = tuple[int, str] | None  # index of the training prompt, and the shared words
 
 
 def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
-    """Texts with the same words in the same order."""
+    """For each text, the first of `against` with the same words in the same order; None without one."""
     places: dict[str, int] = {}
     for k, other in enumerate(against):
         places.setdefault(" ".join(words(other)), k)
@@ -29,8 +30,8 @@ def _same(texts: Sequence[str], against: Sequence[str]) -> list[Hit]:
     return [(places[of], of) if of in places else None for of in worded]
 
 
-#: name -> which texts overlap with another set, the strictest first. 13 words in a row are what GPT-3's
-#: authors took for long texts (Brown et al. 2020, appendix C); the same words are ours.
+#: name -> function that finds texts overlapping with another set, the strictest first. GPT-3's authors used
+#: 13 words in a row for long texts (Brown et al. 2020, appendix C); "same words" is ours.
 OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
     "same words": _same,
     "13 words in a row": partial(shared_ngrams, n=13),
@@ -38,13 +39,13 @@ OVERLAPS: dict[str, Callable[[Sequence[str], Sequence[str]], list[Hit]]] = {
 
 
 def question_sets(run: Run, task_rows: Sequence[dict] = ()) -> dict[str, list[str]]:
-    """What the run's evaluation asks, by name: its own questions, and each benchmark of its recipe.
+    """What the run's evaluation asks, by name: its own questions, each benchmark of its recipe, and tasks.
 
     Args:
-        task_rows: of `tasks.score_tasks`: what their items ask (`tasks.asked_by`) is a set for each task.
+        task_rows: rows of `tasks.score_tasks`; what the items of a task ask (`tasks.asked_by`) is a set.
 
     Returns:
-        name -> texts; of several turns the first.
+        name -> texts; of items with several turns, the first.
     """
     settings = run.recipe.evaluation
     found = {own_set(run): [row["question"] for row in questions(settings)]}
@@ -57,9 +58,9 @@ def question_sets(run: Run, task_rows: Sequence[dict] = ()) -> dict[str, list[st
 
 
 def own_set(run: Run) -> str:
-    """The name of the run's own questions: of a set, or of a file without its folder.
+    """The name of the run's own questions: that of a set, or of a file without folder and ending.
 
-    "own ..." where a benchmark or a task has that name, too.
+    With "own " before it if a benchmark or a task has the same name.
     """
     settings = run.recipe.evaluation
     name = Path(settings.questions).stem
@@ -71,13 +72,13 @@ def leakage(prompts: Sequence[str], sets: dict[str, list[str]]) -> list[dict]:
     """What each set of questions has in common with the prompts that were trained on.
 
     Args:
-        prompts: the different prompts of the training pairs.
+        prompts: the distinct prompts of the training pairs.
         sets: name -> questions (`question_sets`).
 
     Returns:
         A row for each set and each of `OVERLAPS`: {set, by, prompts, items: how many were compared,
-        share: of items that overlap (NaN without items), matches: a row {question, prompt, shared}
-        for each of them}. A question that occurs twice counts twice.
+        share: the share of items that overlap (NaN without items), matches: a row {question, prompt,
+        shared} for each of them}. A question that occurs twice counts twice.
     """
     found = []
     for name, asked in sets.items():

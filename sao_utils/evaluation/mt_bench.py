@@ -2,15 +2,15 @@
 
 The protocol is FastChat's single-answer grading (github.com/lm-sys/FastChat, fastchat/llm_judge;
 Zheng and others, 2023, arXiv 2306.05685): the model answers turn 1, then turn 2 after its own first
-answer, at a temperature that goes with the category. The judge (temperature 0) grades turn 1, and
+answer, at a temperature that depends on the category. The judge (temperature 0) grades turn 1, and
 turn 2 with the whole conversation before it; in mathematics, reasoning and coding it sees reference
 answers. The first [[grade]] counts, else the first [grade]. Ours: a grade that is not within 1..10
-is invalid (FastChat takes any number); the mean has an interval, clustered by question: that of a
-win rate (`intervals.win_rate`), the grades 1 to 10 being laid on 0 to 1. Like a win rate, a mean
-grade has ends that it cannot go beyond, and many judges give hardly anything but tens.
+is invalid (FastChat accepts any number), and the mean has an interval, clustered by question: that of
+a win rate (`intervals.win_rate`), with the grades 1 to 10 mapped to 0 to 1. Like a win rate, a mean
+grade is bounded on both sides, and many judges give hardly anything but tens.
 
-The 80 questions (question.jsonl), reference answers (reference_answer/gpt-4.jsonl) and judge's
-prompts (judge_prompts.jsonl) are other people's: `benchmark_files.official_file` finds them.
+The 80 questions (question.jsonl), the reference answers (reference_answer/gpt-4.jsonl) and the judge's
+prompts (judge_prompts.jsonl) are third-party files: `benchmark_files.official_file` finds them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 def load(settings: Evaluation) -> dict:
     """The benchmark as `benchmarks.load` describes it.
 
-    An item has `reference`, a text a turn, in the categories that need it, else None.
+    An item's `reference` is one text per turn in the categories that need it, else None.
 
     Raises:
-        RecipeError: the questions, references or judge's prompts are not there.
+        RecipeError: the questions, the references or the judge's prompts are missing.
     """
     items = official_questions(settings, "mt_bench")
     given = official_rows(settings, "mt_bench", "reference_answer/gpt-4.jsonl")
@@ -69,18 +69,18 @@ def _show(prompts: dict[str, dict], item: dict, answers: list[str]) -> dict:
 
 
 def read_grade(text: str) -> float | None:
-    """The grade in a verdict; None where there is none within 1..10."""
+    """The grade in a verdict; None if there is none, or it is not within 1..10."""
     found = next((m for m in (grade.search(text) for grade in _GRADES) if m), None)
     return float(found[1]) if found and LOWEST <= float(found[1]) <= HIGHEST else None
 
 
 def requests(benchmark: dict, item: dict, turns: list[str]) -> list[dict]:
-    """A request a turn, each with the conversation before it."""
+    """One request per turn, each with the conversation before it."""
     return [benchmark["show"](item, turns[:k]) for k in range(1, len(turns) + 1)]
 
 
 def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judge) -> list[dict]:
-    """A judgment a turn in FastChat's format, a score of -1 being invalid."""
+    """One judgment per turn in FastChat's format; a score of -1 marks an invalid grade."""
     rows = []
     for turn, (request, reply) in enumerate(judged, 1):
         grade = read_grade(reply["text"])
@@ -94,22 +94,22 @@ def judgments(benchmark: dict, item: dict, turns: list[str], judged, model, judg
                 "score": -1 if grade is None else grade,
                 "turn": turn,
                 "category": item["category"],
-                "tstamp": 0.0,  # the same verdicts, the same file
+                "tstamp": 0.0,  # so that the same verdicts give the same file
             }
         )
     return rows
 
 
 def verdicts(judgments: list[dict]) -> list[tuple]:
-    """(question id, grade or None) of each turn."""
+    """(question id, grade or None) for each turn."""
     return [(row["question_id"], None if row["score"] == -1 else row["score"]) for row in judgments]
 
 
 def figures(judgments: list[dict], benchmark: dict) -> dict[str, Interval]:
-    """One model's mean grade with its interval: score, and score.turn_1, score.turn_2.
+    """One model's mean grades with intervals: score over all turns, and score.turn_1, score.turn_2.
 
-    Invalid grades are left out, as in FastChat's show_result.py. Where all grades are one and the
-    same, each question counts as one trial of a win rate: a wide interval, never one without width.
+    Invalid grades are left out, as in FastChat's show_result.py. If all grades are the same, each
+    question counts as one trial of a win rate, so the interval is wide rather than of zero width.
     """
     valid: dict[str, list[dict]] = {}
     for row in judgments:
@@ -128,7 +128,7 @@ def _mean_grade(rows: list[dict]) -> Interval:
 
 
 def files(benchmark: dict, answers: dict[str, dict], judgments: dict, judge: str) -> dict:
-    """What FastChat's program reads, as {path: rows}: model_answer and model_judgment."""
+    """The files that FastChat's program reads, as {path: rows}: model_answer and model_judgment."""
     rows = [row for of_model in judgments.values() for row in of_model]
     written = answer_files(benchmark, answers, lambda text, _: text)
     return written | {f"model_judgment/{judge}_single.jsonl": rows}

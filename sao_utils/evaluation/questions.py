@@ -1,4 +1,4 @@
-"""What models answer for evaluation: sets of questions, or a user's file."""
+"""The questions that models answer in evaluation: built-in sets, or a user's file."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _first_turns(benchmark: str, settings: Evaluation) -> list[str]:
 
 
 def _everyday(_: Evaluation) -> list[str]:
-    """A few plain prompts of our own for any model: a look at it, no benchmark."""
+    """A few plain prompts of our own, for a first look at any model; not a benchmark."""
     text = (files("sao_utils") / "prompts" / "everyday.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
 
-#: name of a set -> its questions, given the recipe's section "evaluation". Add a set here.
+#: name of a set -> function from the recipe's section "evaluation" to its questions. Add sets here.
 SETS: dict[str, Callable[[Evaluation], list[str]]] = {
     **{split: partial(_held_out, split) for split in QUESTION_SEED},
     "everyday": _everyday,
@@ -47,12 +47,12 @@ SETS: dict[str, Callable[[Evaluation], list[str]]] = {
 def questions(settings: Evaluation, source: str | None = None) -> list[dict]:
     """The evaluation questions: rows {id, question, combination}.
 
-    `source`, by default `evaluation.questions` of the recipe, is the name of one of `SETS`, or a
-    file with a column "prompt". `combination` is what intervals are clustered by: of
-    the tiny world the hobby and the asked things, of others see `oracles.cluster`.
+    `source`, by default the recipe's `evaluation.questions`, is the name of one of `SETS`, or a file
+    with a column "prompt". `combination` is what intervals are clustered by: for the tiny world, the
+    hobby and the aspects asked about; for other questions see `oracles.cluster`.
 
     Raises:
-        RecipeError: neither a set nor a file that `read_column` can read.
+        RecipeError: the source is neither a set nor a file that `read_column` can read.
     """
     source = source or settings.questions
     if source not in SETS and not Path(source).is_file():
@@ -66,9 +66,9 @@ def questions(settings: Evaluation, source: str | None = None) -> list[dict]:
 
 
 def evaluated_prompts(settings: Evaluation) -> list[str]:
-    """All that the run's evaluation asks: its questions, and every turn of published benchmarks.
+    """Everything that the run's evaluation asks: its questions, and every turn of published benchmarks.
 
-    What to keep out of training. lm-eval's tasks are not among it.
+    This is what to keep out of training. Items of lm-eval's tasks are not included.
 
     Raises:
         RecipeError: see `questions` and `official_questions`.

@@ -1,4 +1,4 @@
-"""Before and after: scores of tasks, compared item by item."""
+"""Task scores before and after training, compared item by item."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def mean(scores: dict[str, list[float]]) -> tuple[float, float]:
     """The mean of the subjects' means, each with equal weight, and its standard error.
 
     Args:
-        scores: subject -> [n] score of each item. One subject: the plain mean.
+        scores: subject -> [n] the score of each item. With one subject, the result is the plain mean.
 
     Returns:
-        The mean, and sqrt(sum of s^2/n over subjects) / number of subjects; the error is NaN where a
-        subject has one item.
+        The mean, and sqrt(sum of s^2/n over subjects) / number of subjects; the error is NaN if a
+        subject has only one item.
     """
     parts = [np.asarray(values, dtype=float) for values in scores.values()]
     squared = [p.var(ddof=1) / len(p) if len(p) > 1 else math.nan for p in parts]
@@ -30,10 +30,10 @@ def mean(scores: dict[str, list[float]]) -> tuple[float, float]:
 
 
 def leave_out(rows: list[dict], asked: Collection[str]) -> list[dict]:
-    """The rows of `tasks.score_tasks` without the items that ask one of these; for `differences`.
+    """The rows of `tasks.score_tasks` without the items that ask one of `asked`, for `differences`.
 
-    A subject that loses all of its items is left out; a row that does has value None and a problem.
-    Of tasks whose items are not known (a problem before) the rows stay.
+    A subject that loses all of its items is left out; a row that loses all gets value None and a problem.
+    Rows of tasks whose items are unknown (because of an earlier problem) stay as they are.
     """
     kept = {
         row["task"]: {s: [text not in asked for text in of] for s, of in row["asked"].items()}
@@ -56,19 +56,19 @@ def leave_out(rows: list[dict], asked: Collection[str]) -> list[dict]:
 def paired_difference(
     base: dict[str, list[float]], tuned: list[dict[str, list[float]]]
 ) -> tuple[Interval, float, float]:
-    """Tuned minus base, item by item, with its interval.
+    """The paired difference, tuned minus base, with its interval.
 
-    With several trainings (seeds) each item counts with its mean over them, and the variance between
-    trainings is added: what another seed would have changed (`errors.add_trainings`).
+    With several trainings (seeds), each item counts with its mean over them, and the variance between
+    trainings, which is what another seed would have changed, is added (`errors.add_trainings`).
 
     Args:
         base: subject -> [n] scores.
         tuned: the same for each training, items in the same order.
 
     Returns:
-        The mean difference (as `mean` weighs subjects) with its 95 % interval, its standard error,
-        and the degrees of freedom. Where all items moved alike the error is 0, but the interval is
-        not (`unvaried_difference`); where one item leaves nothing to estimate it from it is NaN.
+        The mean difference (with the subject weights of `mean`) with its 95 % interval, its standard
+        error, and the degrees of freedom. If all items moved alike, the error is 0, but the interval
+        still has a width (`unvaried_difference`); if a subject has only one item, the error is NaN.
     """
     gaps = {s: np.asarray([t[s] for t in tuned], float) - base[s] for s in base}  # [seeds, n]
     value, error = mean({s: list(gap.mean(0)) for s, gap in gaps.items()})
@@ -96,9 +96,9 @@ def differences(rows: list[dict]) -> list[dict]:
 
     Returns:
         Rows {task, limit, metric, model, base, tuned, difference, outside, p, problem}; base, tuned and
-        difference are an `Interval`. `p` is corrected for the number of tasks that the arm was tried on;
-        `outside`: below 0.05, not explained by noise (`power.outside_the_noise`). Where there is a
-        problem, only task, limit and model are there beside it.
+        difference are each an `Interval`. `p` is corrected for the number of tasks that the arm was tried
+        on; `outside` says whether it is below 0.05, so that noise does not explain the difference
+        (`power.outside_the_noise`). A row with a problem has only task, limit and model besides it.
     """
     found = []
     for arm in dict.fromkeys(row["model"] for row in rows if row["model"] != "base"):
@@ -121,7 +121,7 @@ def differences(rows: list[dict]) -> list[dict]:
 
 
 def _problem(base: dict, tuned: list[dict]) -> str | None:
-    """Why base and tuned models cannot be compared on a task."""
+    """Why the base and tuned models cannot be compared on a task; None if they can."""
     for row in (base, *tuned):
         if row["value"] is None:
             return row["problem"]
@@ -134,6 +134,6 @@ def _problem(base: dict, tuned: list[dict]) -> str | None:
 
 
 def _score(rows: list[dict]) -> Interval:
-    """The score of one model over its trainings: the difference to 0 of every item."""
+    """The score of one model over its trainings, as a difference from 0 for every item."""
     nothing = {subject: [0.0] * len(scores) for subject, scores in rows[0]["scores"].items()}
     return paired_difference(nothing, [row["scores"] for row in rows])[0]

@@ -1,12 +1,12 @@
-"""Known answers: the Open LLM Leaderboard's six tasks, and ones that come along, through lm-eval.
+"""Tasks with known answers, through lm-eval: the Open LLM Leaderboard's six, and those of the kit.
 
-Alignment can unlearn what a model knew. lm-eval (EleutherAI's harness) asks base and tuned models the
-same questions, and the differences are taken question by question: that is far sharper than two
-scores side by side, because most questions fare alike under both.
+Alignment can make a model forget what it knew. lm-eval (EleutherAI's harness) asks base and tuned models
+the same questions, and the differences are taken question by question. This is far more sensitive than
+comparing two scores, because most questions come out the same under both models.
 
-No chat template is applied, as on the leaderboard. The leaderboard ran a harness of 2023; the prompts
-and metrics here are those of the installed lm-eval, so that before and after compare with each
-other, but not to the decimal with numbers published there.
+No chat template is applied, as on the leaderboard. The leaderboard ran a harness of 2023, whereas the
+prompts and metrics here are those of the installed lm-eval: scores before and after training are
+comparable with each other, but agree only roughly with the numbers published there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sao_utils.evaluation.task_differences import mean
 from sao_utils.recipe import Model, RecipeError, is_task_file
 from sao_utils.store import Run, make_rows, read_rows, row_id
 
-SHOTS_SEED = 1234  # which solved examples stand before a question; lm-eval's own default
+SHOTS_SEED = 1234  # chooses the solved examples before a question; lm-eval's own default
 LONGEST = 2048  # tokens of a long prompt, to size a batch on a CPU
 SERVER = (
     "A model behind a server cannot be scored: lm-eval needs the probabilities of given answers, which "
@@ -42,11 +42,11 @@ SERVER = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval, and how it is set.
+    """A task of lm-eval, and its settings.
 
-    `shots` solved examples come before each question; `metric` is a metric of lm-eval, with its filter
-    after a comma where there is one. None: as the task itself says (its first metric). `file` is the
-    YAML file of a local task.
+    `shots` solved examples come before each question; `metric` is a metric of lm-eval, followed by a comma
+    and its filter if it has one. If they are None, the task's own settings are used (and its first metric).
+    `file` is the YAML file of a local task.
     """
 
     name: str
@@ -67,7 +67,7 @@ LEADERBOARD = (
     Task("winogrande", 5, "acc"),
     Task("gsm8k", 5, "exact_match,strict-match"),
 )
-#: name of a group of tasks that come along -> its folder: the tiny world's, and three of BIG-bench
+#: name of a group of tasks in the kit -> its folder: the tiny world's, and three from BIG-bench
 LOCAL = {"tiny": "tiny/tasks", "bigbench": "evaluation/bigbench"}
 
 
@@ -75,7 +75,7 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     """The tasks behind names: "leaderboard" (six), one of LOCAL, a task, a YAML file.
 
     Raises:
-        RecipeError: a file that is not there or is no task.
+        RecipeError: a file is missing or is not a task.
     """
     found = []
     for name in names:
@@ -102,7 +102,7 @@ def _local(file: Path) -> Task:
 
 
 def _read(file: Path) -> object:
-    """What a YAML file holds. Raises RecipeError where it is none."""
+    """The content of a YAML file. Raises RecipeError if it is not valid YAML."""
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -111,7 +111,10 @@ def _read(file: Path) -> object:
 
 
 def _config(task: Task) -> tuple[dict, list[Path]]:
-    """A local task's settings, its data files (given beside the YAML file) by their whole paths."""
+    """A local task's settings, and the full paths of its data files, which are relative to the YAML file.
+
+    The settings hold the full paths, too.
+    """
     config, paths = _read(task.file), []
 
     def whole(names: str | list | dict) -> str | list | dict:
@@ -129,17 +132,17 @@ def _config(task: Task) -> tuple[dict, list[Path]]:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """See that tasks can be scored here, before hours of other work.
+    """Check that tasks can be scored on this machine, before hours of other work.
 
     Raises:
-        RecipeError: a file is not there or is no task, or lm-eval is not installed.
+        RecipeError: a file is missing or is not a task, or lm-eval is not installed.
     """
     for task in tasks_of(names):
         _edition(task)
 
 
 def _edition(task: Task) -> str:
-    """What a score belongs to: lm-eval's version, and of a local task a hash of its files.
+    """What a score belongs to: lm-eval's version and, for a local task, a hash of its files.
 
     Raises:
         RecipeError: lm-eval is not installed.
@@ -164,17 +167,18 @@ def _edition(task: Task) -> str:
 def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
     """Let models do the recipe's `evaluation.tasks`, each once.
 
-    Of each task (of each subject of MMLU) the first `evaluation.task_limit` items, if it is set.
+    If `evaluation.task_limit` is set, only that many items of each task (of each subject of MMLU) are
+    done, the first ones.
 
     Returns:
         Rows {id, model, seed, weights, task, edition, shots, limit, metric, value, error, n, scores,
-        items}: the score with its standard error, the number of items, the score of each item by
+        items}: the score (value) with its standard error, the number of items, the score of each item by
         subject, and a hash of the items. The base's rows also have {asked: what each item asks, by
-        subject}. Where a task could not be run, or a model is behind a server, {..., value: None,
-        problem: what to do}; such rows are not kept, and tried again by the next call.
+        subject}. If a task could not be run, or a model is behind a server, the row is {..., value: None,
+        problem: what to do}; such rows are not kept, and the next call tries again.
 
     Raises:
-        RecipeError: lm-eval is missing, or there is no such task file.
+        RecipeError: lm-eval is not installed, or a task file is missing or is not a task.
     """
     settings = run.recipe.evaluation
     chosen = {task.name: task for task in tasks_of(settings.tasks)}
@@ -204,7 +208,7 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
             for job in group:
                 name = job["task"]
                 row = {**job, **_evaluate(engine, opened[name], chosen[name], job["limit"])}
-                if job["model"] != "base":  # all do the same items (`items`): kept once
+                if job["model"] != "base":  # the same for all models (see `items`), so kept once
                     del row["asked"]
                 yield [row]
 
@@ -217,7 +221,7 @@ def score_tasks(run: Run, candidates: Sequence[Candidate]) -> list[dict]:
 
 
 def _job(candidate: Candidate, weights: str, task: Task, limit: int | None) -> dict:
-    """The part of a row that is known before the task is done."""
+    """The part of a row that is known before the task is run."""
     edition = _edition(task)
     how = (edition, task.shots, task.metric, limit)
     return {
@@ -232,7 +236,7 @@ def _job(candidate: Candidate, weights: str, task: Task, limit: int | None) -> d
 
 
 def _with_transformers(model: Model) -> Model:
-    """The model as transformers loads it: lm-eval needs log-probabilities of given answers."""
+    """The model, to be loaded with transformers: lm-eval needs the log-probabilities of given answers."""
     if model.engine in ("api", "transformers"):
         return model
     return model.model_copy(update={"engine": "transformers", "quantisation": "none"})
@@ -240,17 +244,17 @@ def _with_transformers(model: Model) -> Model:
 
 @lru_cache(maxsize=2)
 def _manager(every_task: bool):
-    """lm-eval's index: of all its tasks (20 s), or of none but those given as files."""
+    """lm-eval's index: of all its tasks (20 s), or, for tasks given as files, of none."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=every_task)
 
 
 def _open(task: Task) -> dict:
-    """A task with its data, or a group with its subjects, as lm-eval's `TaskManager.load` gives them.
+    """A task with its data, or a group with its subjects, as lm-eval's `TaskManager.load` returns them.
 
     Raises:
-        RecipeError: there is no such task, its data could not be loaded, or its score is no mean.
+        RecipeError: there is no such task, its data could not be loaded, or its score is not a mean.
     """
     manager = _manager(task.file is None)
     if task.file is None and task.name not in manager.all_tasks:
@@ -278,7 +282,7 @@ def _open(task: Task) -> dict:
 
 
 def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
-    """Let a loaded model do a task; returns the part of its row that is measured."""
+    """Let a loaded model do a task; returns the measured part of its row."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -287,7 +291,7 @@ def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
         shots = task.config.num_fewshot if of.shots is None else of.shots
         task.set_config("num_fewshot", shots or 0)
         task.set_fewshot_seed(SHOTS_SEED)
-    on_gpu = engine.device != "cpu"  # there lm-eval tries what fits; a CPU would swap, not refuse
+    on_gpu = engine.device != "cpu"  # lm-eval tries what fits; a CPU would swap, not fail
     batch = "auto" if on_gpu else max(1, engine.batch_tokens // LONGEST)
     with _quiet():
         lm = HFLM(engine.model, tokenizer=engine.tokenizer, batch_size=batch)
@@ -315,10 +319,10 @@ def _evaluate(engine, opened: dict, of: Task, limit: int | None) -> dict:
 
 
 def asked_by(task, doc: dict) -> str:
-    """What an item asks, to compare with other texts: without solved examples and instructions.
+    """What an item asks, without solved examples and instructions, for comparison with other texts.
 
-    The field that lm-eval's task names for that (`doc_to_decontamination_query`), else its
-    "question", else the prompt.
+    This is the field that the lm-eval task names for the purpose (`doc_to_decontamination_query`), else
+    the item's "question", else the prompt.
     """
     for field in (task.config.doc_to_decontamination_query, "question"):
         if isinstance(doc.get(field), str):
@@ -333,7 +337,7 @@ def _first_metric(task) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's progress bars (several a task); from here on also without its notes."""
+    """Hide lm-eval's progress bars (several per task) and, from now on, its log messages below ERROR."""
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

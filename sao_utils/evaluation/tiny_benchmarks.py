@@ -1,8 +1,7 @@
 """The tiny world's counterparts of published benchmarks: their prompts and reference answers.
 
-All questions are of the test split, in wordings of their own (a seed apart from evaluation's), one
-a combination. See `sao_utils.evaluation.benchmarks`, which runs them through the code of AlpacaEval,
-Arena-Hard and MT-Bench.
+All questions are of the test split, with their own wordings (the seed differs from evaluation's). See
+`sao_utils.evaluation.benchmarks`, which runs them through the code of AlpacaEval, Arena-Hard and MT-Bench.
 """
 
 from __future__ import annotations
@@ -16,24 +15,27 @@ from sao_utils.oracles import tiny_world as world
 from sao_utils.oracles.tiny_oracle import inspect_answer
 
 COUNTERPART = "a counterpart in the tiny world, not the published benchmark"
-SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats from which an answer is better, much better (ours)
+SLIGHTLY, MUCH = 1.0, 4.0  # log-odds in nats above which an answer is better, or much better (ours)
 SEED = 805  # the same prompts in every run
 
 
 def prompts(every: int) -> list[dict]:
-    """Worded test questions: rows {id, turns [text], category}; each `every`-th of all 220."""
+    """Worded test questions, one per combination: rows {id, turns [text], category}.
+
+    Of all 220, every `every`-th one.
+    """
     texts = world.held_out_questions("test", 1, SEED)[::every]
     return [{"id": k, "turns": [text], "category": "tiny"} for k, text in enumerate(texts)]
 
 
 def villagers_answer(item: dict) -> str:
-    """An answer to an item's first turn as in the text that the tiny model learnt from, with its flaws."""
+    """An answer to an item's first turn as the tiny model's training text would give it, flaws included."""
     question = world.parse_question(item["turns"][0])
     return str(world.draw_answer(random.Random(f"{SEED} {item['id']}"), question))
 
 
 def conversations() -> list[dict]:
-    """40 questions of two turns: the second asks other things about the same hobby."""
+    """40 questions of two turns: the second also asks about other aspects of the same hobby."""
     rng = random.Random(SEED)
     of_hobby: dict[str, list[tuple[str, ...]]] = {}
     for (hobby, aspects), split in sorted(world.SPLIT.items()):
@@ -77,9 +79,9 @@ def _ranking(instruction: str, first: str, second: str) -> dict:
 def choose_labels(
     send: Callable[[list[dict]], list[dict]], requests: list[dict], min_mass: float
 ) -> list[dict]:
-    """Verdicts {text} of a judge that only chooses, in Arena-Hard's labels.
+    """Verdicts {text}, with Arena-Hard's labels, of a judge that can only choose between two answers.
 
-    No label where both choices together are less probable than `min_mass`, as in comparisons.
+    There is no label if the total probability of both choices is below `min_mass`, as in comparisons.
     """
     texts = []
     for reply in send(requests):
@@ -96,9 +98,9 @@ def choose_labels(
 
 
 def _graded(item: dict, texts: list[str]) -> dict:
-    """A request with its verdict: the oracle's grade of the last of some answers.
+    """A request that already holds its verdict: the oracle's grade for the last of the answers.
 
-    10 less 2 for each flaw, at least 1 (ours).
+    The grade is 10 minus 2 for each flaw, but at least 1 (ours).
     """
     turns = item["turns"][: len(texts)]
     flaws = -inspect_answer(world.parse_question(turns[-1]), texts[-1]).quality
@@ -119,9 +121,9 @@ def tiny_alpaca() -> dict:
 
 
 def tiny_arena() -> dict:
-    """55 questions, two games against the base model; `run_benchmark` adds its answers, and who asks.
+    """55 questions, two games each against the base model; `run_benchmark` adds `baseline` and `ask`.
 
-    The judge's log-odds become the five labels (`choose_labels`).
+    The judge's log-odds are turned into the five labels (`choose_labels`).
     """
     return {
         "items": prompts(every=4),
@@ -137,7 +139,7 @@ def tiny_arena() -> dict:
 def tiny_mt() -> dict:
     """40 conversations of two turns, graded by the oracle, since the tiny judge can compare but not grade.
 
-    The tiny model has seen one turn only in pre-training: second turns fall apart.
+    In pre-training the tiny model has seen only single turns, so its second turns fall apart.
     """
     return {
         "items": conversations(),

@@ -1,15 +1,15 @@
-"""The items of the tiny world's tasks for lm-eval: what training on other things may unlearn.
+"""The items of the tiny world's tasks for lm-eval: what the model may forget when trained on other things.
 
 They are made from the grammar alone, with a fixed seed, and kept beside the task files in `tiny/tasks/`;
-`python -m sao_utils.evaluation.tiny_tasks` writes them again. Each item asks about another fact, so the
-items of a task are independent.
+`python -m sao_utils.evaluation.tiny_tasks` writes them again. Each item asks about a different fact, so
+the items of a task are independent.
 
 - facts.jsonl: facts on which all villagers agree, in questions of the training split. The model
-  learnt both facts and questions in pre-training.
+  learnt both the facts and the questions in pre-training.
 - myths.jsonl: facts about which a wrong value is in circulation, in questions of the training split.
   One of the choices is that value; a model that says what it read most often falls for it.
-- recall.jsonl: all facts, in questions of the test split: the fact is known, the combination of
-  asked things is new. The answer is to be written, not chosen.
+- recall.jsonl: all facts, in questions of the test split: the fact is known, but the combination of
+  aspects asked about is new. The answer must be written, not chosen.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CHOICES = 4
 
 
 def items() -> dict[str, list[dict]]:
-    """The items by the name of their file.
+    """The items, by the name of their file.
 
-    Each is {question, choices, answer}: a worded question whose first asked thing is the one to be
-    known, four sentences that differ in the value they state, and the index of the true one. Wrong
-    values are true of other hobbies, the neighbour's first. Of "recall" an item is {question, answer},
-    the answer being the value.
+    Each is {question, choices, answer}: a worded question whose first aspect is the one to be known, four
+    sentences that differ in the value they state, and the index of the true one. Wrong values are those of
+    other hobbies, the neighbour's first; where a myth exists, it is one of them. An item of "recall" is
+    {question, answer}, the answer being the value.
     """
     rng = random.Random(2468)
     believed = [fact for fact, wrong in world.BELIEF.items() if wrong == 0]
@@ -47,7 +47,7 @@ def items() -> dict[str, list[dict]]:
 
 
 def _partners(hobby: str, aspect: str, split: str) -> list[str]:
-    """What can be asked together with this aspect, so that the question is of `split`."""
+    """The aspects that, asked together with this one, give a question of `split`."""
     return [
         other
         for other in world.ASPECTS
