@@ -225,7 +225,8 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, weight: np.ndarray):
 
     strengths, scores = np.logspace(-4, 4, 10), []
     for train, test in GroupKFold(5).split(x, label, group):
-        draws = np.random.RandomState(123)  # shared by a fold's ten fits: scores may be nearly equal
+        # Shared by a fold's ten fits: scores may be nearly equal.
+        draws = np.random.RandomState(123)
         scores.append([score(fit(c, train, draws), test) for c in strengths])
     return fit(strengths[int(np.argmax(np.mean(scores, axis=0)))], slice(None), 123)
 
