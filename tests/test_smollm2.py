@@ -55,7 +55,7 @@ def killed_and_finished(model, tmp_path_factory):
         "model.path": model,
         "prompts.count": 20,  # eight of them lead to a pair that the oracle can decide
         "responses.max_new_tokens": 144,
-        "evaluation.max_new_tokens": 64,
+        "evaluation.max_new_tokens": 40,
         "evaluation.questions": file,
         "evaluation.bootstrap": 500,
         "evaluation.task_limit": 4,
