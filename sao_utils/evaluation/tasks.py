@@ -6,7 +6,7 @@ comparing two scores, because most questions come out the same under both models
 
 No chat template is applied, as on the leaderboard. The leaderboard ran a harness of 2023, whereas the
 prompts and metrics here are those of the installed lm-eval: scores before and after training are
-comparable with each other, but agree only roughly with the numbers published there.
+comparable with each other, but do not agree to the decimal with numbers published there.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def train_improver(run: Run, this: Round) -> Model:
     if not examples:
         raise RecipeError(
             f"No gold answer of {len(scored)} is better than the model's own, so there is nothing to teach "
-            "the improver: lower synpo.threshold, or set synpo.seed_count or synpo.scorer anew."
+            "the improver: lower synpo.threshold, or change synpo.seed_count or synpo.scorer."
         )
     folder = run.folder / "adapters" / f"improver-round{this.number + 1}-{this.seed}"
     return _taught(run, this.base, examples, settings.improver, this.seed, folder)
