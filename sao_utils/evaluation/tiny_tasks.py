@@ -29,8 +29,8 @@ def items() -> dict[str, list[dict]]:
 
     Each is {question, choices, answer}: a worded question whose first aspect is the one to be known, four
     sentences that differ in the value they state, and the index of the true one. Wrong values are those of
-    other hobbies, the neighbour's first; a wrong value in circulation is always one of them. An item of "recall" is
-    {question, answer}, the answer being the value.
+    other hobbies, the neighbour's first; a wrong value in circulation is always one of them. An item of
+    "recall" is {question, answer}, the answer being the value.
     """
     rng = random.Random(2468)
     believed = [fact for fact, wrong in world.BELIEF.items() if wrong == 0]
