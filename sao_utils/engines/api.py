@@ -180,7 +180,7 @@ class ApiEngine:
         if self._refused:
             print(
                 f"{self.model.url} refused {len(self._refused)} of {count} rows; they get no reply and "
-                f"count as discarded. Its last words: {self._refused[-1]}\nIf it takes longer rows by "
+                f"count as discarded. Its last answer: {self._refused[-1]}\nIf it takes longer rows by "
                 "now, change model.max_context, and they are asked again.",
                 flush=True,
             )

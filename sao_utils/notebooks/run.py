@@ -166,10 +166,8 @@ def fingerprint(path: Path, run: Run) -> str:
     parts = [[[cell["cell_type"], "".join(cell["source"])] for cell in cells]]
     parts += [run.recipe.model_dump(mode="json"), *map(model_name, run.recipe.models.values())]
     package = Path(__file__).parents[1]
-    kinds = ("*.py", "*.jinja", "*.jsonl", "prompts/*.*")
+    kinds = ("*.py", "*.jinja", "*.jsonl", "prompts/*.txt", "prompts/*.yaml")
     sources = sorted({source for kind in kinds for source in package.rglob(kind)})
-    # As bytes: some may be files that editors and file managers leave there.
-    whole = [source.read_bytes() for source in sources if source.is_file()]
-    parts += [hashlib.sha256(data).hexdigest() for data in whole]
+    parts += [source.read_text("utf-8") for source in sources]
     parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in input_files(run.recipe)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

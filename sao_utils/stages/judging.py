@@ -125,8 +125,8 @@ def judged_pairs(run: Run) -> list[dict]:
         by = (row["pair_id"], row["judge"], row["method"], row["temperature"])
         orders.setdefault(by, {})[row["order"]] = row
     found = {}
-    of_recipe = lambda by: by[1:3] == (judge, settings.method)  # noqa: E731
-    for (pair_id, *_), both in sorted(orders.items(), key=lambda item: of_recipe(item[0])):
+    of_recipe = (judge, settings.method)
+    for (pair_id, *_), both in sorted(orders.items(), key=lambda item: item[0][1:3] == of_recipe):
         ids = both["12"]["response_ids"] if len(both) == 2 else None
         if ids and all(one in responses for one in ids):
             [pair] = side_by_side([[responses[one] for one in ids]])
