@@ -105,9 +105,9 @@ def judge_matrix(verdicts: list[dict]) -> pd.DataFrame:
         verdicts: rows of `judge_pairs`, with `quality`.
 
     Returns:
-        A row for each verdict of the oracle (a better, b better, a tie), a column for each of the judge.
+        A row for each verdict of the oracle (a better, b better, equal), a column for each of the judge.
     """
-    truths = ["oracle: a better", "oracle: b better", "oracle: a tie"]
+    truths = ["oracle: a better", "oracle: b better", "oracle: equal"]
     judged = ["a in both orders", "b in both orders", "orders disagree", "tie or invalid"]
     counts = pd.DataFrame(0, truths, judged)
     for row in verdicts:

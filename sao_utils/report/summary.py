@@ -24,6 +24,7 @@ from sao_utils.report.words import (
 )
 
 WIDTH = 100
+ONE_SEED = "One seed: the intervals are over questions only; another training may differ."
 
 
 def summary(folder: Path) -> str:
@@ -44,6 +45,8 @@ def summary(folder: Path) -> str:
     if "rounds" not in set(table["section"]):
         lines += _funnel(folder)
     lines += [line for block in blocks(table).values() for line in _grid(block)]
+    if len(recipe["seeds"]) == 1:
+        lines += textwrap.wrap(ONE_SEED, WIDTH)
     if recipe["model"]["path"] == "tiny":
         lines += textwrap.wrap(NOT_COMPARABLE, WIDTH)
     return "\n".join(lines)
@@ -86,9 +89,7 @@ def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = [NOT_COMPARABLE] if recipe.model.path == "tiny" else []
     if len(recipe.seeds) == 1:
-        found.append(
-            "One seed: the intervals are over questions only; another training may differ."
-        )
+        found.append(ONE_SEED)
     if (table["metric"] == "win rate").any():
         judge = recipe.judge.label if recipe.judge else "the base model itself"
         if "study" in set(table["section"]):
@@ -102,6 +103,11 @@ def cautions(table: pd.DataFrame, recipe: Recipe) -> list[str]:
         shares = [f"{r.questions} {100 * r.value:.1f} % (n = {r.n:,})" for r in rows.itertuples()]
         found.append(
             f"Questions that have an {metric} with a training prompt: {', '.join(shares)}."
+        )
+    if len(overlaps) and recipe.model.path == "tiny":
+        found.append(
+            "In the tiny world prompts that ask for a combination of the test are discarded: what the test "
+            "questions share with others is wording."
         )
     notes = [note for text in table["note"] for note in (text or "").split("; ")]
     found += dict.fromkeys(note for note in notes if note.startswith("doubtful"))
